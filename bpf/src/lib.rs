@@ -1,0 +1,1 @@
+//! Packet filters that the kernel runs for colo.

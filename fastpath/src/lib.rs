@@ -1,0 +1,1 @@
+//! Guest rings and NIC, polled: frames, worker, release.

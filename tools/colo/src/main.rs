@@ -1,0 +1,3 @@
+//! The `colo` command.
+
+fn main() {}

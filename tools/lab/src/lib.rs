@@ -1,0 +1,1 @@
+//! Network namespaces, processes and load for the demo, tests and benches.
