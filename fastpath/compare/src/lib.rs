@@ -3,3 +3,7 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+
+mod frames;
+
+pub use frames::{Frames, HEADER_MAX, Token};

@@ -1,0 +1,65 @@
+//! How the cores name and touch frames: a linear token, and a small trait over whoever stores the bytes.
+//!
+//! Invariants: a token is neither `Copy` nor `Clone`, so a slot has one owner at any time; header bytes are host
+//! memory; payload bytes are touched only through [`Frames`].
+//!
+//! Does not store anything itself.
+
+/// Most bytes of a frame that [`Frames::header`] gives: Ethernet with two VLAN tags, IPv6 with
+/// extension headers or IPv4 with options, TCP with options.
+pub const HEADER_MAX: usize = 256;
+
+/// The right to one frame slot. Whoever holds it must pass it on or give it back with
+/// [`Frames::release`].
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a dropped token leaks its slot"]
+pub struct Token(u32);
+
+impl Token {
+    /// Makes the token of a slot. Only the owner of the slots calls this, once per allocation.
+    pub const fn new(slot: u32) -> Self {
+        Self(slot)
+    }
+
+    /// The slot number.
+    pub const fn slot(&self) -> u32 {
+        self.0
+    }
+}
+
+/// Access to frame bytes. Offsets count from the first byte of the Ethernet header; ranges outside
+/// `0..len` are a bug of the caller and panic.
+pub trait Frames {
+    /// Length of the frame in bytes, Ethernet header included, without FCS.
+    fn len(&self, token: &Token) -> usize;
+
+    /// The first `min(len, HEADER_MAX)` bytes, in host memory.
+    fn header(&self, token: &Token) -> &[u8];
+
+    /// The same bytes, to be rewritten before the frame leaves.
+    fn header_mut(&mut self, token: &Token) -> &mut [u8];
+
+    /// Compares `n` bytes of `a` at `a_at` with those of `b` at `b_at`. Gives the index of the first
+    /// difference, `None` when all are equal.
+    fn first_difference(
+        &self,
+        a: &Token,
+        a_at: usize,
+        b: &Token,
+        b_at: usize,
+        n: usize,
+    ) -> Option<usize>;
+
+    /// Copies `out.len()` bytes at `at`, for logs and reports.
+    fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]);
+
+    /// Ones' complement sum (RFC 1071, not inverted, folded to 16 bits) of `n` bytes at `at`, as if
+    /// `at` were even.
+    fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16;
+
+    /// A second frame with the same bytes; `None` when no slot is free.
+    fn duplicate(&mut self, token: &Token) -> Option<Token>;
+
+    /// Gives the slot back.
+    fn release(&mut self, token: Token);
+}
