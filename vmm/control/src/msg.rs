@@ -1,0 +1,421 @@
+//! The messages of the control channel and their bytes.
+//!
+//! A message is `len:u32 kind:u16 version:u16 generation:u64 epoch:u64 body crc:u32`, little-endian; `len` counts
+//! what follows it. Unknown kinds are skipped, bytes behind a known body are ignored (rule 22). The generation
+//! travels in every message; an older one is refused by the receiver (rule 18).
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
+
+/// Oldest protocol version that this build speaks.
+pub const VERSION_MIN: u16 = 1;
+/// Newest protocol version that this build speaks.
+pub const VERSION_MAX: u16 = 1;
+/// Longest message in bytes: the dirty bitmap of 2 TiB of guest RAM.
+pub const LEN_MAX: usize = 64 << 20;
+
+const HEAD: usize = 2 + 2 + 8 + 8;
+const CRC: usize = 4;
+
+/// What both hosts must agree on, as named values (`ram_bytes`, `cpuid`, `net0.mac`, ...).
+pub type Geometry = Vec<(String, String)>;
+
+/// A control message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the fields repeat what the variants say")]
+pub enum Msg {
+    /// Secondary: may I join?
+    Hello {
+        min: u16,
+        max: u16,
+        session: u64,
+        geometry: Geometry,
+    },
+    /// Primary: yes.
+    Welcome { version: u16, generation: u64 },
+    /// Either: no, for good.
+    Refuse { reason: String },
+    /// A sign of life, with the sender's clock.
+    Heartbeat { generation: u64, sent_us: u64 },
+    /// The clock of the heartbeat that is answered.
+    Echo { generation: u64, sent_us: u64 },
+    /// Primary: stop the SVM, this epoch ends.
+    StopSvm { generation: u64, epoch: u64 },
+    /// Secondary: stopped; the pages it dirtied, a little-endian bitmap.
+    SvmStopped {
+        generation: u64,
+        epoch: u64,
+        dirty: Vec<u8>,
+    },
+    /// Secondary: the stage is whole and accepted (rule 13).
+    Committed { generation: u64, epoch: u64 },
+    /// Either, before the commit point: this checkpoint is off.
+    Aborted {
+        generation: u64,
+        epoch: u64,
+        reason: String,
+    },
+    /// Primary: the arbiter has this pair, under this generation.
+    Paired { generation: u64 },
+    /// Primary: the VM was shut down.
+    Off { generation: u64 },
+    /// Secondary: noted.
+    OffAck { generation: u64 },
+}
+
+/// Why bytes are no message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MsgError {
+    /// The length field is below the smallest or above the largest message.
+    Length(usize),
+    /// The checksum differs.
+    Checksum,
+    /// The body is shorter than its kind needs, or not UTF-8 where text must be.
+    Body(u16),
+}
+
+impl fmt::Display for MsgError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Length(n) => write!(
+                f,
+                "control message of {n} bytes: the peer is not a colo of this kind"
+            ),
+            Self::Checksum => {
+                f.write_str("control message with a wrong checksum: the link damages data")
+            }
+            Self::Body(kind) => write!(f, "control message of kind {kind} with a malformed body"),
+        }
+    }
+}
+
+impl core::error::Error for MsgError {}
+
+impl Msg {
+    /// The generation the sender is in; `None` before one is known to both.
+    pub fn generation(&self) -> Option<u64> {
+        match self {
+            Self::Hello { .. } | Self::Refuse { .. } | Self::Welcome { .. } => None,
+            Self::Heartbeat { generation, .. }
+            | Self::Echo { generation, .. }
+            | Self::StopSvm { generation, .. }
+            | Self::SvmStopped { generation, .. }
+            | Self::Committed { generation, .. }
+            | Self::Aborted { generation, .. }
+            | Self::Paired { generation }
+            | Self::Off { generation }
+            | Self::OffAck { generation } => Some(*generation),
+        }
+    }
+
+    /// Appends the bytes of this message to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.extend_from_slice(&[0; 4]);
+        let (kind, generation, epoch) = self.head();
+        out.extend_from_slice(&kind.to_le_bytes());
+        out.extend_from_slice(&VERSION_MAX.to_le_bytes());
+        out.extend_from_slice(&generation.to_le_bytes());
+        out.extend_from_slice(&epoch.to_le_bytes());
+        self.encode_body(out);
+        let crc = crc32fast::hash(&out[start + 4..]);
+        out.extend_from_slice(&crc.to_le_bytes());
+        let len = (out.len() - start - 4) as u32;
+        out[start..start + 4].copy_from_slice(&len.to_le_bytes());
+    }
+
+    fn head(&self) -> (u16, u64, u64) {
+        match self {
+            Self::Hello { session, .. } => (1, 0, *session),
+            Self::Welcome { generation, .. } => (2, *generation, 0),
+            Self::Refuse { .. } => (3, 0, 0),
+            Self::Heartbeat {
+                generation,
+                sent_us,
+            } => (4, *generation, *sent_us),
+            Self::Echo {
+                generation,
+                sent_us,
+            } => (5, *generation, *sent_us),
+            Self::StopSvm { generation, epoch } => (6, *generation, *epoch),
+            Self::SvmStopped {
+                generation, epoch, ..
+            } => (7, *generation, *epoch),
+            Self::Committed { generation, epoch } => (8, *generation, *epoch),
+            Self::Aborted {
+                generation, epoch, ..
+            } => (9, *generation, *epoch),
+            Self::Paired { generation } => (10, *generation, 0),
+            Self::Off { generation } => (11, *generation, 0),
+            Self::OffAck { generation } => (12, *generation, 0),
+        }
+    }
+
+    fn encode_body(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Hello {
+                min, max, geometry, ..
+            } => {
+                out.extend_from_slice(&min.to_le_bytes());
+                out.extend_from_slice(&max.to_le_bytes());
+                out.extend_from_slice(&(geometry.len() as u32).to_le_bytes());
+                for (name, value) in geometry {
+                    put_text(out, name);
+                    put_text(out, value);
+                }
+            }
+            Self::Welcome { version, .. } => out.extend_from_slice(&version.to_le_bytes()),
+            Self::Refuse { reason } | Self::Aborted { reason, .. } => put_text(out, reason),
+            Self::SvmStopped { dirty, .. } => {
+                out.extend_from_slice(&(dirty.len() as u32).to_le_bytes());
+                out.extend_from_slice(dirty);
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes the first message from `bytes`: the message (`None`: a kind this build does not know) and its length.
+    /// `Ok(None)` when more bytes are needed.
+    pub fn decode(bytes: &[u8]) -> Result<Option<(Option<Self>, usize)>, MsgError> {
+        let Some(len) = bytes.get(..4) else {
+            return Ok(None);
+        };
+        let len = u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize;
+        if !(HEAD + CRC..=LEN_MAX).contains(&len) {
+            return Err(MsgError::Length(len));
+        }
+        let Some(record) = bytes.get(4..4 + len) else {
+            return Ok(None);
+        };
+        let (covered, crc) = record.split_at(len - CRC);
+        if crc32fast::hash(covered).to_le_bytes() != crc {
+            return Err(MsgError::Checksum);
+        }
+        let mut body = Reader {
+            bytes: covered,
+            kind: 0,
+        };
+        let kind = body.u16()?;
+        body.kind = kind;
+        let _version = body.u16()?;
+        let generation = body.u64()?;
+        let epoch = body.u64()?;
+        Ok(Some((
+            Self::decode_body(kind, generation, epoch, &mut body)?,
+            4 + len,
+        )))
+    }
+
+    fn decode_body(
+        kind: u16,
+        generation: u64,
+        epoch: u64,
+        body: &mut Reader<'_>,
+    ) -> Result<Option<Self>, MsgError> {
+        Ok(Some(match kind {
+            1 => {
+                let (min, max) = (body.u16()?, body.u16()?);
+                let mut geometry = Geometry::new();
+                for _ in 0..body.u32()? {
+                    geometry.push((body.text()?, body.text()?));
+                }
+                Self::Hello {
+                    min,
+                    max,
+                    session: epoch,
+                    geometry,
+                }
+            }
+            2 => Self::Welcome {
+                version: body.u16()?,
+                generation,
+            },
+            3 => Self::Refuse {
+                reason: body.text()?,
+            },
+            4 => Self::Heartbeat {
+                generation,
+                sent_us: epoch,
+            },
+            5 => Self::Echo {
+                generation,
+                sent_us: epoch,
+            },
+            6 => Self::StopSvm { generation, epoch },
+            7 => {
+                let n = body.u32()? as usize;
+                Self::SvmStopped {
+                    generation,
+                    epoch,
+                    dirty: body.take(n)?.to_vec(),
+                }
+            }
+            8 => Self::Committed { generation, epoch },
+            9 => Self::Aborted {
+                generation,
+                epoch,
+                reason: body.text()?,
+            },
+            10 => Self::Paired { generation },
+            11 => Self::Off { generation },
+            12 => Self::OffAck { generation },
+            _ => return Ok(None),
+        }))
+    }
+}
+
+fn put_text(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(&(text.len() as u32).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+    kind: u16,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8], MsgError> {
+        if n > self.bytes.len() {
+            return Err(MsgError::Body(self.kind));
+        }
+        let (head, tail) = self.bytes.split_at(n);
+        self.bytes = tail;
+        Ok(head)
+    }
+
+    fn u16(&mut self) -> Result<u16, MsgError> {
+        let b = self.take(2)?;
+        Ok(u16::from_le_bytes([b[0], b[1]]))
+    }
+
+    fn u32(&mut self) -> Result<u32, MsgError> {
+        let b = self.take(4)?;
+        Ok(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+    }
+
+    fn u64(&mut self) -> Result<u64, MsgError> {
+        let b = self.take(8)?;
+        Ok(u64::from_le_bytes([
+            b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7],
+        ]))
+    }
+
+    fn text(&mut self) -> Result<String, MsgError> {
+        let n = self.u32()? as usize;
+        let bytes = self.take(n)?;
+        match core::str::from_utf8(bytes) {
+            Ok(text) => Ok(text.to_string()),
+            Err(_) => Err(MsgError::Body(self.kind)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+
+    fn all() -> Vec<Msg> {
+        vec![
+            Msg::Hello {
+                min: 1,
+                max: 3,
+                session: 77,
+                geometry: vec![("ram_bytes".into(), "134217728".into())],
+            },
+            Msg::Welcome {
+                version: 1,
+                generation: 3,
+            },
+            Msg::Refuse {
+                reason: "ram_bytes differs".into(),
+            },
+            Msg::Heartbeat {
+                generation: 3,
+                sent_us: 12,
+            },
+            Msg::Echo {
+                generation: 3,
+                sent_us: 12,
+            },
+            Msg::StopSvm {
+                generation: 3,
+                epoch: 8,
+            },
+            Msg::SvmStopped {
+                generation: 3,
+                epoch: 8,
+                dirty: vec![1, 2, 3],
+            },
+            Msg::Committed {
+                generation: 3,
+                epoch: 8,
+            },
+            Msg::Aborted {
+                generation: 3,
+                epoch: 8,
+                reason: "checksum".into(),
+            },
+            Msg::Paired { generation: 4 },
+            Msg::Off { generation: 4 },
+            Msg::OffAck { generation: 4 },
+        ]
+    }
+
+    #[test]
+    fn every_message_survives_the_link_and_any_cut_waits_for_more() {
+        for msg in all() {
+            let mut bytes = Vec::new();
+            msg.encode(&mut bytes);
+            for n in 0..bytes.len() {
+                assert_eq!(Msg::decode(&bytes[..n]), Ok(None), "{msg:?} cut at {n}");
+            }
+            assert_eq!(Msg::decode(&bytes), Ok(Some((Some(msg), bytes.len()))));
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_an_error_never_another_message() {
+        for msg in all() {
+            let mut bytes = Vec::new();
+            msg.encode(&mut bytes);
+            for bit in 0..bytes.len() * 8 {
+                let mut damaged = bytes.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                assert!(
+                    !matches!(Msg::decode(&damaged), Ok(Some((Some(_), _)))),
+                    "{msg:?} with bit {bit} flipped was taken for a message"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn rule_22_unknown_kinds_are_skipped_and_longer_bodies_accepted() {
+        let frame = |kind: u16, body: &[u8]| {
+            let mut covered = Vec::new();
+            covered.extend_from_slice(&kind.to_le_bytes());
+            covered.extend_from_slice(&2u16.to_le_bytes());
+            covered.extend_from_slice(&[0; 16]);
+            covered.extend_from_slice(body);
+            let mut out = ((covered.len() + 4) as u32).to_le_bytes().to_vec();
+            out.extend_from_slice(&covered);
+            out.extend_from_slice(&crc32fast::hash(&covered).to_le_bytes());
+            out
+        };
+        let unknown = frame(999, b"news");
+        assert_eq!(Msg::decode(&unknown), Ok(Some((None, unknown.len()))));
+        let longer = frame(10, b"a field of the next version");
+        assert_eq!(
+            Msg::decode(&longer),
+            Ok(Some((Some(Msg::Paired { generation: 0 }), longer.len())))
+        );
+    }
+
+    #[test]
+    fn garbage_is_refused_at_once() {
+        assert_eq!(Msg::decode(b"GET / HT"), Err(MsgError::Length(0x2054_4547)));
+    }
+}
