@@ -8,5 +8,6 @@
 
 pub mod load;
 pub mod netns;
+pub mod pair;
 pub mod process;
 pub mod topology;

@@ -257,19 +257,21 @@ impl Load {
     }
 }
 
-/// Waits until the guest accepts TCP connections on a port, seen from a namespace.
+/// Waits until the guest accepts TCP connections on a port, seen from a namespace, as long as
+/// `worthwhile` says so.
 pub fn wait_for_guest(
     client: &Netns,
     target: SocketAddr,
     timeout: Duration,
+    mut worthwhile: impl FnMut() -> bool + Send,
 ) -> Result<(), NetError> {
     let deadline = Instant::now() + timeout;
     client.run(|| {
         loop {
             match TcpStream::connect_timeout(&target, Duration::from_millis(200)) {
                 Ok(_) => return Ok(()),
-                Err(source) if Instant::now() >= deadline => {
-                    let what = format!("no answer from {target} after {} s", timeout.as_secs());
+                Err(source) if Instant::now() >= deadline || !worthwhile() => {
+                    let what = format!("connect to the guest at {target}");
                     return Err(NetError::Io { what, source });
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(10)),
