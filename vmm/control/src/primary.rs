@@ -104,6 +104,8 @@ struct Checkpoint {
 struct Peer {
     /// 0 until its hello.
     session: u64,
+    /// Negotiated at the hello (rule 22).
+    version: u16,
     /// Generation of our welcome: older messages are of another link.
     welcomed: u64,
     heard_us: u64,
@@ -124,9 +126,13 @@ pub struct Primary {
     checkpoint: Option<Checkpoint>,
     aborts: u32,
     periodic_due_us: u64,
+    /// A request came that the checkpoint in flight may not cover.
+    wanted: bool,
     question: Option<Cas>,
     retry_us: Option<u64>,
     unconfirmed: bool,
+    /// The open question was asked before the clock gap: its answer may be older than the gap.
+    stale_question: bool,
     was_paired: bool,
     shutdown_due_us: Option<u64>,
     actions: VecDeque<Action>,
@@ -155,9 +161,11 @@ impl Primary {
             checkpoint: None,
             aborts: 0,
             periodic_due_us: u64::MAX,
+            wanted: false,
             question: None,
             retry_us: None,
             unconfirmed: false,
+            stale_question: false,
             was_paired: false,
             shutdown_due_us: None,
             actions: VecDeque::new(),
@@ -193,7 +201,7 @@ impl Primary {
             PrimaryEvent::LinkUp => self.link_up(now_us),
             PrimaryEvent::LinkDown { .. } => self.peer_lost(),
             PrimaryEvent::Msg(msg) => self.message(now_us, msg),
-            PrimaryEvent::CheckpointWanted => self.begin_checkpoint(now_us),
+            PrimaryEvent::CheckpointWanted => self.checkpoint_wanted(now_us),
             PrimaryEvent::SyncReady => self.sync_ready(now_us),
             PrimaryEvent::Captured { epoch } => self.captured(now_us, epoch),
             PrimaryEvent::Sent { epoch } => {
@@ -203,24 +211,21 @@ impl Primary {
                 self.checkpoint_failed(now_us, epoch, reason);
             }
             PrimaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
-            PrimaryEvent::ClockGap => {
-                self.unconfirmed = true;
-                self.act(Action::Mute(true));
-                self.confirm();
-            }
+            PrimaryEvent::ClockGap => self.clock_gap(),
             PrimaryEvent::ShutDown => self.shut_down(now_us),
         }
     }
 
     /// The next instant at which [`Self::handle_timeout`] has something to do.
     pub fn next_deadline(&self) -> Option<u64> {
-        let peer = self.peer.as_ref().filter(|p| p.session != 0);
         [
             self.retry_us,
             self.shutdown_due_us,
-            peer.map(|p| {
-                p.heartbeat_due_us
-                    .min(p.heard_us + self.timing.detection_us())
+            self.peer.as_ref().map(|p| match p.session {
+                0 => p.heard_us + self.timing.step_timeout_us,
+                _ => p
+                    .heartbeat_due_us
+                    .min(p.heard_us + self.timing.detection_us()),
             }),
             self.checkpoint
                 .as_ref()
@@ -237,12 +242,15 @@ impl Primary {
     pub fn handle_timeout(&mut self, now_us: u64) {
         if self.retry_us.is_some_and(|at| at <= now_us) {
             self.retry_us = None;
+            self.stale_question = false;
             if let Some(cas) = self.question.clone() {
                 self.act(Action::Arbiter(cas));
             }
         }
         if self.shutdown_due_us.is_some_and(|at| at <= now_us) {
-            self.end(Outcome::Off);
+            self.shutdown_due(now_us);
+        }
+        if self.state == PrimaryState::Ended {
             return;
         }
         self.heartbeat(now_us);
@@ -276,6 +284,7 @@ impl Primary {
         let heartbeat_due_us = now_us + self.timing.heartbeat_us;
         self.peer = Some(Peer {
             session: 0,
+            version: VERSION_MAX,
             welcomed: 0,
             heard_us: now_us,
             heartbeat_due_us,
@@ -303,6 +312,7 @@ impl Primary {
         if let Some(peer) = &mut self.peer {
             *peer = Peer {
                 session,
+                version: VERSION_MAX.min(versions.1),
                 welcomed: generation,
                 ..*peer
             };
@@ -317,12 +327,12 @@ impl Primary {
 
     fn welcome(&mut self, now_us: u64) {
         let generation = self.record.generation;
-        if let Some(peer) = &mut self.peer {
-            peer.welcomed = generation;
-            peer.heard_us = now_us;
-        }
+        let Some(peer) = &mut self.peer else { return };
+        peer.welcomed = generation;
+        peer.heard_us = now_us;
+        let version = peer.version;
         self.send(Msg::Welcome {
-            version: VERSION_MAX,
+            version,
             generation,
         });
         self.state = PrimaryState::Syncing;
@@ -396,6 +406,9 @@ impl Primary {
         let generation = self.record.generation;
         let Some(peer) = &mut self.peer else { return };
         if peer.session == 0 {
+            if peer.heard_us + timing.step_timeout_us <= now_us {
+                self.drop_link("connected, but no hello");
+            }
             return;
         }
         if peer.heard_us + timing.detection_us() <= now_us {
@@ -420,10 +433,15 @@ impl Primary {
         if self.peer.take().is_none() {
             return;
         }
+        self.wanted = false;
         if let Some(checkpoint) = self.checkpoint.take() {
             self.act(Action::Abort {
                 epoch: checkpoint.epoch,
             });
+        }
+        if self.was_paired {
+            // From here on the secondary may be the VM at any moment.
+            self.act(Action::Lease { until_us: 0 });
         }
         match self.state {
             // Never paired under this generation: we hold it alone already.
@@ -450,10 +468,26 @@ impl Primary {
 
     // ---- checkpoints ----
 
+    fn checkpoint_wanted(&mut self, now_us: u64) {
+        // Before the capture a request is coalesced with the checkpoint in flight (rule 14); later the
+        // output it is about can be of the next epoch, and the path asks only once an epoch.
+        let covered = self
+            .checkpoint
+            .as_ref()
+            .is_some_and(|c| c.step == Step::Stopping);
+        let pairs = matches!(
+            self.state,
+            PrimaryState::FirstCheckpoint | PrimaryState::Pairing | PrimaryState::Paired
+        );
+        self.wanted |= pairs && !covered;
+        self.begin_checkpoint(now_us);
+    }
+
     fn begin_checkpoint(&mut self, now_us: u64) {
         if self.state != PrimaryState::Paired || self.checkpoint.is_some() {
-            return; // coalesced (rule 14)
+            return;
         }
+        self.wanted = false;
         let (generation, epoch) = (self.record.generation, self.epoch);
         self.checkpoint = Some(Checkpoint {
             epoch,
@@ -502,12 +536,19 @@ impl Primary {
         self.aborts = 0;
         if self.state == PrimaryState::FirstCheckpoint {
             self.state = PrimaryState::Pairing;
-            let session = self.peer.as_ref().map_or(0, |p| p.session);
+            let session = self.session();
             self.ask(Standing::Paired { session });
             return;
         }
+        self.committed_to(now_us, epoch);
+    }
+
+    fn committed_to(&mut self, now_us: u64, epoch: u64) {
         self.set_periodic(now_us);
         self.act(Action::Commit { epoch });
+        if self.wanted {
+            self.begin_checkpoint(now_us);
+        }
     }
 
     fn set_periodic(&mut self, now_us: u64) {
@@ -540,11 +581,11 @@ impl Primary {
     fn abort(&mut self, now_us: u64, epoch: u64, reason: &str) {
         self.checkpoint = None;
         self.aborts += 1;
+        self.act(Action::Abort { epoch });
         if self.state == PrimaryState::FirstCheckpoint || self.aborts >= ABORTS_MAX {
             self.drop_link(reason);
             return;
         }
-        self.act(Action::Abort { epoch });
         self.begin_checkpoint(now_us);
     }
 
@@ -561,6 +602,15 @@ impl Primary {
 
     fn confirm(&mut self) {
         self.put(Cas::Confirm(self.record.clone()));
+    }
+
+    fn clock_gap(&mut self) {
+        self.unconfirmed = true;
+        // An answer that was on its way during the gap says nothing about what happened in it.
+        self.stale_question = self.question.is_some() && self.retry_us.is_none();
+        self.act(Action::Mute(true));
+        self.act(Action::Lease { until_us: 0 });
+        self.confirm();
     }
 
     fn put(&mut self, cas: Cas) {
@@ -586,6 +636,11 @@ impl Primary {
         }
         // Also after an answer that got lost: what we asked for may have been done.
         self.record = record;
+        if self.stale_question {
+            self.stale_question = false;
+            self.confirm();
+            return;
+        }
         if self.unconfirmed {
             self.unconfirmed = false;
             self.act(Action::Mute(false));
@@ -598,12 +653,12 @@ impl Primary {
         match (self.state, self.record.standing) {
             (PrimaryState::Pairing, Standing::Paired { .. }) => self.paired(now_us),
             (PrimaryState::Pairing, _) => {
-                let session = self.peer.as_ref().map_or(0, |p| p.session);
+                let session = self.session();
                 self.ask(Standing::Paired { session });
             }
             (PrimaryState::Deciding, Standing::Alone) => self.gone_alone(),
             (PrimaryState::Deciding, _) => self.ask(Standing::Alone),
-            (PrimaryState::Blocked, Standing::Alone) if self.peer.is_some() => self.welcome(now_us),
+            (PrimaryState::Blocked, Standing::Alone) if self.session() != 0 => self.welcome(now_us),
             (PrimaryState::ShuttingDown, Standing::Off) => self.tell_off(now_us),
             (PrimaryState::ShuttingDown, _) => self.ask(Standing::Off),
             _ => {}
@@ -615,11 +670,13 @@ impl Primary {
         self.was_paired = true;
         let generation = self.record.generation;
         self.send(Msg::Paired { generation });
-        self.set_periodic(now_us);
         // The first checkpoint ended the epoch before the present one.
-        self.act(Action::Commit {
-            epoch: self.epoch - 1,
-        });
+        self.committed_to(now_us, self.epoch - 1);
+    }
+
+    /// The peer's session, 0 without one.
+    fn session(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |p| p.session)
     }
 
     // ---- the end ----
@@ -633,8 +690,30 @@ impl Primary {
         self.ask(Standing::Off);
     }
 
+    /// Either the arbiter or the secondary must know before this host goes: a secondary that knows nothing
+    /// would resurrect the VM (rule 20).
+    fn shutdown_due(&mut self, now_us: u64) {
+        let pairing = matches!(
+            self.question,
+            Some(Cas::Swap {
+                standing: Standing::Paired { .. },
+                ..
+            })
+        );
+        let may_be_paired = pairing || matches!(self.record.standing, Standing::Paired { .. });
+        if !may_be_paired {
+            self.end(Outcome::Off);
+        } else if self.session() != 0 {
+            self.shutdown_due_us = Some(now_us + self.timing.step_timeout_us);
+            let generation = self.record.generation;
+            self.send(Msg::Off { generation });
+        } else {
+            self.shutdown_due_us = None; // the arbiter's answer ends it
+        }
+    }
+
     fn tell_off(&mut self, now_us: u64) {
-        if self.peer.as_ref().is_none_or(|p| p.session == 0) {
+        if self.session() == 0 {
             self.end(Outcome::Off);
             return;
         }
