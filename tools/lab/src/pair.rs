@@ -63,6 +63,8 @@ pub struct Settings {
     pub primary_extra: String,
     /// Further lines for the secondary's file.
     pub secondary_extra: String,
+    /// Environment of both processes, by host a and b.
+    pub environment: [Vec<(String, String)>; 2],
 }
 
 impl Settings {
@@ -77,6 +79,7 @@ impl Settings {
             always_equal: false,
             primary_extra: String::new(),
             secondary_extra: String::new(),
+            environment: [Vec::new(), Vec::new()],
         }
     }
 
@@ -210,12 +213,7 @@ impl Pair {
         // A peer that ended is the better explanation.
         match (waited, other.poll_exit()?) {
             (Ok(status), _) => Ok(status),
-            (Err(_), Some(status)) => Err(PairError::Process(ProcessError::Ended {
-                name: other.name().to_owned(),
-                status,
-                awaited: "paired".to_owned(),
-                tail: other.log_tail(),
-            })),
+            (Err(_), Some(status)) => Err(other.ended(status, "paired").into()),
             (Err(error), None) => Err(error.into()),
         }
     }
@@ -263,6 +261,8 @@ fn start_role(
     write_file(&file, &settings.pair_file(host, dir))?;
     let mut command = topology.host(host).command(&settings.colo);
     command.arg(role).arg(&file);
+    let environment = &settings.environment[usize::from(host == Host::B)];
+    command.envs(environment.iter().map(|(name, value)| (name, value)));
     let name = format!("{letter}-{role}");
     Ok(Process::spawn(&name, command, dir)?.with_status(&status_socket(host, dir)))
 }
@@ -289,12 +289,7 @@ fn wait_for_services(topology: &Topology, process: &mut Process) -> Result<(), P
         });
         let Err(error) = waited else { continue };
         return match process.poll_exit()? {
-            Some(status) => Err(PairError::Process(ProcessError::Ended {
-                name: process.name().to_owned(),
-                status,
-                awaited: "serving".to_owned(),
-                tail: process.log_tail(),
-            })),
+            Some(status) => Err(process.ended(status, "serving").into()),
             None => Err(error.into()),
         };
     }

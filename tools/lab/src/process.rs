@@ -162,12 +162,7 @@ impl Process {
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(status) = self.poll_exit()? {
-                return Err(ProcessError::Ended {
-                    name: self.name.clone(),
-                    status,
-                    awaited: awaited.to_owned(),
-                    tail: self.log_tail(),
-                });
+                return Err(self.ended(status, awaited));
             }
             let last = match self.status() {
                 Ok(document) if condition(&document) => return Ok(document),
@@ -190,6 +185,29 @@ impl Process {
             }
             if Instant::now() >= deadline {
                 return Err(self.timeout("ended", timeout, "still running".to_owned()));
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Waits until it stands still after a SIGSTOP that it raised itself.
+    pub fn wait_frozen(&mut self, timeout: Duration) -> Result<(), ProcessError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.poll_exit()? {
+                return Err(self.ended(status, "stopped"));
+            }
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+            // The state follows the command name, which ends with the last parenthesis.
+            let state = stat.ok().and_then(|stat| {
+                let after = stat.rsplit_once(')')?.1.to_owned();
+                after.trim_start().chars().next()
+            });
+            if state == Some('T') {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(self.timeout("stopped", timeout, format!("state {state:?}")));
             }
             thread::sleep(POLL);
         }
@@ -251,6 +269,16 @@ impl Process {
             name: self.name.clone(),
             what,
             source,
+        }
+    }
+
+    /// The error for an end that came before something else.
+    pub fn ended(&self, status: ExitStatus, awaited: &str) -> ProcessError {
+        ProcessError::Ended {
+            name: self.name.clone(),
+            status,
+            awaited: awaited.to_owned(),
+            tail: self.log_tail(),
         }
     }
 
