@@ -1,0 +1,113 @@
+//! The demo guest: a network server on a bare virtual CPU in user mode.
+//!
+//! It starts as ARCHITECTURE.md ("Guest platform") says, finds its network device on the command line, polls its rings,
+//! and sleeps through an I/O port when it has been idle for `spin_us`. All services are in `colo-guest-server`.
+//!
+//! Invariants: one thread, no interrupts; every fault and panic ends in a message on the serial port and a halt.
+//!
+//! Does not use any instruction that needs more than CPL 3 with IOPL 3.
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+mod boot;
+mod clock;
+mod console;
+mod cpu;
+mod heap;
+mod mem;
+mod net;
+mod options;
+mod virtio_mmio;
+mod virtqueue;
+
+use alloc::boxed::Box;
+use clock::Clock;
+use colo_guest_server::{Limits, Server};
+use console::{Console, say};
+use core::panic::PanicInfo;
+use options::Options;
+
+/// Most time between two looks at the rings when there is nothing to wait for.
+const SLEEP_FOR_EVER: u32 = 0;
+
+/// Where the VMM enters, through `cpu::_start`.
+extern "C" fn start(start_info: u64) -> ! {
+    // SAFETY: the VMM passes the address of its start info, which nobody writes while the guest runs; this is the
+    // first and only call.
+    let boot = match unsafe { boot::read(start_info) } {
+        Ok(boot) => boot,
+        Err(error) => fail(&error),
+    };
+    // SAFETY: the range is usable RAM by the memory map, lies beyond the image and the start info, and is claimed only
+    // here.
+    if !unsafe { heap::claim(boot.heap.clone()) } {
+        fail(&"the memory map leaves no room for the heap");
+    }
+    let options = match Options::parse(boot.command_line) {
+        Ok(options) => options,
+        Err(error) => fail(&error),
+    };
+    run(&options, boot.heap.len())
+}
+
+fn run(options: &Options, heap_bytes: usize) -> ! {
+    let clock = Clock::new(options.tsc_khz, options.wall_ns);
+    let mut device = match net::NetDevice::new(options.device_base) {
+        Ok(device) => device,
+        Err(error) => fail(&error),
+    };
+    let addresses = options.addresses(device.mac());
+    let limits = Limits::for_heap(heap_bytes);
+    let mut server =
+        Server::new(&mut device, &addresses, limits, Box::new(clock), clock.now_us());
+    match addresses.networks.first() {
+        Some(network) => say(format_args!("colo-guest ready ip={}\n", network.address())),
+        None => say(format_args!("colo-guest ready\n")),
+    }
+    let mut busy_us = clock.now_us();
+    loop {
+        let now_us = clock.now_us();
+        if server.turn(&mut device, now_us) {
+            busy_us = now_us;
+        } else if now_us - busy_us < options.spin_us {
+            core::hint::spin_loop();
+        } else {
+            sleep(&mut server, &mut device, &clock);
+            busy_us = clock.now_us();
+        }
+    }
+}
+
+/// Sleeps until the device has news or a timer of the server is due.
+fn sleep(server: &mut Server, device: &mut net::NetDevice, clock: &Clock) {
+    if !device.arm(server.is_blocked()) {
+        return;
+    }
+    let wake_us = server.wake_us();
+    let sleep_us = if wake_us == i64::MAX {
+        SLEEP_FOR_EVER
+    } else {
+        let left_us = wake_us.saturating_sub(clock.now_us());
+        if left_us <= 0 {
+            return;
+        }
+        u32::try_from(left_us).unwrap_or(u32::MAX)
+    };
+    cpu::sleep(sleep_us);
+}
+
+/// Reports an error that leaves nothing to do, and powers off.
+fn fail(error: &dyn core::fmt::Display) -> ! {
+    say(format_args!("colo-guest: {error}\n"));
+    cpu::power_off()
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    use core::fmt::Write;
+    // The port may be in the middle of a line; a console that fails cannot be reported.
+    let _ = writeln!(Console, "\ncolo-guest: {info}");
+    cpu::halt()
+}
