@@ -1,0 +1,626 @@
+//! The demo's report for a person, and its verdict.
+//!
+//! Invariants: the text depends on the outcome only; every claim of the verdict is a number of the report.
+//!
+//! Does not measure.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use colo_lab::load::{Latency, LoadReport, Progress};
+use serde_json::Value;
+
+use super::DemoArgs;
+use super::figures::{Figures, Spread};
+use super::paint::Paint;
+
+/// Columns of the throughput curve.
+const CURVE: usize = 60;
+const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+/// Notes shown about errors.
+const NOTES: usize = 12;
+
+/// Everything a run gave.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) load: LoadReport,
+    /// From the primary's last status.
+    pub(super) figures: Figures,
+    /// Last status of the host that serves at the end.
+    pub(super) survivor: Value,
+    /// The primary was killed.
+    pub(super) failover: bool,
+    /// Requests were made whose answers differ between the guests.
+    pub(super) diverging: bool,
+    /// From the kill to the survivor's word that it is alone.
+    pub(super) takeover_ms: Option<f64>,
+    pub(super) killed_at: Option<Duration>,
+    /// Answers per sample.
+    pub(super) samples: Vec<u64>,
+    /// The first sample after the kill.
+    pub(super) kill_sample: Option<usize>,
+}
+
+impl Outcome {
+    /// Longest silence of the probe around the kill.
+    pub(super) fn outage_ms(&self) -> Option<f64> {
+        let outage_us = self.load.probe.as_ref()?.outage_us?;
+        Some(outage_us as f64 / 1e3)
+    }
+
+    /// What was not as it must be; empty for a good run.
+    pub(super) fn failures(&self) -> Vec<String> {
+        let checks = self.checks();
+        checks
+            .into_iter()
+            .filter(|check| !check.holds)
+            .map(|check| check.failure)
+            .collect()
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        let load = &self.load;
+        let (asked, answered) = (load.requests, load.responses);
+        let mut checks = vec![
+            Check {
+                holds: answered > 0 && asked == answered && load.client_errors == 0,
+                success: format!("{} requests, each answered, no error", grouped(asked)),
+                failure: format!(
+                    "{} of {} requests were not answered; {} errors",
+                    grouped(asked.saturating_sub(answered)),
+                    grouped(asked),
+                    grouped(load.client_errors)
+                ),
+            },
+            Check {
+                holds: load.wrong_responses == 0,
+                success: format!(
+                    "every answer right; {} acknowledged facts asked for again",
+                    grouped(load.audited)
+                ),
+                failure: format!("{} answers were wrong", grouped(load.wrong_responses)),
+            },
+            Check {
+                holds: self.figures.compared > 0,
+                success: format!("{} packets compared", grouped(self.figures.compared)),
+                failure: "no packet was compared".to_owned(),
+            },
+        ];
+        checks.extend(self.divergence_check());
+        checks.push(self.role_check());
+        checks.extend(self.survival_check());
+        checks
+    }
+
+    fn divergence_check(&self) -> Option<Check> {
+        let count = self.figures.divergence_count();
+        self.diverging.then(|| Check {
+            holds: count > 0 && self.figures.checkpoints > 0,
+            success: format!(
+                "{} divergences, {} checkpoints",
+                grouped(count),
+                grouped(self.figures.checkpoints)
+            ),
+            failure: "the guests never differed, although the requests make them differ".to_owned(),
+        })
+    }
+
+    fn role_check(&self) -> Check {
+        if self.failover {
+            return Check {
+                holds: self.takeover_ms.is_some(),
+                success: "the secondary took over".to_owned(),
+                failure: "the secondary did not take over".to_owned(),
+            };
+        }
+        Check {
+            holds: self.figures.protected,
+            success: "still protected at the end".to_owned(),
+            failure: "no longer protected at the end".to_owned(),
+        }
+    }
+
+    fn survival_check(&self) -> Option<Check> {
+        let survival = self.load.survival?;
+        let (before, lost) = (survival.connections_before, survival.connections_lost);
+        Some(Check {
+            holds: lost == 0 && before > 0,
+            success: format!("{before} connections open at the kill, none lost"),
+            failure: format!("{lost} of {before} connections open at the kill were lost"),
+        })
+    }
+}
+
+struct Check {
+    holds: bool,
+    success: String,
+    failure: String,
+}
+
+/// The first lines of a run.
+pub(super) fn title(args: &DemoArgs, paint: Paint) -> String {
+    let load = format!("{} connections for {} s", args.clients, args.seconds);
+    let kind = if args.no_divergence {
+        ", deterministic requests"
+    } else {
+        ""
+    };
+    let kill = if args.no_failover {
+        ""
+    } else {
+        ", primary killed half-way"
+    };
+    format!(
+        "\n  {}  {}\n\n",
+        paint.strong("colo demo"),
+        paint.dim(&format!("{load}{kind}{kill}"))
+    )
+}
+
+/// The line that is shown during the load.
+pub(super) fn progress(
+    elapsed: Duration,
+    whole: Duration,
+    samples: &[u64],
+    progress: &Progress,
+) -> String {
+    let recent = &samples[samples.len().saturating_sub(20)..];
+    let bad = progress.client_errors + progress.wrong_responses;
+    let bad = if bad > 0 {
+        format!("  {bad} bad")
+    } else {
+        String::new()
+    };
+    format!(
+        "  … {:4.1} of {} s  {}  {} answers{bad}",
+        elapsed.as_secs_f64(),
+        whole.as_secs(),
+        bars(recent),
+        grouped(progress.responses),
+    )
+}
+
+/// The whole report.
+pub(super) fn text(outcome: &Outcome, paint: Paint) -> String {
+    let mut text = String::from("\n");
+    clients(&mut text, outcome, paint);
+    lockstep(&mut text, outcome, paint);
+    if outcome.failover {
+        failover(&mut text, outcome, paint);
+    }
+    verdict(&mut text, outcome, paint);
+    text
+}
+
+fn heading(text: &mut String, title: &str, columns: &str, paint: Paint) {
+    let line = format!(
+        "  {} {}",
+        paint.strong(&format!("{title:<17}")),
+        paint.dim(columns)
+    );
+    push(text, line.trim_end());
+}
+
+fn push(text: &mut String, line: &str) {
+    text.push_str(line);
+    text.push('\n');
+}
+
+fn clients(text: &mut String, outcome: &Outcome, paint: Paint) {
+    let load = &outcome.load;
+    let columns = format!(
+        "{:>6} {:>10} {:>9} {:>8} {:>8} {:>8} {:>8}",
+        "conns", "answers", "per s", "p50", "p99", "p99.9", "max"
+    );
+    heading(text, "Clients", &columns, paint);
+    for share in &load.shares {
+        let connections = share.connections.to_string();
+        row(
+            text,
+            share.protocol,
+            &connections,
+            &share.latency_us,
+            load.seconds,
+        );
+    }
+    if let Some(probe) = &load.probe {
+        row(text, "UDP probe", "", &probe.round_trip_us, load.seconds);
+    }
+    let connections: usize = load.shares.iter().map(|share| share.connections).sum();
+    row(
+        text,
+        "all TCP",
+        &connections.to_string(),
+        &load.latency_us,
+        load.seconds,
+    );
+    text.push('\n');
+    let mark = outcome
+        .kill_sample
+        .map(|at| at * CURVE / outcome.samples.len().max(1));
+    let curve = bars(&resampled(&outcome.samples, CURVE));
+    push(
+        text,
+        &format!("    {:<15} {}", "answers / time", paint.tint(&curve)),
+    );
+    if let Some(mark) = mark {
+        let space = " ".repeat(mark.min(CURVE - 1));
+        push(
+            text,
+            &format!("    {:<15} {space}{}", "", paint.bad("▲ killed")),
+        );
+    }
+    text.push('\n');
+}
+
+fn row(text: &mut String, name: &str, connections: &str, latency: &Latency, seconds: f64) {
+    let rate = latency.count as f64 / seconds.max(0.001);
+    let line = format!(
+        "    {name:<15} {connections:>6} {:>10} {:>9} {:>8} {:>8} {:>8} {:>8}",
+        grouped(latency.count),
+        grouped(rate as u64),
+        micros(latency.p50),
+        micros(latency.p99),
+        micros(latency.p999),
+        micros(latency.max),
+    );
+    push(text, &line);
+}
+
+fn lockstep(text: &mut String, outcome: &Outcome, paint: Paint) {
+    let figures = &outcome.figures;
+    heading(text, "Lockstep", "", paint);
+    field(
+        text,
+        "compared",
+        &format!("{} packets", grouped(figures.compared)),
+    );
+    let released = figures.released_by_match + figures.released_by_checkpoint;
+    let data = figures.data_by_match + figures.data_by_checkpoint;
+    let by = |count: u64, of_data: u64| {
+        format!(
+            "{} packets, {}; {} of those with data",
+            grouped(count),
+            percent(count, released),
+            percent(of_data, data)
+        )
+    };
+    field(
+        text,
+        "by match",
+        &by(figures.released_by_match, figures.data_by_match),
+    );
+    field(
+        text,
+        "by checkpoint",
+        &by(figures.released_by_checkpoint, figures.data_by_checkpoint),
+    );
+    let mut causes: Vec<_> = figures.divergences.iter().collect();
+    causes.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let named: Vec<_> = causes
+        .iter()
+        .map(|(cause, count)| format!("{cause} {}", grouped(**count)))
+        .collect();
+    let sum = grouped(figures.divergence_count());
+    let named = if named.is_empty() {
+        String::new()
+    } else {
+        format!(": {}", named.join(", "))
+    };
+    field(text, "divergences", &format!("{sum}{named}"));
+    let per_second = figures.checkpoints as f64 / seconds_paired(outcome);
+    field(
+        text,
+        "checkpoints",
+        &format!("{}, {per_second:.1} per s", grouped(figures.checkpoints)),
+    );
+    if figures.checkpoints > 0 {
+        let pages = figures.dirty_pages;
+        field(text, "pause", &spread(figures.pause_us));
+        field(text, "hold", &spread(figures.hold_us));
+        let shown = [pages.p50, pages.p99, pages.max].map(grouped);
+        field(
+            text,
+            "dirty pages",
+            &format!("p50 {}, p99 {}, max {}", shown[0], shown[1], shown[2]),
+        );
+    }
+    field(text, "over the link", &bytes(figures.link_bytes));
+    text.push('\n');
+}
+
+/// How long the pair was one, as far as this run knows.
+fn seconds_paired(outcome: &Outcome) -> f64 {
+    let seconds = outcome
+        .killed_at
+        .map_or(outcome.load.seconds, |at| at.as_secs_f64());
+    seconds.max(0.001)
+}
+
+fn failover(text: &mut String, outcome: &Outcome, paint: Paint) {
+    heading(text, "Failover", "", paint);
+    let killed = outcome.killed_at.unwrap_or_default().as_secs_f64();
+    field(
+        text,
+        "kill",
+        &format!("SIGKILL to the primary at {killed:.2} s"),
+    );
+    let outage = outcome
+        .outage_ms()
+        .map_or("not measured".to_owned(), |ms| format!("{ms:.0} ms"));
+    let outage = paint.strong(&outage);
+    field(
+        text,
+        "outage",
+        &format!("{outage}, the longest silence of a 1 kHz UDP echo"),
+    );
+    if let Some(ms) = outcome.takeover_ms {
+        let role = outcome.survivor["role"].as_str().unwrap_or("unknown");
+        let generation = &outcome.survivor["generation"];
+        let shown = format!("{role}, generation {generation}, {ms:.0} ms after the kill");
+        field(text, "secondary is", &shown);
+    }
+    if let Some(survival) = outcome.load.survival {
+        let lost = format!(
+            "{} open, {} lost",
+            survival.connections_before, survival.connections_lost
+        );
+        field(text, "connections", &lost);
+        let flight = survival.in_flight_us;
+        let shown = format!(
+            "{}, answered after {} (p50), {} (max)",
+            grouped(flight.count),
+            micros(flight.p50),
+            micros(flight.max)
+        );
+        field(text, "in flight", &shown);
+    }
+    if let Some(probe) = &outcome.load.probe {
+        let silent = probe.sent - probe.answered;
+        field(
+            text,
+            "UDP probe",
+            &format!(
+                "{} of {} datagrams unanswered, {} answered twice",
+                grouped(silent),
+                grouped(probe.sent),
+                grouped(probe.duplicates)
+            ),
+        );
+    }
+    text.push('\n');
+}
+
+fn field(text: &mut String, name: &str, value: &str) {
+    push(text, &format!("    {name:<15} {value}"));
+}
+
+fn verdict(text: &mut String, outcome: &Outcome, paint: Paint) {
+    let good = outcome.failures().is_empty();
+    let word = if good {
+        paint.good("passed")
+    } else {
+        paint.bad("FAILED")
+    };
+    push(
+        text,
+        &format!("  {} {word}", paint.strong("Verdict          ")),
+    );
+    for check in outcome.checks() {
+        let line = if check.holds {
+            format!("    {} {}", paint.good("✓"), check.success)
+        } else {
+            format!("    {} {}", paint.bad("✗"), paint.bad(&check.failure))
+        };
+        push(text, &line);
+    }
+    for note in outcome.load.notes.iter().take(NOTES) {
+        push(text, &format!("      {}", paint.dim(note)));
+    }
+    if outcome.load.notes.len() > NOTES {
+        push(text, &format!("      {}", paint.dim("and more")));
+    }
+    text.push('\n');
+}
+
+/// `1234567` as `1 234 567`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(' ');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Microseconds in the unit that suits them.
+fn micros(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} µs"),
+        1_000..10_000 => format!("{:.1} ms", us as f64 / 1e3),
+        10_000..1_000_000 => format!("{} ms", us / 1_000),
+        _ => format!("{:.2} s", us as f64 / 1e6),
+    }
+}
+
+fn spread(spread: Spread) -> String {
+    format!(
+        "p50 {}, p99 {}, max {}",
+        micros(spread.p50),
+        micros(spread.p99),
+        micros(spread.max)
+    )
+}
+
+fn bytes(count: u64) -> String {
+    match count {
+        0..10_000 => format!("{count} B"),
+        10_000..10_000_000 => format!("{} kB", count / 1_000),
+        _ => format!("{:.1} MB", count as f64 / 1e6),
+    }
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "–".to_owned();
+    }
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    write!(text, "{:.1} %", part as f64 * 100.0 / whole as f64).ok();
+    text
+}
+
+fn bars(samples: &[u64]) -> String {
+    let highest = samples.iter().copied().max().unwrap_or(0).max(1);
+    samples
+        .iter()
+        .map(|&sample| {
+            let step = (sample * BARS.len() as u64).div_ceil(highest).max(1) - 1;
+            if sample == 0 {
+                ' '
+            } else {
+                BARS[step as usize]
+            }
+        })
+        .collect()
+}
+
+/// The same curve in `columns` columns.
+fn resampled(samples: &[u64], columns: usize) -> Vec<u64> {
+    let at = |column: usize| samples.get(column * samples.len() / columns).copied();
+    (0..columns).filter_map(at).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use colo_lab::load::{ProbeReport, Survival};
+
+    fn outcome() -> Outcome {
+        let latency = Latency {
+            count: 12_345,
+            p50: 110,
+            p99: 2_400,
+            p999: 14_000,
+            max: 1_210_000,
+        };
+        let status = serde_json::json!({
+            "protected": true, "compared": 9000, "released_by_match": 8900,
+            "released_by_checkpoint": 100, "released_data_by_match": 4000,
+            "released_data_by_checkpoint": 90, "divergences": {"payload": 70, "deadline": 3},
+            "checkpoints": 60, "checkpoint_pause_us": {"p50": 900, "p99": 2000, "max": 2100},
+            "hold_us": {"p50": 1500, "p99": 20000, "max": 21000}, "link_bytes": 7_000_000,
+        });
+        Outcome {
+            load: LoadReport {
+                seconds: 20.0,
+                requests: 12_345,
+                responses: 12_345,
+                received_bytes: 1,
+                client_errors: 0,
+                wrong_responses: 0,
+                audited: 400,
+                latency_us: latency,
+                shares: Vec::new(),
+                survival: Some(Survival {
+                    connections_before: 16,
+                    connections_lost: 0,
+                    in_flight_us: latency,
+                }),
+                probe: Some(ProbeReport {
+                    outage_us: Some(231_000),
+                    ..ProbeReport::default()
+                }),
+                notes: Vec::new(),
+            },
+            figures: Figures::from_status(&status),
+            survivor: serde_json::json!({"role": "alone", "generation": 2}),
+            failover: true,
+            diverging: true,
+            takeover_ms: Some(215.0),
+            killed_at: Some(Duration::from_secs(10)),
+            samples: vec![5, 6, 0, 6],
+            kill_sample: Some(2),
+        }
+    }
+
+    #[test]
+    fn a_good_run_passes_and_any_flaw_fails() {
+        type Flaw = fn(&mut Outcome);
+        assert_eq!(outcome().failures(), Vec::<String>::new());
+        let flaws: [Flaw; 9] = [
+            |outcome| outcome.load.wrong_responses = 1,
+            |outcome| outcome.load.client_errors = 1,
+            |outcome| outcome.load.requests += 1,
+            |outcome| (outcome.load.requests, outcome.load.responses) = (0, 0),
+            |outcome| outcome.figures.compared = 0,
+            |outcome| outcome.figures.checkpoints = 0,
+            |outcome| outcome.takeover_ms = None,
+            |outcome| {
+                outcome.load.survival.as_mut().unwrap().connections_lost = 1;
+            },
+            |outcome| (outcome.failover, outcome.figures.protected) = (false, false),
+        ];
+        for (number, flaw) in flaws.into_iter().enumerate() {
+            let mut outcome = outcome();
+            flaw(&mut outcome);
+            assert_eq!(outcome.failures().len(), 1, "flaw {number}");
+        }
+    }
+
+    #[test]
+    fn the_report_fits_a_terminal_and_shows_the_figures() {
+        let text = text(&outcome(), Paint::plain());
+        for line in text.lines() {
+            assert!(line.chars().count() <= 100, "{line}");
+        }
+        for part in [
+            "231 ms",
+            "97.8 %",
+            "payload 70, deadline 3",
+            "passed",
+            "▲ killed",
+        ] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_json_has_the_agreed_keys() {
+        let text = super::super::figures::json(&outcome());
+        let value: Value = serde_json::from_str(&text).unwrap();
+        let keys = |value: &Value| -> Vec<String> {
+            let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+            keys.sort();
+            keys
+        };
+        let mut expected = "requests responses client_errors wrong_responses compared \
+             released_by_match released_by_checkpoint divergences checkpoints \
+             checkpoint_pause_us hold_us failover latency_us"
+            .split_whitespace()
+            .collect::<Vec<_>>();
+        expected.sort();
+        assert_eq!(keys(&value), expected);
+        assert_eq!(keys(&value["checkpoint_pause_us"]), ["max", "p50", "p99"]);
+        assert_eq!(keys(&value["hold_us"]), ["max", "p50", "p99"]);
+        let failover = ["connections_before", "connections_lost", "outage_ms"];
+        assert_eq!(keys(&value["failover"]), failover);
+        assert_eq!(keys(&value["latency_us"]), ["p50", "p99", "p999"]);
+        assert_eq!(
+            (&value["divergences"], &value["requests"]),
+            (&73.into(), &12_345.into())
+        );
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(grouped(1_234_567), "1 234 567");
+        assert_eq!(grouped(12), "12");
+        let shown = [999, 1_000, 14_000, 1_210_000].map(micros);
+        assert_eq!(shown, ["999 µs", "1.0 ms", "14 ms", "1.21 s"]);
+        assert_eq!(bars(&[0, 1, 8]), " ▁█");
+    }
+}
