@@ -32,8 +32,8 @@ pub(crate) struct Facts {
     pub(crate) hits: Rising,
     /// Highest wall-clock time the guest told, in microseconds since 1970.
     pub(crate) clock_us: u64,
-    /// Session tokens the guest gave out.
-    pub(crate) tokens: Vec<String>,
+    /// Sessions the guest opened.
+    pub(crate) sessions: Vec<Session>,
     /// What `/bytes/N` begins with, for every N.
     pub(crate) page: Vec<u8>,
     randoms: HashSet<String>,
@@ -50,7 +50,7 @@ impl Facts {
             posts: Rising::default(),
             hits: Rising::default(),
             clock_us: 0,
-            tokens: Vec::new(),
+            sessions: Vec::new(),
             page: (0..super::PAGE_MAX).map(page_byte).collect(),
             randoms: HashSet::new(),
             wrong: 0,
@@ -86,8 +86,8 @@ impl Facts {
     }
 
     /// Another session can be remembered.
-    pub(crate) fn wants_tokens(&self) -> bool {
-        self.tokens.len() < super::SESSIONS_MAX
+    pub(crate) fn wants_sessions(&self) -> bool {
+        self.sessions.len() < super::SESSIONS_MAX
     }
 
     /// A random value must be new.
@@ -115,6 +115,31 @@ impl Facts {
             ));
         }
         Ok(())
+    }
+}
+
+/// A session that the guest opened.
+#[derive(Debug)]
+pub(crate) struct Session {
+    /// Its secret name.
+    pub(crate) token: String,
+    /// What the guest says about it, once it was asked.
+    pub(crate) told: Option<String>,
+}
+
+impl Session {
+    /// The guest was asked about it.
+    pub(crate) fn asked(&mut self, told: String) -> Result<(), String> {
+        match &self.told {
+            Some(before) if *before != told => Err(format!(
+                "session {} is {told:?}, was {before:?}",
+                self.token
+            )),
+            _ => {
+                self.told = Some(told);
+                Ok(())
+            }
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! Does not pipeline, and knows no chunked bodies: the demo guest sends `Content-Length`.
 
 use super::conversation::{Broken, Conversation, Kind};
-use super::facts::Facts;
+use super::facts::{Facts, Session};
 use super::random::Random;
 
 const HEAD_MAX: usize = 8 << 10;
@@ -69,7 +69,7 @@ impl Http {
     }
 
     fn choose(&mut self, facts: &Facts) -> Expect {
-        let sessions = facts.tokens.len() as u64;
+        let sessions = facts.sessions.len() as u64;
         match self
             .random
             .below(if facts.deterministic { 70 } else { 100 })
@@ -87,7 +87,7 @@ impl Http {
             70..80 => Expect::Counter {
                 floor: facts.posts.floor(),
             },
-            80..83 if facts.wants_tokens() => Expect::Login,
+            80..83 if facts.wants_sessions() => Expect::Login,
             80..92 if sessions > 0 => Expect::Session {
                 index: self.random.below(sessions) as usize,
             },
@@ -104,7 +104,9 @@ impl Http {
             Expect::Counter { .. } => ("POST", "/counter".to_owned()),
             Expect::CounterRead { .. } => ("GET", "/counter".to_owned()),
             Expect::Login => ("POST", "/login".to_owned()),
-            Expect::Session { index } => ("GET", format!("/session/{}", facts.tokens[index])),
+            Expect::Session { index } => {
+                ("GET", format!("/session/{}", facts.sessions[index].token))
+            }
             Expect::NoSession => (
                 "GET",
                 format!(
@@ -180,17 +182,21 @@ impl Http {
                 "/bytes/{length}: wrong content or length ({})",
                 head.length
             )),
-            Expect::Page { .. } | Expect::NoSession | Expect::Session { .. } => Ok(()),
+            Expect::Page { .. } | Expect::NoSession => Ok(()),
+            Expect::Session { index } => facts.sessions[index].asked(body),
             Expect::Counter { floor } => facts.posts.raised(floor, number()?),
             Expect::CounterRead { floor } => facts.posts.read(floor, number()?),
-            Expect::Login if body.is_empty() || facts.tokens.contains(&body) => {
+            Expect::Login if body.is_empty() || known(facts, &body) => {
                 Err(format!("session token {body:?} is empty or came twice"))
             }
             Expect::Login => {
-                facts.tokens.push(body);
+                facts.sessions.push(Session {
+                    token: body,
+                    told: None,
+                });
                 Ok(())
             }
-            Expect::Time { floor_us } => facts.time_told(floor_us, number()?),
+            Expect::Time { floor_us } => facts.time_told(floor_us, number()? / 1_000),
             Expect::Random => facts.random_seen(body),
         }
     }
@@ -218,7 +224,7 @@ impl Conversation for Http {
     }
 
     fn audit(&mut self, facts: &mut Facts, out: &mut Vec<u8>) -> usize {
-        let sessions = facts.tokens.len();
+        let sessions = facts.sessions.len();
         if self.audit_left > 0 && sessions > 0 {
             self.audit_left -= 1;
             // Connections begin at different places, so that together they see all.
@@ -285,6 +291,10 @@ impl Conversation for Http {
     }
 }
 
+fn known(facts: &Facts, token: &str) -> bool {
+    facts.sessions.iter().any(|session| session.token == token)
+}
+
 fn parse_head(head: &[u8]) -> Option<Head> {
     let text = std::str::from_utf8(head).ok()?;
     let mut lines = text.split("\r\n");
@@ -346,7 +356,7 @@ mod tests {
         let mut facts = Facts::new("t".to_owned(), false);
         let mut http = asked(Expect::Login, &mut facts);
         http.hear(&mut facts, &response(200, b"abc\n")).unwrap();
-        assert_eq!(facts.tokens, ["abc"]);
+        assert_eq!(facts.sessions[0].token, "abc");
         let mut http = asked(Expect::Session { index: 0 }, &mut facts);
         http.hear(&mut facts, &response(404, b"")).unwrap();
         assert_eq!(facts.wrong_count(), 1);

@@ -200,9 +200,12 @@ impl Resp {
             Some(bytes) => version > 0 && bytes == self.value(key, version).as_bytes(),
         });
         let Some(version) = found else {
-            let shown = got
-                .map(|bytes| String::from_utf8_lossy(&bytes[..bytes.len().min(40)]).into_owned());
-            return Err(format!("key {key} is {shown:?}, acknowledged was {slot:?}"));
+            let start = got.map(|bytes| &bytes[..bytes.len().min(24)]);
+            let shown = start.map_or("absent".into(), String::from_utf8_lossy);
+            return Err(format!(
+                "key {key} is {shown}, not version {}",
+                slot.version
+            ));
         };
         self.keys[key] = Slot {
             version,
