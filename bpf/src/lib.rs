@@ -1,1 +1,13 @@
-//! Packet filters that the kernel runs for colo.
+//! Packet filters that the kernel runs for colo: what a host's NIC lets through to its guest.
+//!
+//! Invariants: a program is loop-free and ends in an accept or a reject on every path; a frame
+//! too short for a load is rejected (the kernel's rule). Until promotion the secondary runs
+//! [`drop_all`] (rule 24).
+//!
+//! Does not open sockets or devices.
+
+mod attach;
+mod program;
+
+pub use attach::{AttachError, attach_to_socket, attach_to_tap, detach_from_tap};
+pub use program::{Mac, drop_all, for_guest};

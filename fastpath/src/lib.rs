@@ -1,1 +1,13 @@
-//! Guest rings and NIC, polled: frames, worker, release.
+//! Guest rings and NIC, polled: frames, worker, statistics.
+//!
+//! The packet path: `ring` (device side of the guest's queues) and `nic` at the edges, `frame` in
+//! between, `worker` as the loop that moves them, a role as the policy of the loop.
+
+pub mod clock;
+pub mod frame;
+pub mod nic;
+pub mod ring;
+pub mod stats;
+pub mod worker;
+
+pub use colo_bpf::Mac;

@@ -1,0 +1,17 @@
+//! The one clock of the shell: `CLOCK_MONOTONIC` in microseconds, equal in all threads.
+//!
+//! Cores take its value as an argument; they never read it themselves.
+
+use std::time::Duration;
+
+/// Microseconds since an arbitrary point before the host started this process.
+pub fn now_us() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: writes one timespec that lives on this stack; the clock always exists on Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let since = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+    since.as_micros() as u64
+}

@@ -1,0 +1,194 @@
+//! A TAP device as the guest's NIC.
+//!
+//! Invariants: no offloads and no packet information, so what is read and written is plain Ethernet
+//! that the kernel has segmented and checksummed; the filter is in place before the device is up.
+//!
+//! Does not configure addresses or bridges.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use colo_bpf::{attach_to_tap, detach_from_tap, drop_all, for_guest};
+
+use super::{Filter, Nic, Sent};
+
+const TUN_PATH: &str = "/dev/net/tun";
+
+/// A TAP device could not be used. The text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// The name is empty, too long or not printable.
+    #[error("net.tap: \"{0}\" is not an interface name (1 to 15 printable characters, no '/')")]
+    BadName(String),
+    /// The control device is missing or closed to us.
+    #[error("net.tap: {TUN_PATH}: {0}; run as root and load the tun module (modprobe tun)")]
+    Control(#[source] io::Error),
+    /// Not permitted.
+    #[error("net.tap: no permission to attach to \"{0}\"; run as root or with CAP_NET_ADMIN")]
+    NotPermitted(String),
+    /// Another process has it.
+    #[error("net.tap: \"{0}\" is in use by another process; stop it or name another interface")]
+    Busy(String),
+    /// The name belongs to something else.
+    #[error("net.tap: \"{0}\" exists and is not a single-queue TAP device; name another one")]
+    NotATap(String),
+    /// Any other refusal.
+    #[error("net.tap: cannot {action} \"{name}\": {source}")]
+    Refused {
+        /// What was tried.
+        action: &'static str,
+        /// The interface.
+        name: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// An attached TAP device. A device that this made disappears with it.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+    mtu: u16,
+}
+
+impl Tap {
+    /// Attaches to the device `name`, making it when it does not exist, sets its MTU, filters it
+    /// and brings it up.
+    pub fn open(name: &str, mtu: u16, filter: Filter) -> Result<Self, TapError> {
+        let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || !plain {
+            return Err(TapError::BadName(name.to_owned()));
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(TUN_PATH)
+            .map_err(TapError::Control)?;
+        let mut request = request_for(name);
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+        interface_ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request)
+            .map_err(|e| attach_error(name, e))?;
+        let mut tap = Self {
+            file,
+            name: name.to_owned(),
+            mtu,
+        };
+        tap.set_filter(filter)
+            .map_err(|e| tap.refused("filter", e))?;
+        tap.configure()?;
+        Ok(tap)
+    }
+
+    fn configure(&self) -> Result<(), TapError> {
+        let socket = control_socket().map_err(|e| self.refused("configure", e))?;
+        let fd = socket.as_raw_fd();
+        let mut request = request_for(&self.name);
+        request.ifr_ifru.ifru_mtu = libc::c_int::from(self.mtu);
+        interface_ioctl(fd, libc::SIOCSIFMTU, &mut request)
+            .map_err(|e| self.refused("set the MTU of", e))?;
+        interface_ioctl(fd, libc::SIOCGIFFLAGS, &mut request)
+            .map_err(|e| self.refused("read the flags of", e))?;
+        // SAFETY: SIOCGIFFLAGS has just filled this member of the union.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+        interface_ioctl(fd, libc::SIOCSIFFLAGS, &mut request)
+            .map_err(|e| self.refused("bring up", e))
+    }
+
+    fn refused(&self, action: &'static str, source: io::Error) -> TapError {
+        TapError::Refused {
+            action,
+            name: self.name.clone(),
+            source,
+        }
+    }
+}
+
+impl Nic for Tap {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn receive(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        match self.file.read(buf) {
+            Ok(n) => Ok(Some(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn send(&mut self, frame: &[u8]) -> io::Result<Sent> {
+        match self.file.write(frame) {
+            Ok(_) => Ok(Sent::Done),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Sent::WouldBlock),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn poll_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    fn mtu(&self) -> u16 {
+        self.mtu
+    }
+
+    fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
+        let fd = self.file.as_fd();
+        match filter {
+            Filter::Open => detach_from_tap(fd),
+            Filter::Guest(mac) => attach_to_tap(fd, &for_guest(&[mac])),
+            Filter::DropAll => attach_to_tap(fd, &drop_all()),
+        }
+        .map_err(io::Error::other)
+    }
+}
+
+fn attach_error(name: &str, source: io::Error) -> TapError {
+    let name = name.to_owned();
+    match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => TapError::NotPermitted(name),
+        Some(libc::EBUSY) => TapError::Busy(name),
+        Some(libc::EINVAL) => TapError::NotATap(name),
+        _ => TapError::Refused {
+            action: "attach to",
+            name,
+            source,
+        },
+    }
+}
+
+fn request_for(name: &str) -> libc::ifreq {
+    // SAFETY: ifreq is plain data for which all zeroes is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+fn interface_ioctl(fd: RawFd, command: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: every command used here takes an ifreq, which is exclusively borrowed for the call.
+    if unsafe { libc::ioctl(fd, command, &raw mut *request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn control_socket() -> io::Result<OwnedFd> {
+    // SAFETY: plain system call that gives a new descriptor or -1.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just made by the kernel and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+#[path = "tap_tests.rs"]
+mod tests;

@@ -1,0 +1,53 @@
+//! The worker's roles in a pair: the packet cores of `colo-compare` between guest, NIC and link.
+//!
+//! Invariants: a frame that is owed to anyone is never dropped for lack of a slot, it stays where it is (link buffer,
+//! guest ring, NIC queue); nothing leaves while the role is muted.
+//!
+//! Does not decide about roles or checkpoints: the control thread does, through the methods of the two roles.
+
+mod primary;
+mod secondary;
+
+use std::any::Any;
+
+use colo_compare::Divergence;
+
+use crate::worker::{Edge, Role, WorkerHandle};
+
+pub use primary::{CutState, PrimaryReport, PrimaryRole, PrimaryRoleConfig};
+pub use secondary::{SecondaryReport, SecondaryRole, SecondaryRoleConfig};
+
+/// What a role tells the control thread.
+#[derive(Debug)]
+pub enum PairEvent {
+    /// Outputs differ, are late, or a limit is reached.
+    CheckpointWanted(Divergence),
+    /// The secondary has reached a limit.
+    PeerWantsCheckpoint,
+    /// The packet channel is unusable; the role has let go of it.
+    LinkDown {
+        /// In words.
+        reason: String,
+    },
+    /// The thread stood still for too long; the role is muted (rule 18).
+    ClockGap {
+        /// For how long.
+        gap_us: u64,
+    },
+}
+
+/// Slots that must be free before frames are taken from the NIC or the guest, so that what comes over the link
+/// always finds one.
+const RESERVED_SLOTS: usize = 512;
+
+/// Runs `task` on the role of `worker` if it is an `R`.
+fn on_role<R: Role, T: Send + 'static>(
+    worker: &WorkerHandle,
+    task: impl FnOnce(&mut R, &mut Edge) -> T + Send + 'static,
+) -> Option<T> {
+    let outcome = worker.execute(move |edge, role| {
+        let role: &mut dyn Any = role;
+        role.downcast_mut::<R>().map(|role| task(role, edge))
+    });
+    outcome.ok().flatten()
+}

@@ -1,0 +1,394 @@
+//! The primary's role: input to the PVM and the mirror, PVM output through the comparator.
+
+use std::collections::VecDeque;
+use std::net::Shutdown;
+
+use colo_compare::{Action, Limits, PrimaryPath, PrimaryStats, Token};
+use hdrhistogram::Histogram;
+
+use super::{PairEvent, RESERVED_SLOTS, on_role};
+use crate::clock::now_us;
+use crate::link::{PacketLink, PacketLinkError, PacketMsg};
+use crate::mailbox::Post;
+use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
+
+/// Longest time recorded.
+const HOLD_MAX_US: u64 = 600_000_000;
+/// Bytes of sequence numbers per message.
+const RELEASED_BYTES_MAX: usize = 32 << 10;
+
+/// How a primary's role is set up.
+#[derive(Debug)]
+pub struct PrimaryRoleConfig {
+    /// Sizes and deadlines.
+    pub limits: Limits,
+    /// Standing still for longer than this mutes the role while it has a secondary (rule 18).
+    pub gap_limit_us: u64,
+    /// Slots of the worker's frame pool.
+    pub frame_slots: u32,
+}
+
+/// What the packet side contributes to a checkpoint (rule 12).
+#[derive(Debug)]
+pub struct CutState {
+    /// The epoch that ended.
+    pub epoch: u64,
+    /// Undecided output in order of production.
+    pub pending: Vec<Vec<u8>>,
+    /// The client-facing translations.
+    pub translations: Vec<u8>,
+}
+
+/// Counters and times of a primary's role.
+#[derive(Debug, Clone)]
+pub struct PrimaryReport {
+    /// The packet core's counters.
+    pub stats: PrimaryStats,
+    /// Output produced to released, in microseconds.
+    pub hold_us: Histogram<u64>,
+    /// Bytes sent on the packet channel, all secondaries together.
+    pub link_sent_bytes: u64,
+    /// Bytes received on it.
+    pub link_received_bytes: u64,
+    /// Output that a core released and that waits for room in the NIC.
+    pub nic_backlog: usize,
+}
+
+/// The primary's role.
+#[derive(Debug)]
+pub struct PrimaryRole {
+    path: PrimaryPath,
+    link: Option<PacketLink>,
+    post: Post<PairEvent>,
+    unsent: VecDeque<Token>,
+    produced_us: Box<[u64]>,
+    hold_us: Histogram<u64>,
+    released_seqs: Vec<u8>,
+    released_pending: Option<u64>,
+    gap_limit_us: u64,
+    stepped_us: u64,
+    past_link_bytes: (u64, u64),
+}
+
+impl PrimaryRole {
+    /// A role without a secondary, in a new VM.
+    pub fn new(config: &PrimaryRoleConfig, post: Post<PairEvent>) -> Self {
+        Self::with_path(PrimaryPath::new(config.limits), config, post)
+    }
+
+    /// Goes on with a path that was inherited.
+    pub(super) fn with_path(
+        path: PrimaryPath,
+        config: &PrimaryRoleConfig,
+        post: Post<PairEvent>,
+    ) -> Self {
+        let hold_us = Histogram::new_with_bounds(1, HOLD_MAX_US, 3);
+        Self {
+            path,
+            link: None,
+            post,
+            unsent: VecDeque::with_capacity(config.frame_slots as usize),
+            produced_us: vec![0; config.frame_slots as usize].into_boxed_slice(),
+            hold_us: hold_us.expect("constant bounds"),
+            released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
+            released_pending: None,
+            gap_limit_us: config.gap_limit_us,
+            stepped_us: now_us(),
+            past_link_bytes: (0, 0),
+        }
+    }
+
+    /// Runs `task` on the worker's thread; `None` if the worker is gone or in another role.
+    pub fn on_worker<T: Send + 'static>(
+        worker: &WorkerHandle,
+        task: impl FnOnce(&mut Self, &mut Edge) -> T + Send + 'static,
+    ) -> Option<T> {
+        on_role(worker, task)
+    }
+
+    /// Takes the packet channel to a joining secondary. Frames go over it from the first cut on.
+    pub fn attach(&mut self, link: PacketLink) {
+        self.detach();
+        self.link = Some(link);
+        self.stepped_us = now_us();
+    }
+
+    /// Lets go of the packet channel. What is held stays held.
+    pub fn detach(&mut self) {
+        if let Some(link) = self.link.take() {
+            self.past_link_bytes.0 += link.sent_bytes;
+            self.past_link_bytes.1 += link.received_bytes;
+            let _ = link.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Ends the epoch (the worker is quiesced). `first`: comparison begins with the next one. `None` without a
+    /// secondary.
+    pub fn cut(&mut self, edge: &mut Edge, first: bool) -> Option<CutState> {
+        self.link.as_ref()?;
+        let now_us = now_us();
+        if first {
+            self.path.pair(now_us);
+        }
+        let epoch = self.path.cut(now_us);
+        let pending = self.path.pending().map(|token| edge.frames.bytes(token).to_vec()).collect();
+        let mut translations = Vec::new();
+        self.path.export_client_xlate(&mut translations);
+        Some(CutState { epoch, pending, translations })
+    }
+
+    /// The checkpoint of `epoch` is committed.
+    pub fn commit(&mut self, edge: &mut Edge, epoch: u64) {
+        self.path.commit(now_us(), &mut edge.frames, epoch);
+        self.act(edge);
+    }
+
+    /// The checkpoint of `epoch` failed (rule 14).
+    pub fn abort(&mut self, edge: &mut Edge, epoch: u64) {
+        self.path.abort(now_us(), epoch);
+        self.act(edge);
+    }
+
+    /// The generation is ours alone: everything leaves.
+    pub fn go_alone(&mut self, edge: &mut Edge) {
+        self.detach();
+        self.path.go_alone(now_us(), &mut edge.frames);
+        self.act(edge);
+    }
+
+    /// Nothing leaves, or again what may.
+    pub fn mute(&mut self, edge: &mut Edge, mute: bool) {
+        self.path.mute(now_us(), mute);
+        self.act(edge);
+    }
+
+    /// What needs no word of the secondary may leave until then.
+    pub fn set_lease(&mut self, until_us: u64) {
+        self.path.set_lease(until_us);
+    }
+
+    /// Counters and times.
+    pub fn report(&self) -> PrimaryReport {
+        let (sent, received) = self.past_link_bytes;
+        let link = self.link.as_ref().map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
+        PrimaryReport {
+            stats: *self.path.stats(),
+            hold_us: self.hold_us.clone(),
+            link_sent_bytes: sent + link.0,
+            link_received_bytes: received + link.1,
+            nic_backlog: self.unsent.len(),
+        }
+    }
+
+    fn watch_clock(&mut self, now_us: u64) {
+        let gap_us = now_us.saturating_sub(self.stepped_us);
+        self.stepped_us = now_us;
+        if self.link.is_some() && gap_us > self.gap_limit_us {
+            self.path.mute(now_us, true);
+            self.post.send(PairEvent::ClockGap { gap_us });
+        }
+    }
+
+    fn from_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let Some(mut link) = self.link.take() else { return 0 };
+        match self.read_link(&mut link, edge, now_us) {
+            Ok(n) => {
+                self.link = Some(link);
+                n
+            }
+            Err(e) => {
+                self.link = Some(link);
+                self.detach();
+                self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+                1
+            }
+        }
+    }
+
+    fn read_link(
+        &mut self,
+        link: &mut PacketLink,
+        edge: &mut Edge,
+        now_us: u64,
+    ) -> Result<usize, PacketLinkError> {
+        let mut n = 0;
+        link.fill()?;
+        while n < 4 * BATCH && edge.frames.free_slots() > 0 {
+            let Some(msg) = link.next_msg()? else { break };
+            n += 1;
+            match msg {
+                PacketMsg::Output { epoch, seq, frame } => {
+                    if let Some(token) = edge.frames.from_bytes(frame) {
+                        self.path.handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
+                    }
+                }
+                PacketMsg::InputAck { up_to } => {
+                    self.path.handle_input_ack(now_us, &mut edge.frames, up_to);
+                }
+                PacketMsg::CaughtUp { epoch } => self.path.caught_up(now_us, epoch),
+                PacketMsg::CheckpointWanted => self.post.send(PairEvent::PeerWantsCheckpoint),
+                PacketMsg::Input { .. }
+                | PacketMsg::Released { .. }
+                | PacketMsg::PendingReleased { .. } => {}
+            }
+        }
+        Ok(n)
+    }
+
+    fn from_guest(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let mut n = 0;
+        while n < BATCH && self.path.room() && edge.frames.free_slots() > RESERVED_SLOTS {
+            let Some(token) = edge.guest_take() else { break };
+            self.produced_us[token.slot() as usize] = now_us;
+            self.path.handle_guest_tx(now_us, &mut edge.frames, token);
+            n += 1;
+        }
+        n
+    }
+
+    fn takes_input(&self, edge: &mut Edge) -> bool {
+        self.path.input_room()
+            && self.link.as_ref().is_none_or(PacketLink::has_room)
+            && edge.frames.free_slots() > RESERVED_SLOTS
+            && edge.guest_has_room()
+    }
+
+    fn from_nic(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let mut n = 0;
+        while n < BATCH && self.takes_input(edge) {
+            // What an earlier life of this VM owes to the guest comes first (rule 5).
+            if let Some(token) = self.path.poll_deliver(now_us, &mut edge.frames) {
+                if edge.guest_deliver(&token) == Delivery::NoRoom {
+                    self.path.undelivered(token);
+                    break;
+                }
+                self.path.handle_delivered(now_us, &mut edge.frames, token);
+                n += 1;
+                continue;
+            }
+            let Some(token) = edge.nic_receive() else { break };
+            let token = self.path.handle_nic(now_us, &mut edge.frames, token);
+            match edge.guest_deliver(&token) {
+                Delivery::Done => self.path.handle_delivered(now_us, &mut edge.frames, token),
+                // Lost as on a wire, and not mirrored (rule 4).
+                Delivery::NoRoom | Delivery::TooSmall => edge.release(token),
+            }
+            n += 1;
+        }
+        n
+    }
+
+    /// Does what the core decided.
+    fn act(&mut self, edge: &mut Edge) -> usize {
+        let mut n = 0;
+        while let Some(action) = self.path.poll_action() {
+            n += 1;
+            match action {
+                Action::Release(token) => {
+                    let held = now_us().saturating_sub(self.produced_us[token.slot() as usize]);
+                    self.hold_us.saturating_record(held.max(1));
+                    self.unsent.push_back(token);
+                }
+                Action::Recycle(token) => edge.release(token),
+                Action::Mirror { epoch, input_seq, token } => {
+                    if let Some(link) = &mut self.link {
+                        let frame = edge.frames.bytes(&token);
+                        link.push(&PacketMsg::Input { epoch, seq: input_seq, frame });
+                    }
+                    edge.release(token);
+                }
+                Action::SvmReleased { svm_seq } => {
+                    self.released_seqs.extend_from_slice(&svm_seq.to_le_bytes());
+                }
+                Action::PendingReleased { epoch } => self.released_pending = Some(epoch),
+                Action::Checkpoint(divergence) => {
+                    self.post.send(PairEvent::CheckpointWanted(divergence));
+                }
+            }
+        }
+        self.to_nic(edge);
+        self.report_released();
+        self.flush_link();
+        n
+    }
+
+    /// Reports what has left; what still waits for the NIC has not (rule 9).
+    fn report_released(&mut self) {
+        if !self.unsent.is_empty() {
+            return;
+        }
+        let pending = self.released_pending.take();
+        if let Some(link) = &mut self.link {
+            for seqs in self.released_seqs.chunks(RELEASED_BYTES_MAX) {
+                link.push(&PacketMsg::Released { seqs });
+            }
+            if let Some(epoch) = pending {
+                link.push(&PacketMsg::PendingReleased { epoch });
+            }
+        }
+        self.released_seqs.clear();
+    }
+
+    fn to_nic(&mut self, edge: &mut Edge) {
+        while let Some(token) = self.unsent.pop_front() {
+            if !edge.nic_send(&token) {
+                self.unsent.push_front(token);
+                break;
+            }
+            edge.release(token);
+        }
+    }
+
+    fn flush_link(&mut self) {
+        let Some(link) = &mut self.link else { return };
+        if let Err(e) = link.flush() {
+            self.detach();
+            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+        }
+    }
+}
+
+impl Role for PrimaryRole {
+    fn name(&self) -> &'static str {
+        "primary"
+    }
+
+    fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
+        self.watch_clock(now_us);
+        let mut n = self.from_link(edge, now_us);
+        n += self.from_guest(edge, now_us);
+        n += self.from_nic(edge, now_us);
+        if self.path.next_deadline().is_some_and(|at| at <= now_us) {
+            self.path.handle_timeout(now_us, &mut edge.frames);
+        }
+        n += self.act(edge);
+        n > 0
+    }
+
+    fn deadline_us(&self) -> Option<u64> {
+        // With a secondary, waking in time is itself what proves that this thread has not stood still.
+        let watch = self.link.is_some().then_some(self.stepped_us + self.gap_limit_us / 4);
+        [watch, self.path.next_deadline()].into_iter().flatten().min()
+    }
+
+    fn wants_nic_frames(&self, edge: &mut Edge) -> bool {
+        self.takes_input(edge)
+    }
+
+    fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
+        if let Some(link) = &self.link {
+            fds.push(link.pollfd());
+        }
+    }
+
+    fn resume(&mut self, _edge: &mut Edge) {
+        self.stepped_us = now_us();
+    }
+
+    fn leave(&mut self, edge: &mut Edge) {
+        self.detach();
+        for token in self.unsent.drain(..) {
+            edge.release(token);
+        }
+    }
+}

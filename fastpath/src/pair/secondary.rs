@@ -1,0 +1,292 @@
+//! The secondary's role: mirrored input to the SVM, SVM output to the link.
+
+use std::net::Shutdown;
+
+use colo_bpf::Mac;
+use colo_compare::{Limits, SecondaryAction, SecondaryPath, SecondaryStats, Token};
+
+use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role};
+use crate::clock::now_us;
+use crate::link::{PacketLink, PacketLinkError, PacketMsg};
+use crate::mailbox::Post;
+use crate::nic::Filter;
+use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
+
+/// How a secondary's role is set up.
+#[derive(Debug)]
+pub struct SecondaryRoleConfig {
+    /// Sizes and deadlines.
+    pub limits: Limits,
+    /// The guest's address, for the announcements of a takeover.
+    pub mac: Mac,
+}
+
+/// Counters of a secondary's role.
+#[derive(Debug, Clone)]
+pub struct SecondaryReport {
+    /// The packet core's counters.
+    pub stats: SecondaryStats,
+    /// Bytes sent on the packet channel.
+    pub link_sent_bytes: u64,
+    /// Bytes received on it.
+    pub link_received_bytes: u64,
+}
+
+/// The secondary's role.
+#[derive(Debug)]
+pub struct SecondaryRole {
+    /// Gone once it was turned into the primary's.
+    path: Option<SecondaryPath>,
+    link: Option<PacketLink>,
+    post: Post<PairEvent>,
+    mac: Mac,
+}
+
+impl SecondaryRole {
+    /// A role that follows the primary behind `link`.
+    pub fn new(config: &SecondaryRoleConfig, link: PacketLink, post: Post<PairEvent>) -> Self {
+        Self {
+            path: Some(SecondaryPath::new(config.limits)),
+            link: Some(link),
+            post,
+            mac: config.mac,
+        }
+    }
+
+    /// Runs `task` on the worker's thread; `None` if the worker is gone or in another role.
+    pub fn on_worker<T: Send + 'static>(
+        worker: &WorkerHandle,
+        task: impl FnOnce(&mut Self, &mut Edge) -> T + Send + 'static,
+    ) -> Option<T> {
+        on_role(worker, task)
+    }
+
+    /// The SVM has stopped for a checkpoint: its last output goes to the link.
+    pub fn stop(&mut self, edge: &mut Edge) {
+        let now_us = now_us();
+        while self.from_guest(edge, now_us) > 0 {}
+        if let Some(path) = &mut self.path {
+            path.stop();
+        }
+        self.act(edge);
+    }
+
+    /// The checkpoint failed: the SVM goes on where it stopped.
+    pub fn resume_unchanged(&mut self) {
+        if let Some(path) = &mut self.path {
+            path.resume_unchanged();
+        }
+    }
+
+    /// The checkpoint of `epoch` is applied to the machine; the packet side follows.
+    pub fn commit(
+        &mut self,
+        edge: &mut Edge,
+        epoch: u64,
+        pending: &[Vec<u8>],
+        translations: &[u8],
+    ) -> Result<(), String> {
+        let path = self.path.as_mut().ok_or("this host has taken over")?;
+        let mut tokens = Vec::with_capacity(pending.len());
+        for frame in pending {
+            tokens.push(edge.frames.from_bytes(frame).ok_or("no slot for pending output")?);
+        }
+        path.commit(now_us(), &mut edge.frames, epoch, tokens, translations)
+            .map_err(|e| e.to_string())?;
+        self.act(edge);
+        Ok(())
+    }
+
+    /// Lets go of the packet channel, what was received is kept.
+    pub fn detach(&mut self) {
+        if let Some(link) = self.link.take() {
+            let _ = link.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// The SVM is the VM now: opens the NIC, announces the guest, sends what was not reported released and gives
+    /// the role that goes on.
+    pub fn take_over(
+        &mut self,
+        edge: &mut Edge,
+        config: &PrimaryRoleConfig,
+        post: Post<PairEvent>,
+    ) -> Option<Box<PrimaryRole>> {
+        let now_us = now_us();
+        // What the dead primary still said counts: input to deliver, output that it had released.
+        while self.from_link(edge, now_us) > 0 {}
+        self.detach();
+        let path = self.path.take()?;
+        if let Err(e) = edge.set_filter(Filter::Guest(self.mac)) {
+            tracing::error!("the NIC's filter cannot be opened, the guest hears nothing: {e}");
+        }
+        let path = path.take_over(now_us, &mut edge.frames, self.mac.0);
+        Some(Box::new(PrimaryRole::with_path(path, config, post)))
+    }
+
+    /// Counters.
+    pub fn report(&self) -> SecondaryReport {
+        let link = self.link.as_ref();
+        SecondaryReport {
+            stats: self.path.as_ref().map(|p| *p.stats()).unwrap_or_default(),
+            link_sent_bytes: link.map_or(0, |l| l.sent_bytes),
+            link_received_bytes: link.map_or(0, |l| l.received_bytes),
+        }
+    }
+
+    fn from_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let Some(mut link) = self.link.take() else { return 0 };
+        match self.read_link(&mut link, edge, now_us) {
+            Ok(n) => {
+                self.link = Some(link);
+                n
+            }
+            Err(reason) => {
+                self.link = Some(link);
+                self.detach();
+                self.post.send(PairEvent::LinkDown { reason });
+                1
+            }
+        }
+    }
+
+    fn read_link(
+        &mut self,
+        link: &mut PacketLink,
+        edge: &mut Edge,
+        now_us: u64,
+    ) -> Result<usize, String> {
+        let Some(path) = &mut self.path else { return Ok(0) };
+        let mut n = 0;
+        let text = |e: PacketLinkError| e.to_string();
+        link.fill().map_err(text)?;
+        while n < 4 * BATCH && edge.frames.free_slots() > RESERVED_SLOTS {
+            let Some(msg) = link.next_msg().map_err(text)? else { break };
+            n += 1;
+            match msg {
+                PacketMsg::Input { epoch, seq, frame } => {
+                    let token = edge.frames.from_bytes(frame).ok_or("frame longer than the MTU")?;
+                    path.handle_mirror(now_us, &mut edge.frames, epoch, seq, token)
+                        .map_err(|e| e.to_string())?;
+                }
+                PacketMsg::Released { seqs } => {
+                    for seq in seqs.chunks_exact(8) {
+                        let mut bytes = [0; 8];
+                        bytes.copy_from_slice(seq);
+                        path.handle_released(&mut edge.frames, u64::from_le_bytes(bytes));
+                    }
+                }
+                PacketMsg::PendingReleased { epoch } => {
+                    path.handle_pending_released(&mut edge.frames, epoch);
+                }
+                _ => {}
+            }
+        }
+        Ok(n)
+    }
+
+    fn to_guest(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let Some(path) = &mut self.path else { return 0 };
+        let mut n = 0;
+        while n < BATCH && edge.guest_has_room() {
+            let Some(token) = path.poll_deliver(now_us, &mut edge.frames) else { break };
+            match edge.guest_deliver(&token) {
+                Delivery::NoRoom => {
+                    path.undelivered(token);
+                    break;
+                }
+                Delivery::Done | Delivery::TooSmall => edge.release(token),
+            }
+            n += 1;
+        }
+        n
+    }
+
+    fn from_guest(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let Some(path) = &mut self.path else { return 0 };
+        let link_room = self.link.as_ref().is_none_or(PacketLink::has_room);
+        let mut n = 0;
+        while n < BATCH && link_room && path.room() && edge.frames.free_slots() > RESERVED_SLOTS {
+            let Some(token) = edge.guest_take() else { break };
+            path.handle_guest_tx(now_us, &mut edge.frames, token);
+            n += 1;
+        }
+        n
+    }
+
+    fn act(&mut self, edge: &mut Edge) -> usize {
+        let Some(path) = &mut self.path else { return 0 };
+        let mut n = 0;
+        while let Some(action) = path.poll_action() {
+            n += 1;
+            match action {
+                SecondaryAction::Recycle(token) => edge.release(token),
+                SecondaryAction::AckInput { up_to } => {
+                    push(&mut self.link, &PacketMsg::InputAck { up_to });
+                }
+                SecondaryAction::SendOutput { epoch, svm_seq } => {
+                    if let Some(token) = path.output(svm_seq) {
+                        let frame = edge.frames.bytes(token);
+                        push(&mut self.link, &PacketMsg::Output { epoch, seq: svm_seq, frame });
+                    }
+                }
+                SecondaryAction::CaughtUp { epoch } => {
+                    push(&mut self.link, &PacketMsg::CaughtUp { epoch });
+                }
+                SecondaryAction::RequestCheckpoint(cause) => {
+                    tracing::info!("a checkpoint is needed: {}", cause.name());
+                    push(&mut self.link, &PacketMsg::CheckpointWanted);
+                }
+            }
+        }
+        if let Some(link) = &mut self.link
+            && let Err(e) = link.flush()
+        {
+            self.detach();
+            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+        }
+        n
+    }
+}
+
+fn push(link: &mut Option<PacketLink>, msg: &PacketMsg<'_>) {
+    if let Some(link) = link {
+        link.push(msg);
+    }
+}
+
+impl Role for SecondaryRole {
+    fn name(&self) -> &'static str {
+        "secondary"
+    }
+
+    fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
+        let mut n = self.from_link(edge, now_us);
+        n += self.to_guest(edge, now_us);
+        n += self.from_guest(edge, now_us);
+        let due = |p: &SecondaryPath| p.next_deadline().is_some_and(|at| at <= now_us);
+        if let Some(path) = self.path.as_mut().filter(|p| due(p)) {
+            path.handle_timeout(now_us, &mut edge.frames);
+        }
+        n += self.act(edge);
+        n > 0
+    }
+
+    fn deadline_us(&self) -> Option<u64> {
+        self.path.as_ref().and_then(SecondaryPath::next_deadline)
+    }
+
+    fn wants_nic_frames(&self, _edge: &mut Edge) -> bool {
+        false
+    }
+
+    fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
+        if let Some(link) = &self.link {
+            fds.push(link.pollfd());
+        }
+    }
+
+    fn leave(&mut self, _edge: &mut Edge) {
+        self.detach();
+    }
+}

@@ -1,0 +1,109 @@
+//! Counters of one thread, readable by all.
+//!
+//! Invariants: each counter has one writer, so an addition is a plain load and store; readers may be
+//! a moment behind but never see a torn value.
+//!
+//! Does not aggregate over threads or time.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+/// A counter with a single writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds; only the owning thread calls this.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(
+            self.0.load(Ordering::Relaxed).wrapping_add(n),
+            Ordering::Relaxed,
+        );
+    }
+
+    /// The present value.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Declares a block of counters together with its serialisable copy.
+#[macro_export]
+macro_rules! counters {
+    ($(#[$doc:meta])* $live:ident => $copy:ident { $($(#[$field_doc:meta])* $field:ident,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Default)]
+        pub struct $live { $($(#[$field_doc])* pub $field: $crate::stats::Counter,)* }
+
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, $crate::stats::Serialise)]
+        pub struct $copy { $($(#[$field_doc])* pub $field: u64,)* }
+
+        impl $live {
+            /// The values of this moment.
+            pub fn snapshot(&self) -> $copy {
+                $copy { $($field: self.$field.get(),)* }
+            }
+        }
+
+        impl $copy {
+            /// Names and values, for tables.
+            pub fn entries(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($field), self.$field),)*]
+            }
+        }
+    };
+}
+
+pub use serde::Serialize as Serialise;
+
+counters! {
+    /// What a worker has done.
+    WorkerStats => WorkerSnapshot {
+        /// Frames put into the guest's receive queue.
+        guest_rx_frames,
+        /// Bytes of these.
+        guest_rx_bytes,
+        /// Frames dropped because the guest's buffer was too small.
+        guest_rx_too_small,
+        /// Frames taken from the guest's transmit queue.
+        guest_tx_frames,
+        /// Bytes of these.
+        guest_tx_bytes,
+        /// Transmit buffers dropped: too short, too long, or asking for offloads.
+        guest_tx_bad,
+        /// Frames read from the NIC.
+        nic_rx_frames,
+        /// Frames from the NIC that were longer than the MTU allows.
+        nic_rx_oversize,
+        /// Reads that the NIC refused.
+        nic_rx_errors,
+        /// Frames given to the NIC.
+        nic_tx_frames,
+        /// Times the NIC had no room and the frame was kept.
+        nic_tx_blocked,
+        /// Frames that the NIC refused.
+        nic_tx_errors,
+        /// Times a frame had to wait because no slot was free.
+        frames_exhausted,
+        /// Interrupts sent to the guest.
+        guest_calls,
+        /// Notifications received from the guest.
+        guest_kicks,
+        /// Times a broken queue made the device ask for a reset.
+        ring_errors,
+        /// Batches with work in them.
+        busy_batches,
+        /// Times the worker went to sleep.
+        sleeps,
+        /// Commands handled.
+        commands,
+    }
+}
+
+const _: fn() = || {
+    fn serialisable<T: Serialize>() {}
+    serialisable::<WorkerSnapshot>();
+};

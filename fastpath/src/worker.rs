@@ -1,0 +1,222 @@
+//! The thread that moves packets: it owns the queues, the frames, the NIC and its role.
+//!
+//! Invariants: while there is work it makes no system call besides those of the NIC and the guest is
+//! not asked to ring; it sleeps only after asking to be rung and looking once more; the guest is
+//! called at most once a batch.
+//!
+//! Does not decide which frames may leave; its [`Role`] does.
+
+mod command;
+mod edge;
+mod idle;
+mod port;
+mod role;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+
+use tracing::{info, warn};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::clock::now_us;
+use crate::frame::{FramePool, slot_bytes_for};
+use crate::nic::Nic;
+use crate::stats::WorkerStats;
+
+pub use command::{Command, Task, WorkerGone, WorkerHandle};
+pub use edge::Edge;
+pub use idle::{PollMode, SPIN_MAX_US};
+pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState, PortWiring};
+pub use role::{BATCH, Role, Solo};
+
+use command::Inbox;
+use idle::{Idle, Next};
+
+/// How to run a worker.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Thread name.
+    pub name: String,
+    /// How it waits.
+    pub poll: PollMode,
+    /// The CPU it is pinned to.
+    pub cpu: Option<usize>,
+    /// Frames in flight at most.
+    pub frame_slots: u32,
+}
+
+/// Starts a worker in the role [`Solo`], without a driver yet.
+pub fn spawn(
+    config: WorkerConfig,
+    nic: Box<dyn Nic>,
+    wiring: PortWiring,
+) -> io::Result<WorkerHandle> {
+    let stats = Arc::new(WorkerStats::default());
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let (sender, commands) = channel();
+    let frames = FramePool::new(config.frame_slots, slot_bytes_for(nic.mtu()));
+    let port = GuestPort::new(wiring, stats.clone());
+    let worker = Worker {
+        edge: Edge::new(frames, nic, port, stats.clone()),
+        role: Box::new(Solo::default()),
+        inbox: Inbox {
+            commands,
+            wake: wake.clone(),
+        },
+        idle: Idle::new(config.poll),
+        stats: stats.clone(),
+        quiesced: false,
+        fds: Vec::with_capacity(8),
+    };
+    let thread = thread::Builder::new().name(config.name).spawn(move || {
+        pin(config.cpu);
+        worker.run();
+    })?;
+    Ok(WorkerHandle::new(sender, wake, stats, thread))
+}
+
+struct Worker {
+    edge: Edge,
+    role: Box<dyn Role>,
+    inbox: Inbox,
+    idle: Idle,
+    stats: Arc<WorkerStats>,
+    quiesced: bool,
+    fds: Vec<libc::pollfd>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        while self.obey() {
+            let now_us = now_us();
+            let worked = !self.quiesced && self.role.step(&mut self.edge, now_us);
+            // Also without progress: a dropped buffer goes back to the guest too.
+            self.edge.port.flush();
+            if worked {
+                self.stats.busy_batches.add(1);
+                self.idle.worked();
+                continue;
+            }
+            match self.idle.next(now_us) {
+                Next::Spin if !self.quiesced => std::hint::spin_loop(),
+                _ => self.sleep(now_us),
+            }
+        }
+        self.role.leave(&mut self.edge);
+    }
+
+    /// Handles what others ask for; `false` to end.
+    fn obey(&mut self) -> bool {
+        while let Ok(command) = self.inbox.commands.try_recv() {
+            self.stats.commands.add(1);
+            if matches!(command, Command::Stop) {
+                return false;
+            }
+            self.handle(command);
+        }
+        true
+    }
+
+    fn handle(&mut self, command: Command) {
+        let edge = &mut self.edge;
+        match command {
+            Command::Activate(queues) => edge.port.activate(queues),
+            Command::Deactivate(reply) => {
+                edge.port.deactivate();
+                let _ = reply.send(());
+            }
+            Command::Quiesce(reply) => {
+                if !std::mem::replace(&mut self.quiesced, true) {
+                    self.role.quiesce(edge);
+                }
+                let _ = reply.send(edge.port.state());
+            }
+            Command::Resume => {
+                if std::mem::replace(&mut self.quiesced, false) {
+                    self.role.resume(edge);
+                }
+            }
+            Command::Restore(queues, reply) => {
+                edge.port.deactivate();
+                if let Some(queues) = queues {
+                    edge.port.activate(queues);
+                }
+                let _ = reply.send(());
+            }
+            Command::SetRole(role) => {
+                self.role.leave(edge);
+                info!("role {} follows {}", role.name(), self.role.name());
+                self.role = role;
+            }
+            Command::Run(task) => task(edge, &mut *self.role),
+            Command::Stop => {}
+        }
+        self.edge.port.flush();
+    }
+
+    /// Waits for a command, the guest, the NIC, the role's descriptors or its deadline.
+    fn sleep(&mut self, now_us: u64) {
+        self.fds.clear();
+        self.fds.push(readable(self.inbox.wake.as_raw_fd()));
+        let mut timeout_us = None;
+        if !self.quiesced {
+            if self.edge.port.sleep_mode(self.role.wants_guest_frames()) {
+                return;
+            }
+            let wants_frames = self.role.wants_nic_frames(&mut self.edge);
+            let nic = self.edge.nic_poll(wants_frames);
+            self.fds.extend([readable(self.edge.port.kick_fd()), nic]);
+            self.role.poll_fds(&mut self.fds);
+            timeout_us = self.role.deadline_us().map(|at| at.saturating_sub(now_us));
+        }
+        self.stats.sleeps.add(1);
+        wait(&mut self.fds, timeout_us);
+        let _ = self.inbox.wake.read();
+        self.edge.port.drain_kicks();
+        self.edge.port.poll_mode();
+        self.idle
+            .slept(crate::clock::now_us().saturating_sub(now_us));
+    }
+}
+
+fn readable(fd: libc::c_int) -> libc::pollfd {
+    libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    }
+}
+
+fn wait(fds: &mut [libc::pollfd], timeout_us: Option<u64>) {
+    let timeout = timeout_us.map(|us| libc::timespec {
+        tv_sec: (us / 1_000_000) as libc::time_t,
+        tv_nsec: (us % 1_000_000 * 1000) as libc::c_long,
+    });
+    let timeout = timeout
+        .as_ref()
+        .map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the slice and the optional timespec live through the call; no signal mask is given.
+    unsafe {
+        libc::ppoll(
+            fds.as_mut_ptr(),
+            fds.len() as libc::nfds_t,
+            timeout,
+            std::ptr::null(),
+        )
+    };
+}
+
+fn pin(cpu: Option<usize>) {
+    if let Some(cpu) = cpu
+        && !core_affinity::set_for_current(core_affinity::CoreId { id: cpu })
+    {
+        warn!("host.cpu: this thread cannot be pinned to CPU {cpu}");
+    }
+}
+
+#[cfg(test)]
+#[path = "worker/tests.rs"]
+mod tests;

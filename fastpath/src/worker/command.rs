@@ -1,0 +1,161 @@
+//! How other threads talk to a worker.
+//!
+//! Invariants: commands are handled in order, at packet boundaries, also while the worker is
+//! quiesced; every request that has an answer gets it or an error, never silence.
+//!
+//! Carries no frames.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::nic::Filter;
+use crate::stats::{WorkerSnapshot, WorkerStats};
+
+use super::edge::Edge;
+use super::port::PortState;
+use super::role::Role;
+
+/// The worker thread has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the packet worker has ended")]
+pub struct WorkerGone;
+
+/// Work done on the worker thread between two batches.
+pub type Task = Box<dyn FnOnce(&mut Edge, &mut dyn Role) + Send>;
+
+/// What a worker can be told.
+pub enum Command {
+    /// The guest's driver is ready.
+    Activate(PortState),
+    /// The guest reset the device: forget the queues, then answer.
+    Deactivate(Sender<()>),
+    /// Stop at this packet boundary and tell where the queues stand.
+    Quiesce(Sender<Option<PortState>>),
+    /// Go on.
+    Resume,
+    /// Take over queues as a record has them (`None`: no driver).
+    Restore(Option<PortState>, Sender<()>),
+    /// Exchange the role.
+    SetRole(Box<dyn Role>),
+    /// Run something on the worker thread.
+    Run(Task),
+    /// End the thread.
+    Stop,
+}
+
+/// Sends commands; cheap to clone. The thread itself is joined by [`WorkerHandle::stop`].
+#[derive(Clone, Debug)]
+pub struct WorkerHandle {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    stats: Arc<WorkerStats>,
+    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+impl WorkerHandle {
+    pub(super) fn new(
+        commands: Sender<Command>,
+        wake: Arc<EventFd>,
+        stats: Arc<WorkerStats>,
+        thread: JoinHandle<()>,
+    ) -> Self {
+        Self {
+            commands,
+            wake,
+            stats,
+            thread: Arc::new(Mutex::new(Some(thread))),
+        }
+    }
+
+    /// Sends a command without waiting.
+    pub fn send(&self, command: Command) -> Result<(), WorkerGone> {
+        self.commands.send(command).map_err(|_| WorkerGone)?;
+        self.wake.write(1).map_err(|_| WorkerGone)
+    }
+
+    /// The guest's driver is ready.
+    pub fn activate(&self, queues: PortState) -> Result<(), WorkerGone> {
+        self.send(Command::Activate(queues))
+    }
+
+    /// Waits until the worker has let go of the queues.
+    pub fn deactivate(&self) -> Result<(), WorkerGone> {
+        self.ask(Command::Deactivate)
+    }
+
+    /// Stops the worker at a packet boundary. Gives the states of the queues, or `None` without a
+    /// driver.
+    pub fn quiesce(&self) -> Result<Option<PortState>, WorkerGone> {
+        self.ask(Command::Quiesce)
+    }
+
+    /// Lets a quiesced worker go on.
+    pub fn resume(&self) -> Result<(), WorkerGone> {
+        self.send(Command::Resume)
+    }
+
+    /// Replaces the queues, whether quiesced or not, and waits until that is done.
+    pub fn restore(&self, queues: Option<PortState>) -> Result<(), WorkerGone> {
+        self.ask(|reply| Command::Restore(queues, reply))
+    }
+
+    /// Exchanges the role at the next packet boundary.
+    pub fn set_role(&self, role: Box<dyn Role>) -> Result<(), WorkerGone> {
+        self.send(Command::SetRole(role))
+    }
+
+    /// Replaces the NIC's filter and waits for the outcome.
+    pub fn set_filter(&self, filter: Filter) -> Result<std::io::Result<()>, WorkerGone> {
+        self.execute(move |edge, _| edge.set_filter(filter))
+    }
+
+    /// Runs `task` on the worker thread at a packet boundary and gives its result. The role can be
+    /// narrowed: `(role as &mut dyn Any).downcast_mut::<MyRole>()`.
+    pub fn execute<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut Edge, &mut dyn Role) -> R + Send + 'static,
+    ) -> Result<R, WorkerGone> {
+        self.ask(|reply| {
+            Command::Run(Box::new(move |edge, role| {
+                // A caller that no longer waits is no concern of the worker's.
+                let _ = reply.send(task(edge, role));
+            }))
+        })
+    }
+
+    /// The counters of this moment.
+    pub fn stats(&self) -> WorkerSnapshot {
+        self.stats.snapshot()
+    }
+
+    /// Ends the thread and waits for it. Later calls do nothing.
+    pub fn stop(&self) {
+        let _ = self.send(Command::Stop);
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!("the packet worker panicked");
+        }
+    }
+
+    fn ask<R>(&self, command: impl FnOnce(Sender<R>) -> Command) -> Result<R, WorkerGone> {
+        let (reply, answer) = channel();
+        self.send(command(reply))?;
+        answer.recv().map_err(|_| WorkerGone)
+    }
+}
+
+/// The worker's end.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    pub(super) commands: Receiver<Command>,
+    pub(super) wake: Arc<EventFd>,
+}

@@ -1,0 +1,101 @@
+//! How long a worker polls in vain before it sleeps.
+//!
+//! Invariants: the spin time stays within its limits; it grows when a sleep turned out shorter than
+//! a permitted spin, and shrinks when it was long.
+//!
+//! Does not sleep itself.
+
+/// How a worker waits for work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PollMode {
+    /// Spins for a learnt time, then sleeps.
+    #[default]
+    Adaptive,
+    /// Never sleeps.
+    Busy,
+    /// Sleeps at once.
+    Interrupt,
+}
+
+/// Longest spin of [`PollMode::Adaptive`].
+pub const SPIN_MAX_US: u64 = 50;
+const SPIN_START_US: u64 = 5;
+
+/// What to do when a step found nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    Spin,
+    Sleep,
+}
+
+#[derive(Debug)]
+pub(super) struct Idle {
+    mode: PollMode,
+    spin_us: u64,
+    since_us: Option<u64>,
+}
+
+impl Idle {
+    pub(super) fn new(mode: PollMode) -> Self {
+        Self {
+            mode,
+            spin_us: SPIN_START_US,
+            since_us: None,
+        }
+    }
+
+    /// A step found work.
+    pub(super) fn worked(&mut self) {
+        self.since_us = None;
+    }
+
+    /// A step found nothing.
+    pub(super) fn next(&mut self, now_us: u64) -> Next {
+        let since_us = *self.since_us.get_or_insert(now_us);
+        match self.mode {
+            PollMode::Busy => Next::Spin,
+            PollMode::Interrupt => Next::Sleep,
+            PollMode::Adaptive if now_us.saturating_sub(since_us) < self.spin_us => Next::Spin,
+            PollMode::Adaptive => Next::Sleep,
+        }
+    }
+
+    /// A sleep of this length ended with work, a command or a deadline.
+    pub(super) fn slept(&mut self, slept_us: u64) {
+        self.since_us = None;
+        self.spin_us = if slept_us <= SPIN_MAX_US {
+            (self.spin_us * 2).clamp(SPIN_START_US, SPIN_MAX_US)
+        } else {
+            self.spin_us / 2
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_sleeps_teach_spinning_and_long_ones_unteach_it() {
+        let mut idle = Idle::new(PollMode::Adaptive);
+        for _ in 0..10 {
+            idle.slept(10);
+        }
+        assert_eq!(idle.next(1000), Next::Spin);
+        assert_eq!(idle.next(1000 + SPIN_MAX_US - 1), Next::Spin);
+        assert_eq!(idle.next(1000 + SPIN_MAX_US), Next::Sleep);
+        for _ in 0..10 {
+            idle.slept(100_000);
+        }
+        assert_eq!(idle.next(5000), Next::Sleep);
+        idle.slept(3);
+        assert_eq!(idle.next(6000), Next::Spin, "learns again from nothing");
+    }
+
+    #[test]
+    fn modes_are_obeyed() {
+        assert_eq!(Idle::new(PollMode::Busy).next(u64::MAX), Next::Spin);
+        assert_eq!(Idle::new(PollMode::Interrupt).next(0), Next::Sleep);
+    }
+}

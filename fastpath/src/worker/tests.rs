@@ -1,0 +1,264 @@
+//! The worker between a mock driver and a socket for a wire.
+
+use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
+
+use super::*;
+use crate::nic::SocketNic;
+use crate::ring::driver_mock::DriverMock;
+use crate::ring::{Call, GuestRam, Pages, Segment};
+
+const BUFFERS: u64 = 0x20000;
+
+struct Bench {
+    ram: Arc<GuestRam>,
+    guest_rx: DriverMock,
+    guest_tx: DriverMock,
+    call: Arc<Call>,
+    line: EventFd,
+    kick: EventFd,
+    wire: UnixDatagram,
+    worker: WorkerHandle,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.worker.stop();
+    }
+}
+
+fn bench(poll: PollMode) -> Bench {
+    let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
+    let guest_rx = DriverMock::new(ram.clone(), 0x4000, 16, true);
+    let guest_tx = DriverMock::new(ram.clone(), 0x8000, 16, true);
+    let line = EventFd::new(EFD_NONBLOCK).unwrap();
+    let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+    let call = Arc::new(Call::new(line.try_clone().unwrap()));
+    let (nic, wire) = SocketNic::pair(1500).unwrap();
+    wire.set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let wiring = PortWiring {
+        ram: ram.clone(),
+        call: call.clone(),
+        kick: kick.try_clone().unwrap(),
+    };
+    let config = WorkerConfig {
+        name: "bench".into(),
+        poll,
+        cpu: None,
+        frame_slots: 32,
+    };
+    let worker = spawn(config, Box::new(nic), wiring).unwrap();
+    worker
+        .activate([guest_rx.queue_state(), guest_tx.queue_state()])
+        .unwrap();
+    Bench {
+        ram,
+        guest_rx,
+        guest_tx,
+        call,
+        line,
+        kick,
+        wire,
+        worker,
+    }
+}
+
+impl Bench {
+    fn send(&mut self, header: [u8; 12], frame: &[u8]) {
+        self.ram.write(BUFFERS, &header).unwrap();
+        self.ram.write(BUFFERS + 12, frame).unwrap();
+        let buffer = Segment {
+            gpa: BUFFERS,
+            len: 12 + frame.len() as u32,
+        };
+        self.guest_tx.offer(&[buffer], &[]).unwrap().unwrap();
+        self.kick.write(1).unwrap();
+        while self.guest_tx.take_used().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+    }
+
+    fn offer_room(&mut self, parts: &[(u64, u32)]) {
+        let segments: Vec<_> = parts
+            .iter()
+            .map(|&(gpa, len)| Segment { gpa, len })
+            .collect();
+        self.guest_rx.offer(&[], &segments).unwrap().unwrap();
+        self.kick.write(1).unwrap();
+    }
+
+    fn receive(&mut self) -> u32 {
+        loop {
+            if let Some(used) = self.guest_rx.take_used().unwrap() {
+                return used.written;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn wait_for(&self, what: impl Fn(&crate::stats::WorkerSnapshot) -> bool) {
+        while !what(&self.worker.stats()) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn frames_pass_both_ways_in_every_mode() {
+    for poll in [PollMode::Adaptive, PollMode::Busy, PollMode::Interrupt] {
+        let mut bench = bench(poll);
+        for round in 0..200_u16 {
+            let frame = [round as u8; 60];
+            bench.send([0; 12], &frame);
+            let mut buf = [0; 2048];
+            assert_eq!(bench.wire.recv(&mut buf).unwrap(), 60);
+            assert_eq!(buf[..60], frame);
+
+            bench.offer_room(&[(0x30000, 5), (0x31000, 20), (0x32000, 2000)]);
+            bench.wire.send(&frame).unwrap();
+            assert_eq!(bench.receive(), 72);
+            let mut parts = [0; 72];
+            bench.ram.read(0x30000, &mut parts[..5]).unwrap();
+            bench.ram.read(0x31000, &mut parts[5..25]).unwrap();
+            bench.ram.read(0x32000, &mut parts[25..]).unwrap();
+            assert_eq!(parts[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+            assert_eq!(parts[12..], frame);
+        }
+    }
+}
+
+#[test]
+fn frames_wait_at_the_nic_while_the_guest_has_no_room() {
+    let mut bench = bench(PollMode::Adaptive);
+    for n in 0..5 {
+        bench.wire.send(&[n; 60]).unwrap();
+    }
+    bench.wait_for(|s| s.sleeps > 0);
+    assert_eq!(bench.worker.stats().nic_rx_frames, 0);
+    for n in 0..5 {
+        bench.offer_room(&[(0x30000, 2000)]);
+        assert_eq!(bench.receive(), 72);
+        let mut first = [0];
+        bench.ram.read(0x30000 + 12, &mut first).unwrap();
+        assert_eq!(first, [n]);
+    }
+}
+
+#[test]
+fn bad_output_is_counted_and_does_not_stall() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.send([0; 12], &[1; 13]);
+    bench.send([0; 12], &[2; 1600]);
+    bench.send([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[3; 60]);
+    bench.send([0; 12], &[4; 60]);
+    let mut buf = [0; 2048];
+    assert_eq!(bench.wire.recv(&mut buf).unwrap(), 60);
+    assert_eq!(buf[0], 4);
+    assert_eq!(bench.worker.stats().guest_tx_bad, 3);
+}
+
+#[test]
+fn a_small_receive_buffer_costs_its_frame_only() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.offer_room(&[(0x30000, 100)]);
+    bench.wire.send(&[1; 200]).unwrap();
+    bench.wire.send(&[2; 60]).unwrap();
+    assert_eq!(bench.receive(), 72);
+    assert_eq!(bench.worker.stats().guest_rx_too_small, 1);
+    bench.wire.send(&[3; 1523]).unwrap();
+    bench.offer_room(&[(0x30000, 2000)]);
+    bench.wait_for(|s| s.nic_rx_oversize == 1);
+}
+
+#[test]
+fn a_broken_ring_asks_for_a_reset_and_works_again_after_it() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.guest_tx.set_avail_idx(1000).unwrap();
+    bench.kick.write(1).unwrap();
+    bench.wait_for(|s| s.ring_errors == 1);
+    while bench.line.read().is_err() {
+        std::thread::yield_now();
+    }
+    assert!(bench.call.needs_reset());
+    assert_eq!(bench.worker.quiesce().unwrap(), None);
+    bench.worker.resume().unwrap();
+    bench.worker.deactivate().unwrap();
+
+    bench.call.reset();
+    bench.ram.write(0x4000, &[0; 0x8000]).unwrap();
+    bench.guest_rx = DriverMock::new(bench.ram.clone(), 0x4000, 16, true);
+    bench.guest_tx = DriverMock::new(bench.ram.clone(), 0x8000, 16, true);
+    let state = [bench.guest_rx.queue_state(), bench.guest_tx.queue_state()];
+    bench.worker.activate(state).unwrap();
+    bench.send([0; 12], &[9; 60]);
+    assert_eq!(bench.wire.recv(&mut [0; 2048]).unwrap(), 60);
+}
+
+#[test]
+fn a_quiesced_worker_stands_still_with_nothing_in_flight() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.offer_room(&[(0x30000, 2000)]);
+    bench.send([0; 12], &[1; 60]);
+    let [guest_rx, guest_tx] = bench.worker.quiesce().unwrap().unwrap();
+    assert_eq!((guest_rx.next_avail, guest_rx.next_used), (0, 0));
+    assert_eq!((guest_tx.next_avail, guest_tx.next_used), (1, 1));
+    bench.wire.send(&[7; 60]).unwrap();
+    assert_eq!(
+        bench
+            .worker
+            .execute(|edge, _| edge.stats().nic_rx_frames.get())
+            .unwrap(),
+        0
+    );
+    bench.worker.restore(Some([guest_rx, guest_tx])).unwrap();
+    bench.worker.resume().unwrap();
+    assert_eq!(bench.receive(), 72);
+}
+
+#[test]
+fn roles_can_be_exchanged_and_reached() {
+    #[derive(Default)]
+    struct Sink {
+        dropped: u64,
+    }
+    impl Role for Sink {
+        fn name(&self) -> &'static str {
+            "sink"
+        }
+        fn step(&mut self, edge: &mut Edge, _now_us: u64) -> bool {
+            let Some(token) = edge.guest_take() else {
+                return false;
+            };
+            edge.release(token);
+            self.dropped += 1;
+            true
+        }
+        fn deadline_us(&self) -> Option<u64> {
+            Some(now_us() + 100)
+        }
+    }
+    let mut bench = bench(PollMode::Adaptive);
+    bench.worker.set_role(Box::new(Sink::default())).unwrap();
+    bench
+        .worker
+        .execute(|_, role| assert_eq!(role.name(), "sink"))
+        .unwrap();
+    bench.send([0; 12], &[1; 60]);
+    let dropped = |role: &mut dyn Role| {
+        let role: &mut dyn std::any::Any = role;
+        role.downcast_mut::<Sink>().unwrap().dropped
+    };
+    assert_eq!(
+        bench.worker.execute(move |_, role| dropped(role)).unwrap(),
+        1
+    );
+}
+
+#[test]
+fn a_stopped_worker_says_so() {
+    let bench = bench(PollMode::Interrupt);
+    bench.worker.stop();
+    assert!(bench.worker.quiesce().is_err());
+    assert!(bench.worker.resume().is_err());
+}
