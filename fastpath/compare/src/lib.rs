@@ -1,9 +1,43 @@
 //! The sans-IO core that decides what leaves: comparator and translations.
+//!
+//! Two state machines, one per role. [`PrimaryPath`] takes what the NIC, the PVM and the SVM send
+//! and says what is released, mirrored, held, and when a checkpoint is wanted. `SecondaryPath`
+//! takes the mirrored input and the SVM's output, and becomes a [`PrimaryPath`] at a takeover.
+//! Times are monotonic microseconds given by the caller.
+//!
+//! Invariants: no clock, no thread, no I/O; frames are linear tokens; bad input never panics.
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+mod action;
+mod announce;
+mod cause;
+mod datagram;
+mod flow;
 mod frames;
+mod ledger;
+mod limits;
+mod primary;
+mod record;
+mod retain;
+pub mod seq;
+mod stats;
+mod table;
+mod tcp;
+#[doc(hidden)]
+pub mod testing;
+pub mod wire;
+mod xlate;
 
+pub use action::{Action, PathError, Right, SecondaryAction};
+pub use announce::ANNOUNCEMENT_MAX;
+pub use cause::{Cause, Divergence, SHOWN_BYTES, Shown};
+pub use flow::{Direction, FlowKey, Protocol};
 pub use frames::{Frames, HEADER_MAX, Token};
+pub use limits::Limits;
+pub use primary::{Mode, Pending, PrimaryPath};
+pub use record::RecordError;
+pub use stats::{PrimaryStats, SecondaryStats};
+pub use xlate::Offsets;

@@ -1,0 +1,167 @@
+//! Why two outputs count as different, or why a checkpoint is wanted for another reason.
+//!
+//! Invariant: the names are stable; they appear in logs, counters and reports.
+
+use crate::flow::FlowKey;
+
+/// Why a checkpoint is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Cause {
+    /// Bytes differ.
+    Payload,
+    /// One side's message or stream ends where the other's goes on.
+    Length,
+    /// SYN, FIN, RST, URG differ, or one side reset alone.
+    Flags,
+    /// Network header fields that count (TTL, DSCP, options) differ.
+    Header,
+    /// MSS, window scale, SACK-permitted or timestamps differ on SYN or SYN-ACK.
+    SynOptions,
+    /// The SVM did not produce it in time.
+    Deadline,
+    /// The secondary did not acknowledge the input that the segment acknowledges in time (rule 6).
+    AckDeadline,
+    /// The SVM did not consume its backlog in time after a resume (rule 9).
+    Lag,
+    /// The SVM sent something that the PVM did not send in time.
+    Extra,
+    /// A flow that the guest opened has another port on the SVM (rule 2).
+    OutboundTuple,
+    /// The frame cannot be parsed and the SVM produced no equal one in time.
+    Unparseable,
+    /// The flow table is full.
+    TableFull,
+    /// There is no room for more held output.
+    HoldFull,
+    /// There is no room for more input on the secondary.
+    InputOverflow,
+    /// There is no room for more SVM output.
+    OutputOverflow,
+    /// A handshake was completed by a translation that the secondary does not know yet (rule 1).
+    Translation,
+    /// The previous checkpoint was aborted (rule 14).
+    Aborted,
+}
+
+impl Cause {
+    /// How many causes there are.
+    pub const COUNT: usize = 17;
+
+    /// All causes, in the order of their counters.
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::Payload,
+        Self::Length,
+        Self::Flags,
+        Self::Header,
+        Self::SynOptions,
+        Self::Deadline,
+        Self::AckDeadline,
+        Self::Lag,
+        Self::Extra,
+        Self::OutboundTuple,
+        Self::Unparseable,
+        Self::TableFull,
+        Self::HoldFull,
+        Self::InputOverflow,
+        Self::OutputOverflow,
+        Self::Translation,
+        Self::Aborted,
+    ];
+
+    /// The name used in logs and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Payload => "payload",
+            Self::Length => "length",
+            Self::Flags => "flags",
+            Self::Header => "header",
+            Self::SynOptions => "syn_options",
+            Self::Deadline => "deadline",
+            Self::AckDeadline => "ack_deadline",
+            Self::Lag => "lag",
+            Self::Extra => "extra",
+            Self::OutboundTuple => "outbound_tuple",
+            Self::Unparseable => "unparseable",
+            Self::TableFull => "table_full",
+            Self::HoldFull => "hold_full",
+            Self::InputOverflow => "input_overflow",
+            Self::OutputOverflow => "output_overflow",
+            Self::Translation => "translation",
+            Self::Aborted => "aborted",
+        }
+    }
+
+    /// The place of its counter.
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// How many differing bytes a [`Divergence`] shows.
+pub const SHOWN_BYTES: usize = 16;
+
+/// The first bytes of one side at the difference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Shown {
+    bytes: [u8; SHOWN_BYTES],
+    len: u8,
+}
+
+impl Shown {
+    pub(crate) fn read(len: usize, read: impl FnOnce(&mut [u8])) -> Self {
+        let len = len.min(SHOWN_BYTES);
+        let mut shown = Self {
+            bytes: [0; SHOWN_BYTES],
+            len: len as u8,
+        };
+        read(&mut shown.bytes[..len]);
+        shown
+    }
+
+    /// The bytes; empty where a side has none.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+}
+
+/// A reason for a checkpoint, with what is known about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Divergence {
+    /// Why.
+    pub cause: Cause,
+    /// The flow, where there is one.
+    pub flow: Option<FlowKey>,
+    /// TCP: bytes from the start of the PVM's segment payload; otherwise from the Ethernet header.
+    pub offset: u32,
+    /// The PVM's bytes there.
+    pub primary: Shown,
+    /// The SVM's bytes there.
+    pub secondary: Shown,
+}
+
+impl Divergence {
+    /// One that has no bytes to show.
+    pub fn plain(cause: Cause, flow: Option<FlowKey>) -> Self {
+        let none = Shown::default();
+        Self {
+            cause,
+            flow,
+            offset: 0,
+            primary: none,
+            secondary: none,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cause_has_its_own_counter() {
+        for (at, cause) in Cause::ALL.iter().enumerate() {
+            assert_eq!(cause.index(), at, "{}", cause.name());
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Sizes and times of the two paths.
+//!
+//! Invariant: every queue and table of the crate is bounded by a field here; reaching one means
+//! back-pressure or a checkpoint, never a drop of something that is owed to anyone.
+
+/// The bounds. Both hosts of a pair use the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Flows in the comparator's table and in the pair translation.
+    pub max_flows: usize,
+    /// Client-facing translations.
+    pub max_translations: usize,
+    /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false.
+    pub max_held_frames: usize,
+    /// SVM frames kept by the comparator, history included.
+    pub max_svm_frames: usize,
+    /// Bytes of one flow's released SVM segments that are kept until the client's ACK.
+    pub max_history_bytes: usize,
+    /// Mirrored frames that the secondary has not acknowledged.
+    pub max_unacked_inputs: u64,
+    /// Input frames that the secondary keeps: undelivered and retained together.
+    pub max_input_frames: usize,
+    /// SVM output that the secondary stores until the primary reports it released.
+    pub max_stored_output: usize,
+    /// How late the SVM's equal output may be.
+    pub compare_deadline_us: u64,
+    /// How late the secondary's acknowledgement of input may be (rule 6).
+    pub ack_deadline_us: u64,
+    /// How long the SVM may take to consume its backlog after a resume (rule 9).
+    pub lag_deadline_us: u64,
+    /// How long SVM output may have no PVM counterpart.
+    pub extra_deadline_us: u64,
+    /// How long unequal datagrams may wait for each other's reordered counterparts.
+    pub settle_us: u64,
+    /// How many SVM datagrams the next PVM datagram is compared with.
+    pub reorder_window: usize,
+    /// First wait before input is delivered again to a guest that does not acknowledge it.
+    pub redeliver_us: u64,
+    /// Added to the timestamp offset at a takeover, in ticks of the guest's timestamp clock
+    /// (rule 3): covers what the old primary sent without the secondary knowing.
+    pub takeover_ts_slack: u32,
+    /// A mutation for tests: everything counts as equal. Output is then not protected.
+    pub canary_equal: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_flows: 65_536,
+            max_translations: 65_536,
+            max_held_frames: 2048,
+            max_svm_frames: 4096,
+            max_history_bytes: 256 * 1024,
+            max_unacked_inputs: 1024,
+            max_input_frames: 4096,
+            max_stored_output: 4096,
+            compare_deadline_us: 20_000,
+            ack_deadline_us: 100_000,
+            lag_deadline_us: 2_000_000,
+            extra_deadline_us: 200_000,
+            settle_us: 2_000,
+            reorder_window: 4,
+            redeliver_us: 50_000,
+            takeover_ts_slack: 1000,
+            canary_equal: false,
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Input that a new primary took over from its time as secondary: not delivered yet, or not
+//! acknowledged by the guest yet (rule 5).
+//!
+//! Invariant: undelivered input comes first and in order; all of it is in the guest's space.
+
+use alloc::collections::VecDeque;
+
+use crate::flow::{Direction, FlowKey};
+use crate::frames::{Frames, Token};
+use crate::limits::Limits;
+use crate::retain::Retain;
+use crate::stats::PrimaryStats;
+use crate::wire::tcp::{ACK, RST};
+use crate::wire::{self, Packet};
+
+#[derive(Debug, Default)]
+pub(crate) struct Inherited {
+    /// Copies that have a kept original, or need none.
+    ready: Option<Token>,
+    queue: VecDeque<Token>,
+    retain: Retain,
+}
+
+impl Inherited {
+    pub(crate) fn new(ready: Option<Token>, queue: VecDeque<Token>, retain: Retain) -> Self {
+        Self {
+            ready,
+            queue,
+            retain,
+        }
+    }
+
+    pub(super) fn poll_deliver<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        limits: &Limits,
+        stats: &mut PrimaryStats,
+        frames: &mut F,
+    ) -> Option<Token> {
+        if let Some(token) = self.ready.take() {
+            return Some(token);
+        }
+        let Some(token) = self.queue.pop_front() else {
+            let (_, copy) = self.retain.poll_due(now_us, limits.redeliver_us, frames)?;
+            stats.redelivered += 1;
+            return Some(copy);
+        };
+        let packet = wire::parse(
+            frames.header(&token),
+            frames.len(&token),
+            Direction::ToGuest,
+        );
+        let kept = packet.tcp.filter(|tcp| tcp.takes_space() && !tcp.has(RST));
+        let Some(tcp) = kept else { return Some(token) };
+        let Some(copy) = frames.duplicate(&token) else {
+            self.queue.push_front(token);
+            return None;
+        };
+        self.retain
+            .keep(packet.key, tcp.end(), token, now_us + limits.redeliver_us);
+        Some(copy)
+    }
+
+    pub(super) fn undelivered(&mut self, token: Token) {
+        self.ready = Some(token);
+    }
+
+    pub(super) fn guest_sent<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        limits: &Limits,
+        packet: &Packet,
+        frames: &mut F,
+    ) {
+        let Some(tcp) = packet.tcp.filter(|_| self.retain.len() > 0) else {
+            return;
+        };
+        if tcp.has(RST) {
+            self.retain.forget(&packet.key, frames);
+        } else if tcp.has(ACK) {
+            self.retain
+                .covered(now_us, limits.redeliver_us, &packet.key, tcp.ack, frames);
+        }
+    }
+
+    /// The peer reset the connection.
+    pub(super) fn forget<F: Frames + ?Sized>(&mut self, key: &FlowKey, frames: &mut F) {
+        self.retain.forget(key, frames);
+    }
+
+    pub(super) fn next_due_us(&self) -> Option<u64> {
+        if self.ready.is_some() || !self.queue.is_empty() {
+            return Some(0);
+        }
+        self.retain.next_due_us()
+    }
+
+    pub(super) fn close<F: Frames + ?Sized>(&mut self, frames: &mut F) {
+        self.ready
+            .take()
+            .into_iter()
+            .for_each(|token| frames.release(token));
+        self.queue.drain(..).for_each(|token| frames.release(token));
+        self.retain.clear(frames);
+    }
+}

@@ -1,0 +1,71 @@
+//! Plain counters of the two paths; the thread that owns a path reads and publishes them.
+//!
+//! Invariant: every frame that is dropped or given back unsent is counted somewhere here.
+
+use crate::cause::Cause;
+
+/// What a [`crate::PrimaryPath`] has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PrimaryStats {
+    /// Frames that the PVM sent.
+    pub produced: u64,
+    /// Frames that the SVM sent.
+    pub svm_output: u64,
+    /// PVM frames that were judged against SVM output.
+    pub compared: u64,
+    /// Frames that left because the SVM sent the same.
+    pub released_by_match: u64,
+    /// The same, only those that carry TCP payload or are datagrams.
+    pub released_data_by_match: u64,
+    /// Frames that left because a checkpoint covers them.
+    pub released_by_checkpoint: u64,
+    /// The same, only those that carry TCP payload or are datagrams.
+    pub released_data_by_checkpoint: u64,
+    /// Frames that left because they need no counterpart (pure ACKs, retransmissions).
+    pub released_free: u64,
+    /// Frames that left because this host is alone.
+    pub released_alone: u64,
+    /// Differences found, by cause; at most one per flow and epoch.
+    pub divergences: [u64; Cause::COUNT],
+    /// Checkpoint requests, by cause; at most one per epoch.
+    pub requests: [u64; Cause::COUNT],
+    /// Input frames mirrored.
+    pub mirrored: u64,
+    /// SVM output of an epoch that is over.
+    pub svm_stale: u64,
+    /// SVM output that found no room (a checkpoint follows).
+    pub svm_overflow: u64,
+    /// SVM datagrams that the PVM never sent.
+    pub svm_surplus: u64,
+    /// SVM segments given up as history before the client acknowledged them.
+    pub history_dropped: u64,
+    /// Flows forgotten to make room.
+    pub flows_evicted: u64,
+    /// Translations forgotten to make room: connections lost.
+    pub translations_evicted: u64,
+    /// Inherited input put to the guest again.
+    pub redelivered: u64,
+}
+
+/// What a `SecondaryPath` has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SecondaryStats {
+    /// Input frames that came over the link.
+    pub mirrored: u64,
+    /// Input frames put to the SVM, redelivery included.
+    pub delivered: u64,
+    /// Input frames put to the SVM again.
+    pub redelivered: u64,
+    /// Frames that the SVM sent.
+    pub produced: u64,
+    /// SVM frames that are not sent to the primary (pure ACKs).
+    pub pure_acks: u64,
+    /// SVM frames sent to the primary.
+    pub sent: u64,
+    /// Pair translations learnt.
+    pub learnt: u64,
+    /// Input frames dropped by a commit that includes them.
+    pub dropped_by_commit: u64,
+    /// Checkpoint requests, by cause.
+    pub requests: [u64; Cause::COUNT],
+}

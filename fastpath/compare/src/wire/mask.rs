@@ -1,0 +1,91 @@
+//! Which header bytes may rightly differ between two equal outputs.
+//!
+//! Ignored: IPv4 identification and header checksum, IPv6 flow label and fragment identification,
+//! transport checksums, the ECN mark "congestion experienced". Everything else counts.
+
+use super::{Network, Packet};
+use crate::flow::Protocol;
+
+/// ECN codepoint "congestion experienced" and the one it may replace (RFC 3168).
+const ECN_CE: u8 = 3;
+const ECN_ECT0: u8 = 2;
+
+/// Blanks what does not count. `bytes` is the start of the frame, possibly cut short.
+pub(crate) fn mask_ignored(bytes: &mut [u8], packet: &Packet) {
+    let l3 = usize::from(packet.l3);
+    match packet.network {
+        Network::V4 => {
+            mask_ecn(bytes, l3 + 1, 0);
+            blank(bytes, l3 + 4, 2);
+            blank(bytes, l3 + 10, 2);
+        }
+        Network::V6 => {
+            mask_ecn(bytes, l3 + 1, 4);
+            if let Some(byte) = bytes.get_mut(l3 + 1) {
+                *byte &= 0xf0;
+            }
+            blank(bytes, l3 + 2, 2);
+            if packet.fragment_header != 0 {
+                blank(bytes, usize::from(packet.fragment_header) + 4, 4);
+            }
+        }
+        Network::Arp | Network::Other => return,
+    }
+    let l4 = usize::from(packet.l4);
+    match packet.key.protocol {
+        Protocol::Udp => blank(bytes, l4 + 6, 2),
+        Protocol::Icmp | Protocol::Icmpv6 => blank(bytes, l4 + 2, 2),
+        _ => {}
+    }
+}
+
+fn mask_ecn(bytes: &mut [u8], at: usize, shift: u8) {
+    if let Some(byte) = bytes.get_mut(at)
+        && *byte >> shift & 3 == ECN_CE
+    {
+        *byte = *byte & !(3 << shift) | ECN_ECT0 << shift;
+    }
+}
+
+fn blank(bytes: &mut [u8], at: usize, len: usize) {
+    let end = (at + len).min(bytes.len());
+    if at < end {
+        bytes[at..end].fill(0);
+    }
+}
+
+/// Compares what counts of the network headers of two TCP segments that need not have the same
+/// length: addresses and ports are equal already, lengths and ECN differ with segmentation.
+pub(crate) fn header_difference(
+    a: &[u8],
+    a_packet: &Packet,
+    b: &[u8],
+    b_packet: &Packet,
+) -> Option<u32> {
+    let (l3, l4) = (usize::from(a_packet.l3), usize::from(a_packet.l4));
+    if (l3, l4) != (usize::from(b_packet.l3), usize::from(b_packet.l4)) {
+        return Some(l3 as u32);
+    }
+    let differs = |at: usize, mask: u8| (a[at] ^ b[at]) & mask != 0;
+    let fixed = match a_packet.network {
+        // Ethernet addresses, DSCP, "do not fragment", TTL.
+        Network::V4 => [(l3 + 1, 0xfc), (l3 + 6, 0xff), (l3 + 8, 0xff)],
+        // Traffic class without ECN, hop limit.
+        _ => [(l3, 0x0f), (l3 + 1, 0xc0), (l3 + 7, 0xff)],
+    };
+    let options_at = if a_packet.network == Network::V4 {
+        l3 + 20
+    } else {
+        l3 + 40
+    };
+    let place = (0..12)
+        .find(|at| differs(*at, 0xff))
+        .or_else(|| {
+            fixed
+                .into_iter()
+                .find(|(at, mask)| differs(*at, *mask))
+                .map(|(at, _)| at)
+        })
+        .or_else(|| (options_at..l4).find(|at| differs(*at, 0xff)));
+    place.map(|at| at as u32)
+}

@@ -1,0 +1,329 @@
+//! Views of frame headers, checked once at construction.
+//!
+//! Invariants: parsing never fails and never panics; what does not add up is
+//! [`Protocol::Unparseable`]. All offsets lie within the frame, those of headers within the bytes
+//! that [`crate::Frames::header`] gives. Padding after the network packet is not part of it.
+//!
+//! Does not verify checksums: a frame with a wrong one is the receiver's to discard.
+
+pub mod checksum;
+mod mask;
+pub mod tcp;
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::flow::{Direction, FlowKey, Protocol};
+use checksum::be16;
+pub(crate) use mask::{header_difference, mask_ignored};
+pub use tcp::Tcp;
+
+/// EtherType of IPv4.
+pub const ETHERTYPE_IPV4: u16 = 0x0800;
+/// EtherType of ARP.
+pub const ETHERTYPE_ARP: u16 = 0x0806;
+/// EtherType of IPv6.
+pub const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_QINQ: u16 = 0x88a8;
+
+/// Most IPv6 extension headers that are followed.
+const MAX_EXTENSION_HEADERS: usize = 8;
+
+/// Which network header a frame has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// IPv4, header at [`Packet::l3`].
+    V4,
+    /// IPv6, header at [`Packet::l3`].
+    V6,
+    /// ARP for IPv4 over Ethernet.
+    Arp,
+    /// Anything else; compared as raw bytes.
+    Other,
+}
+
+/// A checked frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    /// The flow.
+    pub key: FlowKey,
+    /// The network header's kind.
+    pub network: Network,
+    /// Offset of the network header.
+    pub l3: u16,
+    /// Offset of the transport header (of the network header where there is none).
+    pub l4: u16,
+    /// Offset of an IPv6 fragment header, 0 without.
+    pub fragment_header: u16,
+    /// End of the packet: padding is excluded.
+    pub end: u16,
+    /// The segment, when this is an unfragmented TCP packet.
+    pub tcp: Option<Tcp>,
+}
+
+struct Ethernet {
+    vlan: [u16; 2],
+    ethertype: u16,
+    l3: usize,
+}
+
+/// Reads the headers of a frame of `len` bytes.
+pub fn parse(header: &[u8], len: usize, direction: Direction) -> Packet {
+    let Some(ethernet) = parse_ethernet(header) else {
+        return raw(FlowKey::bare(Protocol::Unparseable, [0; 2]), 0, len);
+    };
+    let vlan = ethernet.vlan;
+    if len > usize::from(u16::MAX) {
+        return raw(FlowKey::bare(Protocol::Unparseable, vlan), 0, len);
+    }
+    let parsed = match ethernet.ethertype {
+        ETHERTYPE_IPV4 => parse_ipv4(header, len, &ethernet, direction),
+        ETHERTYPE_IPV6 => parse_ipv6(header, len, &ethernet, direction),
+        ETHERTYPE_ARP => parse_arp(header, len, &ethernet, direction),
+        other => {
+            return raw(
+                FlowKey::bare(Protocol::Ether(other), vlan),
+                ethernet.l3,
+                len,
+            );
+        }
+    };
+    parsed.unwrap_or_else(|| raw(FlowKey::bare(Protocol::Unparseable, vlan), ethernet.l3, len))
+}
+
+fn raw(key: FlowKey, l3: usize, len: usize) -> Packet {
+    let l3 = l3 as u16;
+    let end = len.min(usize::from(u16::MAX)) as u16;
+    Packet {
+        key,
+        network: Network::Other,
+        l3,
+        l4: l3,
+        fragment_header: 0,
+        end,
+        tcp: None,
+    }
+}
+
+fn parse_ethernet(header: &[u8]) -> Option<Ethernet> {
+    if header.len() < 14 {
+        return None;
+    }
+    let mut vlan = [0; 2];
+    let mut at = 12;
+    for tag in &mut vlan {
+        if !matches!(be16(header, at), ETHERTYPE_VLAN | ETHERTYPE_QINQ) {
+            break;
+        }
+        if header.len() < at + 6 {
+            return None;
+        }
+        *tag = be16(header, at + 2);
+        at += 4;
+    }
+    Some(Ethernet {
+        vlan,
+        ethertype: be16(header, at),
+        l3: at + 2,
+    })
+}
+
+fn parse_arp(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> Option<Packet> {
+    let at = e.l3;
+    let end = at + 28;
+    // Ethernet and IPv4, lengths 6 and 4 (RFC 826).
+    if header.len() < end || len < end || header[at..at + 6] != [0, 1, 8, 0, 6, 4] {
+        return None;
+    }
+    let sender = ipv4_at(header, at + 14);
+    let target = ipv4_at(header, at + 24);
+    let (guest, peer) = by_side(direction, sender, target);
+    let key = FlowKey {
+        guest,
+        peer,
+        ..FlowKey::bare(Protocol::Arp, e.vlan)
+    };
+    let (l3, end) = (at as u16, end as u16);
+    Some(Packet {
+        key,
+        network: Network::Arp,
+        l3,
+        l4: l3,
+        fragment_header: 0,
+        end,
+        tcp: None,
+    })
+}
+
+fn parse_ipv4(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> Option<Packet> {
+    let at = e.l3;
+    if header.len() < at + 20 || header[at] >> 4 != 4 {
+        return None;
+    }
+    let l4 = at + usize::from(header[at] & 15) * 4;
+    let end = at + usize::from(be16(header, at + 2));
+    if l4 < at + 20 || l4 > header.len() || end < l4 || end > len {
+        return None;
+    }
+    let (source, destination) = (ipv4_at(header, at + 12), ipv4_at(header, at + 16));
+    let (guest, peer) = by_side(direction, source, destination);
+    let fragment = be16(header, at + 6) & 0x3fff != 0;
+    let protocol = if fragment { None } else { Some(header[at + 9]) };
+    let packet = Packet {
+        key: FlowKey {
+            guest,
+            peer,
+            ..FlowKey::bare(Protocol::Fragment, e.vlan)
+        },
+        network: Network::V4,
+        l3: at as u16,
+        l4: l4 as u16,
+        fragment_header: 0,
+        end: end as u16,
+        tcp: None,
+    };
+    parse_transport(header, packet, protocol, direction)
+}
+
+fn parse_ipv6(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> Option<Packet> {
+    let at = e.l3;
+    if header.len() < at + 40 || header[at] >> 4 != 6 {
+        return None;
+    }
+    let end = at + 40 + usize::from(be16(header, at + 4));
+    if end > len {
+        return None;
+    }
+    let (source, destination) = (ipv6_at(header, at + 8), ipv6_at(header, at + 24));
+    let (guest, peer) = by_side(direction, source, destination);
+    let (protocol, l4, fragment_at) = skip_extensions(header, header[at + 6], at + 40, end)?;
+    let packet = Packet {
+        key: FlowKey {
+            guest,
+            peer,
+            ..FlowKey::bare(Protocol::Fragment, e.vlan)
+        },
+        network: Network::V6,
+        l3: at as u16,
+        l4: l4 as u16,
+        fragment_header: fragment_at as u16,
+        end: end as u16,
+        tcp: None,
+    };
+    let protocol = if fragment_at == 0 {
+        Some(protocol)
+    } else {
+        None
+    };
+    parse_transport(header, packet, protocol, direction)
+}
+
+/// Follows the extension headers (RFC 8200 section 4) to the transport header. Gives the protocol,
+/// where it starts, and where a fragment header is (0: nowhere).
+fn skip_extensions(
+    header: &[u8],
+    mut next: u8,
+    mut at: usize,
+    end: usize,
+) -> Option<(u8, usize, usize)> {
+    let mut fragment_at = 0;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        let in_header = at + 8 <= header.len() && at + 8 <= end;
+        let len = match next {
+            // Hop-by-hop, routing, destination options, mobility.
+            0 | 43 | 60 | 135 if in_header => 8 + 8 * usize::from(header[at + 1]),
+            // Authentication header (RFC 4302): 32-bit words.
+            51 if in_header => 8 + 4 * usize::from(header[at + 1]),
+            44 if in_header => {
+                fragment_at = at;
+                8
+            }
+            0 | 43 | 44 | 51 | 60 | 135 => return None,
+            _ => return Some((next, at, fragment_at)),
+        };
+        next = header[at];
+        at += len;
+        // What follows a fragment header is data, unless it is the first fragment.
+        if fragment_at != 0 {
+            break;
+        }
+    }
+    (at <= end && fragment_at != 0).then_some((next, at, fragment_at))
+}
+
+fn parse_transport(
+    header: &[u8],
+    mut packet: Packet,
+    protocol: Option<u8>,
+    direction: Direction,
+) -> Option<Packet> {
+    let (at, end) = (usize::from(packet.l4), usize::from(packet.end));
+    let key = &mut packet.key;
+    let mut ports = |needed: usize| {
+        (at + needed <= header.len() && at + needed <= end).then(|| {
+            let (from, to) = (be16(header, at), be16(header, at + 2));
+            (key.guest_port, key.peer_port) = match direction {
+                Direction::FromGuest => (from, to),
+                Direction::ToGuest => (to, from),
+            };
+        })
+    };
+    match (protocol, packet.network) {
+        (None, _) => {}
+        (Some(6), _) => {
+            ports(20)?;
+            key.protocol = Protocol::Tcp;
+            packet.tcp = Some(Tcp::parse(header, at, end)?);
+        }
+        (Some(17), _) => {
+            ports(8)?;
+            key.protocol = Protocol::Udp;
+        }
+        (Some(1), Network::V4) => icmp_key(header, at, end, key, Protocol::Icmp, [0, 8])?,
+        (Some(58), Network::V6) => icmp_key(header, at, end, key, Protocol::Icmpv6, [128, 129])?,
+        (Some(other), _) => key.protocol = Protocol::Ip(other),
+    }
+    Some(packet)
+}
+
+fn icmp_key(
+    header: &[u8],
+    at: usize,
+    end: usize,
+    key: &mut FlowKey,
+    protocol: Protocol,
+    echo: [u8; 2],
+) -> Option<()> {
+    if at + 8 > header.len() || at + 4 > end {
+        return None;
+    }
+    key.protocol = protocol;
+    if echo.contains(&header[at]) && at + 8 <= end {
+        key.peer_port = be16(header, at + 4);
+    } else {
+        key.guest_port = u16::from(header[at]);
+    }
+    Some(())
+}
+
+fn by_side(direction: Direction, source: IpAddr, destination: IpAddr) -> (IpAddr, IpAddr) {
+    match direction {
+        Direction::FromGuest => (source, destination),
+        Direction::ToGuest => (destination, source),
+    }
+}
+
+fn ipv4_at(header: &[u8], at: usize) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(
+        header[at],
+        header[at + 1],
+        header[at + 2],
+        header[at + 3],
+    ))
+}
+
+fn ipv6_at(header: &[u8], at: usize) -> IpAddr {
+    let mut octets = [0; 16];
+    octets.copy_from_slice(&header[at..at + 16]);
+    IpAddr::V6(Ipv6Addr::from(octets))
+}

@@ -1,0 +1,355 @@
+//! Translations of TCP numbers between a guest and whoever it talks to (rules 1 to 3).
+//!
+//! Invariants: no entry means identity; a client-facing entry ends only with its connection;
+//! TSval that goes to a client never goes below one that was sent before.
+//!
+//! The client-facing table lives here; the pair table, which a commit drops, is in `pair`.
+
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+
+use crate::flow::FlowKey;
+use crate::seq;
+use crate::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
+
+/// How long a closed connection's translation is kept for late segments.
+const LINGER_US: u64 = 120_000_000;
+/// How long an unfinished handshake may take.
+const HANDSHAKE_US: u64 = 180_000_000;
+/// How often expiry looks at the table.
+const EXPIRY_INTERVAL_US: u64 = 5_000_000;
+
+/// What is added to a guest's numbers on the way out, and taken off on the way in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offsets {
+    /// Added to sequence numbers.
+    pub seq: u32,
+    /// Added to TSval.
+    pub ts: u32,
+}
+
+impl Offsets {
+    /// This translation followed by another one.
+    pub const fn then(self, outer: Self) -> Self {
+        Self {
+            seq: self.seq.wrapping_add(outer.seq),
+            ts: self.ts.wrapping_add(outer.ts),
+        }
+    }
+
+    /// Translates a segment that the guest sent.
+    pub fn from_guest(self, header: &mut [u8], tcp: &mut Tcp) {
+        if self.seq != 0 {
+            tcp.set_seq(header, tcp.seq.wrapping_add(self.seq));
+        }
+        if self.ts != 0
+            && let Some((tsval, _)) = tcp.timestamps(header)
+        {
+            tcp.set_tsval(header, tsval.wrapping_add(self.ts));
+        }
+    }
+
+    /// Translates a segment for the guest: ACK, SACK blocks and TSecr.
+    pub fn to_guest(self, header: &mut [u8], tcp: &mut Tcp) {
+        if !tcp.has(ACK) {
+            return;
+        }
+        if self.seq != 0 {
+            tcp.set_ack(header, tcp.ack.wrapping_sub(self.seq));
+            tcp.move_sack_back(header, self.seq);
+        }
+        if self.ts != 0
+            && let Some((_, tsecr)) = tcp.timestamps(header)
+        {
+            tcp.set_tsecr(header, tsecr.wrapping_sub(self.ts));
+        }
+    }
+}
+
+/// A handshake whose other initial sequence number is not known yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Handshake {
+    /// The guest's initial sequence number.
+    pub guest_isn: u32,
+    /// TSval of the guest's SYN or SYN-ACK.
+    pub guest_ts: Option<u32>,
+    /// The peer's initial sequence number, where the peer opened the connection.
+    pub peer_isn: Option<u32>,
+}
+
+impl Handshake {
+    /// Learns the offsets from the peer's first acknowledgement: it acknowledges exactly the SYN
+    /// that it saw, because nothing else of this connection was released before it (rule 2).
+    pub fn learn(&self, header: &[u8], tcp: &Tcp) -> Option<Offsets> {
+        if !tcp.has(ACK) {
+            return None;
+        }
+        // A late segment of the port pair's previous connection.
+        if self.peer_isn.is_some_and(|isn| !seq::lt(isn, tcp.seq)) {
+            return None;
+        }
+        let seq = tcp.ack.wrapping_sub(self.guest_isn.wrapping_add(1));
+        let ts = match (tcp.timestamps(header), self.guest_ts) {
+            (Some((_, tsecr)), Some(guest_ts)) => tsecr.wrapping_sub(guest_ts),
+            _ => 0,
+        };
+        Some(Offsets { seq, ts })
+    }
+}
+
+/// Which ends have closed.
+const GUEST_CLOSED: u8 = 1;
+const PEER_CLOSED: u8 = 2;
+
+/// One connection's client-facing translation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Entry {
+    pub(crate) offsets: Offsets,
+    /// Highest TSval sent, in client space.
+    pub(crate) ts_high: Option<u32>,
+    /// Initial sequence number of the guest, in its own space; another one is a new connection.
+    pub(crate) guest_isn: Option<u32>,
+    /// Present until the offsets are learnt.
+    pub(crate) handshake: Option<Handshake>,
+    pub(crate) closed: u8,
+    pub(crate) used_us: u64,
+}
+
+impl Entry {
+    fn expired(&self, now_us: u64) -> bool {
+        let idle = now_us.saturating_sub(self.used_us);
+        (self.closed == GUEST_CLOSED | PEER_CLOSED && idle > LINGER_US)
+            || (self.handshake.is_some() && idle > HANDSHAKE_US)
+    }
+}
+
+/// The client-facing translations of a VM.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ClientTable {
+    entries: BTreeMap<FlowKey, Entry>,
+    next_expiry_us: u64,
+}
+
+impl ClientTable {
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn get(&self, key: &FlowKey) -> Option<&Entry> {
+        self.entries.get(key)
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&FlowKey, &Entry)> {
+        self.entries.iter()
+    }
+
+    pub(crate) fn insert(&mut self, key: FlowKey, entry: Entry) {
+        self.entries.insert(key, entry);
+    }
+
+    pub(crate) fn remove(&mut self, key: &FlowKey) {
+        self.entries.remove(key);
+    }
+
+    /// Makes room for `limit` entries; gives how many connections that cost.
+    pub(crate) fn shrink(&mut self, limit: usize) -> u64 {
+        if self.entries.len() <= limit {
+            return 0;
+        }
+        let mut by_age: Vec<_> = self.entries.iter().map(|(k, e)| (e.used_us, *k)).collect();
+        by_age.sort_unstable();
+        let surplus = self.entries.len() - limit;
+        for (_, key) in &by_age[..surplus] {
+            self.entries.remove(key);
+        }
+        surplus as u64
+    }
+
+    /// Forgets connections that ended long ago.
+    pub(crate) fn expire(&mut self, now_us: u64) {
+        if now_us >= self.next_expiry_us {
+            self.next_expiry_us = now_us + EXPIRY_INTERVAL_US;
+            self.entries.retain(|_, entry| !entry.expired(now_us));
+        }
+    }
+
+    /// Translates a client's segment for the guest. True when it completed a handshake, so that
+    /// the table changed.
+    pub(crate) fn to_guest(
+        &mut self,
+        now_us: u64,
+        key: &FlowKey,
+        header: &mut [u8],
+        tcp: &mut Tcp,
+    ) -> bool {
+        let Some(entry) = self.entries.get_mut(key) else {
+            return false;
+        };
+        entry.used_us = now_us;
+        let mut learnt = false;
+        if let Some(handshake) = entry.handshake
+            && let Some(offsets) = handshake.learn(header, tcp)
+        {
+            entry.offsets = offsets;
+            entry.handshake = None;
+            learnt = true;
+        }
+        if tcp.flags & (FIN | RST) != 0 {
+            entry.closed |= PEER_CLOSED;
+        }
+        if tcp.has(RST) {
+            entry.closed |= GUEST_CLOSED;
+        }
+        entry.offsets.to_guest(header, tcp);
+        learnt
+    }
+
+    /// Translates a guest's segment for the client.
+    pub(crate) fn from_guest(
+        &mut self,
+        now_us: u64,
+        key: &FlowKey,
+        header: &mut [u8],
+        tcp: &mut Tcp,
+    ) {
+        let Some(entry) = self.entries.get_mut(key) else {
+            return;
+        };
+        if tcp.has(SYN) && entry.guest_isn != Some(tcp.seq) {
+            // A new connection between the same ports: the old one has ended.
+            self.entries.remove(key);
+            return;
+        }
+        entry.used_us = now_us;
+        if tcp.flags & (FIN | RST) != 0 {
+            entry.closed |= GUEST_CLOSED;
+        } else if tcp.payload_len > 0 && entry.closed == GUEST_CLOSED | PEER_CLOSED {
+            // A reset that the guest did not believe.
+            entry.closed = 0;
+        }
+        if tcp.has(RST) {
+            entry.closed |= PEER_CLOSED;
+        }
+        entry.offsets.from_guest(header, tcp);
+        let Some((tsval, _)) = tcp.timestamps(header) else {
+            return;
+        };
+        let sent = seq::max_known(tsval, entry.ts_high);
+        if sent != tsval {
+            tcp.set_tsval(header, sent);
+        }
+        entry.ts_high = Some(sent);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::Direction;
+    use crate::testing::{Segment, Side, checksums_are_right};
+    use crate::wire;
+
+    fn parse(bytes: &[u8], direction: Direction) -> (FlowKey, Tcp) {
+        let packet = wire::parse(bytes, bytes.len(), direction);
+        (packet.key, packet.tcp.expect("TCP"))
+    }
+
+    #[test]
+    fn rule_3_sack_and_tsecr_are_translated_with_ack() {
+        for side in [Side::V4, Side::V6] {
+            let mut bytes = Segment::new(side)
+                .to_guest()
+                .ack(5000)
+                .timestamps(77, 900)
+                .sack(&[(6000, 7000), (8000, 9000)])
+                .bytes();
+            let (_, mut tcp) = parse(&bytes, Direction::ToGuest);
+            Offsets { seq: 1000, ts: 100 }.to_guest(&mut bytes, &mut tcp);
+            assert!(checksums_are_right(&bytes));
+            let (_, tcp) = parse(&bytes, Direction::ToGuest);
+            assert_eq!(tcp.ack, 4000);
+            assert_eq!(tcp.timestamps(&bytes), Some((77, 800)));
+            assert!(tcp.sack_blocks(&bytes).eq([(5000, 6000), (7000, 8000)]));
+        }
+    }
+
+    #[test]
+    fn rule_3_tsval_never_goes_back() {
+        let mut table = ClientTable::default();
+        let sent = |table: &mut ClientTable, tsval| {
+            let mut bytes = Segment::new(Side::V6).seq(10).timestamps(tsval, 1).bytes();
+            let (key, mut tcp) = parse(&bytes, Direction::FromGuest);
+            if table.len() == 0 {
+                let offsets = Offsets {
+                    seq: 5,
+                    ts: u32::MAX,
+                };
+                table.insert(
+                    key,
+                    Entry {
+                        offsets,
+                        ts_high: Some(100),
+                        ..Entry::default()
+                    },
+                );
+            }
+            table.from_guest(0, &key, &mut bytes, &mut tcp);
+            assert!(checksums_are_right(&bytes));
+            let (_, tcp) = parse(&bytes, Direction::FromGuest);
+            assert_eq!(tcp.seq, 15);
+            tcp.timestamps(&bytes).map(|(tsval, _)| tsval)
+        };
+        assert_eq!(sent(&mut table, 50), Some(100));
+        assert_eq!(sent(&mut table, 151), Some(150));
+        assert_eq!(sent(&mut table, 120), Some(150));
+    }
+
+    #[test]
+    fn rule_1_an_entry_ends_with_its_connection() {
+        let mut table = ClientTable::default();
+        let mut syn = Segment::new(Side::V4).flags(SYN | ACK).seq(42).bytes();
+        let (key, mut tcp) = parse(&syn, Direction::FromGuest);
+        let offsets = Offsets { seq: 9, ts: 0 };
+        table.insert(
+            key,
+            Entry {
+                offsets,
+                guest_isn: Some(42),
+                ..Entry::default()
+            },
+        );
+        table.from_guest(0, &key, &mut syn, &mut tcp);
+        assert_eq!(
+            tcp.seq, 51,
+            "a repeated SYN-ACK of the same connection is translated"
+        );
+        let mut syn = Segment::new(Side::V4).flags(SYN | ACK).seq(43).bytes();
+        let (_, mut tcp) = parse(&syn, Direction::FromGuest);
+        table.from_guest(0, &key, &mut syn, &mut tcp);
+        assert_eq!(
+            tcp.seq, 43,
+            "another initial sequence number is another connection"
+        );
+        assert_eq!(table.len(), 0);
+    }
+
+    #[test]
+    fn closed_connections_and_dead_handshakes_expire() {
+        let mut table = ClientTable::default();
+        let bytes = Segment::new(Side::V4).bytes();
+        let (key, _) = parse(&bytes, Direction::FromGuest);
+        let closed = GUEST_CLOSED | PEER_CLOSED;
+        table.insert(
+            key,
+            Entry {
+                closed,
+                used_us: 10,
+                ..Entry::default()
+            },
+        );
+        table.expire(LINGER_US);
+        assert_eq!(table.len(), 1);
+        table.expire(LINGER_US + EXPIRY_INTERVAL_US + 11);
+        assert_eq!(table.len(), 0);
+    }
+}
