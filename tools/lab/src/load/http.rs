@@ -196,7 +196,7 @@ impl Http {
                 });
                 Ok(())
             }
-            Expect::Time { floor_us } => facts.time_told(floor_us, number()? / 1_000),
+            Expect::Time { floor_us } => facts.time_told(floor_us, number()?),
             Expect::Random => facts.random_seen(body),
         }
     }
