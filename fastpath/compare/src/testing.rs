@@ -244,7 +244,7 @@ impl Segment {
         tcp.extend_from_slice(&to.to_be_bytes());
         tcp.extend_from_slice(&self.seq.to_be_bytes());
         tcp.extend_from_slice(&self.ack.to_be_bytes());
-        tcp.push(((20 + options.len()) / 4 << 4) as u8);
+        tcp.push((((20 + options.len()) / 4) << 4) as u8);
         tcp.push(self.flags);
         tcp.extend_from_slice(&[0xff, 0xff, 0, 0, 0, 0]);
         tcp.extend_from_slice(&options);

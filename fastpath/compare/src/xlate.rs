@@ -38,7 +38,7 @@ impl Offsets {
     }
 
     /// Translates a segment that the guest sent.
-    pub fn from_guest(self, header: &mut [u8], tcp: &mut Tcp) {
+    pub fn outbound(self, header: &mut [u8], tcp: &mut Tcp) {
         if self.seq != 0 {
             tcp.set_seq(header, tcp.seq.wrapping_add(self.seq));
         }
@@ -50,7 +50,7 @@ impl Offsets {
     }
 
     /// Translates a segment for the guest: ACK, SACK blocks and TSecr.
-    pub fn to_guest(self, header: &mut [u8], tcp: &mut Tcp) {
+    pub fn inbound(self, header: &mut [u8], tcp: &mut Tcp) {
         if !tcp.has(ACK) {
             return;
         }
@@ -147,10 +147,6 @@ impl ClientTable {
         self.entries.insert(key, entry);
     }
 
-    pub(crate) fn remove(&mut self, key: &FlowKey) {
-        self.entries.remove(key);
-    }
-
     /// Makes room for `limit` entries; gives how many connections that cost.
     pub(crate) fn shrink(&mut self, limit: usize) -> u64 {
         if self.entries.len() <= limit {
@@ -175,7 +171,7 @@ impl ClientTable {
 
     /// Translates a client's segment for the guest. True when it completed a handshake, so that
     /// the table changed.
-    pub(crate) fn to_guest(
+    pub(crate) fn inbound(
         &mut self,
         now_us: u64,
         key: &FlowKey,
@@ -200,12 +196,12 @@ impl ClientTable {
         if tcp.has(RST) {
             entry.closed |= GUEST_CLOSED;
         }
-        entry.offsets.to_guest(header, tcp);
+        entry.offsets.inbound(header, tcp);
         learnt
     }
 
     /// Translates a guest's segment for the client.
-    pub(crate) fn from_guest(
+    pub(crate) fn outbound(
         &mut self,
         now_us: u64,
         key: &FlowKey,
@@ -230,7 +226,7 @@ impl ClientTable {
         if tcp.has(RST) {
             entry.closed |= PEER_CLOSED;
         }
-        entry.offsets.from_guest(header, tcp);
+        entry.offsets.outbound(header, tcp);
         let Some((tsval, _)) = tcp.timestamps(header) else {
             return;
         };
@@ -264,7 +260,7 @@ mod tests {
                 .sack(&[(6000, 7000), (8000, 9000)])
                 .bytes();
             let (_, mut tcp) = parse(&bytes, Direction::ToGuest);
-            Offsets { seq: 1000, ts: 100 }.to_guest(&mut bytes, &mut tcp);
+            Offsets { seq: 1000, ts: 100 }.inbound(&mut bytes, &mut tcp);
             assert!(checksums_are_right(&bytes));
             let (_, tcp) = parse(&bytes, Direction::ToGuest);
             assert_eq!(tcp.ack, 4000);
@@ -293,7 +289,7 @@ mod tests {
                     },
                 );
             }
-            table.from_guest(0, &key, &mut bytes, &mut tcp);
+            table.outbound(0, &key, &mut bytes, &mut tcp);
             assert!(checksums_are_right(&bytes));
             let (_, tcp) = parse(&bytes, Direction::FromGuest);
             assert_eq!(tcp.seq, 15);
@@ -318,14 +314,14 @@ mod tests {
                 ..Entry::default()
             },
         );
-        table.from_guest(0, &key, &mut syn, &mut tcp);
+        table.outbound(0, &key, &mut syn, &mut tcp);
         assert_eq!(
             tcp.seq, 51,
             "a repeated SYN-ACK of the same connection is translated"
         );
         let mut syn = Segment::new(Side::V4).flags(SYN | ACK).seq(43).bytes();
         let (_, mut tcp) = parse(&syn, Direction::FromGuest);
-        table.from_guest(0, &key, &mut syn, &mut tcp);
+        table.outbound(0, &key, &mut syn, &mut tcp);
         assert_eq!(
             tcp.seq, 43,
             "another initial sequence number is another connection"

@@ -154,8 +154,11 @@ impl PrimaryPath {
         client: ClientTable,
         addresses: Addresses,
         inherited: Inherited,
+        unsent: VecDeque<Action>,
     ) -> Self {
         let mut path = Self::new(limits);
+        path.ledger.stats.released_alone = unsent.len() as u64;
+        path.ledger.actions = unsent;
         (path.epoch, path.comparing) = (epoch, epoch);
         path.client = client;
         path.addresses = addresses;
