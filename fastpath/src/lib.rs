@@ -5,6 +5,8 @@
 
 pub mod clock;
 pub mod frame;
+pub mod link;
+pub mod mailbox;
 pub mod nic;
 pub mod ring;
 pub mod stats;

@@ -71,7 +71,9 @@ pub enum PacketLinkError {
     #[error("packet channel: {0}")]
     Io(#[from] io::Error),
     /// The bytes are no message.
-    #[error("packet channel: message kind {kind} with {len} bytes makes no sense; versions differ or data is damaged")]
+    #[error(
+        "packet channel: message kind {kind} with {len} bytes makes no sense; versions differ or data is damaged"
+    )]
     Malformed {
         /// Kind field.
         kind: u8,
@@ -115,7 +117,11 @@ impl PacketLink {
     /// What to wait for.
     pub fn pollfd(&self) -> libc::pollfd {
         let out = if self.has_unsent() { libc::POLLOUT } else { 0 };
-        libc::pollfd { fd: self.stream.as_raw_fd(), events: libc::POLLIN | out, revents: 0 }
+        libc::pollfd {
+            fd: self.stream.as_raw_fd(),
+            events: libc::POLLIN | out,
+            revents: 0,
+        }
     }
 
     /// Ends the connection.
@@ -196,7 +202,10 @@ impl PacketLink {
                 Ok(true)
             }
             Err(e)
-                if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
             {
                 Ok(false)
             }
@@ -208,7 +217,9 @@ impl PacketLink {
     pub fn next_msg(&mut self) -> Result<Option<PacketMsg<'_>>, PacketLinkError> {
         loop {
             let have = &self.input[self.start..self.end];
-            let Some(head) = have.get(..HEAD) else { return Ok(None) };
+            let Some(head) = have.get(..HEAD) else {
+                return Ok(None);
+            };
             let len = u32_at(head, 0) as usize;
             let (kind, epoch, seq) = (head[4], u64_at(head, 8), u64_at(head, 16));
             if len > BODY_MAX {
@@ -221,9 +232,17 @@ impl PacketLink {
             self.start = at + len;
             let body = &self.input[at..at + len];
             return Ok(Some(match kind {
-                1 if len >= 14 => PacketMsg::Input { epoch, seq, frame: body },
+                1 if len >= 14 => PacketMsg::Input {
+                    epoch,
+                    seq,
+                    frame: body,
+                },
                 2 => PacketMsg::InputAck { up_to: seq },
-                3 if len >= 14 => PacketMsg::Output { epoch, seq, frame: body },
+                3 if len >= 14 => PacketMsg::Output {
+                    epoch,
+                    seq,
+                    frame: body,
+                },
                 4 if len % 8 == 0 => PacketMsg::Released { seqs: body },
                 5 => PacketMsg::PendingReleased { epoch },
                 6 => PacketMsg::CaughtUp { epoch },
@@ -275,8 +294,16 @@ mod tests {
         let mut expected = Vec::new();
         for seq in 0..2000 {
             let msg = match seq % 4 {
-                0 => PacketMsg::Input { epoch: 1, seq, frame: &frame[..14 + seq as usize % 1500] },
-                1 => PacketMsg::Output { epoch: 2, seq, frame: &frame },
+                0 => PacketMsg::Input {
+                    epoch: 1,
+                    seq,
+                    frame: &frame[..14 + seq as usize % 1500],
+                },
+                1 => PacketMsg::Output {
+                    epoch: 2,
+                    seq,
+                    frame: &frame,
+                },
                 2 => PacketMsg::InputAck { up_to: seq },
                 _ => PacketMsg::Released { seqs: &frame[..16] },
             };
@@ -307,7 +334,10 @@ mod tests {
         ack[4] = 2;
         ack[16] = 9;
         peer.write_all(&ack).unwrap();
-        assert_eq!(received(&mut link, 1), [format!("{:?}", PacketMsg::InputAck { up_to: 9 })]);
+        assert_eq!(
+            received(&mut link, 1),
+            [format!("{:?}", PacketMsg::InputAck { up_to: 9 })]
+        );
         peer.write_all(b"GET /index.html HTTP/1.1\r\n").unwrap();
         let e = loop {
             link.fill().unwrap();

@@ -18,7 +18,10 @@ pub struct Post<T> {
 
 impl<T> Clone for Post<T> {
     fn clone(&self) -> Self {
-        Self { sender: self.sender.clone(), wake: self.wake.clone() }
+        Self {
+            sender: self.sender.clone(),
+            wake: self.wake.clone(),
+        }
     }
 }
 
@@ -43,7 +46,13 @@ impl<T> Mailbox<T> {
     pub fn new() -> io::Result<(Post<T>, Self)> {
         let (sender, receiver) = channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        Ok((Post { sender, wake: wake.clone() }, Self { receiver, wake }))
+        Ok((
+            Post {
+                sender,
+                wake: wake.clone(),
+            },
+            Self { receiver, wake },
+        ))
     }
 
     /// Becomes readable when an event is sent.
@@ -67,7 +76,11 @@ mod tests {
     use super::*;
 
     fn readable<T>(mailbox: &Mailbox<T>) -> bool {
-        let mut fd = libc::pollfd { fd: mailbox.poll_fd(), events: libc::POLLIN, revents: 0 };
+        let mut fd = libc::pollfd {
+            fd: mailbox.poll_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one valid pollfd, no wait.
         unsafe { libc::poll(&mut fd, 1, 0) == 1 }
     }
@@ -79,7 +92,10 @@ mod tests {
         post.send(1);
         post.clone().send(2);
         assert!(readable(&mailbox));
-        assert_eq!((mailbox.try_next(), mailbox.try_next(), mailbox.try_next()), (Some(1), Some(2), None));
+        assert_eq!(
+            (mailbox.try_next(), mailbox.try_next(), mailbox.try_next()),
+            (Some(1), Some(2), None)
+        );
         assert!(!readable(&mailbox));
         post.send(3);
         assert!(readable(&mailbox));

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::net::Shutdown;
 
-use colo_compare::{Action, Limits, PrimaryPath, PrimaryStats, Token};
+use colo_compare::{ANNOUNCEMENT_MAX, Action, Limits, PrimaryPath, PrimaryStats, Token};
 use hdrhistogram::Histogram;
 
 use super::{PairEvent, RESERVED_SLOTS, on_role};
@@ -61,7 +61,6 @@ pub struct PrimaryRole {
     link: Option<PacketLink>,
     post: Post<PairEvent>,
     unsent: VecDeque<Token>,
-    produced_us: Box<[u64]>,
     hold_us: Histogram<u64>,
     released_seqs: Vec<u8>,
     released_pending: Option<u64>,
@@ -88,7 +87,6 @@ impl PrimaryRole {
             link: None,
             post,
             unsent: VecDeque::with_capacity(config.frame_slots as usize),
-            produced_us: vec![0; config.frame_slots as usize].into_boxed_slice(),
             hold_us: hold_us.expect("constant bounds"),
             released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
             released_pending: None,
@@ -127,25 +125,41 @@ impl PrimaryRole {
     pub fn cut(&mut self, edge: &mut Edge, first: bool) -> Option<CutState> {
         self.link.as_ref()?;
         let now_us = now_us();
-        if first {
-            self.path.pair(now_us);
-        }
-        let epoch = self.path.cut(now_us);
-        let pending = self.path.pending().map(|token| edge.frames.bytes(token).to_vec()).collect();
+        let cut = if first {
+            self.path.pair(now_us)
+        } else {
+            self.path.cut(now_us)
+        };
+        let epoch = cut.inspect_err(|e| tracing::error!("{e}")).ok()?;
+        let frames = &edge.frames;
+        let pending = self
+            .path
+            .pending()
+            .map(|p| frames.bytes(p.token).to_vec())
+            .collect();
         let mut translations = Vec::new();
         self.path.export_client_xlate(&mut translations);
-        Some(CutState { epoch, pending, translations })
+        Some(CutState {
+            epoch,
+            pending,
+            translations,
+        })
     }
 
     /// The checkpoint of `epoch` is committed.
     pub fn commit(&mut self, edge: &mut Edge, epoch: u64) {
-        self.path.commit(now_us(), &mut edge.frames, epoch);
+        if let Err(e) = self.path.commit(now_us(), &mut edge.frames, epoch) {
+            tracing::error!("{e}");
+        }
         self.act(edge);
     }
 
     /// The checkpoint of `epoch` failed (rule 14).
     pub fn abort(&mut self, edge: &mut Edge, epoch: u64) {
-        self.path.abort(now_us(), epoch);
+        if let Err(e) = self.path.abort(now_us(), &mut edge.frames, epoch) {
+            // Nothing was cut yet: the order to capture finds no link.
+            tracing::debug!("{e}");
+        }
         self.act(edge);
     }
 
@@ -158,19 +172,31 @@ impl PrimaryRole {
 
     /// Nothing leaves, or again what may.
     pub fn mute(&mut self, edge: &mut Edge, mute: bool) {
-        self.path.mute(now_us(), mute);
+        match mute {
+            true => self.path.mute(),
+            false => self.path.unmute(now_us(), &mut edge.frames),
+        }
+        self.act(edge);
+    }
+
+    /// Sends what the path already has to send: the output and announcements of a takeover.
+    pub fn speak(&mut self, edge: &mut Edge) {
         self.act(edge);
     }
 
     /// What needs no word of the secondary may leave until then.
-    pub fn set_lease(&mut self, until_us: u64) {
-        self.path.set_lease(until_us);
+    pub fn set_lease(&mut self, edge: &mut Edge, until_us: u64) {
+        self.path.set_lease(now_us(), &mut edge.frames, until_us);
+        self.act(edge);
     }
 
     /// Counters and times.
     pub fn report(&self) -> PrimaryReport {
         let (sent, received) = self.past_link_bytes;
-        let link = self.link.as_ref().map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
+        let link = self
+            .link
+            .as_ref()
+            .map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
         PrimaryReport {
             stats: *self.path.stats(),
             hold_us: self.hold_us.clone(),
@@ -184,13 +210,15 @@ impl PrimaryRole {
         let gap_us = now_us.saturating_sub(self.stepped_us);
         self.stepped_us = now_us;
         if self.link.is_some() && gap_us > self.gap_limit_us {
-            self.path.mute(now_us, true);
+            self.path.mute();
             self.post.send(PairEvent::ClockGap { gap_us });
         }
     }
 
     fn from_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
-        let Some(mut link) = self.link.take() else { return 0 };
+        let Some(mut link) = self.link.take() else {
+            return 0;
+        };
         match self.read_link(&mut link, edge, now_us) {
             Ok(n) => {
                 self.link = Some(link);
@@ -199,7 +227,9 @@ impl PrimaryRole {
             Err(e) => {
                 self.link = Some(link);
                 self.detach();
-                self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+                self.post.send(PairEvent::LinkDown {
+                    reason: e.to_string(),
+                });
                 1
             }
         }
@@ -219,7 +249,8 @@ impl PrimaryRole {
             match msg {
                 PacketMsg::Output { epoch, seq, frame } => {
                     if let Some(token) = edge.frames.from_bytes(frame) {
-                        self.path.handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
+                        self.path
+                            .handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
                     }
                 }
                 PacketMsg::InputAck { up_to } => {
@@ -238,8 +269,9 @@ impl PrimaryRole {
     fn from_guest(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let mut n = 0;
         while n < BATCH && self.path.room() && edge.frames.free_slots() > RESERVED_SLOTS {
-            let Some(token) = edge.guest_take() else { break };
-            self.produced_us[token.slot() as usize] = now_us;
+            let Some(token) = edge.guest_take() else {
+                break;
+            };
             self.path.handle_guest_tx(now_us, &mut edge.frames, token);
             n += 1;
         }
@@ -247,7 +279,7 @@ impl PrimaryRole {
     }
 
     fn takes_input(&self, edge: &mut Edge) -> bool {
-        self.path.input_room()
+        self.path.nic_room()
             && self.link.as_ref().is_none_or(PacketLink::has_room)
             && edge.frames.free_slots() > RESERVED_SLOTS
             && edge.guest_has_room()
@@ -266,7 +298,9 @@ impl PrimaryRole {
                 n += 1;
                 continue;
             }
-            let Some(token) = edge.nic_receive() else { break };
+            let Some(token) = edge.nic_receive() else {
+                break;
+            };
             let token = self.path.handle_nic(now_us, &mut edge.frames, token);
             match edge.guest_deliver(&token) {
                 Delivery::Done => self.path.handle_delivered(now_us, &mut edge.frames, token),
@@ -284,16 +318,22 @@ impl PrimaryRole {
         while let Some(action) = self.path.poll_action() {
             n += 1;
             match action {
-                Action::Release(token) => {
-                    let held = now_us().saturating_sub(self.produced_us[token.slot() as usize]);
-                    self.hold_us.saturating_record(held.max(1));
+                Action::Release { token, held_us, .. } => {
+                    self.hold_us.saturating_record(held_us.max(1));
                     self.unsent.push_back(token);
                 }
-                Action::Recycle(token) => edge.release(token),
-                Action::Mirror { epoch, input_seq, token } => {
+                Action::Mirror {
+                    epoch,
+                    input_seq,
+                    token,
+                } => {
                     if let Some(link) = &mut self.link {
                         let frame = edge.frames.bytes(&token);
-                        link.push(&PacketMsg::Input { epoch, seq: input_seq, frame });
+                        link.push(&PacketMsg::Input {
+                            epoch,
+                            seq: input_seq,
+                            frame,
+                        });
                     }
                     edge.release(token);
                 }
@@ -306,9 +346,22 @@ impl PrimaryRole {
                 }
             }
         }
+        n += self.announcements(edge);
         self.to_nic(edge);
         self.report_released();
         self.flush_link();
+        n
+    }
+
+    fn announcements(&mut self, edge: &mut Edge) -> usize {
+        let mut n = 0;
+        let mut frame = [0; ANNOUNCEMENT_MAX];
+        while edge.frames.free_slots() > 0
+            && let Some(len) = self.path.poll_announcement(now_us(), &mut frame)
+        {
+            self.unsent.extend(edge.frames.from_bytes(&frame[..len]));
+            n += 1;
+        }
         n
     }
 
@@ -343,7 +396,9 @@ impl PrimaryRole {
         let Some(link) = &mut self.link else { return };
         if let Err(e) = link.flush() {
             self.detach();
-            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+            self.post.send(PairEvent::LinkDown {
+                reason: e.to_string(),
+            });
         }
     }
 }
@@ -367,8 +422,14 @@ impl Role for PrimaryRole {
 
     fn deadline_us(&self) -> Option<u64> {
         // With a secondary, waking in time is itself what proves that this thread has not stood still.
-        let watch = self.link.is_some().then_some(self.stepped_us + self.gap_limit_us / 4);
-        [watch, self.path.next_deadline()].into_iter().flatten().min()
+        let watch = self
+            .link
+            .is_some()
+            .then_some(self.stepped_us + self.gap_limit_us / 4);
+        [watch, self.path.next_deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn wants_nic_frames(&self, edge: &mut Edge) -> bool {

@@ -40,6 +40,8 @@ pub struct SecondaryRole {
     link: Option<PacketLink>,
     post: Post<PairEvent>,
     mac: Mac,
+    /// The SVM stands still: its queues are not touched, the link is read on.
+    stopped: bool,
 }
 
 impl SecondaryRole {
@@ -50,6 +52,7 @@ impl SecondaryRole {
             link: Some(link),
             post,
             mac: config.mac,
+            stopped: true,
         }
     }
 
@@ -68,6 +71,7 @@ impl SecondaryRole {
         if let Some(path) = &mut self.path {
             path.stop();
         }
+        self.stopped = true;
         self.act(edge);
     }
 
@@ -76,6 +80,17 @@ impl SecondaryRole {
         if let Some(path) = &mut self.path {
             path.resume_unchanged();
         }
+        self.stopped = false;
+    }
+
+    /// The SVM runs from the commit.
+    pub fn start(&mut self) {
+        self.stopped = false;
+    }
+
+    /// Asks the primary for a checkpoint.
+    pub fn want_checkpoint(&mut self) {
+        push(&mut self.link, &PacketMsg::CheckpointWanted);
     }
 
     /// The checkpoint of `epoch` is applied to the machine; the packet side follows.
@@ -89,7 +104,11 @@ impl SecondaryRole {
         let path = self.path.as_mut().ok_or("this host has taken over")?;
         let mut tokens = Vec::with_capacity(pending.len());
         for frame in pending {
-            tokens.push(edge.frames.from_bytes(frame).ok_or("no slot for pending output")?);
+            tokens.push(
+                edge.frames
+                    .from_bytes(frame)
+                    .ok_or("no slot for pending output")?,
+            );
         }
         path.commit(now_us(), &mut edge.frames, epoch, tokens, translations)
             .map_err(|e| e.to_string())?;
@@ -135,7 +154,9 @@ impl SecondaryRole {
     }
 
     fn from_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
-        let Some(mut link) = self.link.take() else { return 0 };
+        let Some(mut link) = self.link.take() else {
+            return 0;
+        };
         match self.read_link(&mut link, edge, now_us) {
             Ok(n) => {
                 self.link = Some(link);
@@ -156,16 +177,23 @@ impl SecondaryRole {
         edge: &mut Edge,
         now_us: u64,
     ) -> Result<usize, String> {
-        let Some(path) = &mut self.path else { return Ok(0) };
+        let Some(path) = &mut self.path else {
+            return Ok(0);
+        };
         let mut n = 0;
         let text = |e: PacketLinkError| e.to_string();
         link.fill().map_err(text)?;
         while n < 4 * BATCH && edge.frames.free_slots() > RESERVED_SLOTS {
-            let Some(msg) = link.next_msg().map_err(text)? else { break };
+            let Some(msg) = link.next_msg().map_err(text)? else {
+                break;
+            };
             n += 1;
             match msg {
                 PacketMsg::Input { epoch, seq, frame } => {
-                    let token = edge.frames.from_bytes(frame).ok_or("frame longer than the MTU")?;
+                    let token = edge
+                        .frames
+                        .from_bytes(frame)
+                        .ok_or("frame longer than the MTU")?;
                     path.handle_mirror(now_us, &mut edge.frames, epoch, seq, token)
                         .map_err(|e| e.to_string())?;
                 }
@@ -189,7 +217,9 @@ impl SecondaryRole {
         let Some(path) = &mut self.path else { return 0 };
         let mut n = 0;
         while n < BATCH && edge.guest_has_room() {
-            let Some(token) = path.poll_deliver(now_us, &mut edge.frames) else { break };
+            let Some(token) = path.poll_deliver(now_us, &mut edge.frames) else {
+                break;
+            };
             match edge.guest_deliver(&token) {
                 Delivery::NoRoom => {
                     path.undelivered(token);
@@ -207,7 +237,9 @@ impl SecondaryRole {
         let link_room = self.link.as_ref().is_none_or(PacketLink::has_room);
         let mut n = 0;
         while n < BATCH && link_room && path.room() && edge.frames.free_slots() > RESERVED_SLOTS {
-            let Some(token) = edge.guest_take() else { break };
+            let Some(token) = edge.guest_take() else {
+                break;
+            };
             path.handle_guest_tx(now_us, &mut edge.frames, token);
             n += 1;
         }
@@ -227,7 +259,14 @@ impl SecondaryRole {
                 SecondaryAction::SendOutput { epoch, svm_seq } => {
                     if let Some(token) = path.output(svm_seq) {
                         let frame = edge.frames.bytes(token);
-                        push(&mut self.link, &PacketMsg::Output { epoch, seq: svm_seq, frame });
+                        push(
+                            &mut self.link,
+                            &PacketMsg::Output {
+                                epoch,
+                                seq: svm_seq,
+                                frame,
+                            },
+                        );
                     }
                 }
                 SecondaryAction::CaughtUp { epoch } => {
@@ -243,7 +282,9 @@ impl SecondaryRole {
             && let Err(e) = link.flush()
         {
             self.detach();
-            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+            self.post.send(PairEvent::LinkDown {
+                reason: e.to_string(),
+            });
         }
         n
     }
@@ -262,8 +303,10 @@ impl Role for SecondaryRole {
 
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
         let mut n = self.from_link(edge, now_us);
-        n += self.to_guest(edge, now_us);
-        n += self.from_guest(edge, now_us);
+        if !self.stopped {
+            n += self.to_guest(edge, now_us);
+            n += self.from_guest(edge, now_us);
+        }
         let due = |p: &SecondaryPath| p.next_deadline().is_some_and(|at| at <= now_us);
         if let Some(path) = self.path.as_mut().filter(|p| due(p)) {
             path.handle_timeout(now_us, &mut edge.frames);

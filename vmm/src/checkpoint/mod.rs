@@ -1,0 +1,10 @@
+//! The checkpoint engine: dirty pages and machine state, captured on the primary, staged and applied whole on the
+//! secondary.
+//!
+//! `pages` is the set that travels, `transfer` its bytes on the link, `capture` the primary's side, `stage` the
+//! secondary's. Who may take a checkpoint when is decided by `colo-control`.
+
+pub mod capture;
+pub mod pages;
+pub mod stage;
+pub mod transfer;

@@ -1,0 +1,19 @@
+//! Replication: the link, the arbiter, and the control threads of the two roles.
+//!
+//! `primary` and `secondary` carry out what the cores of `colo-control` decide; `link` and `control_link` are the
+//! channels, `arbiter` the generation file, `report` what `colo status` shows.
+
+pub mod arbiter;
+mod control_link;
+mod host;
+pub mod link;
+mod primary;
+mod report;
+mod secondary;
+mod wait;
+
+pub use host::{End, run_primary, run_secondary};
+pub use report::PairStatus;
+
+use primary::PrimaryShell;
+use secondary::{SecondaryEnd, SecondaryShell};

@@ -1,0 +1,434 @@
+//! The primary's control thread: carries out what `colo_control::Primary` decides.
+//!
+//! Invariants: it is the only owner of the core, the control channel and the distributions of checkpoints; it never
+//! waits for the peer; link loss is told to the worker before the core, so that a late cut finds no link.
+//!
+//! Does not decide anything about roles.
+
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+
+use colo_control::{Action, Geometry, Msg, Outcome, Primary, PrimaryEvent, PrimaryState, Record};
+use colo_fastpath::clock::now_us;
+use colo_fastpath::link::PacketLink;
+use colo_fastpath::mailbox::{Mailbox, Post};
+use colo_fastpath::pair::{PairEvent, PrimaryRole};
+
+use super::arbiter::FileArbiter;
+use super::control_link::ControlLink;
+use super::link::{Channels, Listener};
+use super::report::{CheckpointTimes, PairStatus, Standing};
+use super::wait::Waiter;
+use super::{Replica, ReplicaError, unix_seconds};
+use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
+use crate::machine::Machine;
+use crate::testpoint::{Point, reached};
+
+/// A running primary.
+pub struct PrimaryShell {
+    core: Primary,
+    replica: Replica,
+    listener: Listener,
+    link: Option<Link>,
+    pair_events: Mailbox<PairEvent>,
+    capture_events: Mailbox<CaptureEvent>,
+    capture: Sender<CaptureCommand>,
+    capture_thread: Option<JoinHandle<()>>,
+    times: CheckpointTimes,
+    checkpoint_begun_us: u64,
+    unprotected: Option<(String, u64)>,
+    takeovers: u64,
+    outcome: Option<Outcome>,
+}
+
+/// The channels to the secondary.
+struct Link {
+    control: ControlLink,
+    /// Handed to worker and checkpoint thread when the synchronisation starts.
+    packets: Option<TcpStream>,
+    pages: Option<TcpStream>,
+    /// To end it while the checkpoint thread writes.
+    pages_end: TcpStream,
+}
+
+impl PrimaryShell {
+    /// A primary that holds `record`, for a worker that is (or is about to be) in the primary's role and
+    /// posts to `pair_events`.
+    pub fn new(
+        replica: Replica,
+        geometry: Geometry,
+        record: Record,
+        epoch: u64,
+        takeovers: u64,
+        pair_events: Mailbox<PairEvent>,
+    ) -> Result<Self, ReplicaError> {
+        let config = &replica.config;
+        let listener = Listener::bind(config.link_listen)?;
+        let core = Primary::new(
+            replica.host.clone(),
+            config.timing(),
+            config.block_alone(),
+            geometry,
+            record,
+            epoch,
+        );
+        let (post, capture_events) = Mailbox::new().map_err(ReplicaError::System)?;
+        let (capture, capture_thread) = spawn_capture(replica.machine.clone(), post)?;
+        let since = (unix_seconds(), "no secondary has joined yet".to_owned());
+        Ok(Self {
+            core,
+            replica,
+            listener,
+            link: None,
+            pair_events,
+            capture_events,
+            capture,
+            capture_thread: Some(capture_thread),
+            times: CheckpointTimes::default(),
+            checkpoint_begun_us: 0,
+            unprotected: Some((since.1, since.0)),
+            takeovers,
+            outcome: None,
+        })
+    }
+
+    /// Runs until the role ends.
+    pub fn run(mut self) -> Outcome {
+        let mut waiter = Waiter::default();
+        let outcome = loop {
+            self.events();
+            let now = now_us();
+            if self.core.next_deadline().is_some_and(|at| at <= now) {
+                self.core.handle_timeout(now);
+            }
+            self.perform();
+            if let Some(outcome) = self.outcome.take() {
+                break outcome;
+            }
+            self.wait(&mut waiter);
+        };
+        self.close_link("this host ends");
+        drop(self.capture);
+        if let Some(thread) = self.capture_thread.take() {
+            let _ = thread.join();
+        }
+        outcome
+    }
+
+    fn wait(&mut self, waiter: &mut Waiter) {
+        waiter.clear();
+        waiter.readable(self.pair_events.poll_fd());
+        waiter.readable(self.capture_events.poll_fd());
+        self.listener.fds().for_each(|fd| waiter.readable(fd));
+        if let Some(link) = &self.link {
+            waiter.push(link.control.pollfd());
+        }
+        self.replica.add_fds(waiter);
+        let mut deadline = self.core.next_deadline();
+        if self.listener.is_busy() {
+            let soon = now_us() + 100_000;
+            deadline = Some(deadline.map_or(soon, |at| at.min(soon)));
+        }
+        waiter.wait(deadline);
+    }
+
+    // ---- events in ----
+
+    fn events(&mut self) {
+        // What checkpoints have achieved counts before the loss of the link that followed it.
+        while let Some(event) = self.capture_events.try_next() {
+            self.capture_event(event);
+        }
+        while let Some(event) = self.pair_events.try_next() {
+            self.pair_event(event);
+        }
+        self.read_control();
+        if let Some(channels) = self.listener.poll() {
+            self.link_up(channels);
+        }
+        if self.replica.wants_stop() {
+            self.core.handle(now_us(), PrimaryEvent::ShutDown);
+        }
+        if let Some(fault) = self.replica.guest_fault() {
+            tracing::error!("the guest faulted: {fault}");
+            self.outcome = Some(Outcome::ApplyFailed { reason: fault });
+        }
+        if self.replica.status.has_client() {
+            let status = self.status(self.standing());
+            self.replica
+                .status
+                .answer(&self.replica.machine, status.as_ref());
+        }
+    }
+
+    fn capture_event(&mut self, event: CaptureEvent) {
+        let now = now_us();
+        match event {
+            CaptureEvent::SyncReady => self.core.handle(now, PrimaryEvent::SyncReady),
+            CaptureEvent::Captured { epoch, cost } => {
+                tracing::debug!("epoch {epoch} captured: {cost:?}");
+                self.times.captured(&cost);
+                self.core.handle(now, PrimaryEvent::Captured { epoch });
+            }
+            CaptureEvent::Sent { epoch, sent_bytes } => {
+                self.times.page_bytes = sent_bytes;
+                self.core.handle(now, PrimaryEvent::Sent { epoch });
+            }
+            CaptureEvent::Failed { epoch, reason } => {
+                tracing::warn!("checkpoint of epoch {epoch} failed: {reason}");
+                self.core
+                    .handle(now, PrimaryEvent::CheckpointFailed { epoch, reason });
+            }
+            CaptureEvent::LinkDown { reason } => self.link_down(&reason),
+        }
+    }
+
+    fn pair_event(&mut self, event: PairEvent) {
+        match event {
+            PairEvent::CheckpointWanted(divergence) => {
+                tracing::debug!("checkpoint wanted: {divergence:?}");
+                self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
+            }
+            PairEvent::PeerWantsCheckpoint => {
+                self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
+            }
+            PairEvent::LinkDown { reason } => self.link_down(&reason),
+            PairEvent::ClockGap { gap_us } => {
+                tracing::warn!("this process stood still for {gap_us} us; asking the arbiter");
+                self.core.handle(now_us(), PrimaryEvent::ClockGap);
+            }
+        }
+    }
+
+    fn read_control(&mut self) {
+        loop {
+            let Some(link) = &mut self.link else { return };
+            match link.control.flush().and_then(|()| link.control.receive()) {
+                Ok(messages) if messages.is_empty() => return,
+                Ok(messages) => {
+                    for msg in messages {
+                        self.note(&msg);
+                        self.core.handle(now_us(), PrimaryEvent::Msg(msg));
+                    }
+                    self.perform();
+                }
+                Err(e) => {
+                    self.link_down(&e.to_string());
+                    return;
+                }
+            }
+        }
+    }
+
+    fn note(&mut self, msg: &Msg) {
+        match msg {
+            Msg::Committed { epoch, .. } => {
+                reached(Point::CommitReceived);
+                tracing::debug!("epoch {epoch} is committed");
+            }
+            Msg::Aborted { epoch, reason, .. } => {
+                tracing::warn!("the secondary refused the checkpoint of epoch {epoch}: {reason}");
+            }
+            _ => {}
+        }
+    }
+
+    fn link_up(&mut self, channels: Channels) {
+        if self.link.is_some() {
+            tracing::warn!("a second secondary tried to join; it was sent away");
+            return;
+        }
+        match Link::new(channels) {
+            Ok(link) => {
+                tracing::info!("a secondary has connected");
+                self.link = Some(link);
+                self.core.handle(now_us(), PrimaryEvent::LinkUp);
+            }
+            Err(e) => tracing::warn!("a secondary's connection failed at once: {e}"),
+        }
+    }
+
+    fn link_down(&mut self, reason: &str) {
+        if self.link.is_none() {
+            return;
+        }
+        tracing::warn!("the link is lost: {reason}");
+        self.close_link(reason);
+        let reason = reason.to_owned();
+        self.core
+            .handle(now_us(), PrimaryEvent::LinkDown { reason });
+    }
+
+    fn close_link(&mut self, reason: &str) {
+        let Some(mut link) = self.link.take() else {
+            return;
+        };
+        let _ = link.control.flush();
+        let _ = link.pages_end.shutdown(Shutdown::Both);
+        self.on_role(|role, _| role.detach());
+        self.unprotected
+            .get_or_insert((reason.to_owned(), unix_seconds()));
+    }
+
+    // ---- actions out ----
+
+    fn perform(&mut self) {
+        while let Some(action) = self.core.poll_action() {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Send(msg) => self.send(&msg),
+            Action::Arbiter(cas) => {
+                let reply = self.replica.arbiter.ask(&cas);
+                tracing::info!("arbiter: {cas:?}: {reply:?}");
+                self.core.handle(now_us(), PrimaryEvent::Arbiter(reply));
+            }
+            Action::StartSync => self.start_sync(),
+            Action::Capture {
+                epoch,
+                first,
+                svm_dirty,
+            } => {
+                let generation = self.core.record().generation;
+                self.order(CaptureCommand::Capture {
+                    epoch,
+                    first,
+                    svm_dirty,
+                    generation,
+                });
+            }
+            Action::Commit { epoch } => self.commit(epoch),
+            Action::Abort { epoch } => {
+                self.times.aborted += 1;
+                self.on_role(move |role, edge| role.abort(edge, epoch));
+                self.order(CaptureCommand::Aborted);
+            }
+            Action::GoAlone => {
+                self.on_role(|role, edge| role.go_alone(edge));
+                self.order(CaptureCommand::Detach);
+                tracing::warn!("unprotected: this host runs the VM alone");
+            }
+            Action::Mute(mute) => self.on_role(move |role, edge| role.mute(edge, mute)),
+            Action::Lease { until_us } => {
+                self.on_role(move |role, edge| role.set_lease(edge, until_us))
+            }
+            Action::CloseLink { reason } => {
+                tracing::info!("closing the link: {reason}");
+                self.close_link(&reason);
+            }
+            Action::Stop(outcome) => self.outcome = Some(outcome),
+            Action::StopSvm { .. } | Action::Apply { .. } | Action::TakeOver { .. } => {}
+        }
+    }
+
+    fn send(&mut self, msg: &Msg) {
+        if matches!(msg, Msg::StopSvm { .. }) {
+            self.checkpoint_begun_us = now_us();
+        }
+        let Some(link) = &mut self.link else { return };
+        if let Err(e) = link.control.send(msg) {
+            self.link_down(&e.to_string());
+        }
+    }
+
+    fn start_sync(&mut self) {
+        let Some(link) = &mut self.link else { return };
+        let (Some(packets), Some(stream)) = (link.packets.take(), link.pages.take()) else {
+            return;
+        };
+        self.checkpoint_begun_us = now_us();
+        match PacketLink::new(packets) {
+            Ok(packets) => self.on_role(move |role, _| role.attach(packets)),
+            Err(e) => return self.link_down(&e.to_string()),
+        }
+        let generation = self.core.record().generation;
+        self.order(CaptureCommand::Sync { stream, generation });
+    }
+
+    fn commit(&mut self, epoch: u64) {
+        self.order(CaptureCommand::Committed);
+        self.times
+            .committed(now_us().saturating_sub(self.checkpoint_begun_us));
+        self.on_role(move |role, edge| role.commit(edge, epoch));
+        reached(Point::CommitReleased);
+        if self.core.state() == PrimaryState::Paired && self.unprotected.take().is_some() {
+            tracing::info!("protected: the secondary has the state");
+        }
+    }
+
+    fn order(&self, command: CaptureCommand) {
+        if self.capture.send(command).is_err() {
+            tracing::error!("the checkpoint thread has ended");
+        }
+    }
+
+    fn on_role(
+        &self,
+        task: impl FnOnce(&mut PrimaryRole, &mut colo_fastpath::worker::Edge) + Send + 'static,
+    ) {
+        if PrimaryRole::on_worker(self.replica.machine.worker(), task).is_none() {
+            tracing::error!("the packet worker has ended or is in another role");
+        }
+    }
+
+    // ---- status ----
+
+    fn standing(&self) -> Standing {
+        let state = match self.core.state() {
+            PrimaryState::Alone => "alone",
+            PrimaryState::Syncing | PrimaryState::FirstCheckpoint | PrimaryState::Pairing => {
+                "syncing"
+            }
+            PrimaryState::Paired => "paired",
+            PrimaryState::Deciding => "deciding",
+            PrimaryState::Blocked => "blocked",
+            PrimaryState::ShuttingDown | PrimaryState::Ended => "stopping",
+        };
+        let (reason, since) = self.unprotected.clone().unwrap_or_default();
+        Standing {
+            role: "primary",
+            state,
+            protected: self.core.state() == PrimaryState::Paired,
+            unprotected_reason: reason,
+            unprotected_since: since,
+            generation: self.core.record().generation,
+            epoch: self.core.epoch(),
+            takeovers: self.takeovers,
+        }
+    }
+
+    fn status(&self, standing: Standing) -> Option<PairStatus> {
+        let report =
+            PrimaryRole::on_worker(self.replica.machine.worker(), |role, _| role.report())?;
+        Some(PairStatus::of_primary(standing, &report, &self.times))
+    }
+}
+
+impl Link {
+    fn new(channels: Channels) -> io::Result<Self> {
+        Ok(Self {
+            control: ControlLink::new(channels.control)?,
+            pages_end: channels.pages.try_clone()?,
+            packets: Some(channels.packets),
+            pages: Some(channels.pages),
+        })
+    }
+}
+
+fn spawn_capture(
+    machine: Arc<Machine>,
+    post: Post<CaptureEvent>,
+) -> Result<(Sender<CaptureCommand>, JoinHandle<()>), ReplicaError> {
+    let (sender, commands) = channel();
+    let thread = std::thread::Builder::new()
+        .name("checkpoint".to_owned())
+        .spawn(move || CaptureThread::new(machine, post).run(&commands))
+        .map_err(ReplicaError::System)?;
+    Ok((sender, thread))
+}

@@ -1,0 +1,393 @@
+//! The secondary's control thread: carries out what `colo_control::Secondary` decides.
+//!
+//! Invariants: it is the only owner of the core, the control channel and the SVM's accumulated dirty set; the SVM is
+//! stopped and let go only as the core says.
+//!
+//! Does not decide anything about roles.
+
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+
+use colo_control::{Action, Geometry, Outcome, Record, Secondary, SecondaryEvent, SecondaryState};
+use colo_fastpath::clock::now_us;
+use colo_fastpath::link::PacketLink;
+use colo_fastpath::mailbox::{Mailbox, Post};
+use colo_fastpath::pair::{PairEvent, PrimaryRole, SecondaryRole, SecondaryRoleConfig};
+
+use super::control_link::ControlLink;
+use super::link::Channels;
+use super::report::{PairStatus, Standing};
+use super::wait::Waiter;
+use super::{Replica, ReplicaError};
+use crate::checkpoint::pages::PageBitmap;
+use crate::checkpoint::stage::{StageCommand, StageEvent, StageThread};
+
+/// How a secondary's life ended.
+pub enum SecondaryEnd {
+    /// It is the VM now.
+    TookOver {
+        /// The record it won.
+        record: Record,
+        /// What its worker's new role posts to.
+        pair_events: Mailbox<PairEvent>,
+        /// What goes on.
+        replica: Replica,
+    },
+    /// It is not.
+    Ended(Outcome),
+}
+
+/// A running secondary.
+pub struct SecondaryShell {
+    core: Secondary,
+    replica: Replica,
+    control: Option<ControlLink>,
+    pages_end: TcpStream,
+    pair_post: Post<PairEvent>,
+    pair_events: Mailbox<PairEvent>,
+    stage_events: Mailbox<StageEvent>,
+    stage: Option<Sender<StageCommand>>,
+    stage_thread: Option<JoinHandle<()>>,
+    /// Pages that the SVM dirtied since the last commit.
+    dirty: PageBitmap,
+    applied_epoch: u64,
+    end: Option<End>,
+}
+
+enum End {
+    TookOver(Record),
+    Ended(Outcome),
+}
+
+impl SecondaryShell {
+    /// Starts over connected channels, with a machine that has never run.
+    pub fn new(
+        replica: Replica,
+        geometry: Geometry,
+        channels: Channels,
+    ) -> Result<Self, ReplicaError> {
+        let system = ReplicaError::System;
+        let (pair_post, pair_events) = Mailbox::new().map_err(system)?;
+        let (stage_post, stage_events) = Mailbox::new().map_err(system)?;
+        let (stage, commands) = channel();
+        let pages_end = channels.pages.try_clone().map_err(system)?;
+        let packets = PacketLink::new(channels.packets).map_err(system)?;
+        let role = SecondaryRoleConfig {
+            limits: replica.limits,
+            mac: replica.mac,
+        };
+        let worker = replica.machine.worker();
+        let gone = |_| ReplicaError::WorkerGone;
+        worker
+            .set_role(Box::new(SecondaryRole::new(
+                &role,
+                packets,
+                pair_post.clone(),
+            )))
+            .map_err(gone)?;
+        let thread = StageThread::new(replica.machine.clone(), channels.pages, stage_post);
+        let stage_thread = std::thread::Builder::new()
+            .name("checkpoint".to_owned())
+            .spawn(move || thread.run(&commands))
+            .map_err(system)?;
+        let core = Secondary::new(
+            replica.host.clone(),
+            replica.config.timing(),
+            channels.session,
+            geometry,
+        );
+        let dirty = PageBitmap::new(replica.machine.ram().page_count());
+        Ok(Self {
+            core,
+            control: Some(ControlLink::new(channels.control).map_err(system)?),
+            pages_end,
+            pair_post,
+            pair_events,
+            stage_events,
+            stage: Some(stage),
+            stage_thread: Some(stage_thread),
+            dirty,
+            applied_epoch: 0,
+            end: None,
+            replica,
+        })
+    }
+
+    /// Runs until the role ends.
+    pub fn run(mut self) -> SecondaryEnd {
+        self.core.handle(now_us(), SecondaryEvent::LinkUp);
+        let mut waiter = Waiter::default();
+        let end = loop {
+            self.events();
+            let now = now_us();
+            if self.core.next_deadline().is_some_and(|at| at <= now) {
+                self.core.handle_timeout(now);
+            }
+            self.perform();
+            if let Some(end) = self.end.take() {
+                break end;
+            }
+            self.wait(&mut waiter);
+        };
+        self.close_link();
+        self.stage = None;
+        if let Some(thread) = self.stage_thread.take() {
+            let _ = thread.join();
+        }
+        match end {
+            End::Ended(outcome) => SecondaryEnd::Ended(outcome),
+            End::TookOver(record) => SecondaryEnd::TookOver {
+                record,
+                pair_events: self.pair_events,
+                replica: self.replica,
+            },
+        }
+    }
+
+    fn wait(&mut self, waiter: &mut Waiter) {
+        waiter.clear();
+        waiter.readable(self.pair_events.poll_fd());
+        waiter.readable(self.stage_events.poll_fd());
+        if let Some(control) = &self.control {
+            waiter.push(control.pollfd());
+        }
+        self.replica.add_fds(waiter);
+        waiter.wait(self.core.next_deadline());
+    }
+
+    // ---- events in ----
+
+    fn events(&mut self) {
+        self.read_control();
+        while let Some(event) = self.stage_events.try_next() {
+            self.stage_event(event);
+        }
+        while let Some(event) = self.pair_events.try_next() {
+            self.pair_event(event);
+        }
+        if self.replica.wants_stop() {
+            tracing::info!("stopping; the primary goes on alone");
+            self.end = Some(End::Ended(Outcome::Off));
+        }
+        if let Some(fault) = self.replica.guest_fault() {
+            // The SVM may run into what the PVM never sees: a divergence like others.
+            tracing::warn!("the SVM stopped ({fault}); asking for a checkpoint");
+            self.on_role(|role, _| role.want_checkpoint());
+        }
+        if self.replica.status.has_client() {
+            let standing = self.standing();
+            let worker = self.replica.machine.worker();
+            let report = SecondaryRole::on_worker(worker, |role, _| role.report());
+            let status = report.map(|report| PairStatus::of_secondary(standing, &report));
+            self.replica
+                .status
+                .answer(&self.replica.machine, status.as_ref());
+        }
+    }
+
+    fn stage_event(&mut self, event: StageEvent) {
+        let now = now_us();
+        match event {
+            StageEvent::Staged { epoch } => {
+                let before = self.core.state();
+                self.core.handle(now, SecondaryEvent::Staged { epoch });
+                self.perform();
+                if before == SecondaryState::TookOver {
+                    self.order(StageCommand::Discard);
+                }
+            }
+            StageEvent::Failed { epoch, reason } => {
+                tracing::warn!("checkpoint of epoch {epoch} refused: {reason}");
+                self.core
+                    .handle(now, SecondaryEvent::StageFailed { epoch, reason });
+            }
+            StageEvent::Applied { epoch, cost } => {
+                tracing::debug!("epoch {epoch} applied: {cost:?}");
+                self.dirty.clear();
+                self.applied_epoch = epoch;
+                self.core.handle(now, SecondaryEvent::Applied { epoch });
+            }
+            StageEvent::ApplyFailed { reason } => {
+                tracing::error!("a committed checkpoint could not be applied: {reason}");
+                self.core
+                    .handle(now, SecondaryEvent::ApplyFailed { reason });
+            }
+            StageEvent::LinkDown { reason } => self.link_down(reason),
+        }
+    }
+
+    fn pair_event(&mut self, event: PairEvent) {
+        match event {
+            PairEvent::LinkDown { reason } => self.link_down(reason),
+            PairEvent::CheckpointWanted(_)
+            | PairEvent::PeerWantsCheckpoint
+            | PairEvent::ClockGap { .. } => {}
+        }
+    }
+
+    fn read_control(&mut self) {
+        loop {
+            let Some(control) = &mut self.control else {
+                return;
+            };
+            match control.flush().and_then(|()| control.receive()) {
+                Ok(messages) if messages.is_empty() => return,
+                Ok(messages) => {
+                    for msg in messages {
+                        self.core.handle(now_us(), SecondaryEvent::Msg(msg));
+                    }
+                    self.perform();
+                }
+                Err(e) => return self.link_down(e.to_string()),
+            }
+        }
+    }
+
+    fn link_down(&mut self, reason: String) {
+        if self.control.is_none() {
+            return;
+        }
+        tracing::warn!("the link is lost: {reason}");
+        self.close_link();
+        self.core
+            .handle(now_us(), SecondaryEvent::LinkDown { reason });
+    }
+
+    fn close_link(&mut self) {
+        if let Some(mut control) = self.control.take() {
+            let _ = control.flush();
+        }
+        // The packet channel stays until the takeover has read what is in it; the peer is gone or told.
+        let _ = self.pages_end.shutdown(Shutdown::Both);
+    }
+
+    // ---- actions out ----
+
+    fn perform(&mut self) {
+        while self.end.is_none()
+            && let Some(action) = self.core.poll_action()
+        {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Send(msg) => {
+                let Some(control) = &mut self.control else {
+                    return;
+                };
+                if let Err(e) = control.send(&msg) {
+                    self.link_down(e.to_string());
+                }
+            }
+            Action::Arbiter(cas) => {
+                let reply = self.replica.arbiter.ask(&cas);
+                tracing::info!("arbiter: {cas:?}: {reply:?}");
+                self.core.handle(now_us(), SecondaryEvent::Arbiter(reply));
+            }
+            Action::StopSvm { epoch } => match self.stop_svm() {
+                Ok(()) => {
+                    let dirty = self.dirty.to_bytes();
+                    self.core
+                        .handle(now_us(), SecondaryEvent::SvmStopped { epoch, dirty });
+                }
+                Err(e) => {
+                    let outcome = Outcome::ApplyFailed {
+                        reason: e.to_string(),
+                    };
+                    self.end = Some(End::Ended(outcome));
+                }
+            },
+            Action::Apply { .. } => self.order(StageCommand::Apply),
+            Action::Abort { .. } => self.resume_unchanged(),
+            Action::CloseLink { reason } => {
+                tracing::info!("closing the link: {reason}");
+                self.close_link();
+            }
+            Action::TakeOver { generation } => self.take_over(generation),
+            Action::Stop(outcome) => self.end = Some(End::Ended(outcome)),
+            Action::StartSync
+            | Action::Capture { .. }
+            | Action::Commit { .. }
+            | Action::GoAlone
+            | Action::Mute(_)
+            | Action::Lease { .. } => {}
+        }
+    }
+
+    fn order(&mut self, command: StageCommand) {
+        if let Some(stage) = &self.stage
+            && stage.send(command).is_err()
+        {
+            tracing::error!("the checkpoint thread has ended");
+        }
+    }
+
+    fn stop_svm(&mut self) -> Result<(), ReplicaError> {
+        let machine = &self.replica.machine;
+        machine.pause_vcpus()?;
+        self.on_role(|role, edge| role.stop(edge));
+        self.replica.machine.take_dirty(&mut self.dirty.words)?;
+        Ok(())
+    }
+
+    fn resume_unchanged(&mut self) {
+        self.on_role(|role, _| role.resume_unchanged());
+        if let Err(e) = self.replica.machine.resume_vcpus() {
+            tracing::error!("the SVM does not resume: {e}");
+        }
+    }
+
+    fn take_over(&mut self, generation: u64) {
+        let config = self.replica.primary_role();
+        let post = self.pair_post.clone();
+        let worker = self.replica.machine.worker();
+        let role = SecondaryRole::on_worker(worker, move |role, edge| {
+            role.take_over(edge, &config, post)
+        });
+        match role.flatten().map(|role| worker.set_role(role)) {
+            Some(Ok(())) => {}
+            _ => tracing::error!("the packet worker has ended; the guest is cut off"),
+        }
+        PrimaryRole::on_worker(worker, |role, edge| role.speak(edge));
+        if let Err(e) = self.replica.machine.set_dirty_logging(false) {
+            tracing::warn!("dirty logging stays on, the guest runs slower than it could: {e}");
+        }
+        tracing::warn!("took over: this host runs the VM now, generation {generation}");
+        let record = Record {
+            generation,
+            holder: self.replica.host.clone(),
+            standing: colo_control::Standing::Alone,
+        };
+        self.end = Some(End::TookOver(record));
+    }
+
+    fn on_role(
+        &self,
+        task: impl FnOnce(&mut SecondaryRole, &mut colo_fastpath::worker::Edge) + Send + 'static,
+    ) {
+        if SecondaryRole::on_worker(self.replica.machine.worker(), task).is_none() {
+            tracing::error!("the packet worker has ended or is in another role");
+        }
+    }
+
+    fn standing(&self) -> Standing {
+        let state = match self.core.state() {
+            SecondaryState::Joining => "joining",
+            SecondaryState::Syncing => "syncing",
+            SecondaryState::Standby => "standby",
+            SecondaryState::TakingOver | SecondaryState::TookOver => "taking over",
+            SecondaryState::Ended => "stopping",
+        };
+        Standing {
+            role: "secondary",
+            state,
+            protected: self.core.state() == SecondaryState::Standby,
+            generation: self.core.generation(),
+            epoch: self.applied_epoch + 1,
+            ..Standing::default()
+        }
+    }
+}
