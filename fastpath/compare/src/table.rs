@@ -18,7 +18,6 @@ use crate::wire::Packet;
 pub(crate) struct Held {
     /// Place in the production order of the whole VM.
     pub(crate) id: u64,
-    pub(crate) epoch: u64,
     pub(crate) token: Token,
     pub(crate) packet: Packet,
     /// The input that must be acknowledged before it leaves (rule 5).

@@ -156,7 +156,7 @@ impl PrimaryPath {
             } => {
                 if let Some(tcp) = packet.tcp.as_mut() {
                     let header = frames.header_mut(&token);
-                    self.client.from_guest(now_us, &packet.key, header, tcp);
+                    self.client.outbound(now_us, &packet.key, header, tcp);
                 }
                 self.held_frames -= 1;
                 self.count(right, packet.tcp.is_none_or(|tcp| tcp.payload_len > 0));

@@ -220,7 +220,7 @@ impl PrimaryPath {
         let mut packet = self.parse(frames, &token, Direction::ToGuest);
         if let Some(tcp) = packet.tcp.as_mut() {
             let header = frames.header_mut(&token);
-            let learnt = self.client.to_guest(now_us, &packet.key, header, tcp);
+            let learnt = self.client.inbound(now_us, &packet.key, header, tcp);
             if learnt && self.paired {
                 self.note_learnt(frames, packet.key);
             }
@@ -338,15 +338,14 @@ impl PrimaryPath {
         };
         let Deferred {
             id: place,
-            epoch,
             token,
             packet,
             stamp,
             at_us,
+            ..
         } = frame;
         flow.held.push_back(Held {
             id: place,
-            epoch,
             token,
             packet,
             stamp,

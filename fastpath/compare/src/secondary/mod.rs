@@ -262,7 +262,7 @@ impl SecondaryPath {
     fn translate_input<F: Frames + ?Sized>(&self, frames: &mut F, token: &Token, packet: &Packet) {
         if let Some(mut tcp) = packet.tcp {
             let offsets = self.pairs.offsets(&packet.key);
-            offsets.to_guest(frames.header_mut(token), &mut tcp);
+            offsets.inbound(frames.header_mut(token), &mut tcp);
         }
     }
 
@@ -290,7 +290,7 @@ impl SecondaryPath {
                 return;
             }
             let offsets = self.pairs.offsets(&packet.key);
-            offsets.from_guest(frames.header_mut(&token), &mut tcp);
+            offsets.outbound(frames.header_mut(&token), &mut tcp);
         }
         let (svm_seq, epoch) = (self.next_svm_seq, self.epoch);
         self.next_svm_seq += 1;
@@ -414,10 +414,11 @@ impl SecondaryPath {
             .take()
             .into_iter()
             .for_each(|token| frames.release(token));
-        while let Some(queued) = self.queue.pop_front_if(|queued| queued.epoch <= epoch) {
-            frames.release(queued.token);
-            dropped += 1;
-        }
+        let covered = self.queue.partition_point(|queued| queued.epoch <= epoch);
+        self.queue
+            .drain(..covered)
+            .for_each(|queued| frames.release(queued.token));
+        dropped += covered;
         self.stats.dropped_by_commit += dropped as u64;
         self.outputs
             .drain(..)
@@ -492,7 +493,7 @@ impl SecondaryPath {
             let mut packet = parse(frames, &token, Direction::FromGuest);
             if let Some(tcp) = packet.tcp.as_mut() {
                 let header = frames.header_mut(&token);
-                self.client.from_guest(now_us, &packet.key, header, tcp);
+                self.client.outbound(now_us, &packet.key, header, tcp);
             }
             Action::Release {
                 token,
