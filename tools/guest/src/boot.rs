@@ -62,7 +62,9 @@ pub unsafe fn read(address: u64) -> Result<Boot, &'static str> {
         )
     };
     Ok(Boot {
-        command_line: command_line.to_str().map_err(|_| "the command line is not UTF-8")?,
+        command_line: command_line
+            .to_str()
+            .map_err(|_| "the command line is not UTF-8")?,
         heap: largest_free(map),
     })
 }

@@ -19,7 +19,11 @@ impl Clock {
     /// `tsc_khz` is at least 1000; `wall_ns` is the wall clock, in ns since 1970, when the counter was 0.
     pub fn new(tsc_khz: u64, wall_ns: u64) -> Self {
         let per_tick = |per_ms: u128, shift: u32| ((per_ms << shift) / u128::from(tsc_khz)) as u64;
-        Self { us_per_tick: per_tick(1000, 64), ns_per_tick: per_tick(1_000_000, 48), wall_ns }
+        Self {
+            us_per_tick: per_tick(1000, 64),
+            ns_per_tick: per_tick(1_000_000, 48),
+            wall_ns,
+        }
     }
 
     /// Microseconds since the counter was 0.

@@ -60,8 +60,13 @@ fn run(options: &Options, heap_bytes: usize) -> ! {
     };
     let addresses = options.addresses(device.mac());
     let limits = Limits::for_heap(heap_bytes);
-    let mut server =
-        Server::new(&mut device, &addresses, limits, Box::new(clock), clock.now_us());
+    let mut server = Server::new(
+        &mut device,
+        &addresses,
+        limits,
+        Box::new(clock),
+        clock.now_us(),
+    );
     match addresses.networks.first() {
         Some(network) => say(format_args!("colo-guest ready ip={}\n", network.address())),
         None => say(format_args!("colo-guest ready\n")),

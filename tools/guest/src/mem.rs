@@ -37,7 +37,10 @@ unsafe fn copy_small(to: *mut u8, from: *const u8, n: usize) {
         let last = n - size_of::<T>();
         // SAFETY: both reads lie within the range.
         let (a, b) = unsafe {
-            (from.cast::<T>().read_unaligned(), from.add(last).cast::<T>().read_unaligned())
+            (
+                from.cast::<T>().read_unaligned(),
+                from.add(last).cast::<T>().read_unaligned(),
+            )
         };
         // SAFETY: both writes lie within the range.
         unsafe {
@@ -105,10 +108,17 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
     while i + 8 <= n {
         // SAFETY: eight bytes at `i` lie within both ranges.
         let (x, y) = unsafe {
-            (a.add(i).cast::<u64>().read_unaligned(), b.add(i).cast::<u64>().read_unaligned())
+            (
+                a.add(i).cast::<u64>().read_unaligned(),
+                b.add(i).cast::<u64>().read_unaligned(),
+            )
         };
         if x != y {
-            return if x.swap_bytes() < y.swap_bytes() { -1 } else { 1 };
+            return if x.swap_bytes() < y.swap_bytes() {
+                -1
+            } else {
+                1
+            };
         }
         i += 8;
     }

@@ -65,7 +65,14 @@ impl NetDevice {
         }
         guest_rx.tell(&window);
         let free = (0..guest_tx.size()).rev().collect();
-        Ok(Self { window, guest_rx, guest_tx, free, mac, mtu })
+        Ok(Self {
+            window,
+            guest_rx,
+            guest_tx,
+            free,
+            mac,
+            mtu,
+        })
     }
 
     /// The MAC address.
@@ -92,9 +99,7 @@ impl NetDevice {
         let len = used.len.max(HEADER_BYTES) - HEADER_BYTES;
         // SAFETY: the device returned the buffer and does not touch it until it is submitted again, which needs `&mut
         // self`; the length is at most that of the buffer.
-        unsafe {
-            core::slice::from_raw_parts(self.guest_rx.buffer(used.id).add(HEADER_BYTES), len)
-        }
+        unsafe { core::slice::from_raw_parts(self.guest_rx.buffer(used.id).add(HEADER_BYTES), len) }
     }
 }
 
@@ -133,15 +138,28 @@ impl Device for NetDevice {
         }
         let used = self.guest_rx.take_used()?;
         let len = used.len.max(HEADER_BYTES) - HEADER_BYTES;
-        let received = Received { queue: &mut self.guest_rx, id: used.id, len };
-        Some((received, Transmission { queue: &mut self.guest_tx, free: &mut self.free }))
+        let received = Received {
+            queue: &mut self.guest_rx,
+            id: used.id,
+            len,
+        };
+        Some((
+            received,
+            Transmission {
+                queue: &mut self.guest_tx,
+                free: &mut self.free,
+            },
+        ))
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Transmission<'_>> {
         if self.room() == 0 {
             return None;
         }
-        Some(Transmission { queue: &mut self.guest_tx, free: &mut self.free })
+        Some(Transmission {
+            queue: &mut self.guest_tx,
+            free: &mut self.free,
+        })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -183,7 +201,10 @@ pub struct Transmission<'a> {
 
 impl TxToken for Transmission<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        assert!(len <= BUFFER_BYTES - HEADER_BYTES, "the MTU keeps frames within a buffer");
+        assert!(
+            len <= BUFFER_BYTES - HEADER_BYTES,
+            "the MTU keeps frames within a buffer"
+        );
         let Some(id) = self.free.pop() else {
             unreachable!("a transmission is given out only when a buffer is free");
         };

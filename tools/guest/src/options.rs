@@ -53,7 +53,10 @@ pub struct Options {
 impl Options {
     /// Parses the command line.
     pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let mut options = Self { spin_us: SPIN_US, ..Self::default() };
+        let mut options = Self {
+            spin_us: SPIN_US,
+            ..Self::default()
+        };
         for word in text.split_ascii_whitespace() {
             if let Some((name, value)) = word.split_once('=') {
                 options.set(name, value)?;
@@ -72,7 +75,8 @@ impl Options {
         match name {
             // The first device is the network.
             "virtio_mmio.device" if self.device_base == 0 => {
-                self.device_base = device_base(value).ok_or(OptionError::Bad("virtio_mmio.device"))?;
+                self.device_base =
+                    device_base(value).ok_or(OptionError::Bad("virtio_mmio.device"))?;
             }
             "tsc_khz" => {
                 let tsc_khz = value.parse().ok().filter(|khz| *khz >= TSC_KHZ_MIN);
@@ -82,11 +86,13 @@ impl Options {
             "spin_us" => self.spin_us = number(value, "spin_us")?,
             "ip" => {
                 let (address, prefix) = network(value, PREFIX_IPV4, 32, "ip")?;
-                self.networks.push(IpCidr::Ipv4(Ipv4Cidr::new(address, prefix)));
+                self.networks
+                    .push(IpCidr::Ipv4(Ipv4Cidr::new(address, prefix)));
             }
             "ip6" => {
                 let (address, prefix) = network(value, PREFIX_IPV6, 128, "ip6")?;
-                self.networks.push(IpCidr::Ipv6(Ipv6Cidr::new(address, prefix)));
+                self.networks
+                    .push(IpCidr::Ipv6(Ipv6Cidr::new(address, prefix)));
             }
             "gw" => self.gateway_ipv4 = Some(number(value, "gw")?),
             "gw6" => self.gateway_ipv6 = Some(number(value, "gw6")?),

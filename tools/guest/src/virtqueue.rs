@@ -100,7 +100,8 @@ impl Queue {
         unsafe { self.avail.add(slot).write_volatile(id) };
         self.avail_index = self.avail_index.wrapping_add(1);
         // The descriptor and the slot must be visible before the index.
-        self.word(self.avail, 1).store(self.avail_index, Ordering::Release);
+        self.word(self.avail, 1)
+            .store(self.avail_index, Ordering::Release);
     }
 
     /// Takes the next buffer that the device returned.
@@ -122,8 +123,15 @@ impl Queue {
             (element.read_volatile(), element.add(1).read_volatile())
         };
         // The host is trusted, but a wrong number must not become a wild pointer.
-        assert!(id < u32::from(self.size), "queue {}: the device returned {id}", self.number);
-        Some(Used { id: id as u16, len: (len as usize).min(BUFFER_BYTES) })
+        assert!(
+            id < u32::from(self.size),
+            "queue {}: the device returned {id}",
+            self.number
+        );
+        Some(Used {
+            id: id as u16,
+            len: (len as usize).min(BUFFER_BYTES),
+        })
     }
 
     /// True when the device returned something.
@@ -138,7 +146,9 @@ impl Queue {
         }
         // The index must be visible before the device's wish is read (virtio 1.3, section 2.7.10).
         fence(Ordering::SeqCst);
-        let wish = self.word(self.used, 2 + 4 * usize::from(self.size)).load(Ordering::Relaxed);
+        let wish = self
+            .word(self.used, 2 + 4 * usize::from(self.size))
+            .load(Ordering::Relaxed);
         let (new, old) = (self.avail_index, self.told_index);
         self.told_index = new;
         if new.wrapping_sub(wish).wrapping_sub(1) < new.wrapping_sub(old) {

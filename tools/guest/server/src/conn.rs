@@ -147,7 +147,13 @@ impl Conn {
 
     /// Moves output to the socket and input to the service until neither can go on.
     pub fn pump(&mut self, world: &mut World) {
-        let Self { set, handle, service, outbox, .. } = self;
+        let Self {
+            set,
+            handle,
+            service,
+            outbox,
+            ..
+        } = self;
         let socket = set.get_mut::<Socket<'_>>(*handle);
         loop {
             while !outbox.is_empty() && socket.can_send() {
@@ -155,7 +161,10 @@ impl Conn {
                     let n = outbox.fill(room);
                     (n, n)
                 });
-                debug_assert!(filled.is_ok_and(|n| n > 0), "a socket with room takes bytes");
+                debug_assert!(
+                    filled.is_ok_and(|n| n > 0),
+                    "a socket with room takes bytes"
+                );
             }
             if !socket.may_send() && !outbox.is_empty() {
                 // The connection is gone: nobody will read the rest.

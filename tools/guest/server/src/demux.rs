@@ -115,7 +115,9 @@ pub(crate) fn route(frame: &[u8]) -> Route {
             let opens = flags & (FLAG_SYN | FLAG_RST | FLAG_ACK) == FLAG_SYN;
             Route::Tcp { key, opens }
         }
-        (UDP, [_, _, high, low, ..]) => Route::Udp { port: u16::from_be_bytes([*high, *low]) },
+        (UDP, [_, _, high, low, ..]) => Route::Udp {
+            port: u16::from_be_bytes([*high, *low]),
+        },
         (ICMPV6, [NEIGHBOR_SOLICITATION, ..]) if !view.destination.is_multicast() => {
             Route::UnicastSolicitation
         }

@@ -1,7 +1,7 @@
 //! One HTTP/1.1 connection: requests in, responses out, with keep-alive and pipelining.
 //!
 //! Paths: `/` a small page; `/bytes/N` a page of N bytes (N up to 1048576, content as [`crate::page_byte`]);
-//! `/counter` (GET reads, POST adds one and gives the new value); `/time` nanoseconds since 1970; `/random` 16
+//! `/counter` (GET reads, POST adds one and gives the new value); `/time` microseconds since 1970; `/random` 16
 //! hexadecimal digits; `POST /login` a new token of 32 hexadecimal digits; `/session/TOKEN` the number of the login
 //! that got the token, 404 for one that was never given out. Text bodies end with a line end, the token does not.
 //!
@@ -68,10 +68,18 @@ const fn status(line: &'static str) -> Status {
 const OK: Status = status("200 OK");
 const BAD_REQUEST: Status = status("400 Bad Request");
 const NOT_FOUND: Status = status("404 Not Found");
-const GET_ONLY: Status = Status { line: "405 Method Not Allowed", field: "Allow: GET, HEAD\r\n" };
-const POST_ONLY: Status = Status { line: "405 Method Not Allowed", field: "Allow: POST\r\n" };
-const GET_OR_POST: Status =
-    Status { line: "405 Method Not Allowed", field: "Allow: GET, HEAD, POST\r\n" };
+const GET_ONLY: Status = Status {
+    line: "405 Method Not Allowed",
+    field: "Allow: GET, HEAD\r\n",
+};
+const POST_ONLY: Status = Status {
+    line: "405 Method Not Allowed",
+    field: "Allow: POST\r\n",
+};
+const GET_OR_POST: Status = Status {
+    line: "405 Method Not Allowed",
+    field: "Allow: GET, HEAD, POST\r\n",
+};
 const TOO_LARGE: Status = status("413 Content Too Large");
 const HEAD_TOO_LARGE: Status = status("431 Request Header Fields Too Large");
 const NOT_IMPLEMENTED: Status = status("501 Not Implemented");
@@ -152,9 +160,14 @@ impl Http {
             return refuse(&TOO_LARGE, outbox);
         }
         if head.expects_continue && head.body_len > 0 {
-            outbox.bytes().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+            outbox
+                .bytes()
+                .extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
         }
-        self.body = Some(Body { left: head.body_len, request: head.request });
+        self.body = Some(Body {
+            left: head.body_len,
+            request: head.request,
+        });
     }
 }
 
@@ -188,7 +201,9 @@ struct Head {
 /// Parses a head; `None` for an empty line in front of a request.
 fn parse_head(text: &[u8]) -> Result<Option<Head>, Status> {
     let text = core::str::from_utf8(text).map_err(|_| BAD_REQUEST)?;
-    let mut lines = text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
+    let mut lines = text
+        .split('\n')
+        .map(|line| line.strip_suffix('\r').unwrap_or(line));
     let first = lines.next().unwrap_or_default();
     if first.is_empty() {
         return Ok(None);
@@ -203,7 +218,10 @@ fn parse_head(text: &[u8]) -> Result<Option<Head>, Status> {
         let value = value.trim_matches([' ', '\t']);
         if name.eq_ignore_ascii_case("content-length") {
             head.body_len = parse_length(value)?;
-            if seen_length.replace(head.body_len).is_some_and(|seen| seen != head.body_len) {
+            if seen_length
+                .replace(head.body_len)
+                .is_some_and(|seen| seen != head.body_len)
+            {
                 return Err(BAD_REQUEST);
             }
         } else if name.eq_ignore_ascii_case("connection") {
@@ -260,9 +278,17 @@ fn parse_request_line(line: &str) -> Result<Head, Status> {
         return Err(BAD_REQUEST);
     }
     let path = path.split(['?', '#']).next().unwrap_or_default();
-    let request =
-        Request { method, path: String::from(path), keep_alive: !is_http_1_0, is_http_1_0 };
-    Ok(Head { request, body_len: 0, expects_continue: false })
+    let request = Request {
+        method,
+        path: String::from(path),
+        keep_alive: !is_http_1_0,
+        is_http_1_0,
+    };
+    Ok(Head {
+        request,
+        body_len: 0,
+        expects_continue: false,
+    })
 }
 
 /// What a response carries.
@@ -311,7 +337,9 @@ fn respond(request: &Request, outbox: &mut Outbox, world: &mut World) {
 fn write_head(status: &Status, len: usize, connection: Option<&str>, out: &mut Vec<u8>) {
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(status.line.as_bytes());
-    out.extend_from_slice(b"\r\nServer: colo-guest\r\nContent-Type: text/plain\r\nContent-Length: ");
+    out.extend_from_slice(
+        b"\r\nServer: colo-guest\r\nContent-Type: text/plain\r\nContent-Length: ",
+    );
     decimal(out, len as i64);
     out.extend_from_slice(b"\r\n");
     out.extend_from_slice(status.field.as_bytes());
@@ -330,7 +358,10 @@ fn route(request: &Request, world: &mut World) -> Result<Content, Status> {
     let path = request.path.as_str();
     match path {
         "/" => read(Content::Text(String::from(FRONT_PAGE))),
-        "/time" => read(Content::Text(format!("{}\n", world.platform.wall_ns()))),
+        "/time" => read(Content::Text(format!(
+            "{}\n",
+            world.platform.wall_ns() / 1000
+        ))),
         "/random" => read(Content::Text(format!("{:016x}\n", world.random()))),
         "/counter" if reads || posts => {
             world.counter += u64::from(posts);
@@ -339,7 +370,10 @@ fn route(request: &Request, world: &mut World) -> Result<Content, Status> {
         "/counter" => Err(GET_OR_POST),
         "/login" if posts => {
             let entropy = [world.platform.entropy(), world.platform.entropy()];
-            Ok(Content::Text(format!("{:032x}", world.sessions.login(entropy))))
+            Ok(Content::Text(format!(
+                "{:032x}",
+                world.sessions.login(entropy)
+            )))
         }
         "/login" => Err(POST_ONLY),
         _ => {
@@ -348,7 +382,10 @@ fn route(request: &Request, world: &mut World) -> Result<Content, Status> {
             }
             let token = path.strip_prefix("/session/").ok_or(NOT_FOUND)?;
             let login = parse_token(token).and_then(|token| world.sessions.find(token));
-            read(Content::Text(format!("login {}\n", login.ok_or(NOT_FOUND)?)))
+            read(Content::Text(format!(
+                "login {}\n",
+                login.ok_or(NOT_FOUND)?
+            )))
         }
     }
 }
@@ -361,7 +398,11 @@ fn page_len(text: &str) -> Result<usize, Status> {
 
 fn parse_token(text: &str) -> Option<u128> {
     let hex = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    if hex { u128::from_str_radix(text, 16).ok() } else { None }
+    if hex {
+        u128::from_str_radix(text, 16).ok()
+    } else {
+        None
+    }
 }
 
 #[cfg(test)]

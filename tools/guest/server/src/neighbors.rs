@@ -24,7 +24,24 @@ const IPV6_HEADER: usize = 40;
 /// The link-local address that belongs to a MAC address (RFC 4291, appendix A).
 pub fn link_local(mac: [u8; 6]) -> Ipv6Address {
     let [a, b, c, d, e, f] = mac;
-    Ipv6Address::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+    Ipv6Address::from([
+        0xfe,
+        0x80,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        a ^ 2,
+        b,
+        c,
+        0xff,
+        0xfe,
+        d,
+        e,
+        f,
+    ])
 }
 
 struct Known {
@@ -43,7 +60,12 @@ pub(crate) struct Neighbors {
 
 impl Neighbors {
     pub fn new(mac: EthernetAddress, networks: Vec<IpCidr>, gateways: Vec<IpAddress>) -> Self {
-        Self { mac, networks, gateways, known: Vec::new() }
+        Self {
+            mac,
+            networks,
+            gateways,
+            known: Vec::new(),
+        }
     }
 
     /// An announcement to feed to the stack before `frame`, when its sender is not known yet.
@@ -69,14 +91,25 @@ impl Neighbors {
         if !source.is_unicast() || self.networks.iter().any(|own| own.address() == source) {
             return None;
         }
-        if self.networks.iter().any(|network| network.contains_addr(&source)) {
+        if self
+            .networks
+            .iter()
+            .any(|network| network.contains_addr(&source))
+        {
             return Some(source);
         }
-        self.gateways.iter().copied().find(|gateway| gateway.version() == source.version())
+        self.gateways
+            .iter()
+            .copied()
+            .find(|gateway| gateway.version() == source.version())
     }
 
     fn is_news(&mut self, address: IpAddress, mac: EthernetAddress, now_us: i64) -> bool {
-        let fresh = Known { address, mac, told_us: now_us };
+        let fresh = Known {
+            address,
+            mac,
+            told_us: now_us,
+        };
         if let Some(known) = self.known.iter_mut().find(|known| known.address == address) {
             if known.mac == mac && now_us - known.told_us < REFRESH_US {
                 return false;
@@ -139,7 +172,11 @@ impl Neighbors {
 
     fn frame_from(&self, mac: EthernetAddress, kind: EthernetProtocol, len: usize) -> Vec<u8> {
         let mut frame = alloc::vec![0; ETHERNET_HEADER + len];
-        let header = EthernetRepr { src_addr: mac, dst_addr: self.mac, ethertype: kind };
+        let header = EthernetRepr {
+            src_addr: mac,
+            dst_addr: self.mac,
+            ethertype: kind,
+        };
         header.emit(&mut EthernetFrame::new_unchecked(&mut frame[..]));
         frame
     }

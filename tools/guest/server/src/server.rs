@@ -77,7 +77,11 @@ pub struct Limits {
 impl Limits {
     /// What fits a heap of so many bytes.
     pub const fn for_heap(heap_bytes: usize) -> Self {
-        let transmit_bytes = if heap_bytes >= 100 << 20 { 64 * 1024 } else { 32 * 1024 };
+        let transmit_bytes = if heap_bytes >= 100 << 20 {
+            64 * 1024
+        } else {
+            32 * 1024
+        };
         let receive_bytes = 16 * 1024;
         let affordable = heap_bytes / 3 / (receive_bytes + transmit_bytes);
         Self {
@@ -217,13 +221,15 @@ impl Server {
     /// A frame that only the stack itself may answer.
     fn stack_ingress(&mut self, device: &mut impl FrameDevice, now_us: i64) {
         let now = Instant::from_micros(now_us);
-        self.stack.poll_ingress_single(now, device, &mut self.nobody);
+        self.stack
+            .poll_ingress_single(now, device, &mut self.nobody);
     }
 
     fn inject(&mut self, device: &mut impl FrameDevice, frame: &[u8], now_us: i64) {
         let mut device = Injection { device, frame };
         let now = Instant::from_micros(now_us);
-        self.stack.poll_ingress_single(now, &mut device, &mut self.nobody);
+        self.stack
+            .poll_ingress_single(now, &mut device, &mut self.nobody);
     }
 
     fn solicitation(&mut self, device: &mut impl FrameDevice, now_us: i64) {
@@ -312,7 +318,9 @@ impl Server {
     fn roll_dice(&mut self, key: FlowKey) {
         for _ in 0..self.world.random() % 64 {
             self.dice.abort();
-            let _ = self.dice.connect(self.stack.context(), (key.remote, 1), (key.local, 1));
+            let _ = self
+                .dice
+                .connect(self.stack.context(), (key.remote, 1), (key.local, 1));
         }
         self.dice.abort();
     }
@@ -323,7 +331,10 @@ impl Server {
             return Some(index);
         }
         if self.conns.len() < self.limits.connections {
-            self.conns.push(Conn::new(self.limits.receive_bytes, self.limits.transmit_bytes));
+            self.conns.push(Conn::new(
+                self.limits.receive_bytes,
+                self.limits.transmit_bytes,
+            ));
             return Some(self.conns.len() - 1);
         }
         let victim = self.victim(now_us)?;
@@ -439,7 +450,10 @@ impl Server {
             return self.release(index);
         }
         let now = Instant::from_micros(now_us);
-        let stack_us = self.stack.poll_at(now, &conn.set).map_or(i64::MAX, |at| at.total_micros());
+        let stack_us = self
+            .stack
+            .poll_at(now, &conn.set)
+            .map_or(i64::MAX, |at| at.total_micros());
         let earliest_us = if acted { now_us } else { now_us + RETRY_US };
         conn.wake_us = stack_us.max(earliest_us);
         if may_give_up(conn) {

@@ -55,3 +55,7 @@ impl World {
         self.buffers_held.saturating_add(more) <= self.buffers_max
     }
 }
+
+#[cfg(test)]
+#[path = "world_tests.rs"]
+pub(crate) mod fake;

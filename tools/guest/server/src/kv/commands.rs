@@ -19,11 +19,21 @@ struct Command {
 }
 
 const fn reads(name: &'static str, arity: i32, run: fn(&mut Call<'_>) -> Outcome) -> Command {
-    Command { name, arity, adds: false, run }
+    Command {
+        name,
+        arity,
+        adds: false,
+        run,
+    }
 }
 
 const fn adds(name: &'static str, arity: i32, run: fn(&mut Call<'_>) -> Outcome) -> Command {
-    Command { name, arity, adds: true, run }
+    Command {
+        name,
+        arity,
+        adds: true,
+        run,
+    }
 }
 
 /// Sorted by name.
@@ -102,12 +112,21 @@ pub(crate) fn execute(args: Args<'_>, world: &mut World, out: &mut Vec<u8>) -> A
     } else if command.adds && world.store.is_full(now_ms) {
         Err(Refusal::OutOfMemory)
     } else {
-        (command.run)(&mut Call { args, world, out, now_ms })
+        (command.run)(&mut Call {
+            args,
+            world,
+            out,
+            now_ms,
+        })
     };
     if let Err(refusal) = outcome {
         refusal.write(out);
     }
-    if command.name == "quit" { After::Close } else { After::Continue }
+    if command.name == "quit" {
+        After::Close
+    } else {
+        After::Continue
+    }
 }
 
 fn find(name: &[u8]) -> Option<&'static Command> {
@@ -115,7 +134,9 @@ fn find(name: &[u8]) -> Option<&'static Command> {
     let lower = lower.get_mut(..name.len())?;
     lower.copy_from_slice(name);
     lower.make_ascii_lowercase();
-    let index = COMMANDS.binary_search_by(|command| command.name.as_bytes().cmp(lower)).ok()?;
+    let index = COMMANDS
+        .binary_search_by(|command| command.name.as_bytes().cmp(lower))
+        .ok()?;
     Some(&COMMANDS[index])
 }
 
@@ -140,7 +161,13 @@ fn unknown(args: Args<'_>, out: &mut Vec<u8>) {
 pub(super) fn unknown_subcommand(call: &mut Call<'_>, container: &str) -> Outcome {
     let name = call.arg(1);
     let name = &name[..name.len().min(QUOTED_MAX)];
-    let parts = [b"ERR unknown subcommand '", name, b"'. Try ", container.as_bytes(), b" HELP."];
+    let parts = [
+        b"ERR unknown subcommand '",
+        name,
+        b"'. Try ",
+        container.as_bytes(),
+        b" HELP.",
+    ];
     reply::error(call.out, &parts);
     Ok(())
 }

@@ -86,7 +86,11 @@ impl Condition {
 
 pub(super) fn ttl(call: &mut Call<'_>) -> Outcome {
     let left_ms = left_ms(call);
-    call.integer(if left_ms < 0 { left_ms } else { (left_ms + 500) / 1000 })
+    call.integer(if left_ms < 0 {
+        left_ms
+    } else {
+        (left_ms + 500) / 1000
+    })
 }
 
 pub(super) fn pttl(call: &mut Call<'_>) -> Outcome {
@@ -105,7 +109,9 @@ fn left_ms(call: &mut Call<'_>) -> i64 {
 }
 
 pub(super) fn persist(call: &mut Call<'_>) -> Outcome {
-    let had = call.find(call.arg(1)).is_some_and(|entry| entry.expires_ms.take().is_some());
+    let had = call
+        .find(call.arg(1))
+        .is_some_and(|entry| entry.expires_ms.take().is_some());
     call.integer(i64::from(had))
 }
 
@@ -135,9 +141,17 @@ pub(super) fn randomkey(call: &mut Call<'_>) -> Outcome {
     let now_ms = call.now_ms;
     let Call { world, out, .. } = call;
     let keys = &world.store.map;
-    let start = if keys.is_empty() { 0 } else { (random % keys.len() as u64) as usize };
+    let start = if keys.is_empty() {
+        0
+    } else {
+        (random % keys.len() as u64) as usize
+    };
     let alive = |index: &usize| keys[*index].expires_ms.is_none_or(|at_ms| at_ms > now_ms);
-    match (start..keys.len()).chain(0..start).find(alive).and_then(|index| keys.get_index(index)) {
+    match (start..keys.len())
+        .chain(0..start)
+        .find(alive)
+        .and_then(|index| keys.get_index(index))
+    {
         Some((key, _)) => reply::bulk(out, key),
         None => reply::nil(out),
     }
@@ -179,7 +193,11 @@ pub(super) fn matches(pattern: &[u8], text: &[u8]) -> bool {
         if t == text.len() && p >= pattern.len() {
             return true;
         }
-        let step = if t < text.len() { match_one(&pattern[p..], text[t]) } else { None };
+        let step = if t < text.len() {
+            match_one(&pattern[p..], text[t])
+        } else {
+            None
+        };
         match (step, retry) {
             (Some(width), _) => (p, t) = (p + width, t + 1),
             (None, Some((after_star, from))) if from < text.len() => {

@@ -21,7 +21,9 @@ pub(super) fn rpush(call: &mut Call<'_>) -> Outcome {
 fn push(call: &mut Call<'_>, end: End) -> Outcome {
     let key = call.arg(1);
     if call.find_list(key)?.is_none() {
-        call.world.store.insert(key, Value::List(VecDeque::new()), None);
+        call.world
+            .store
+            .insert(key, Value::List(VecDeque::new()), None);
     }
     let items = call.args.from(2);
     let Some(list) = call.find_list(key)? else {
@@ -113,7 +115,13 @@ pub(super) fn lrange(call: &mut Call<'_>) -> Outcome {
         return Ok(());
     };
     let len = list.len() as i64;
-    let from_end = |index: i64| if index < 0 { index.saturating_add(len) } else { index };
+    let from_end = |index: i64| {
+        if index < 0 {
+            index.saturating_add(len)
+        } else {
+            index
+        }
+    };
     let first = from_end(first).max(0);
     let last = from_end(last).min(len - 1);
     if first > last {
@@ -121,10 +129,16 @@ pub(super) fn lrange(call: &mut Call<'_>) -> Outcome {
         return Ok(());
     }
     let (first, last) = (first as usize, last as usize);
-    let size = list.range(first..=last).map(|item| bulk_size(item.len())).sum::<usize>() + 16;
+    let size = list
+        .range(first..=last)
+        .map(|item| bulk_size(item.len()))
+        .sum::<usize>()
+        + 16;
     call.admit_reply(size)?;
     reply::array(call.out, last - first + 1);
-    let Call { world, out, now_ms, .. } = call;
+    let Call {
+        world, out, now_ms, ..
+    } = call;
     if let Some(entry) = world.store.find(key, *now_ms)
         && let Value::List(list) = &entry.value
     {

@@ -68,13 +68,19 @@ pub(crate) struct Store {
 
 impl Store {
     pub fn new(max: usize) -> Self {
-        Self { map: IndexMap::default(), used: 0, max }
+        Self {
+            map: IndexMap::default(),
+            used: 0,
+            max,
+        }
     }
 
     /// The entry of `key`, unless it has expired.
     fn find(&mut self, key: &[u8], now_ms: u64) -> Option<&mut Entry> {
         let index = self.map.get_index_of(key)?;
-        let expired = self.map[index].expires_ms.is_some_and(|at_ms| at_ms <= now_ms);
+        let expired = self.map[index]
+            .expires_ms
+            .is_some_and(|at_ms| at_ms <= now_ms);
         if expired {
             self.remove(key);
             return None;

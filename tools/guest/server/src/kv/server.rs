@@ -51,7 +51,12 @@ pub(super) fn hello(call: &mut Call<'_>) -> Outcome {
     if call.args.len() > 1 && call.arg(1) != b"2" {
         return Err(Refusal::NoProto);
     }
-    let fields = [("server", "redis"), ("version", VERSION), ("mode", "standalone"), ("role", "master")];
+    let fields = [
+        ("server", "redis"),
+        ("version", VERSION),
+        ("mode", "standalone"),
+        ("role", "master"),
+    ];
     reply::array(call.out, 2 * fields.len() + 4);
     for (name, value) in fields {
         reply::bulk(call.out, name.as_bytes());
@@ -70,20 +75,43 @@ const VERSION: &str = "7.0.15";
 /// Nothing in here depends on time: two guests in lockstep answer alike.
 pub(super) fn info(call: &mut Call<'_>) -> Outcome {
     let store = &call.world.store;
-    let expiring = store.map.values().filter(|entry| entry.expires_ms.is_some()).count();
+    let expiring = store
+        .map
+        .values()
+        .filter(|entry| entry.expires_ms.is_some())
+        .count();
     let mut text = String::new();
     let sections = [
-        ("server", format!("redis_version:{VERSION}\r\nredis_mode:standalone\r\nserver_name:colo-guest\r\n")),
-        ("memory", format!("used_memory:{}\r\nmaxmemory:{}\r\nmaxmemory_policy:noeviction\r\n", store.used, store.max)),
-        ("replication", "role:master\r\nconnected_slaves:0\r\n".to_string()),
-        ("keyspace", match store.map.len() {
-            0 => String::new(),
-            keys => format!("db0:keys={keys},expires={expiring},avg_ttl=0\r\n"),
-        }),
+        (
+            "server",
+            format!(
+                "redis_version:{VERSION}\r\nredis_mode:standalone\r\nserver_name:colo-guest\r\n"
+            ),
+        ),
+        (
+            "memory",
+            format!(
+                "used_memory:{}\r\nmaxmemory:{}\r\nmaxmemory_policy:noeviction\r\n",
+                store.used, store.max
+            ),
+        ),
+        (
+            "replication",
+            "role:master\r\nconnected_slaves:0\r\n".to_string(),
+        ),
+        (
+            "keyspace",
+            match store.map.len() {
+                0 => String::new(),
+                keys => format!("db0:keys={keys},expires={expiring},avg_ttl=0\r\n"),
+            },
+        ),
     ];
     for (name, body) in sections {
         let wanted = |word: &[u8]| {
-            [name, "all", "default", "everything"].iter().any(|w| word.eq_ignore_ascii_case(w.as_bytes()))
+            [name, "all", "default", "everything"]
+                .iter()
+                .any(|w| word.eq_ignore_ascii_case(w.as_bytes()))
         };
         if call.args.len() == 1 || call.args.from(1).any(wanted) {
             if !text.is_empty() {
@@ -118,7 +146,9 @@ pub(super) fn config(call: &mut Call<'_>) -> Outcome {
         ("save", String::new()),
     ];
     let wanted = |name: &str| {
-        call.args.from(2).any(|pattern| matches(&pattern.to_ascii_lowercase(), name.as_bytes()))
+        call.args
+            .from(2)
+            .any(|pattern| matches(&pattern.to_ascii_lowercase(), name.as_bytes()))
     };
     let found: Vec<_> = settings.iter().filter(|(name, _)| wanted(name)).collect();
     reply::array(call.out, 2 * found.len());

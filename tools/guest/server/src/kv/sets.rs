@@ -10,7 +10,9 @@ use indexmap::IndexSet;
 pub(super) fn sadd(call: &mut Call<'_>) -> Outcome {
     let key = call.arg(1);
     if call.find_set(key)?.is_none() {
-        call.world.store.insert(key, Value::Set(IndexSet::default()), None);
+        call.world
+            .store
+            .insert(key, Value::Set(IndexSet::default()), None);
     }
     let members = call.args.from(2);
     let (mut added, mut cost) = (0, 0);
@@ -59,18 +61,27 @@ pub(super) fn scard(call: &mut Call<'_>) -> Outcome {
 
 pub(super) fn sismember(call: &mut Call<'_>) -> Outcome {
     let member = call.arg(2);
-    let found = call.find_set(call.arg(1))?.is_some_and(|set| set.contains(member));
+    let found = call
+        .find_set(call.arg(1))?
+        .is_some_and(|set| set.contains(member));
     call.integer(i64::from(found))
 }
 
 pub(super) fn smembers(call: &mut Call<'_>) -> Outcome {
     let key = call.arg(1);
     let size = match call.find_set(key)? {
-        Some(set) => set.iter().map(|member| bulk_size(member.len())).sum::<usize>() + 16,
+        Some(set) => {
+            set.iter()
+                .map(|member| bulk_size(member.len()))
+                .sum::<usize>()
+                + 16
+        }
         None => 16,
     };
     call.admit_reply(size)?;
-    let Call { world, out, now_ms, .. } = call;
+    let Call {
+        world, out, now_ms, ..
+    } = call;
     match world.store.find(key, *now_ms).map(|entry| &entry.value) {
         Some(Value::Set(set)) => {
             reply::array(out, set.len());
@@ -84,7 +95,10 @@ pub(super) fn smembers(call: &mut Call<'_>) -> Outcome {
 /// A random member's index, by the time stamp counter: a natural divergence.
 fn random_index(call: &mut Call<'_>, key: &[u8]) -> Result<Option<usize>, Refusal> {
     let random = call.world.random();
-    Ok(call.find_set(key)?.filter(|set| !set.is_empty()).map(|set| (random % set.len() as u64) as usize))
+    Ok(call
+        .find_set(key)?
+        .filter(|set| !set.is_empty())
+        .map(|set| (random % set.len() as u64) as usize))
 }
 
 fn pop_one(call: &mut Call<'_>, key: &[u8]) -> Result<Option<Bytes>, Refusal> {
@@ -96,7 +110,9 @@ fn pop_one(call: &mut Call<'_>, key: &[u8]) -> Result<Option<Bytes>, Refusal> {
 pub(super) fn srandmember(call: &mut Call<'_>) -> Outcome {
     let key = call.arg(1);
     let index = random_index(call, key)?;
-    let member = call.find_set(key)?.and_then(|set| set.get_index(index?).cloned());
+    let member = call
+        .find_set(key)?
+        .and_then(|set| set.get_index(index?).cloned());
     match member {
         Some(member) => call.bulk(&member),
         None => call.nil(),
@@ -119,13 +135,19 @@ pub(super) fn spop(call: &mut Call<'_>) -> Outcome {
 }
 
 fn spop_many(call: &mut Call<'_>, key: &[u8]) -> Outcome {
-    let count = call.integer_arg(2).ok().and_then(|count| usize::try_from(count).ok());
+    let count = call
+        .integer_arg(2)
+        .ok()
+        .and_then(|count| usize::try_from(count).ok());
     let count = count.ok_or(Refusal::NotPositive)?;
     let (n, size) = match call.find_set(key)? {
         // The members are not chosen yet: the bound is that of the whole set.
         Some(set) => (
             count.min(set.len()),
-            set.iter().map(|member| bulk_size(member.len())).sum::<usize>() + 16,
+            set.iter()
+                .map(|member| bulk_size(member.len()))
+                .sum::<usize>()
+                + 16,
         ),
         None => (0, 16),
     };

@@ -11,7 +11,9 @@ pub(super) fn get(call: &mut Call<'_>) -> Outcome {
 
 /// Replies with the text at `key`, nil when there is none.
 fn write_text(call: &mut Call<'_>, key: &[u8]) -> Outcome {
-    let Call { world, out, now_ms, .. } = call;
+    let Call {
+        world, out, now_ms, ..
+    } = call;
     let size = match world.store.find(key, *now_ms).map(|entry| &entry.value) {
         None => return call.nil(),
         Some(Value::Text(text)) => bulk_size(text.len()),
@@ -105,7 +107,10 @@ fn expiry(value: i64, scale: i64, base_ms: u64, command: &'static str) -> Result
         return Err(refused);
     }
     let from_base = value.checked_mul(scale).ok_or(refused)?;
-    from_base.checked_add_unsigned(base_ms).map(|at_ms| at_ms as u64).ok_or(refused)
+    from_base
+        .checked_add_unsigned(base_ms)
+        .map(|at_ms| at_ms as u64)
+        .ok_or(refused)
 }
 
 pub(super) fn set(call: &mut Call<'_>) -> Outcome {
@@ -115,10 +120,14 @@ pub(super) fn set(call: &mut Call<'_>) -> Outcome {
     if options.get {
         write_text(call, key)?;
     }
-    let refused = (options.only_if_absent && found.is_some())
-        || (options.only_if_present && found.is_none());
+    let refused =
+        (options.only_if_absent && found.is_some()) || (options.only_if_present && found.is_none());
     if !refused {
-        let kept = if options.keep_ttl { found.flatten() } else { None };
+        let kept = if options.keep_ttl {
+            found.flatten()
+        } else {
+            None
+        };
         store_text(call, key, call.arg(2), options.expires_ms.or(kept));
     }
     match (options.get, refused) {
@@ -201,7 +210,9 @@ pub(super) fn append(call: &mut Call<'_>) -> Outcome {
             len
         }
         None => {
-            call.world.store.insert(key, Value::Text(more.to_vec()), None);
+            call.world
+                .store
+                .insert(key, Value::Text(more.to_vec()), None);
             more.len()
         }
     };
@@ -209,7 +220,12 @@ pub(super) fn append(call: &mut Call<'_>) -> Outcome {
 }
 
 pub(super) fn mget(call: &mut Call<'_>) -> Outcome {
-    let Call { args, world, out, now_ms } = call;
+    let Call {
+        args,
+        world,
+        out,
+        now_ms,
+    } = call;
     let mut size = 16;
     for key in args.from(1) {
         size += match world.store.find(key, *now_ms).map(|entry| &entry.value) {

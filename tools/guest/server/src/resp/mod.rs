@@ -105,7 +105,12 @@ impl Resp {
 }
 
 fn refuse(error: ProtocolError, outbox: &mut Outbox) {
-    let mut parts = [&b"ERR Protocol error: "[..], error.text().as_bytes(), b"", b""];
+    let mut parts = [
+        &b"ERR Protocol error: "[..],
+        error.text().as_bytes(),
+        b"",
+        b"",
+    ];
     let byte;
     if let ProtocolError::Dollar(got) = error {
         byte = [got];

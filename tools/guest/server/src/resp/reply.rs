@@ -30,9 +30,7 @@ impl Refusal {
     /// Appends the error reply.
     pub fn write(self, out: &mut Vec<u8>) {
         let text = match self {
-            Self::WrongType => {
-                "WRONGTYPE Operation against a key holding the wrong kind of value"
-            }
+            Self::WrongType => "WRONGTYPE Operation against a key holding the wrong kind of value",
             Self::NotInteger => "ERR value is not an integer or out of range",
             Self::Overflow => "ERR increment or decrement would overflow",
             Self::DecrementOverflow => "ERR decrement would overflow",
@@ -45,7 +43,14 @@ impl Refusal {
             Self::ReplySize => "ERR reply exceeds 1 MiB",
             Self::BuffersFull => "ERR reply buffers are full, read the replies that are due",
             Self::ExpireTime(command) => {
-                return error(out, &[b"ERR invalid expire time in '", command.as_bytes(), b"' command"]);
+                return error(
+                    out,
+                    &[
+                        b"ERR invalid expire time in '",
+                        command.as_bytes(),
+                        b"' command",
+                    ],
+                );
             }
             Self::Arity(command) => {
                 let start = b"ERR wrong number of arguments for '";
@@ -60,7 +65,11 @@ impl Refusal {
 pub(crate) fn error(out: &mut Vec<u8>, parts: &[&[u8]]) {
     out.push(b'-');
     for byte in parts.iter().flat_map(|part| part.iter()) {
-        out.push(if matches!(byte, b'\r' | b'\n') { b' ' } else { *byte });
+        out.push(if matches!(byte, b'\r' | b'\n') {
+            b' '
+        } else {
+            *byte
+        });
     }
     out.extend_from_slice(b"\r\n");
 }

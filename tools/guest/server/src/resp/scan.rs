@@ -79,7 +79,10 @@ impl<'a> Args<'a> {
     /// The arguments from `from` on.
     pub fn from(&self, from: usize) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let Self { text, spans } = *self;
-        spans.iter().skip(from).map(|span| &text[span.start as usize..span.end as usize])
+        spans
+            .iter()
+            .skip(from)
+            .map(|span| &text[span.start as usize..span.end as usize])
     }
 }
 
@@ -123,7 +126,10 @@ impl Scanner {
     /// The arguments of the command that [`Scanner::scan`] completed in `text`.
     pub fn args<'a>(&'a self, text: &'a [u8]) -> Args<'a> {
         let text = if self.is_inline { &self.inline } else { text };
-        Args { text, spans: &self.spans }
+        Args {
+            text,
+            spans: &self.spans,
+        }
     }
 
     /// Gets ready for the next command.
@@ -295,7 +301,11 @@ fn hex(digit: u8) -> Option<u8> {
 
 /// `Err` when a line of which `seen` bytes came already is too long, else "not yet".
 fn too_long(seen: usize, error: ProtocolError) -> Result<bool, ProtocolError> {
-    if seen > LINE_MAX { Err(error) } else { Ok(false) }
+    if seen > LINE_MAX {
+        Err(error)
+    } else {
+        Ok(false)
+    }
 }
 
 /// The line that starts at `from`, and the position behind its line end.
