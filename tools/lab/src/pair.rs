@@ -57,6 +57,8 @@ pub struct Settings {
     pub checkpoint_interval_ms: u64,
     /// What a host does that lost its peer: `continue` or `block`.
     pub alone: String,
+    /// Heartbeats, one every 20 ms, that may be missing before the peer counts as lost.
+    pub heartbeat_count: u32,
     /// The canary: the primary's comparator says "equal" to everything.
     pub always_equal: bool,
     /// Further lines for the primary's file, such as a `[test]` table.
@@ -76,6 +78,7 @@ impl Settings {
             poll: "adaptive".to_owned(),
             checkpoint_interval_ms: 0,
             alone: "continue".to_owned(),
+            heartbeat_count: 10,
             always_equal: false,
             primary_extra: String::new(),
             secondary_extra: String::new(),
@@ -98,12 +101,13 @@ impl Settings {
     fn replication(&self, host: Host, dir: &Path) -> String {
         format!(
             "\n[replication]\nlink_listen = \"{}:{LINK_PORT}\"\nlink_peer = \"{}:{LINK_PORT}\"\n\
-             arbiter = \"file:{}\"\nheartbeat_ms = 20\nheartbeat_count = 10\n\
+             arbiter = \"file:{}\"\nheartbeat_ms = 20\nheartbeat_count = {}\n\
              compare_deadline_ms = 20\nack_deadline_ms = 100\ncheckpoint_interval_ms = {}\n\
              alone = \"{}\"\n",
             host.link_address(),
             host.other().link_address(),
             dir.join("generation").display(),
+            self.heartbeat_count,
             self.checkpoint_interval_ms,
             self.alone,
         )

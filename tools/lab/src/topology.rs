@@ -142,9 +142,9 @@ impl Topology {
         self.switch.batch(&format!("link set {} up\n", host.port()))
     }
 
-    /// Records what passes a host's switch port into a pcap file, from before this returns.
+    /// Records what a host sends to the switch into a pcap file, from before this returns.
     pub fn capture(&self, host: Host, file: &Path) -> Result<Capture, NetError> {
-        Capture::start(&self.switch, host.port(), file)
+        Capture::start(&self.switch, host.port(), Direction::In, file)
     }
 
     fn quiet_ipv6(&self) -> Result<(), NetError> {
@@ -224,6 +224,15 @@ impl Topology {
     }
 }
 
+/// Which frames a capture keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Those that the interface received.
+    In,
+    /// Those that left through it.
+    Out,
+}
+
 /// A running packet capture.
 #[derive(Debug)]
 pub struct Capture {
@@ -233,7 +242,17 @@ pub struct Capture {
 
 impl Capture {
     /// Starts `tcpdump` on an interface and waits until it listens.
-    pub fn start(netns: &Netns, interface: &str, file: &Path) -> Result<Self, NetError> {
+    pub fn start(
+        netns: &Netns,
+        interface: &str,
+        direction: Direction,
+        file: &Path,
+    ) -> Result<Self, NetError> {
+        let direction = if direction == Direction::In {
+            "in"
+        } else {
+            "out"
+        };
         let mut child = netns
             .command("tcpdump")
             .args([
@@ -248,7 +267,7 @@ impl Capture {
                 "-Z",
                 "root",
             ])
-            .arg("-w")
+            .args(["-Q", direction, "-w"])
             .arg(file)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

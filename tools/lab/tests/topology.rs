@@ -13,7 +13,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use colo_lab::netns::NETNS_DIR;
-use colo_lab::topology::{CLIENT_V4, GUEST_MAC, GUEST_V4, Host, TAP, Topology, pcap_frames, sweep};
+use colo_lab::topology::{
+    CLIENT_V4, Capture, Direction, GUEST_MAC, GUEST_V4, Host, TAP, Topology, pcap_frames, sweep,
+};
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const MTU: usize = 1500;
@@ -153,9 +155,9 @@ fn a_cut_link_swallows_and_heals() {
 fn a_capture_shows_the_client_and_nothing_else() {
     let Some(topology) = topology() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let capture = topology
-        .capture(Host::B, &dir.path().join("b.pcap"))
-        .unwrap();
+    let file = dir.path().join("b.pcap");
+    let port = Host::B.port();
+    let capture = Capture::start(&topology.switch, port, Direction::Out, &file).unwrap();
     let socket = topology
         .client
         .run(|| UdpSocket::bind((CLIENT_V4, 0)).unwrap())
