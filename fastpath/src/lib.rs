@@ -8,6 +8,7 @@ pub mod frame;
 pub mod link;
 pub mod mailbox;
 pub mod nic;
+pub mod pair;
 pub mod ring;
 pub mod stats;
 pub mod worker;

@@ -243,7 +243,7 @@ impl PacketLink {
                     seq,
                     frame: body,
                 },
-                4 if len % 8 == 0 => PacketMsg::Released { seqs: body },
+                4 if len.is_multiple_of(8) => PacketMsg::Released { seqs: body },
                 5 => PacketMsg::PendingReleased { epoch },
                 6 => PacketMsg::CaughtUp { epoch },
                 7 => PacketMsg::CheckpointWanted,

@@ -125,25 +125,13 @@ impl PrimaryRole {
     pub fn cut(&mut self, edge: &mut Edge, first: bool) -> Option<CutState> {
         self.link.as_ref()?;
         let now_us = now_us();
-        let cut = if first {
-            self.path.pair(now_us)
-        } else {
-            self.path.cut(now_us)
-        };
+        let cut = if first { self.path.pair(now_us) } else { self.path.cut(now_us) };
         let epoch = cut.inspect_err(|e| tracing::error!("{e}")).ok()?;
         let frames = &edge.frames;
-        let pending = self
-            .path
-            .pending()
-            .map(|p| frames.bytes(p.token).to_vec())
-            .collect();
+        let pending = self.path.pending().map(|p| frames.bytes(p.token).to_vec()).collect();
         let mut translations = Vec::new();
         self.path.export_client_xlate(&mut translations);
-        Some(CutState {
-            epoch,
-            pending,
-            translations,
-        })
+        Some(CutState { epoch, pending, translations })
     }
 
     /// The checkpoint of `epoch` is committed.
@@ -193,10 +181,7 @@ impl PrimaryRole {
     /// Counters and times.
     pub fn report(&self) -> PrimaryReport {
         let (sent, received) = self.past_link_bytes;
-        let link = self
-            .link
-            .as_ref()
-            .map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
+        let link = self.link.as_ref().map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
         PrimaryReport {
             stats: *self.path.stats(),
             hold_us: self.hold_us.clone(),
@@ -215,11 +200,11 @@ impl PrimaryRole {
         }
     }
 
-    fn from_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn poll_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let Some(mut link) = self.link.take() else {
             return 0;
         };
-        match self.read_link(&mut link, edge, now_us) {
+        match self.drain_link(&mut link, edge, now_us) {
             Ok(n) => {
                 self.link = Some(link);
                 n
@@ -227,15 +212,13 @@ impl PrimaryRole {
             Err(e) => {
                 self.link = Some(link);
                 self.detach();
-                self.post.send(PairEvent::LinkDown {
-                    reason: e.to_string(),
-                });
+                self.post.send(PairEvent::LinkDown { reason: e.to_string() });
                 1
             }
         }
     }
 
-    fn read_link(
+    fn drain_link(
         &mut self,
         link: &mut PacketLink,
         edge: &mut Edge,
@@ -249,8 +232,7 @@ impl PrimaryRole {
             match msg {
                 PacketMsg::Output { epoch, seq, frame } => {
                     if let Some(token) = edge.frames.from_bytes(frame) {
-                        self.path
-                            .handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
+                        self.path.handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
                     }
                 }
                 PacketMsg::InputAck { up_to } => {
@@ -266,7 +248,7 @@ impl PrimaryRole {
         Ok(n)
     }
 
-    fn from_guest(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn take_output(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let mut n = 0;
         while n < BATCH && self.path.room() && edge.frames.free_slots() > RESERVED_SLOTS {
             let Some(token) = edge.guest_take() else {
@@ -285,7 +267,7 @@ impl PrimaryRole {
             && edge.guest_has_room()
     }
 
-    fn from_nic(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn take_input(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let mut n = 0;
         while n < BATCH && self.takes_input(edge) {
             // What an earlier life of this VM owes to the guest comes first (rule 5).
@@ -322,18 +304,10 @@ impl PrimaryRole {
                     self.hold_us.saturating_record(held_us.max(1));
                     self.unsent.push_back(token);
                 }
-                Action::Mirror {
-                    epoch,
-                    input_seq,
-                    token,
-                } => {
+                Action::Mirror { epoch, input_seq, token } => {
                     if let Some(link) = &mut self.link {
                         let frame = edge.frames.bytes(&token);
-                        link.push(&PacketMsg::Input {
-                            epoch,
-                            seq: input_seq,
-                            frame,
-                        });
+                        link.push(&PacketMsg::Input { epoch, seq: input_seq, frame });
                     }
                     edge.release(token);
                 }
@@ -347,7 +321,7 @@ impl PrimaryRole {
             }
         }
         n += self.announcements(edge);
-        self.to_nic(edge);
+        self.send_released(edge);
         self.report_released();
         self.flush_link();
         n
@@ -382,7 +356,7 @@ impl PrimaryRole {
         self.released_seqs.clear();
     }
 
-    fn to_nic(&mut self, edge: &mut Edge) {
+    fn send_released(&mut self, edge: &mut Edge) {
         while let Some(token) = self.unsent.pop_front() {
             if !edge.nic_send(&token) {
                 self.unsent.push_front(token);
@@ -396,9 +370,7 @@ impl PrimaryRole {
         let Some(link) = &mut self.link else { return };
         if let Err(e) = link.flush() {
             self.detach();
-            self.post.send(PairEvent::LinkDown {
-                reason: e.to_string(),
-            });
+            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
         }
     }
 }
@@ -410,9 +382,9 @@ impl Role for PrimaryRole {
 
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
         self.watch_clock(now_us);
-        let mut n = self.from_link(edge, now_us);
-        n += self.from_guest(edge, now_us);
-        n += self.from_nic(edge, now_us);
+        let mut n = self.poll_link(edge, now_us);
+        n += self.take_output(edge, now_us);
+        n += self.take_input(edge, now_us);
         if self.path.next_deadline().is_some_and(|at| at <= now_us) {
             self.path.handle_timeout(now_us, &mut edge.frames);
         }
@@ -422,14 +394,8 @@ impl Role for PrimaryRole {
 
     fn deadline_us(&self) -> Option<u64> {
         // With a secondary, waking in time is itself what proves that this thread has not stood still.
-        let watch = self
-            .link
-            .is_some()
-            .then_some(self.stepped_us + self.gap_limit_us / 4);
-        [watch, self.path.next_deadline()]
-            .into_iter()
-            .flatten()
-            .min()
+        let watch = self.link.is_some().then_some(self.stepped_us + self.gap_limit_us / 4);
+        [watch, self.path.next_deadline()].into_iter().flatten().min()
     }
 
     fn wants_nic_frames(&self, edge: &mut Edge) -> bool {

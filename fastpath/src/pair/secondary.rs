@@ -3,7 +3,7 @@
 use std::net::Shutdown;
 
 use colo_bpf::Mac;
-use colo_compare::{Limits, SecondaryAction, SecondaryPath, SecondaryStats, Token};
+use colo_compare::{Limits, SecondaryAction, SecondaryPath, SecondaryStats};
 
 use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
@@ -67,7 +67,7 @@ impl SecondaryRole {
     /// The SVM has stopped for a checkpoint: its last output goes to the link.
     pub fn stop(&mut self, edge: &mut Edge) {
         let now_us = now_us();
-        while self.from_guest(edge, now_us) > 0 {}
+        while self.take_output(edge, now_us) > 0 {}
         if let Some(path) = &mut self.path {
             path.stop();
         }
@@ -93,6 +93,12 @@ impl SecondaryRole {
         push(&mut self.link, &PacketMsg::CheckpointWanted);
     }
 
+    /// Whether [`Self::commit`] will take these translations (rule 13).
+    pub fn check(&self, translations: &[u8]) -> Result<(), String> {
+        let path = self.path.as_ref().ok_or("this host has taken over")?;
+        path.check_record(translations).map_err(|e| e.to_string())
+    }
+
     /// The checkpoint of `epoch` is applied to the machine; the packet side follows.
     pub fn commit(
         &mut self,
@@ -104,11 +110,7 @@ impl SecondaryRole {
         let path = self.path.as_mut().ok_or("this host has taken over")?;
         let mut tokens = Vec::with_capacity(pending.len());
         for frame in pending {
-            tokens.push(
-                edge.frames
-                    .from_bytes(frame)
-                    .ok_or("no slot for pending output")?,
-            );
+            tokens.push(edge.frames.from_bytes(frame).ok_or("no slot for pending output")?);
         }
         path.commit(now_us(), &mut edge.frames, epoch, tokens, translations)
             .map_err(|e| e.to_string())?;
@@ -133,13 +135,13 @@ impl SecondaryRole {
     ) -> Option<Box<PrimaryRole>> {
         let now_us = now_us();
         // What the dead primary still said counts: input to deliver, output that it had released.
-        while self.from_link(edge, now_us) > 0 {}
+        while self.poll_link(edge, now_us) > 0 {}
         self.detach();
         let path = self.path.take()?;
         if let Err(e) = edge.set_filter(Filter::Guest(self.mac)) {
             tracing::error!("the NIC's filter cannot be opened, the guest hears nothing: {e}");
         }
-        let path = path.take_over(now_us, &mut edge.frames, self.mac.0);
+        let path = path.take_over(now_us, &mut edge.frames);
         Some(Box::new(PrimaryRole::with_path(path, config, post)))
     }
 
@@ -153,11 +155,11 @@ impl SecondaryRole {
         }
     }
 
-    fn from_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn poll_link(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let Some(mut link) = self.link.take() else {
             return 0;
         };
-        match self.read_link(&mut link, edge, now_us) {
+        match self.drain_link(&mut link, edge, now_us) {
             Ok(n) => {
                 self.link = Some(link);
                 n
@@ -171,7 +173,7 @@ impl SecondaryRole {
         }
     }
 
-    fn read_link(
+    fn drain_link(
         &mut self,
         link: &mut PacketLink,
         edge: &mut Edge,
@@ -190,10 +192,7 @@ impl SecondaryRole {
             n += 1;
             match msg {
                 PacketMsg::Input { epoch, seq, frame } => {
-                    let token = edge
-                        .frames
-                        .from_bytes(frame)
-                        .ok_or("frame longer than the MTU")?;
+                    let token = edge.frames.from_bytes(frame).ok_or("frame longer than the MTU")?;
                     path.handle_mirror(now_us, &mut edge.frames, epoch, seq, token)
                         .map_err(|e| e.to_string())?;
                 }
@@ -213,7 +212,7 @@ impl SecondaryRole {
         Ok(n)
     }
 
-    fn to_guest(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn deliver_input(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let Some(path) = &mut self.path else { return 0 };
         let mut n = 0;
         while n < BATCH && edge.guest_has_room() {
@@ -232,7 +231,7 @@ impl SecondaryRole {
         n
     }
 
-    fn from_guest(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn take_output(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let Some(path) = &mut self.path else { return 0 };
         let link_room = self.link.as_ref().is_none_or(PacketLink::has_room);
         let mut n = 0;
@@ -252,21 +251,13 @@ impl SecondaryRole {
         while let Some(action) = path.poll_action() {
             n += 1;
             match action {
-                SecondaryAction::Recycle(token) => edge.release(token),
                 SecondaryAction::AckInput { up_to } => {
                     push(&mut self.link, &PacketMsg::InputAck { up_to });
                 }
                 SecondaryAction::SendOutput { epoch, svm_seq } => {
                     if let Some(token) = path.output(svm_seq) {
                         let frame = edge.frames.bytes(token);
-                        push(
-                            &mut self.link,
-                            &PacketMsg::Output {
-                                epoch,
-                                seq: svm_seq,
-                                frame,
-                            },
-                        );
+                        push(&mut self.link, &PacketMsg::Output { epoch, seq: svm_seq, frame });
                     }
                 }
                 SecondaryAction::CaughtUp { epoch } => {
@@ -282,9 +273,7 @@ impl SecondaryRole {
             && let Err(e) = link.flush()
         {
             self.detach();
-            self.post.send(PairEvent::LinkDown {
-                reason: e.to_string(),
-            });
+            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
         }
         n
     }
@@ -302,14 +291,10 @@ impl Role for SecondaryRole {
     }
 
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
-        let mut n = self.from_link(edge, now_us);
+        let mut n = self.poll_link(edge, now_us);
         if !self.stopped {
-            n += self.to_guest(edge, now_us);
-            n += self.from_guest(edge, now_us);
-        }
-        let due = |p: &SecondaryPath| p.next_deadline().is_some_and(|at| at <= now_us);
-        if let Some(path) = self.path.as_mut().filter(|p| due(p)) {
-            path.handle_timeout(now_us, &mut edge.frames);
+            n += self.deliver_input(edge, now_us);
+            n += self.take_output(edge, now_us);
         }
         n += self.act(edge);
         n > 0

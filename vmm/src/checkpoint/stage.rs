@@ -243,8 +243,10 @@ impl StageThread {
         let devices = exactly("device", StateKind::Devices, 1)?[0].to_vec();
         self.machine.check_devices(&devices)?;
         let translations = exactly("translation", StateKind::Translations, 1)?[0].to_vec();
-        colo_compare::check_translations(&translations)
-            .map_err(|e| StageError::Translations(e.to_string()))?;
+        let record = translations.clone();
+        SecondaryRole::on_worker(self.machine.worker(), move |role, _| role.check(&record))
+            .ok_or(StageError::Role)?
+            .map_err(StageError::Translations)?;
         let pending = stage
             .of_kind(StateKind::Pending)
             .into_iter()
