@@ -1,7 +1,8 @@
 //! Builds the demo guest into `OUT_DIR`.
 //!
-//! The guest is a package of its own with other compiler flags, so a second cargo runs here, without the variables by
-//! which the outer cargo (or clippy, or rustdoc) would pass its own settings on.
+//! The guest is a package of its own with other compiler flags, so a second cargo runs here,
+//! without the variables by which the outer cargo (or clippy, or rustdoc) would pass its own
+//! settings on.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,13 +35,24 @@ const OUTER: [&str; 20] = [
 ];
 
 /// Prefixes of more such variables.
-const OUTER_PREFIXES: [&str; 5] =
-    ["CARGO_PKG_", "CARGO_FEATURE_", "CARGO_CFG_", "CARGO_PROFILE_", "CARGO_MANIFEST_"];
+const OUTER_PREFIXES: [&str; 5] = [
+    "CARGO_PKG_",
+    "CARGO_FEATURE_",
+    "CARGO_CFG_",
+    "CARGO_PROFILE_",
+    "CARGO_MANIFEST_",
+];
 
 fn main() {
     let manifest_dir = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     let guest = manifest_dir.join("../guest");
-    for path in ["src", "server/src", "server/Cargo.toml", "Cargo.toml", "Cargo.lock"] {
+    for path in [
+        "src",
+        "server/src",
+        "server/Cargo.toml",
+        "Cargo.toml",
+        "Cargo.lock",
+    ] {
         println!("cargo:rerun-if-changed={}", guest.join(path).display());
     }
     for path in ["build.rs", "link.ld", ".cargo/config.toml"] {
@@ -53,7 +65,11 @@ fn main() {
     let built = target_dir.join(TARGET).join("release/colo-guest");
     let image = out_dir.join("colo-guest.elf");
     if let Err(error) = fs::copy(&built, &image) {
-        panic!("cannot copy {} to {}: {error}", built.display(), image.display());
+        panic!(
+            "cannot copy {} to {}: {error}",
+            built.display(),
+            image.display()
+        );
     }
 }
 
@@ -61,7 +77,14 @@ fn build(guest: &Path, target_dir: &Path) {
     let mut cargo = Command::new(variable("CARGO"));
     cargo
         .current_dir(guest)
-        .args(["build", "--release", "--locked", "--target", TARGET, "--target-dir"])
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "--target",
+            TARGET,
+            "--target-dir",
+        ])
         .arg(target_dir)
         // Without debug information: the image is embedded in the release binary.
         .args(["--config", "profile.release.strip=\"debuginfo\""]);
@@ -75,7 +98,10 @@ fn build(guest: &Path, target_dir: &Path) {
     cargo.env_remove("RUSTC");
     match cargo.status() {
         Ok(status) if status.success() => {}
-        Ok(status) => panic!("building the demo guest in {} failed: {status}", guest.display()),
+        Ok(status) => panic!(
+            "building the demo guest in {} failed: {status}",
+            guest.display()
+        ),
         Err(error) => panic!("cannot start cargo for the demo guest: {error}"),
     }
 }

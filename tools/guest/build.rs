@@ -1,4 +1,5 @@
-//! Gives the linker its script: the guest is a static image at a fixed address, without a C runtime.
+//! Gives the linker its script: the guest is a static image at a fixed address, without a C
+//! runtime.
 
 fn main() {
     let dir = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");

@@ -29,8 +29,15 @@ mod tests {
             const PT_LOAD: u32 = 1;
             let at = headers_at + i * 56;
             let kind = u32::from_le_bytes(ELF[at..at + 4].try_into().unwrap());
-            assert_eq!(kind, PT_LOAD, "only loadable segments: no interpreter, nothing dynamic");
-            assert!(u64_at(at + 24) >= 2 << 20, "segment at {:#x}", u64_at(at + 24));
+            assert_eq!(
+                kind, PT_LOAD,
+                "only loadable segments: no interpreter, nothing dynamic"
+            );
+            assert!(
+                u64_at(at + 24) >= 2 << 20,
+                "segment at {:#x}",
+                u64_at(at + 24)
+            );
         }
     }
 }

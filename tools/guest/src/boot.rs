@@ -1,7 +1,8 @@
-//! Reads what the VMM passes: the PVH start info (`hvm_start_info`, Xen's public headers), its memory map and the
-//! command line.
+//! Reads what the VMM passes: the PVH start info (`hvm_start_info`, Xen's public headers), its
+//! memory map and the command line.
 //!
-//! Invariants: the heap range is RAM by the map, above the image and above everything the VMM put below 1 MiB.
+//! Invariants: the heap range is RAM by the map, above the image and above everything the VMM put
+//! below 1 MiB.
 
 use core::ffi::CStr;
 use core::ops::Range;

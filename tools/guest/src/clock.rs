@@ -16,7 +16,8 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// `tsc_khz` is at least 1000; `wall_ns` is the wall clock, in ns since 1970, when the counter was 0.
+    /// `tsc_khz` is at least 1000; `wall_ns` is the wall clock, in ns since 1970, when the counter
+    /// was 0.
     pub fn new(tsc_khz: u64, wall_ns: u64) -> Self {
         let per_tick = |per_ms: u128, shift: u32| ((per_ms << shift) / u128::from(tsc_khz)) as u64;
         Self {

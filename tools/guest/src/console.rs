@@ -11,7 +11,8 @@ pub struct Console;
 impl Write for Console {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
-            // SAFETY: the port is the serial port of the platform; writing to its data register touches no memory.
+            // SAFETY: the port is the serial port of the platform; writing to its data register
+            // touches no memory.
             unsafe { cpu::out8(DATA_PORT, byte) };
         }
         Ok(())

@@ -7,8 +7,8 @@ const SLEEP_PORT: u16 = 0x600;
 /// Any byte: power off.
 const POWER_PORT: u16 = 0x604;
 
-// The VMM enters with the start info in rdi and a 16-byte aligned stack top in rsp; `call` gives the alignment that
-// the ABI wants at a function's first instruction.
+// The VMM enters with the start info in rdi and a 16-byte aligned stack top in rsp; `call` gives
+// the alignment that the ABI wants at a function's first instruction.
 global_asm!(
     ".section .text._start, \"ax\"",
     ".global _start",
@@ -30,12 +30,14 @@ pub unsafe fn out8(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) };
 }
 
-/// Sleeps at most so many microseconds, 0 for no limit; returns at once when an interrupt is pending.
+/// Sleeps at most so many microseconds, 0 for no limit; returns at once when an interrupt is
+/// pending.
 pub fn sleep(limit_us: u32) {
-    // SAFETY: the sleep port only blocks. Device writes to memory meanwhile go to the rings, which are read with
-    // volatile loads.
+    // SAFETY: the sleep port only blocks. Device writes to memory meanwhile go to the rings, which
+    // are read with volatile loads.
     unsafe {
-        asm!("out dx, eax", in("dx") SLEEP_PORT, in("eax") limit_us, options(nostack, preserves_flags));
+        asm!("out dx, eax", in("dx") SLEEP_PORT, in("eax") limit_us,
+            options(nostack, preserves_flags));
     }
 }
 
@@ -56,6 +58,7 @@ pub fn halt() -> ! {
 
 /// The time stamp counter.
 pub fn rdtsc() -> u64 {
-    // SAFETY: CR4.TSD is clear on this platform, so the instruction is allowed at CPL 3; it touches no memory.
+    // SAFETY: CR4.TSD is clear on this platform, so the instruction is allowed at CPL 3; it touches
+    // no memory.
     unsafe { core::arch::x86_64::_rdtsc() }
 }

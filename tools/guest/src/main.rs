@@ -1,9 +1,11 @@
 //! The demo guest: a network server on a bare virtual CPU in user mode.
 //!
-//! It starts as ARCHITECTURE.md ("Guest platform") says, finds its network device on the command line, polls its rings,
-//! and sleeps through an I/O port when it has been idle for `spin_us`. All services are in `colo-guest-server`.
+//! It starts as ARCHITECTURE.md ("Guest platform") says, finds its network device on the command
+//! line, polls its rings, and sleeps through an I/O port when it has been idle for `spin_us`. All
+//! services are in `colo-guest-server`.
 //!
-//! Invariants: one thread, no interrupts; every fault and panic ends in a message on the serial port and a halt.
+//! Invariants: one thread, no interrupts; every fault and panic ends in a message on the serial
+//! port and a halt.
 //!
 //! Does not use any instruction that needs more than CPL 3 with IOPL 3.
 #![no_std]
@@ -34,14 +36,14 @@ const SLEEP_FOR_EVER: u32 = 0;
 
 /// Where the VMM enters, through `cpu::_start`.
 extern "C" fn start(start_info: u64) -> ! {
-    // SAFETY: the VMM passes the address of its start info, which nobody writes while the guest runs; this is the
-    // first and only call.
+    // SAFETY: the VMM passes the address of its start info, which nobody writes while the guest
+    // runs; this is the first and only call.
     let boot = match unsafe { boot::read(start_info) } {
         Ok(boot) => boot,
         Err(error) => fail(&error),
     };
-    // SAFETY: the range is usable RAM by the memory map, lies beyond the image and the start info, and is claimed only
-    // here.
+    // SAFETY: the range is usable RAM by the memory map, lies beyond the image and the start info,
+    // and is claimed only here.
     if !unsafe { heap::claim(boot.heap.clone()) } {
         fail(&"the memory map leaves no room for the heap");
     }

@@ -1,7 +1,7 @@
 //! The memory functions that compiled code calls, and the unwinder's symbol that it never calls.
 //!
-//! Invariants: no function here contains a loop that the compiler could turn into a call of itself: copies and fills are
-//! single moves or string instructions.
+//! Invariants: no function here contains a loop that the compiler could turn into a call of itself:
+//! copies and fills are single moves or string instructions.
 
 use core::arch::asm;
 
@@ -70,15 +70,15 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 
         // SAFETY: the ranges are the caller's, and small copies may overlap.
         unsafe { copy_small(to, from, n) };
     } else if (to as usize).wrapping_sub(from as usize) >= n {
-        // SAFETY: a copy upwards never reads what it has written when `to` is not inside the source; the ranges are the
-        // caller's.
+        // SAFETY: a copy upwards never reads what it has written when `to` is not inside the
+        // source; the ranges are the caller's.
         unsafe {
             asm!("rep movsb", inout("rcx") n => _, inout("rdi") to => _, inout("rsi") from => _,
                 options(nostack, preserves_flags));
         }
     } else {
-        // SAFETY: a copy downwards never reads what it has written when `to` lies above `from`; the direction flag is
-        // clear again afterwards.
+        // SAFETY: a copy downwards never reads what it has written when `to` lies above `from`; the
+        // direction flag is clear again afterwards.
         unsafe {
             asm!("std", "rep movsb", "cld", inout("rcx") n => _,
                 inout("rdi") to.add(n - 1) => _, inout("rsi") from.add(n - 1) => _,

@@ -1,7 +1,8 @@
 //! The virtio network device (virtio 1.3, section 5.1) as a device of the TCP/IP stack.
 //!
-//! Invariants: every received buffer goes back to the device as soon as its frame is consumed; a transmit buffer is reused
-//! only after the device returned it; when none is free, nothing is offered to the stack, so nothing is lost.
+//! Invariants: every received buffer goes back to the device as soon as its frame is consumed; a
+//! transmit buffer is reused only after the device returned it; when none is free, nothing is
+//! offered to the stack, so nothing is lost.
 //!
 //! Does not use offloads: all checksums are made and checked in software.
 
@@ -80,8 +81,8 @@ impl NetDevice {
         self.mac
     }
 
-    /// Asks to be woken by the next frame (and by free transmit buffers, if `blocked`); false when there is something to do
-    /// already.
+    /// Asks to be woken by the next frame (and by free transmit buffers, if `blocked`); false when
+    /// there is something to do already.
     pub fn arm(&mut self, blocked: bool) -> bool {
         self.flush();
         let quiet = self.guest_rx.arm();
@@ -97,8 +98,8 @@ impl NetDevice {
 
     fn frame(&self, used: Used) -> &[u8] {
         let len = used.len.max(HEADER_BYTES) - HEADER_BYTES;
-        // SAFETY: the device returned the buffer and does not touch it until it is submitted again, which needs `&mut
-        // self`; the length is at most that of the buffer.
+        // SAFETY: the device returned the buffer and does not touch it until it is submitted again,
+        // which needs `&mut self`; the length is at most that of the buffer.
         unsafe { core::slice::from_raw_parts(self.guest_rx.buffer(used.id).add(HEADER_BYTES), len) }
     }
 }
@@ -179,8 +180,8 @@ pub struct Received<'a> {
 
 impl RxToken for Received<'_> {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        // SAFETY: the device returned the buffer, and it is submitted again only when `self` is dropped; the length is
-        // at most that of the buffer.
+        // SAFETY: the device returned the buffer, and it is submitted again only when `self` is
+        // dropped; the length is at most that of the buffer.
         f(unsafe {
             core::slice::from_raw_parts(self.queue.buffer(self.id).add(HEADER_BYTES), self.len)
         })

@@ -1,8 +1,8 @@
 //! The command line.
 //!
-//! `virtio_mmio.device=SIZE@ADDRESS:IRQ` `tsc_khz=N` `wall_ns=N` come from the VMM; `ip=ADDRESS/PREFIX`
-//! `ip6=ADDRESS/PREFIX` `gw=ADDRESS` `gw6=ADDRESS` `spin_us=N` (polling before sleep) from the configuration. Other words
-//! are ignored, as Linux does.
+//! `virtio_mmio.device=SIZE@ADDRESS:IRQ` `tsc_khz=N` `wall_ns=N` come from the VMM;
+//! `ip=ADDRESS/PREFIX` `ip6=ADDRESS/PREFIX` `gw=ADDRESS` `gw6=ADDRESS` `spin_us=N` (polling before
+//! sleep) from the configuration. Other words are ignored, as Linux does.
 
 use alloc::vec::Vec;
 use colo_guest_server::{Addresses, link_local};

@@ -86,7 +86,8 @@ impl Window {
     }
 
     pub fn read(&self, register: Register) -> u32 {
-        // SAFETY: the register lies within the window, whose owner vouched for it; the platform maps it.
+        // SAFETY: the register lies within the window, whose owner vouched for it; the platform
+        // maps it.
         unsafe { ((self.base + register as usize) as *const u32).read_volatile() }
     }
 

@@ -1,8 +1,8 @@
 //! A split virtqueue, driver side (virtio 1.3, section 2.7), with one buffer for each descriptor.
 //!
-//! Invariants: buffer `i` always belongs to descriptor `i`; a buffer is touched by the guest only between its return in
-//! the used ring and its next [`Queue::submit`]. EVENT_IDX is on: the device is told only when it asked to be, and tells us
-//! only after [`Queue::arm`].
+//! Invariants: buffer `i` always belongs to descriptor `i`; a buffer is touched by the guest only
+//! between its return in the used ring and its next [`Queue::submit`]. EVENT_IDX is on: the device
+//! is told only when it asked to be, and tells us only after [`Queue::arm`].
 
 use crate::virtio_mmio::{DeviceError, Register, Window};
 use alloc::alloc::{Layout, alloc_zeroed, handle_alloc_error};
@@ -96,7 +96,8 @@ impl Queue {
             self.write_descriptor(id, len as u32, 0);
         }
         let slot = 2 + usize::from(self.avail_index % self.size);
-        // SAFETY: the slot lies within the avail ring; the device does not read it before the index moves.
+        // SAFETY: the slot lies within the avail ring; the device does not read it before the index
+        // moves.
         unsafe { self.avail.add(slot).write_volatile(id) };
         self.avail_index = self.avail_index.wrapping_add(1);
         // The descriptor and the slot must be visible before the index.
@@ -117,7 +118,8 @@ impl Queue {
             return None;
         }
         let slot = 2 + 4 * usize::from(self.used_index % self.size);
-        // SAFETY: the element lies within the used ring, and the acquire load of the index made it visible.
+        // SAFETY: the element lies within the used ring, and the acquire load of the index made it
+        // visible.
         let (id, len) = unsafe {
             let element = self.used.add(slot).cast::<u32>();
             (element.read_volatile(), element.add(1).read_volatile())
@@ -178,8 +180,8 @@ impl Queue {
 
     /// A ring's word that both sides use at the same time.
     fn word<'a>(&self, ring: *mut u16, at: usize) -> &'a AtomicU16 {
-        // SAFETY: all callers stay within the ring's allocation, which is aligned and never freed, and use the word
-        // atomically only.
+        // SAFETY: all callers stay within the ring's allocation, which is aligned and never freed,
+        // and use the word atomically only.
         unsafe { AtomicU16::from_ptr(ring.add(at)) }
     }
 }

@@ -1,7 +1,7 @@
 //! One TCP connection: its socket, the service that speaks on it, and its unsent output.
 //!
-//! Invariants: the service gets input only when there is room for the reply; room is made by acknowledgements of the
-//! client, so what is executed when depends on input frames only.
+//! Invariants: the service gets input only when there is room for the reply; room is made by
+//! acknowledgements of the client, so what is executed when depends on input frames only.
 
 use crate::demux::FlowKey;
 use crate::http::Http;
@@ -66,7 +66,8 @@ pub(crate) fn is_served(port: u16) -> bool {
 
 /// A connection, or a place for one: sockets are used again, with their buffers.
 pub(crate) struct Conn {
-    /// The stack looks through all sockets of a set for each frame, hence one set for each connection.
+    /// The stack looks through all sockets of a set for each frame, hence one set for each
+    /// connection.
     pub set: SocketSet<'static>,
     handle: SocketHandle,
     service: Service,

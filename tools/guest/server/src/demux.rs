@@ -1,7 +1,8 @@
-//! Finds the connection that a frame belongs to, so that each frame costs the same however many connections are open.
+//! Finds the connection that a frame belongs to, so that each frame costs the same however many
+//! connections are open.
 //!
-//! Invariants: reads only within the frame; a frame that is cut short or odd in any way is [`Route::Other`] or
-//! [`Route::Drop`], and the stack behind checks everything again.
+//! Invariants: reads only within the frame; a frame that is cut short or odd in any way is
+//! [`Route::Other`] or [`Route::Drop`], and the stack behind checks everything again.
 
 use smoltcp::wire::{IpAddress, Ipv4Address, Ipv6Address};
 

@@ -54,7 +54,8 @@ impl Hasher for MixHasher {
     }
 }
 
-/// Turns a weak source (a time stamp counter) into 64 well mixed bits (the finaliser of SplitMix64).
+/// Turns a weak source (a time stamp counter) into 64 well mixed bits (the finaliser of
+/// SplitMix64).
 pub(crate) fn scramble(value: u64) -> u64 {
     let mut z = value.wrapping_add(MULTIPLIER);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,14 +1,16 @@
 //! One HTTP/1.1 connection: requests in, responses out, with keep-alive and pipelining.
 //!
-//! Paths: `/` a small page; `/bytes/N` a page of N bytes (N up to 1048576, content as [`crate::page_byte`]);
-//! `/counter` (GET reads, POST adds one and gives the new value); `/time` microseconds since 1970; `/random` 16
-//! hexadecimal digits; `POST /login` a new token of 32 hexadecimal digits; `/session/TOKEN` the number of the login
-//! that got the token, 404 for one that was never given out. Text bodies end with a line end, the token does not.
+//! Paths: `/` a small page; `/bytes/N` a page of N bytes (N up to 1048576, content as
+//! [`crate::page_byte`]); `/counter` (GET reads, POST adds one and gives the new value); `/time`
+//! microseconds since 1970; `/random` 16 hexadecimal digits; `POST /login` a new token of 32
+//! hexadecimal digits; `/session/TOKEN` the number of the login that got the token, 404 for one
+//! that was never given out. Text bodies end with a line end, the token does not.
 //!
-//! Invariants: responses do not depend on how the bytes are split; they come in the order of the requests; a page is
-//! made while it is sent and never held whole.
+//! Invariants: responses do not depend on how the bytes are split; they come in the order of the
+//! requests; a page is made while it is sent and never held whole.
 //!
-//! Does not send a `Date` header: it would make every response differ between two guests in lockstep.
+//! Does not send a `Date` header: it would make every response differ between two guests in
+//! lockstep.
 
 use crate::outbox::Outbox;
 use crate::pages::Page;
@@ -171,8 +173,8 @@ impl Http {
     }
 }
 
-/// Length of the head at the front of `text`, its empty line included. An empty line in front of a request
-/// counts as a head of its own.
+/// Length of the head at the front of `text`, its empty line included. An empty line in front of a
+/// request counts as a head of its own.
 fn head_end(text: &[u8]) -> Option<usize> {
     match text {
         [b'\n', ..] => return Some(1),

@@ -1,11 +1,13 @@
-//! The services of the demo guest: TCP/IP through smoltcp, echo, HTTP/1.1 and a RESP key-value store.
+//! The services of the demo guest: TCP/IP through smoltcp, echo, HTTP/1.1 and a RESP key-value
+//! store.
 //!
-//! Invariants: what an application writes into a connection, and the order in which commands of different connections
-//! are executed, depend only on the order of the input frames, never on batching or timing (the clock and the random
-//! source behind [`Platform`] excepted, which are the guest's natural divergences). No client input can make it
-//! panic, and every buffer has a limit.
+//! Invariants: what an application writes into a connection, and the order in which commands of
+//! different connections are executed, depend only on the order of the input frames, never on
+//! batching or timing (the clock and the random source behind [`Platform`] excepted, which are the
+//! guest's natural divergences). No client input can make it panic, and every buffer has a limit.
 //!
-//! Does not touch hardware: frames come and go through [`FrameDevice`], time and entropy through [`Platform`].
+//! Does not touch hardware: frames come and go through [`FrameDevice`], time and entropy through
+//! [`Platform`].
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 

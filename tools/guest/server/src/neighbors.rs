@@ -1,8 +1,9 @@
 //! Link-layer addresses, learnt from whoever talks to the guest.
 //!
-//! The stack asks by ARP or neighbour discovery when it does not know where to send, and drops some answers meanwhile.
-//! Two guests in lockstep would ask at different moments. So every host that sends a frame is told to the stack, as if
-//! it had announced itself, and the guest practically never asks.
+//! The stack asks by ARP or neighbour discovery when it does not know where to send, and drops some
+//! answers meanwhile. Two guests in lockstep would ask at different moments. So every host that
+//! sends a frame is told to the stack, as if it had announced itself, and the guest practically
+//! never asks.
 //!
 //! Invariants: at most [`NEIGHBORS_MAX`] hosts are remembered.
 
@@ -85,7 +86,8 @@ impl Neighbors {
         }
     }
 
-    /// Who on this network will get answers to the packet: its source, or the gateway it came through.
+    /// Who on this network will get answers to the packet: its source, or the gateway it came
+    /// through.
     fn next_hop(&self, view: &IpView<'_>) -> Option<IpAddress> {
         let source = view.source;
         if !source.is_unicast() || self.networks.iter().any(|own| own.address() == source) {
@@ -182,8 +184,9 @@ impl Neighbors {
     }
 }
 
-/// The stack answers neighbour solicitations only when they come to the group of the address; hosts that check whether
-/// a neighbour is still there send them to the address itself. Gives the same solicitation as if sent to the group.
+/// The stack answers neighbour solicitations only when they come to the group of the address; hosts
+/// that check whether a neighbour is still there send them to the address itself. Gives the same
+/// solicitation as if sent to the group.
 pub(crate) fn solicitation_to_group(frame: &[u8]) -> Option<Vec<u8>> {
     let packet = Ipv6Packet::new_checked(frame.get(ETHERNET_HEADER..)?).ok()?;
     let (source, destination) = (packet.src_addr(), packet.dst_addr());

@@ -1,7 +1,8 @@
-//! What a connection still has to put into its socket: bytes, then at most one page made on the fly.
+//! What a connection still has to put into its socket: bytes, then at most one page made on the
+//! fly.
 //!
-//! Invariants: bytes come out in the order they went in; a page is queued only behind all bytes, and nothing is queued
-//! behind a page that is not yet sent.
+//! Invariants: bytes come out in the order they went in; a page is queued only behind all bytes,
+//! and nothing is queued behind a page that is not yet sent.
 
 use crate::pages::Page;
 use alloc::vec::Vec;
@@ -44,8 +45,8 @@ impl Outbox {
         self.sent == self.bytes.len() && self.page.is_empty()
     }
 
-    /// True when the next request may be executed. It depends on what the client has acknowledged, hence on input
-    /// frames only.
+    /// True when the next request may be executed. It depends on what the client has acknowledged,
+    /// hence on input frames only.
     pub fn ready(&self) -> bool {
         !self.closing && self.page.is_empty() && self.bytes.len() - self.sent < READY_BELOW
     }

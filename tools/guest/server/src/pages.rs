@@ -1,6 +1,7 @@
 //! Page content whose every byte tells its position, made on the fly.
 //!
-//! Byte `i` of a page is `b'a' + ((i * 7 + i / 251) % 26)`, so that a shifted, lost or damaged byte shows.
+//! Byte `i` of a page is `b'a' + ((i * 7 + i / 251) % 26)`, so that a shifted, lost or damaged byte
+//! shows.
 
 const ROW: usize = 251;
 const LETTERS: usize = 26;

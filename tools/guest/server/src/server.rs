@@ -1,7 +1,9 @@
-//! The server: takes frames one by one, lets the connection they belong to act, and sends what results.
+//! The server: takes frames one by one, lets the connection they belong to act, and sends what
+//! results.
 //!
-//! Invariants: a frame is handed to the stack, and the services act on it, before the next frame is looked at; no frame
-//! is taken while there is no room to answer it; the number of connections is limited, the longest silent ones give way.
+//! Invariants: a frame is handed to the stack, and the services act on it, before the next frame is
+//! looked at; no frame is taken while there is no room to answer it; the number of connections is
+//! limited, the longest silent ones give way.
 //!
 //! Does not reassemble IPv4 fragments, and does not fragment.
 
@@ -25,7 +27,8 @@ use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr, Ipv4Address, Ipv6Address
 const BATCH: usize = 32;
 /// Room for answers that must be there before a frame is taken: one of the stack, one of a service.
 const ROOM: usize = 2;
-/// A connection in a state other than established, or with unacknowledged output, is given up after this silence.
+/// A connection in a state other than established, or with unacknowledged output, is given up after
+/// this silence.
 const GIVE_UP_US: i64 = 120_000_000;
 /// When places are scarce, closing and half-open connections give way after this silence ...
 const SCARCE_CLOSING_US: i64 = 3_000_000;
@@ -313,8 +316,9 @@ impl Server {
         self.mark(index);
     }
 
-    /// Makes the initial sequence number depend on the present time stamp counter: two guests that were made equal by a
-    /// checkpoint choose different ones again. The stack's generator cannot be seeded again, only advanced.
+    /// Makes the initial sequence number depend on the present time stamp counter: two guests that
+    /// were made equal by a checkpoint choose different ones again. The stack's generator cannot be
+    /// seeded again, only advanced.
     fn roll_dice(&mut self, key: FlowKey) {
         for _ in 0..self.world.random() % 64 {
             self.dice.abort();
@@ -515,3 +519,7 @@ impl<D: Device> Device for Injection<'_, D> {
         self.device.capabilities()
     }
 }
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

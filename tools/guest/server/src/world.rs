@@ -1,7 +1,8 @@
-//! What all connections share: the store, the counter, the sessions, the clock and the budget for buffers.
+//! What all connections share: the store, the counter, the sessions, the clock and the budget for
+//! buffers.
 //!
-//! Invariants: large buffers of all connections together stay within `buffers_max`; the clock is read only through
-//! [`Platform`].
+//! Invariants: large buffers of all connections together stay within `buffers_max`; the clock is
+//! read only through [`Platform`].
 
 use crate::hash::scramble;
 use crate::kv::Store;

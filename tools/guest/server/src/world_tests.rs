@@ -1,4 +1,5 @@
-//! A world for tests: a clock that stands still until it is moved, and an entropy source that counts.
+//! A world for tests: a clock that stands still until it is moved, and an entropy source that
+//! counts.
 
 use super::{Platform, World};
 use std::cell::Cell;

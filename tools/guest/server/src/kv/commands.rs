@@ -10,7 +10,8 @@ use alloc::vec::Vec;
 /// Longest part of a client's argument that an error repeats (as redis).
 const QUOTED_MAX: usize = 128;
 
-/// A command: name, number of arguments with the name (negative: at least), whether it may add data.
+/// A command: name, number of arguments with the name (negative: at least), whether it may add
+/// data.
 struct Command {
     name: &'static str,
     arity: i32,

@@ -180,7 +180,8 @@ pub(super) fn keys(call: &mut Call<'_>) -> Outcome {
     Ok(())
 }
 
-/// Redis's glob: `*`, `?`, `[a-z]`, `[^a]`, `\x`. Takes time of the order of the product of the lengths at most.
+/// Redis's glob: `*`, `?`, `[a-z]`, `[^a]`, `\x`. Takes time of the order of the product of the
+/// lengths at most.
 pub(super) fn matches(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);
     let mut retry = None;

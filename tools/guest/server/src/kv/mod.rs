@@ -1,7 +1,8 @@
 //! The key-value store: keys, their values and expiry times, and the table of commands.
 //!
-//! Invariants: `used` is at least the heap bytes that keys and values hold; commands that add data are refused once
-//! `used` exceeds `max`; an expired key is never seen (it is removed when it is next touched).
+//! Invariants: `used` is at least the heap bytes that keys and values hold; commands that add data
+//! are refused once `used` exceeds `max`; an expired key is never seen (it is removed when it is
+//! next touched).
 //!
 //! Does not expire keys in the background: a key that nobody touches stays until memory is short.
 
@@ -26,7 +27,8 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use indexmap::{IndexMap, IndexSet};
 
-/// Heap bytes of an entry besides key and value; twice the table slot, for the moment when the table grows.
+/// Heap bytes of an entry besides key and value; twice the table slot, for the moment when the
+/// table grows.
 const ENTRY_COST: usize = 224;
 /// The same for an element of a list.
 const ELEMENT_COST: usize = 64;

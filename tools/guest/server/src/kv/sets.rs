@@ -1,7 +1,8 @@
 //! Commands on sets.
 //!
-//! Members are kept in the order of insertion, but a removal puts the last member into the gap: the order is the same
-//! on both guests as long as they execute the same commands and pop the same members.
+//! Members are kept in the order of insertion, but a removal puts the last member into the gap: the
+//! order is the same on both guests as long as they execute the same commands and pop the same
+//! members.
 
 use super::{Bytes, Call, MEMBER_COST, Outcome, Value};
 use crate::resp::reply::{self, Refusal, bulk_size};

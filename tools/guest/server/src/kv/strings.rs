@@ -46,7 +46,8 @@ pub(super) fn strlen(call: &mut Call<'_>) -> Outcome {
 fn store_text(call: &mut Call<'_>, key: &[u8], text: &[u8], expires_ms: Option<u64>) {
     let now_ms = call.now_ms;
     let store = &mut call.world.store;
-    // Overwriting in place keeps the allocation, and a plain SET of the same size touches no other page.
+    // Overwriting in place keeps the allocation, and a plain SET of the same size touches no other
+    // page.
     if let Some(entry) = store.find(key, now_ms)
         && let Value::Text(old) = &mut entry.value
         && old.capacity() >= text.len()

@@ -1,7 +1,8 @@
 //! One client connection of the key-value store: bytes in, commands executed in order, replies out.
 //!
-//! Invariants: replies do not depend on how the bytes are split; a connection that does not read its replies is not
-//! read from either; after a protocol error the connection gets redis's error and is closed.
+//! Invariants: replies do not depend on how the bytes are split; a connection that does not read
+//! its replies is not read from either; after a protocol error the connection gets redis's error
+//! and is closed.
 
 pub(crate) mod reply;
 pub(crate) mod scan;

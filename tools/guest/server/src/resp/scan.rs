@@ -1,7 +1,7 @@
 //! Cuts a byte stream into RESP commands, and resumes where the last bytes ended.
 //!
-//! Invariants: the commands found, and the error that ends a bad stream, do not depend on how the stream is split;
-//! work per byte is bounded however slowly a large command arrives.
+//! Invariants: the commands found, and the error that ends a bad stream, do not depend on how the
+//! stream is split; work per byte is bounded however slowly a large command arrives.
 //!
 //! Does not store the bytes of multi-bulk commands: arguments are ranges of the caller's buffer.
 
@@ -101,8 +101,8 @@ pub(crate) struct Scanner {
 }
 
 impl Scanner {
-    /// Looks further into `text`, which starts at the first byte of the command and holds at least what the
-    /// last call saw.
+    /// Looks further into `text`, which starts at the first byte of the command and holds at least
+    /// what the last call saw.
     pub fn scan(&mut self, text: &[u8]) -> Result<Scan, ProtocolError> {
         if self.missing.is_none() {
             match text.first() {
