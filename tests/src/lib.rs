@@ -1,1 +1,11 @@
-//! Simulation and system tests.
+//! What the system tests share: the binary under test, what a machine must have, and clients that no one
+//! here wrote.
+//!
+//! Invariants: system tests take turns ([`bench::Bench`]), across processes too; a test that cannot run says
+//! `SKIPPED: why` on standard output.
+//!
+//! The simulation shares nothing with this: see `sim/`.
+
+pub mod bench;
+pub mod clients;
+pub mod streams;
