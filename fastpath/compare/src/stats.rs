@@ -43,6 +43,8 @@ pub struct PrimaryStats {
     pub flows_evicted: u64,
     /// Translations forgotten to make room: connections lost.
     pub translations_evicted: u64,
+    /// Segments that lost their payload because their translation is not learnt yet.
+    pub stripped: u64,
     /// Inherited input put to the guest again.
     pub redelivered: u64,
 }

@@ -386,8 +386,9 @@ fn transport_sum(frame: &[u8], l4: usize, protocol: u8) -> u16 {
 
 /// Whether the checksums of an untagged packet without IP options are right.
 pub fn checksums_are_right(frame: &[u8]) -> bool {
+    let end = crate::wire::parse(frame, frame.len(), crate::Direction::FromGuest).end;
+    let frame = &frame[..usize::from(end)];
     let v6 = frame[12..14] == ETHERTYPE_IPV6.to_be_bytes();
     let (l4, protocol) = if v6 { (54, frame[20]) } else { (34, frame[23]) };
-    (v6 || ones_sum(&frame[14..34]) == 0xffff)
-        && matches!(transport_sum(frame, l4, protocol), 0xffff)
+    (v6 || ones_sum(&frame[14..34]) == 0xffff) && transport_sum(frame, l4, protocol) == 0xffff
 }

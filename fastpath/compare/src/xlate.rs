@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use crate::flow::FlowKey;
 use crate::seq;
 use crate::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
+use crate::wire::{Packet, strip_payload};
 
 /// How long a closed connection's translation is kept for late segments.
 const LINGER_US: u64 = 120_000_000;
@@ -116,6 +117,17 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    fn note_closing(&mut self, tcp: &Tcp) {
+        if tcp.has(RST) {
+            self.closed = GUEST_CLOSED | PEER_CLOSED;
+        } else if tcp.has(FIN) {
+            self.closed |= GUEST_CLOSED;
+        } else if tcp.payload_len > 0 && self.closed == GUEST_CLOSED | PEER_CLOSED {
+            // A reset that the guest did not believe.
+            self.closed = 0;
+        }
+    }
+
     fn expired(&self, now_us: u64) -> bool {
         let idle = now_us.saturating_sub(self.used_us);
         (self.closed == GUEST_CLOSED | PEER_CLOSED && idle > LINGER_US)
@@ -200,41 +212,37 @@ impl ClientTable {
         learnt
     }
 
-    /// Translates a guest's segment for the client.
-    pub(crate) fn outbound(
-        &mut self,
-        now_us: u64,
-        key: &FlowKey,
-        header: &mut [u8],
-        tcp: &mut Tcp,
-    ) {
-        let Some(entry) = self.entries.get_mut(key) else {
-            return;
+    /// Translates a guest's segment for the client. True when it could not be translated: the
+    /// handshake is not learnt yet, so the segment lost its payload and now only makes the client
+    /// answer with an ACK, from which to learn; the guest sends the payload again.
+    pub(crate) fn outbound(&mut self, now_us: u64, header: &mut [u8], packet: &mut Packet) -> bool {
+        let Some(tcp) = packet.tcp.as_mut() else {
+            return false;
+        };
+        let Some(entry) = self.entries.get_mut(&packet.key) else {
+            return false;
         };
         if tcp.has(SYN) && entry.guest_isn != Some(tcp.seq) {
             // A new connection between the same ports: the old one has ended.
-            self.entries.remove(key);
-            return;
+            self.entries.remove(&packet.key);
+            return false;
         }
         entry.used_us = now_us;
-        if tcp.flags & (FIN | RST) != 0 {
-            entry.closed |= GUEST_CLOSED;
-        } else if tcp.payload_len > 0 && entry.closed == GUEST_CLOSED | PEER_CLOSED {
-            // A reset that the guest did not believe.
-            entry.closed = 0;
+        if entry.handshake.is_some() && tcp.flags & (SYN | RST) == 0 {
+            strip_payload(header, packet);
+            return true;
         }
-        if tcp.has(RST) {
-            entry.closed |= PEER_CLOSED;
-        }
+        entry.note_closing(tcp);
         entry.offsets.outbound(header, tcp);
         let Some((tsval, _)) = tcp.timestamps(header) else {
-            return;
+            return false;
         };
         let sent = seq::max_known(tsval, entry.ts_high);
         if sent != tsval {
             tcp.set_tsval(header, sent);
         }
         entry.ts_high = Some(sent);
+        false
     }
 }
 
@@ -245,9 +253,9 @@ mod tests {
     use crate::testing::{Segment, Side, checksums_are_right};
     use crate::wire;
 
-    fn parse(bytes: &[u8], direction: Direction) -> (FlowKey, Tcp) {
+    fn parse(bytes: &[u8], direction: Direction) -> (Packet, Tcp) {
         let packet = wire::parse(bytes, bytes.len(), direction);
-        (packet.key, packet.tcp.expect("TCP"))
+        (packet, packet.tcp.expect("TCP"))
     }
 
     #[test]
@@ -274,14 +282,14 @@ mod tests {
         let mut table = ClientTable::default();
         let sent = |table: &mut ClientTable, tsval| {
             let mut bytes = Segment::new(Side::V6).seq(10).timestamps(tsval, 1).bytes();
-            let (key, mut tcp) = parse(&bytes, Direction::FromGuest);
+            let (mut packet, _) = parse(&bytes, Direction::FromGuest);
             if table.len() == 0 {
                 let offsets = Offsets {
                     seq: 5,
                     ts: u32::MAX,
                 };
                 table.insert(
-                    key,
+                    packet.key,
                     Entry {
                         offsets,
                         ts_high: Some(100),
@@ -289,7 +297,7 @@ mod tests {
                     },
                 );
             }
-            table.outbound(0, &key, &mut bytes, &mut tcp);
+            table.outbound(0, &mut bytes, &mut packet);
             assert!(checksums_are_right(&bytes));
             let (_, tcp) = parse(&bytes, Direction::FromGuest);
             assert_eq!(tcp.seq, 15);
@@ -304,24 +312,26 @@ mod tests {
     fn rule_1_an_entry_ends_with_its_connection() {
         let mut table = ClientTable::default();
         let mut syn = Segment::new(Side::V4).flags(SYN | ACK).seq(42).bytes();
-        let (key, mut tcp) = parse(&syn, Direction::FromGuest);
+        let (mut packet, _) = parse(&syn, Direction::FromGuest);
         let offsets = Offsets { seq: 9, ts: 0 };
         table.insert(
-            key,
+            packet.key,
             Entry {
                 offsets,
                 guest_isn: Some(42),
                 ..Entry::default()
             },
         );
-        table.outbound(0, &key, &mut syn, &mut tcp);
+        table.outbound(0, &mut syn, &mut packet);
+        let (_, tcp) = parse(&syn, Direction::FromGuest);
         assert_eq!(
             tcp.seq, 51,
             "a repeated SYN-ACK of the same connection is translated"
         );
         let mut syn = Segment::new(Side::V4).flags(SYN | ACK).seq(43).bytes();
-        let (_, mut tcp) = parse(&syn, Direction::FromGuest);
-        table.outbound(0, &key, &mut syn, &mut tcp);
+        let (mut packet, _) = parse(&syn, Direction::FromGuest);
+        table.outbound(0, &mut syn, &mut packet);
+        let (_, tcp) = parse(&syn, Direction::FromGuest);
         assert_eq!(
             tcp.seq, 43,
             "another initial sequence number is another connection"
@@ -333,10 +343,10 @@ mod tests {
     fn closed_connections_and_dead_handshakes_expire() {
         let mut table = ClientTable::default();
         let bytes = Segment::new(Side::V4).bytes();
-        let (key, _) = parse(&bytes, Direction::FromGuest);
+        let (packet, _) = parse(&bytes, Direction::FromGuest);
         let closed = GUEST_CLOSED | PEER_CLOSED;
         table.insert(
-            key,
+            packet.key,
             Entry {
                 closed,
                 used_us: 10,

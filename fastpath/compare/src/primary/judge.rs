@@ -154,10 +154,9 @@ impl PrimaryPath {
                 right,
                 ..
             } => {
-                if let Some(tcp) = packet.tcp.as_mut() {
-                    let header = frames.header_mut(&token);
-                    self.client.outbound(now_us, &packet.key, header, tcp);
-                }
+                let header = frames.header_mut(&token);
+                let stripped = self.client.outbound(now_us, header, &mut packet);
+                self.ledger.stats.stripped += u64::from(stripped);
                 self.held_frames -= 1;
                 self.count(right, packet.tcp.is_none_or(|tcp| tcp.payload_len > 0));
                 Action::Release {

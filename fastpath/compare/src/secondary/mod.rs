@@ -491,10 +491,8 @@ impl SecondaryPath {
         let unsent = self.pending.drain(..).chain(stored).collect::<Vec<_>>();
         let release = |token: Token| {
             let mut packet = parse(frames, &token, Direction::FromGuest);
-            if let Some(tcp) = packet.tcp.as_mut() {
-                let header = frames.header_mut(&token);
-                self.client.outbound(now_us, &packet.key, header, tcp);
-            }
+            self.client
+                .outbound(now_us, frames.header_mut(&token), &mut packet);
             Action::Release {
                 token,
                 right: Right::Alone,

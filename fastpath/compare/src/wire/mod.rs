@@ -8,6 +8,7 @@
 
 pub mod checksum;
 mod mask;
+mod strip;
 pub mod tcp;
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,6 +16,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::flow::{Direction, FlowKey, Protocol};
 use checksum::be16;
 pub(crate) use mask::{header_difference, mask_ignored};
+pub(crate) use strip::strip_payload;
 pub use tcp::Tcp;
 
 /// EtherType of IPv4.

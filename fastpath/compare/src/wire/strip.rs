@@ -1,0 +1,63 @@
+//! Takes the payload out of a TCP segment without moving a byte: the network length shrinks, the
+//! rest of the frame becomes padding.
+//!
+//! Invariant: both checksums are right afterwards, for the shorter packet.
+
+use super::checksum::{fold, ones_sum};
+use super::tcp::{FIN, PSH, URG};
+use super::{Network, Packet};
+
+/// Makes a bare ACK of the segment. Nothing happens to what is not TCP.
+pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Packet) {
+    let Some(tcp) = packet.tcp.as_mut() else {
+        return;
+    };
+    let (l3, l4, end) = (
+        usize::from(packet.l3),
+        usize::from(packet.l4),
+        usize::from(tcp.payload_at),
+    );
+    tcp.flags &= !(FIN | PSH | URG);
+    tcp.payload_len = 0;
+    packet.end = tcp.payload_at;
+    header[l4 + 13] = tcp.flags;
+    let addresses = match packet.network {
+        Network::V4 => {
+            header[l3 + 2..l3 + 4].copy_from_slice(&((end - l3) as u16).to_be_bytes());
+            header[l3 + 10..l3 + 12].fill(0);
+            let sum = !ones_sum(&header[l3..l4]);
+            header[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
+            l3 + 12..l3 + 20
+        }
+        _ => {
+            header[l3 + 4..l3 + 6].copy_from_slice(&((end - l3 - 40) as u16).to_be_bytes());
+            l3 + 8..l3 + 40
+        }
+    };
+    header[l4 + 16..l4 + 18].fill(0);
+    let pseudo = u32::from(ones_sum(&header[addresses])) + (end - l4) as u32 + 6;
+    let sum = !fold(pseudo + u32::from(ones_sum(&header[l4..end])));
+    header[l4 + 16..l4 + 18].copy_from_slice(&sum.to_be_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::Direction;
+    use crate::testing::{Segment, Side, checksums_are_right};
+    use crate::wire::parse;
+
+    #[test]
+    fn a_stripped_segment_is_a_bare_ack() {
+        for side in [Side::V4, Side::V6] {
+            let mut bytes = Segment::new(side).seq(9).ack(8).payload(b"secret").bytes();
+            let mut packet = parse(&bytes, bytes.len(), Direction::FromGuest);
+            strip_payload(&mut bytes, &mut packet);
+            let again = parse(&bytes, bytes.len(), Direction::FromGuest);
+            assert_eq!(again, packet);
+            assert!(again.tcp.unwrap().is_pure_ack());
+            bytes.truncate(usize::from(again.end));
+            assert!(checksums_are_right(&bytes));
+        }
+    }
+}

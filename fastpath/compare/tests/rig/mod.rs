@@ -1,0 +1,594 @@
+//! Both paths in one process, with a model guest (a TCP echo server whose sequence numbers and
+//! timestamps are its own) and model clients that check every byte and number they see.
+//!
+//! Ports with odd numbers speak IPv6, even ones IPv4.
+#![allow(dead_code)] // Each test binary uses a part.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right};
+use colo_compare::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
+use colo_compare::{
+    Action, Direction, Divergence, Frames, Limits, PrimaryPath, SecondaryAction, SecondaryPath,
+    Token, seq, wire,
+};
+
+pub fn side(port: u16) -> Side {
+    if port % 2 == 1 { Side::V6 } else { Side::V4 }
+}
+
+pub fn tcp_of(bytes: &[u8]) -> Option<Tcp> {
+    wire::parse(bytes, bytes.len(), Direction::FromGuest).tcp
+}
+
+fn port_of(bytes: &[u8], direction: Direction) -> u16 {
+    wire::parse(bytes, bytes.len(), direction).key.peer_port
+}
+
+pub fn payload(bytes: &[u8], tcp: &Tcp) -> Vec<u8> {
+    bytes[usize::from(tcp.payload_at)..][..usize::from(tcp.payload_len)].to_vec()
+}
+
+#[derive(Debug, Clone)]
+struct Server {
+    isn: u32,
+    snd_una: u32,
+    rcv_nxt: u32,
+    /// Everything sent after the SYN-ACK.
+    sent: Vec<u8>,
+    ts_offset: u32,
+    ts_recent: u32,
+}
+
+impl Server {
+    fn snd_nxt(&self) -> u32 {
+        self.isn.wrapping_add(1 + self.sent.len() as u32)
+    }
+}
+
+/// The guest.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    servers: BTreeMap<u16, Server>,
+    pub next_isn: u32,
+}
+
+impl Guest {
+    pub fn new(next_isn: u32) -> Self {
+        Self {
+            servers: BTreeMap::new(),
+            next_isn,
+        }
+    }
+
+    fn ts(now_us: u64, offset: u32) -> u32 {
+        ((now_us / 1000) as u32).wrapping_add(offset)
+    }
+
+    fn segment(port: u16, server: &Server, now_us: u64) -> Segment {
+        let tsval = Self::ts(now_us, server.ts_offset);
+        Segment::new(side(port))
+            .ports(80, port)
+            .timestamps(tsval, server.ts_recent)
+    }
+
+    /// Everything that is not acknowledged, again.
+    pub fn retransmit(&self, now_us: u64) -> Vec<Vec<u8>> {
+        let unacked = |(port, server): (&u16, &Server)| {
+            let from = server.snd_una.wrapping_sub(server.isn.wrapping_add(1)) as usize;
+            let data = server.sent.get(from..).filter(|data| !data.is_empty())?;
+            let segment = Self::segment(*port, server, now_us);
+            Some(
+                segment
+                    .seq(server.snd_una)
+                    .ack(server.rcv_nxt)
+                    .payload(data)
+                    .bytes(),
+            )
+        };
+        self.servers.iter().filter_map(unacked).collect()
+    }
+
+    pub fn input(&mut self, now_us: u64, bytes: &[u8]) -> Vec<Vec<u8>> {
+        assert!(
+            checksums_are_right(bytes),
+            "a frame for the guest has a wrong checksum"
+        );
+        let tcp = tcp_of(bytes).expect("only TCP here");
+        let port = port_of(bytes, Direction::ToGuest);
+        let (tsval, tsecr) = tcp.timestamps(bytes).expect("clients send timestamps");
+        if tcp.has(SYN) {
+            let known = self
+                .servers
+                .get(&port)
+                .is_some_and(|s| s.rcv_nxt == tcp.end());
+            if !known {
+                let isn = self.next_isn;
+                self.next_isn = isn.wrapping_mul(2_654_435_761).wrapping_add(12_345);
+                let (rcv_nxt, ts_offset) = (tcp.end(), isn.rotate_left(9));
+                let (snd_una, sent, ts_recent) = (isn, Vec::new(), tsval);
+                let server = Server {
+                    isn,
+                    snd_una,
+                    rcv_nxt,
+                    sent,
+                    ts_offset,
+                    ts_recent,
+                };
+                self.servers.insert(port, server);
+            }
+            let server = &self.servers[&port];
+            let segment = Self::segment(port, server, now_us).flags(SYN | ACK);
+            return vec![segment.seq(server.isn).ack(server.rcv_nxt).bytes()];
+        }
+        let Some(server) = self.servers.get_mut(&port) else {
+            let segment = Segment::new(side(port))
+                .ports(80, port)
+                .timestamps(0, tsval);
+            return vec![segment.seq(tcp.ack).flags(RST).bytes()];
+        };
+        let acked_is_sent = seq::lt(server.isn, tcp.ack) && seq::le(tcp.ack, server.snd_nxt());
+        assert!(
+            acked_is_sent,
+            "port {port}: the guest was told that it sent {}",
+            tcp.ack
+        );
+        let own_ts = Self::ts(now_us, server.ts_offset);
+        // A peer that echoes times from the future was not translated (rule 3). The slack that a
+        // takeover adds makes echoes look old, not new.
+        assert!(
+            seq::le(tsecr, own_ts.wrapping_add(1)),
+            "port {port}: TSecr from the future"
+        );
+        server.snd_una = seq::max(server.snd_una, tcp.ack);
+        if tcp.payload_len == 0 {
+            return Vec::new();
+        }
+        if tcp.seq == server.rcv_nxt {
+            server.rcv_nxt = tcp.end();
+            server.ts_recent = tsval;
+            let from = server.snd_nxt();
+            let data = payload(bytes, &tcp);
+            server.sent.extend_from_slice(&data);
+            let segment = Self::segment(port, server, now_us);
+            return vec![segment.seq(from).ack(server.rcv_nxt).payload(&data).bytes()];
+        }
+        let segment = Self::segment(port, server, now_us);
+        vec![segment.seq(server.snd_nxt()).ack(server.rcv_nxt).bytes()]
+    }
+}
+
+/// A client's end of one connection.
+#[derive(Debug)]
+pub struct Client {
+    port: u16,
+    isn: u32,
+    rcv_nxt: Option<u32>,
+    snd_una: u32,
+    pub sent: Vec<u8>,
+    pub received: Vec<u8>,
+    ts_high: u32,
+    pub reset: bool,
+}
+
+impl Client {
+    fn new(port: u16) -> Self {
+        let isn = u32::MAX - u32::from(port % 7);
+        let (sent, received) = (Vec::new(), Vec::new());
+        let snd_una = isn;
+        Self {
+            port,
+            isn,
+            rcv_nxt: None,
+            snd_una,
+            sent,
+            received,
+            ts_high: 0,
+            reset: false,
+        }
+    }
+
+    fn segment(&self, now_us: u64) -> Segment {
+        let tsecr = if self.rcv_nxt.is_some() {
+            self.ts_high
+        } else {
+            0
+        };
+        Segment::new(side(self.port))
+            .to_guest()
+            .ports(80, self.port)
+            .timestamps((now_us / 1000) as u32, tsecr)
+    }
+
+    fn syn(&self, now_us: u64) -> Vec<u8> {
+        self.segment(now_us).flags(SYN).seq(self.isn).bytes()
+    }
+
+    fn ack(&self, now_us: u64) -> Vec<u8> {
+        let seq = self.isn.wrapping_add(1 + self.sent.len() as u32);
+        self.segment(now_us)
+            .seq(seq)
+            .ack(self.rcv_nxt.unwrap_or(0))
+            .bytes()
+    }
+
+    fn send(&mut self, now_us: u64, data: &[u8]) -> Vec<u8> {
+        let seq = self.isn.wrapping_add(1 + self.sent.len() as u32);
+        self.sent.extend_from_slice(data);
+        self.segment(now_us)
+            .seq(seq)
+            .ack(self.rcv_nxt.unwrap_or(0))
+            .payload(data)
+            .bytes()
+    }
+
+    /// What is not acknowledged, again.
+    pub fn retransmit(&self, now_us: u64) -> Option<Vec<u8>> {
+        let Some(rcv_nxt) = self.rcv_nxt else {
+            return Some(self.syn(now_us));
+        };
+        let from = self.snd_una.wrapping_sub(self.isn.wrapping_add(1)) as usize;
+        let data = self.sent.get(from..).filter(|data| !data.is_empty())?;
+        Some(
+            self.segment(now_us)
+                .seq(self.snd_una)
+                .ack(rcv_nxt)
+                .payload(data)
+                .bytes(),
+        )
+    }
+
+    fn input(&mut self, now_us: u64, bytes: &[u8]) -> Vec<Vec<u8>> {
+        assert!(
+            checksums_are_right(bytes),
+            "a frame for the client has a wrong checksum"
+        );
+        let tcp = tcp_of(bytes).expect("only TCP here");
+        if tcp.has(RST) {
+            self.reset = true;
+            return Vec::new();
+        }
+        let (tsval, _) = tcp.timestamps(bytes).expect("the guest sends timestamps");
+        if tcp.has(SYN) {
+            match self.rcv_nxt {
+                None => {
+                    self.rcv_nxt = Some(tcp.end());
+                    self.ts_high = tsval;
+                    self.snd_una = self.isn.wrapping_add(1);
+                }
+                Some(_) => return vec![self.ack(now_us)],
+            }
+            return vec![self.ack(now_us)];
+        }
+        let Some(rcv_nxt) = self.rcv_nxt else {
+            return Vec::new();
+        };
+        if tcp.payload_len == 0 && rcv_nxt.wrapping_sub(tcp.seq).wrapping_add(65_536) > 131_072 {
+            // Not acceptable (RFC 9293 section 3.10.7.4): answered, and otherwise ignored.
+            return vec![self.ack(now_us)];
+        }
+        // PAWS (RFC 7323 section 5): an older timestamp loses the segment.
+        assert!(
+            seq::le(self.ts_high, tsval),
+            "port {}: TSval went back (rule 3)",
+            self.port
+        );
+        self.ts_high = tsval;
+        let end_sent = self.isn.wrapping_add(1 + self.sent.len() as u32);
+        assert!(
+            seq::le(tcp.ack, end_sent),
+            "acknowledged what was never sent"
+        );
+        self.snd_una = seq::max(self.snd_una, tcp.ack);
+        assert!(
+            seq::le(tcp.payload_seq(), rcv_nxt),
+            "port {}: a hole before {}, expected {rcv_nxt}",
+            self.port,
+            tcp.seq
+        );
+        let known = rcv_nxt.wrapping_sub(tcp.payload_seq()) as usize;
+        let data = payload(bytes, &tcp);
+        let Some(new) = data.get(known..).filter(|new| !new.is_empty()) else {
+            return Vec::new();
+        };
+        self.received.extend_from_slice(new);
+        assert!(
+            self.sent.starts_with(&self.received),
+            "port {}: a wrong byte",
+            self.port
+        );
+        self.rcv_nxt = Some(tcp.end());
+        vec![self.ack(now_us)]
+    }
+}
+
+/// The whole.
+pub struct Rig {
+    pub frames: VecFrames,
+    pub now_us: u64,
+    pub primary: PrimaryPath,
+    pub secondary: Option<SecondaryPath>,
+    pub pvm: Guest,
+    pub svm: Option<Guest>,
+    pub clients: BTreeMap<u16, Client>,
+    /// Frames on their way from the primary host to the clients.
+    pub nic: VecDeque<Vec<u8>>,
+    /// Clients see nothing and say nothing while false.
+    pub network_up: bool,
+    pub requests: Vec<Divergence>,
+    limits: Limits,
+}
+
+impl Rig {
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            frames: VecFrames::new(100_000),
+            now_us: 1_000_000,
+            primary: PrimaryPath::new(limits),
+            secondary: None,
+            pvm: Guest::new(u32::MAX - 2),
+            svm: None,
+            clients: BTreeMap::new(),
+            nic: VecDeque::new(),
+            network_up: true,
+            requests: Vec::new(),
+            limits,
+        }
+    }
+
+    pub fn open(&mut self, port: u16) {
+        let client = Client::new(port);
+        let syn = client.syn(self.now_us);
+        self.clients.insert(port, client);
+        self.to_primary(&syn);
+        self.settle();
+    }
+
+    pub fn send(&mut self, port: u16, data: &[u8]) {
+        let client = self.clients.get_mut(&port).expect("opened");
+        let segment = client.send(self.now_us, data);
+        self.to_primary(&segment);
+        self.settle();
+    }
+
+    /// A frame from the network to whoever speaks.
+    pub fn to_primary(&mut self, bytes: &[u8]) {
+        let token = self.frames.insert(bytes).expect("a slot");
+        let token = self
+            .primary
+            .handle_nic(self.now_us, &mut self.frames, token);
+        self.deliver_to_pvm(token);
+    }
+
+    fn deliver_to_pvm(&mut self, token: Token) {
+        let bytes = self.frames.bytes(&token).to_vec();
+        self.primary
+            .handle_delivered(self.now_us, &mut self.frames, token);
+        for output in self.pvm.input(self.now_us, &bytes) {
+            self.from_pvm(&output);
+        }
+    }
+
+    pub fn from_pvm(&mut self, bytes: &[u8]) {
+        let token = self.frames.insert(bytes).expect("a slot");
+        self.primary
+            .handle_guest_tx(self.now_us, &mut self.frames, token);
+    }
+
+    pub fn from_svm(&mut self, bytes: &[u8]) {
+        let token = self.frames.insert(bytes).expect("a slot");
+        let secondary = self.secondary.as_mut().expect("a secondary");
+        secondary.handle_guest_tx(self.now_us, &mut self.frames, token);
+    }
+
+    /// Runs until nothing happens any more.
+    pub fn settle(&mut self) {
+        while self.step_primary() | self.step_secondary() | self.step_clients() {}
+    }
+
+    fn step_primary(&mut self) -> bool {
+        let mut busy = false;
+        while let Some(token) = self.primary.poll_deliver(self.now_us, &mut self.frames) {
+            self.deliver_to_pvm(token);
+            busy = true;
+        }
+        while let Some(action) = self.primary.poll_action() {
+            self.act(action);
+            busy = true;
+        }
+        busy
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Release { token, .. } => {
+                let bytes = self.frames.take(token);
+                self.nic.push_back(bytes);
+            }
+            Action::Mirror {
+                epoch,
+                input_seq,
+                token,
+            } => {
+                let secondary = self.secondary.as_mut().expect("mirrored to nobody");
+                secondary
+                    .handle_mirror(self.now_us, &mut self.frames, epoch, input_seq, token)
+                    .expect("in order");
+            }
+            Action::SvmReleased { svm_seq } => {
+                let secondary = self.secondary.as_mut().expect("reported to nobody");
+                assert!(
+                    secondary.output(svm_seq).is_some(),
+                    "reported twice: {svm_seq}"
+                );
+                secondary.handle_released(&mut self.frames, svm_seq);
+            }
+            Action::PendingReleased { epoch } => {
+                let secondary = self.secondary.as_mut().expect("reported to nobody");
+                secondary.handle_pending_released(&mut self.frames, epoch);
+            }
+            Action::Checkpoint(divergence) => self.requests.push(divergence),
+        }
+    }
+
+    fn step_secondary(&mut self) -> bool {
+        let mut busy = false;
+        let Some(secondary) = self.secondary.as_mut() else {
+            return false;
+        };
+        let mut outputs = Vec::new();
+        while let Some(token) = secondary.poll_deliver(self.now_us, &mut self.frames) {
+            let bytes = self.frames.take(token);
+            let svm = self.svm.as_mut().expect("delivered to nobody");
+            outputs.extend(svm.input(self.now_us, &bytes));
+            busy = true;
+        }
+        for output in outputs {
+            self.from_svm(&output);
+        }
+        let secondary = self.secondary.as_mut().expect("still there");
+        while let Some(action) = secondary.poll_action() {
+            busy = true;
+            let (frames, now_us) = (&mut self.frames, self.now_us);
+            match action {
+                SecondaryAction::AckInput { up_to } => {
+                    self.primary.handle_input_ack(now_us, frames, up_to);
+                }
+                SecondaryAction::SendOutput { epoch, svm_seq } => {
+                    let stored = secondary.output(svm_seq).expect("stored");
+                    let copy = frames.duplicate(stored).expect("a slot");
+                    self.primary
+                        .handle_svm_output(now_us, frames, epoch, svm_seq, copy);
+                }
+                SecondaryAction::CaughtUp { epoch } => self.primary.caught_up(now_us, epoch),
+                SecondaryAction::RequestCheckpoint(cause) => {
+                    self.requests.push(Divergence::plain(cause, None));
+                }
+            }
+        }
+        busy
+    }
+
+    fn step_clients(&mut self) -> bool {
+        let mut busy = false;
+        while self.network_up
+            && let Some(bytes) = self.nic.pop_front()
+        {
+            busy = true;
+            let port = port_of(&bytes, Direction::FromGuest);
+            let client = self.clients.get_mut(&port).expect("for a client");
+            for answer in client.input(self.now_us, &bytes) {
+                self.to_primary(&answer);
+            }
+        }
+        busy
+    }
+
+    pub fn refresh_lease(&mut self) {
+        let until_us = self.now_us + 1_000_000;
+        self.primary
+            .set_lease(self.now_us, &mut self.frames, until_us);
+    }
+
+    pub fn advance(&mut self, us: u64) {
+        self.now_us += us;
+        self.refresh_lease();
+        self.primary.handle_timeout(self.now_us, &mut self.frames);
+        self.settle();
+    }
+
+    /// A secondary joins and gets its first checkpoint. Its guest's later sequence numbers are its
+    /// own.
+    pub fn join(&mut self) {
+        self.secondary = Some(SecondaryPath::new(self.limits));
+        let epoch = self.primary.pair(self.now_us).expect("alone before");
+        self.refresh_lease();
+        self.finish_checkpoint(epoch);
+    }
+
+    pub fn checkpoint(&mut self) {
+        let epoch = self.begin_checkpoint();
+        self.finish_checkpoint(epoch);
+    }
+
+    pub fn begin_checkpoint(&mut self) -> u64 {
+        self.secondary.as_mut().expect("a secondary").stop();
+        self.primary.cut(self.now_us).expect("none in flight")
+    }
+
+    /// Copies the state as of now, so nothing may have happened since the cut; commits.
+    pub fn finish_checkpoint(&mut self, epoch: u64) {
+        let mut record = Vec::new();
+        self.primary.export_client_xlate(&mut record);
+        let copies: Vec<_> = self
+            .primary
+            .pending()
+            .map(|p| self.frames.bytes(p.token).to_vec())
+            .collect();
+        let pending = copies
+            .iter()
+            .map(|b| self.frames.insert(b).expect("a slot"))
+            .collect();
+        let mut svm = self.pvm.clone();
+        svm.next_isn = svm.next_isn.wrapping_mul(31).wrapping_add(0x7fff_fff1);
+        self.svm = Some(svm);
+        let secondary = self.secondary.as_mut().expect("a secondary");
+        secondary.check_record(&record).expect("a good record");
+        secondary
+            .commit(self.now_us, &mut self.frames, epoch, pending, &record)
+            .expect("a good record");
+        self.primary
+            .commit(self.now_us, &mut self.frames, epoch)
+            .expect("in flight");
+        self.settle();
+    }
+
+    /// The primary host dies; the secondary becomes the VM.
+    pub fn kill_primary(&mut self) {
+        let secondary = self.secondary.take().expect("a secondary");
+        let new = secondary.take_over(self.now_us, &mut self.frames);
+        let old = std::mem::replace(&mut self.primary, new);
+        old.close(&mut self.frames);
+        self.pvm = self.svm.take().expect("an SVM");
+        self.settle();
+    }
+
+    /// All ends send again what is not acknowledged, as time would make them do.
+    pub fn retransmit_all(&mut self) {
+        self.now_us += 300_000;
+        for segment in self.pvm.retransmit(self.now_us) {
+            self.from_pvm(&segment);
+        }
+        let again: Vec<_> = self
+            .clients
+            .values()
+            .filter_map(|c| c.retransmit(self.now_us))
+            .collect();
+        for segment in again {
+            self.to_primary(&segment);
+        }
+        self.settle();
+    }
+
+    pub fn assert_all_echoed(&self) {
+        for (port, client) in &self.clients {
+            assert!(!client.reset, "port {port} was reset");
+            assert_eq!(
+                client.received, client.sent,
+                "port {port}: not everything came back"
+            );
+        }
+    }
+
+    /// Ends both paths and checks that every slot came back.
+    pub fn close(mut self) {
+        self.primary.close(&mut self.frames);
+        if let Some(secondary) = self.secondary.take() {
+            secondary.close(&mut self.frames);
+        }
+        assert_eq!(self.frames.used(), 0, "a slot leaked");
+    }
+}
+
+/// Names for flags in tests.
+pub const FIN_ACK: u8 = FIN | ACK;

@@ -1,0 +1,278 @@
+//! Takeovers and re-protection: translations, retained input, unsent output (rules 1 to 5, 9, 12).
+
+mod rig;
+
+use colo_compare::{Limits, Mode};
+use rig::Rig;
+
+#[test]
+fn an_echoed_stream_is_released_by_match_through_the_pair_translation() {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    for port in [40_000, 40_001] {
+        rig.open(port);
+        for n in 0..20u8 {
+            rig.send(port, &[n; 100]);
+        }
+    }
+    rig.assert_all_echoed();
+    let stats = rig.primary.stats();
+    assert_eq!(stats.released_data_by_match, 40);
+    assert_eq!((rig.requests.len(), rig.primary.held_frames()), (0, 0));
+    let secondary = rig.secondary.as_ref().expect("a secondary");
+    assert_eq!(
+        (secondary.stored_outputs(), secondary.stats().learnt),
+        (0, 2)
+    );
+    assert_eq!(
+        secondary.input_frames(),
+        0,
+        "everything is covered by the SVM's ACKs"
+    );
+    rig.close();
+}
+
+#[test]
+fn rule_1_kill_reprotect_checkpoint_kill_with_connections_from_every_interval() {
+    let mut rig = Rig::new(Limits::default());
+    let mut ports = Vec::new();
+    let mut next_port = 41_000;
+    let mut open_and_talk = |rig: &mut Rig| {
+        for _ in 0..2 {
+            ports.push(next_port);
+            rig.open(next_port);
+            next_port += 1;
+        }
+        for port in &ports {
+            rig.now_us += 700;
+            rig.send(*port, &port.to_be_bytes().repeat(10));
+        }
+        rig.assert_all_echoed();
+    };
+    open_and_talk(&mut rig);
+    rig.join();
+    for _ in 0..3 {
+        open_and_talk(&mut rig);
+        rig.checkpoint();
+        open_and_talk(&mut rig);
+        rig.kill_primary();
+        assert_eq!(rig.primary.mode(), Mode::Alone);
+        open_and_talk(&mut rig);
+        rig.join();
+        open_and_talk(&mut rig);
+        assert!(rig.requests.is_empty(), "{:?}", rig.requests);
+        rig.kill_primary();
+        open_and_talk(&mut rig);
+        rig.join();
+    }
+    rig.close();
+}
+
+#[test]
+fn rule_2_an_unfinished_handshake_is_learnt_after_the_takeover() {
+    for answer_reaches_client in [true, false] {
+        let mut rig = Rig::new(Limits::default());
+        rig.join();
+        rig.network_up = false;
+        rig.open(42_000);
+        assert_eq!(rig.nic.len(), 1, "the SYN-ACK was released");
+        if !answer_reaches_client {
+            rig.nic.clear();
+        }
+        // Its ACK only reaches the new primary.
+        let answers = std::mem::take(&mut rig.nic);
+        rig.kill_primary();
+        rig.nic.extend(answers);
+        rig.network_up = true;
+        rig.settle();
+        rig.retransmit_all();
+        rig.send(42_000, b"after");
+        rig.assert_all_echoed();
+        rig.join();
+        rig.send(42_000, b"more");
+        rig.assert_all_echoed();
+        rig.close();
+    }
+}
+
+#[test]
+fn rule_1_a_handshake_learnt_in_a_pair_survives_a_kill_before_the_next_commit() {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    rig.network_up = false;
+    rig.open(42_002);
+    let answers = std::mem::take(&mut rig.nic);
+    rig.kill_primary();
+    // Paired again while the client's first ACK is still on its way.
+    rig.join();
+    rig.nic.extend(answers);
+    rig.network_up = true;
+    rig.settle();
+    rig.send(42_002, b"held");
+    assert_eq!(rig.requests.len(), 1, "a commit must carry what was learnt");
+    assert_eq!(rig.clients[&42_002].received, b"");
+    rig.kill_primary();
+    rig.retransmit_all();
+    rig.retransmit_all();
+    rig.send(42_002, b" and sent");
+    rig.assert_all_echoed();
+    rig.close();
+}
+
+#[test]
+fn rule_5_input_that_only_the_secondary_has_survives() {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    rig.open(43_000);
+    rig.open(43_001);
+    // The SVM stops (for a checkpoint that never commits): input of both epochs waits.
+    let epoch = rig.begin_checkpoint();
+    rig.send(43_000, b"first");
+    rig.send(43_001, b"second");
+    assert_eq!(
+        rig.clients[&43_000].received, b"",
+        "nothing of the next epoch leaves (rule 7)"
+    );
+    assert_eq!(epoch + 1, rig.primary.epoch());
+    rig.secondary
+        .as_mut()
+        .expect("a secondary")
+        .resume_unchanged();
+    rig.kill_primary();
+    // The clients do not retransmit: the secondary acknowledged, so it is responsible.
+    rig.assert_all_echoed();
+    rig.close();
+}
+
+#[test]
+fn rule_5_what_the_svm_does_not_acknowledge_is_delivered_again() {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    rig.open(43_002);
+    // The SVM loses a segment, as a full socket buffer would.
+    let before = rig.svm.clone();
+    rig.network_up = false;
+    rig.send(43_002, b"lost in the SVM");
+    rig.nic.clear();
+    rig.svm = before;
+    let secondary = rig.secondary.as_ref().expect("a secondary");
+    assert_eq!(secondary.input_frames(), 0);
+    rig.close();
+
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    rig.open(43_002);
+    rig.network_up = false;
+    let client = rig.clients.get_mut(&43_002).expect("opened");
+    client.sent.extend_from_slice(b"x");
+    let bytes = client_segment(&rig, 43_002, b"x");
+    rig.to_primary(&bytes);
+    // Mirror it by hand and let it vanish between ring and guest.
+    while let Some(action) = rig.primary.poll_action() {
+        if let colo_compare::Action::Mirror {
+            epoch,
+            input_seq,
+            token,
+        } = action
+        {
+            let secondary = rig.secondary.as_mut().expect("a secondary");
+            let now_us = rig.now_us;
+            secondary
+                .handle_mirror(now_us, &mut rig.frames, epoch, input_seq, token)
+                .unwrap();
+            let copy = secondary
+                .poll_deliver(now_us, &mut rig.frames)
+                .expect("delivered");
+            rig.frames.take(copy);
+        }
+    }
+    rig.settle();
+    assert_eq!(rig.nic.len(), 0, "the SVM has not answered");
+    let due_us = rig
+        .secondary
+        .as_ref()
+        .and_then(|s| s.next_deadline())
+        .expect("a deadline");
+    rig.now_us = due_us;
+    rig.settle();
+    assert_eq!(rig.nic.len(), 1, "answered after the second delivery");
+    rig.network_up = true;
+    rig.settle();
+    rig.assert_all_echoed();
+    rig.close();
+}
+
+fn client_segment(rig: &Rig, port: u16, data: &[u8]) -> Vec<u8> {
+    let bytes = rig.clients[&port]
+        .retransmit(rig.now_us)
+        .expect("unacknowledged data");
+    assert!(bytes.ends_with(data));
+    bytes
+}
+
+#[test]
+fn rule_9_output_not_reported_released_is_sent_at_the_takeover() {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    rig.open(44_000);
+    rig.primary.mute();
+    rig.send(44_000, b"judged but not sent");
+    assert_eq!(rig.nic.len(), 0);
+    assert_eq!(rig.secondary.as_ref().map(|s| s.stored_outputs()), Some(1));
+    rig.network_up = false;
+    rig.kill_primary();
+    assert_eq!(
+        rig.nic.len(),
+        1,
+        "the stored output is sent without any timer of the guest"
+    );
+    rig.network_up = true;
+    rig.settle();
+    rig.assert_all_echoed();
+    rig.close();
+}
+
+#[test]
+fn rule_12_pending_output_is_sent_at_the_takeover_unless_reported_released() {
+    for reported in [true, false] {
+        let mut rig = Rig::new(Limits::default());
+        rig.join();
+        rig.open(44_001);
+        // The SVM answers nothing; the PVM's answer is pending at the cut.
+        rig.secondary.as_mut().expect("a secondary").stop();
+        rig.send(44_001, b"pending");
+        assert_eq!(rig.clients[&44_001].received, b"");
+        let epoch = rig.primary.cut(rig.now_us).expect("none in flight");
+        rig.network_up = false;
+        if !reported {
+            rig.primary.mute();
+        }
+        rig.finish_checkpoint(epoch);
+        let sent = std::mem::take(&mut rig.nic);
+        assert_eq!(sent.len(), usize::from(reported));
+        rig.kill_primary();
+        assert_eq!(rig.nic.len(), usize::from(!reported));
+        rig.nic.extend(sent);
+        rig.network_up = true;
+        rig.settle();
+        rig.assert_all_echoed();
+        rig.close();
+    }
+}
+
+#[test]
+fn announcements_follow_a_takeover() {
+    let mut rig = Rig::new(Limits::default());
+    rig.open(45_000);
+    rig.join();
+    rig.open(45_001);
+    rig.kill_primary();
+    let mut out = [0; colo_compare::ANNOUNCEMENT_MAX];
+    let mut count = 0;
+    while let Some(len) = rig.primary.poll_announcement(rig.now_us, &mut out) {
+        assert!(len >= 60);
+        count += 1;
+    }
+    assert_eq!(count, 5, "RARP, two forms of IPv4, IPv6 twice");
+    rig.close();
+}
