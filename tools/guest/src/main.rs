@@ -26,7 +26,7 @@ mod virtqueue;
 
 use alloc::boxed::Box;
 use clock::Clock;
-use colo_guest_server::{Limits, Server};
+use colo_guest_server::{FrameDevice, Limits, Need, Server};
 use console::{Console, say};
 use core::panic::PanicInfo;
 use options::Options;
@@ -89,7 +89,13 @@ fn run(options: &Options, heap_bytes: usize) -> ! {
 
 /// Sleeps until the device has news or a timer of the server is due.
 fn sleep(server: &mut Server, device: &mut net::NetDevice, clock: &Clock) {
-    if !device.arm(server.is_blocked()) {
+    device.flush();
+    let quiet = match server.need(device) {
+        Need::Nothing => false,
+        Need::Frames => device.arm_receive(),
+        Need::Room => device.arm_transmit(),
+    };
+    if !quiet {
         return;
     }
     let wake_us = server.wake_us();

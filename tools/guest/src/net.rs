@@ -81,13 +81,14 @@ impl NetDevice {
         self.mac
     }
 
-    /// Asks to be woken by the next frame (and by free transmit buffers, if `blocked`); false when
-    /// there is something to do already.
-    pub fn arm(&mut self, blocked: bool) -> bool {
-        self.flush();
-        let quiet = self.guest_rx.arm();
-        let blocked = blocked || self.free.is_empty();
-        quiet && (!blocked || self.guest_tx.arm())
+    /// Asks to be woken by the next frame; false when one is already there.
+    pub fn arm_receive(&mut self) -> bool {
+        self.guest_rx.arm()
+    }
+
+    /// Asks to be woken when a transmit buffer comes back; false when one already has.
+    pub fn arm_transmit(&mut self) -> bool {
+        self.guest_tx.arm()
     }
 
     fn reclaim(&mut self) {

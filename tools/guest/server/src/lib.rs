@@ -28,5 +28,5 @@ mod world;
 
 pub use neighbors::link_local;
 pub use pages::page_byte;
-pub use server::{Addresses, FrameDevice, Limits, Server};
+pub use server::{Addresses, FrameDevice, Limits, Need, Server};
 pub use world::Platform;

@@ -97,6 +97,17 @@ impl Limits {
     }
 }
 
+/// What a server waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Nothing: it can act now.
+    Nothing,
+    /// The next received frame.
+    Frames,
+    /// Room for frames to send; received frames wait too.
+    Room,
+}
+
 /// The whole server.
 pub struct Server {
     stack: Interface,
@@ -181,9 +192,14 @@ impl Server {
         frames > 0 || woken || sent
     }
 
-    /// True when output waits for room in the device.
-    pub fn is_blocked(&self) -> bool {
-        !self.dirty.is_empty() || self.udp_is_dirty
+    /// What [`Server::turn`] needs to get on, timers apart.
+    pub fn need(&self, device: &mut impl FrameDevice) -> Need {
+        let has_output = !self.dirty.is_empty() || self.udp_is_dirty;
+        match device.room() {
+            room if room < ROOM => Need::Room,
+            _ if has_output => Need::Nothing,
+            _ => Need::Frames,
+        }
     }
 
     /// When [`Server::turn`] must be called even if no frame comes; `i64::MAX` for never.

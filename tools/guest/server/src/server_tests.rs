@@ -364,6 +364,7 @@ fn nothing_is_taken_without_room_to_answer() {
     lab.wire.room = 1;
     lab.run(3);
     assert!(!lab.wire.incoming.is_empty(), "the request waits");
+    assert_eq!(lab.server.need(&mut lab.wire), Need::Room);
     lab.wire.room = usize::MAX;
     lab.run(3);
     let mut reply = [0; 16];
@@ -391,7 +392,8 @@ fn a_page_survives_a_narrow_device() {
     assert_eq!(received.len() - body, 200_000);
     let wrong = (0..200_000).find(|i| received[body + i] != crate::page_byte(*i));
     assert_eq!(wrong, None);
-    assert!(!lab.server.is_blocked());
+    lab.wire.room = ROOM;
+    assert_eq!(lab.server.need(&mut lab.wire), Need::Frames);
 }
 
 #[test]
