@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use colo_lab::load::{Load, LoadConfig, LoadReport};
 use colo_lab::pair::{Pair, PairError, Settings};
+use colo_lab::process::Process;
 use colo_lab::topology::{GUEST_V4, GUEST_V6, Host, Topology};
 use serde_json::Value;
 
@@ -27,7 +28,9 @@ use figures::Figures;
 use paint::Paint;
 use report::Outcome;
 
-/// How often the status is read and a throughput sample is taken.
+/// How often the demo looks at signals and, after the kill, for the takeover.
+const TICK: Duration = Duration::from_millis(10);
+/// How often the primary's status is read and a throughput sample is taken.
 const SAMPLE: Duration = Duration::from_millis(200);
 
 /// Options of `colo demo`.
@@ -152,40 +155,30 @@ fn drive(args: &DemoArgs, pair: &mut Pair, paint: Paint) -> Result<Outcome, Demo
     let load = Load::start(&pair.topology.client, config)?;
     let whole = Duration::from_secs(args.seconds);
     let mut watch = Watch::new(paint, whole);
-    let first = if args.no_failover { whole } else { whole / 2 };
-    watch.until(first, &load, pair, Host::A)?;
-    let mut takeover_ms = None;
-    let mut killed_at = None;
-    if !args.no_failover {
+    if args.no_failover {
+        watch.until(whole, &load, pair)?;
+    } else {
+        watch.until(whole / 2, &load, pair)?;
         load.mark_kill();
         pair.primary.kill()?;
-        let killed = Instant::now();
-        killed_at = Some(watch.begun.elapsed());
-        watch.mark();
-        // A secondary that does not take over shows in the report, with the clients' view of it.
-        if pair.wait_alone(Host::B).is_ok() {
-            takeover_ms = Some(killed.elapsed().as_secs_f64() * 1e3);
-        }
-        watch.until(whole, &load, pair, Host::B)?;
+        watch.killed();
+        watch.until(whole, &load, pair)?;
     }
     let load = finish(load, paint)?;
-    let last = pair
-        .process(if args.no_failover { Host::A } else { Host::B })
-        .status();
-    let survivor = last.unwrap_or(Value::Null);
+    let survivor = pair.process(watch.host()).status().unwrap_or(Value::Null);
     let primary = if args.no_failover {
-        survivor.clone()
+        &survivor
     } else {
-        watch.primary.take()
+        &watch.primary
     };
     Ok(Outcome {
         load,
-        figures: Figures::from_status(&primary),
+        figures: Figures::from_status(primary),
         survivor,
         failover: !args.no_failover,
         diverging: !args.no_divergence,
-        takeover_ms,
-        killed_at,
+        takeover_ms: watch.takeover_ms,
+        killed_at: watch.killed_at,
         samples: watch.samples,
         kill_sample: watch.kill_sample,
     })
@@ -203,65 +196,89 @@ struct Watch {
     paint: Paint,
     begun: Instant,
     whole: Duration,
+    /// The primary's last status before the kill.
     primary: Value,
     samples: Vec<u64>,
-    kill_sample: Option<usize>,
     answered: u64,
+    kill_sample: Option<usize>,
+    killed_at: Option<Duration>,
+    takeover_ms: Option<f64>,
 }
 
 impl Watch {
     fn new(paint: Paint, whole: Duration) -> Self {
-        let begun = Instant::now();
-        let samples = Vec::new();
         Self {
             paint,
-            begun,
+            begun: Instant::now(),
             whole,
             primary: Value::Null,
-            samples,
-            kill_sample: None,
+            samples: Vec::new(),
             answered: 0,
+            kill_sample: None,
+            killed_at: None,
+            takeover_ms: None,
         }
     }
 
-    /// Samples until `end` after the begin.
-    fn until(
-        &mut self,
-        end: Duration,
-        load: &Load,
-        pair: &mut Pair,
-        host: Host,
-    ) -> Result<(), DemoError> {
+    /// The host that must be alive.
+    fn host(&self) -> Host {
+        if self.killed_at.is_none() {
+            Host::A
+        } else {
+            Host::B
+        }
+    }
+
+    fn killed(&mut self) {
+        self.killed_at = Some(self.begun.elapsed());
+        self.kill_sample = Some(self.samples.len());
+    }
+
+    /// Looks at the pair until `end` after the begin.
+    fn until(&mut self, end: Duration, load: &Load, pair: &mut Pair) -> Result<(), DemoError> {
         while self.begun.elapsed() < end {
-            let next = self.begun + SAMPLE * (self.samples.len() as u32 + 1);
-            let end = self.begun + end;
-            thread::sleep(next.min(end).saturating_duration_since(Instant::now()));
+            let left = end.saturating_sub(self.begun.elapsed());
+            thread::sleep(TICK.min(left));
             if signal::check().is_err() {
                 self.paint.clear_line();
                 return Err(DemoError::Interrupted);
             }
-            let progress = load.progress();
-            self.samples.push(progress.responses - self.answered);
-            self.answered = progress.responses;
-            let process = pair.process(host);
-            if host == Host::A
-                && let Ok(status) = process.status()
-            {
-                self.primary = status;
-            }
+            let process = pair.process(self.host());
             if let Some(status) = process.poll_exit()? {
                 self.paint.clear_line();
                 return Err(process.ended(status, "through with its work").into());
             }
-            let line = report::progress(self.begun.elapsed(), self.whole, &self.samples, &progress);
-            self.paint.show_line(&line);
+            self.look_for_takeover(process);
+            if self.begun.elapsed() >= SAMPLE * (self.samples.len() as u32 + 1) {
+                self.sample(load, process);
+            }
         }
         self.paint.clear_line();
         Ok(())
     }
 
-    fn mark(&mut self) {
-        self.kill_sample = Some(self.samples.len());
+    fn look_for_takeover(&mut self, survivor: &Process) {
+        let Some(killed_at) = self.killed_at else {
+            return;
+        };
+        let alone = |status: Value| status["state"] == "alone";
+        if self.takeover_ms.is_none() && survivor.status().is_ok_and(alone) {
+            let since = self.begun.elapsed().saturating_sub(killed_at);
+            self.takeover_ms = Some(since.as_secs_f64() * 1e3);
+        }
+    }
+
+    fn sample(&mut self, load: &Load, process: &Process) {
+        let progress = load.progress();
+        self.samples.push(progress.responses - self.answered);
+        self.answered = progress.responses;
+        if self.killed_at.is_none()
+            && let Ok(status) = process.status()
+        {
+            self.primary = status;
+        }
+        let line = report::progress(self.begun.elapsed(), self.whole, &self.samples, &progress);
+        self.paint.show_line(&line);
     }
 }
 
