@@ -159,6 +159,7 @@ fn drive(args: &DemoArgs, pair: &mut Pair, paint: Paint) -> Result<Outcome, Demo
         watch.until(whole, &load, pair)?;
     } else {
         watch.until(whole / 2, &load, pair)?;
+        watch.read_primary(&pair.primary);
         load.mark_kill();
         pair.primary.kill()?;
         watch.killed();
@@ -268,14 +269,19 @@ impl Watch {
         }
     }
 
+    /// Keeps the last document that could be read.
+    fn read_primary(&mut self, primary: &Process) {
+        if let Ok(status) = primary.status() {
+            self.primary = status;
+        }
+    }
+
     fn sample(&mut self, load: &Load, process: &Process) {
         let progress = load.progress();
         self.samples.push(progress.responses - self.answered);
         self.answered = progress.responses;
-        if self.killed_at.is_none()
-            && let Ok(status) = process.status()
-        {
-            self.primary = status;
+        if self.killed_at.is_none() {
+            self.read_primary(process);
         }
         let line = report::progress(self.begun.elapsed(), self.whole, &self.samples, &progress);
         self.paint.show_line(&line);
