@@ -12,7 +12,7 @@ mod report;
 mod secondary;
 mod wait;
 
-pub use host::{End, run_primary, run_secondary};
+pub use host::{End, ReplicaError, StopRequest, run_primary, run_secondary};
 pub use report::PairStatus;
 
 use primary::PrimaryShell;

@@ -178,6 +178,11 @@ impl PrimaryRole {
         self.act(edge);
     }
 
+    /// The epoch that input and output belong to now.
+    pub fn epoch(&self) -> u64 {
+        self.path.epoch()
+    }
+
     /// Counters and times.
     pub fn report(&self) -> PrimaryReport {
         let (sent, received) = self.past_link_bytes;

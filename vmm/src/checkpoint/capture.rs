@@ -294,7 +294,7 @@ impl CaptureThread {
         let gone = |_| CaptureError::Role;
         machine.worker().quiesce().map_err(gone)?;
         let cut = PrimaryRole::on_worker(machine.worker(), move |role, edge| role.cut(edge, first));
-        let cut = cut.ok_or(CaptureError::Role)?;
+        let cut = cut.flatten().ok_or(CaptureError::Role)?;
         cost.quiesce_us = start.elapsed().as_micros() as u64;
 
         cost.pending_frames = cut.pending.len() as u64;

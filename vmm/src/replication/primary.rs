@@ -17,12 +17,11 @@ use colo_fastpath::link::PacketLink;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{PairEvent, PrimaryRole};
 
-use super::arbiter::FileArbiter;
 use super::control_link::ControlLink;
 use super::link::{Channels, Listener};
 use super::report::{CheckpointTimes, PairStatus, Standing};
 use super::wait::Waiter;
-use super::{Replica, ReplicaError, unix_seconds};
+use super::host::{Replica, ReplicaError, unix_seconds};
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
 use crate::machine::Machine;
 use crate::testpoint::{Point, reached};
@@ -65,12 +64,11 @@ impl PrimaryShell {
         takeovers: u64,
         pair_events: Mailbox<PairEvent>,
     ) -> Result<Self, ReplicaError> {
-        let config = &replica.config;
-        let listener = Listener::bind(config.link_listen)?;
+        let listener = Listener::bind(replica.replication.link_listen)?;
         let core = Primary::new(
             replica.host.clone(),
-            config.timing(),
-            config.block_alone(),
+            replica.timing(),
+            replica.block_alone(),
             geometry,
             record,
             epoch,
@@ -156,12 +154,7 @@ impl PrimaryShell {
             tracing::error!("the guest faulted: {fault}");
             self.outcome = Some(Outcome::ApplyFailed { reason: fault });
         }
-        if self.replica.status.has_client() {
-            let status = self.status(self.standing());
-            self.replica
-                .status
-                .answer(&self.replica.machine, status.as_ref());
-        }
+        self.replica.answer_status(|| self.status());
     }
 
     fn capture_event(&mut self, event: CaptureEvent) {
@@ -403,7 +396,8 @@ impl PrimaryShell {
         }
     }
 
-    fn status(&self, standing: Standing) -> Option<PairStatus> {
+    fn status(&self) -> Option<PairStatus> {
+        let standing = self.standing();
         let report =
             PrimaryRole::on_worker(self.replica.machine.worker(), |role, _| role.report())?;
         Some(PairStatus::of_primary(standing, &report, &self.times))

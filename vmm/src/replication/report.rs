@@ -139,6 +139,12 @@ pub struct PairStatus {
 }
 
 impl PairStatus {
+    /// Of a secondary that has not reached its primary yet.
+    pub fn joining() -> Self {
+        let standing = Standing { role: "secondary", state: "joining", ..Standing::default() };
+        Self { standing, ..Self::default() }
+    }
+
     /// Of a primary.
     pub fn of_primary(standing: Standing, report: &PrimaryReport, times: &CheckpointTimes) -> Self {
         let stats = &report.stats;

@@ -19,7 +19,7 @@ use super::control_link::ControlLink;
 use super::link::Channels;
 use super::report::{PairStatus, Standing};
 use super::wait::Waiter;
-use super::{Replica, ReplicaError};
+use super::host::{Replica, ReplicaError};
 use crate::checkpoint::pages::PageBitmap;
 use crate::checkpoint::stage::{StageCommand, StageEvent, StageThread};
 
@@ -29,10 +29,12 @@ pub enum SecondaryEnd {
     TookOver {
         /// The record it won.
         record: Record,
+        /// The epoch its packet path is in.
+        epoch: u64,
         /// What its worker's new role posts to.
         pair_events: Mailbox<PairEvent>,
         /// What goes on.
-        replica: Replica,
+        replica: Box<Replica>,
     },
     /// It is not.
     Ended(Outcome),
@@ -52,6 +54,7 @@ pub struct SecondaryShell {
     /// Pages that the SVM dirtied since the last commit.
     dirty: PageBitmap,
     applied_epoch: u64,
+    path_epoch: u64,
     end: Option<End>,
 }
 
@@ -93,7 +96,7 @@ impl SecondaryShell {
             .map_err(system)?;
         let core = Secondary::new(
             replica.host.clone(),
-            replica.config.timing(),
+            replica.timing(),
             channels.session,
             geometry,
         );
@@ -109,6 +112,7 @@ impl SecondaryShell {
             stage_thread: Some(stage_thread),
             dirty,
             applied_epoch: 0,
+            path_epoch: 1,
             end: None,
             replica,
         })
@@ -139,8 +143,9 @@ impl SecondaryShell {
             End::Ended(outcome) => SecondaryEnd::Ended(outcome),
             End::TookOver(record) => SecondaryEnd::TookOver {
                 record,
+                epoch: self.path_epoch,
                 pair_events: self.pair_events,
-                replica: self.replica,
+                replica: Box::new(self.replica),
             },
         }
     }
@@ -166,24 +171,18 @@ impl SecondaryShell {
         while let Some(event) = self.pair_events.try_next() {
             self.pair_event(event);
         }
+        let fault = self.replica.guest_fault();
+        // The SVM may run into what the PVM never sees: a divergence like others.
+        if fault.is_some() || self.replica.take_power_off() {
+            let what = fault.unwrap_or_else(|| "it powered off".to_owned());
+            tracing::warn!("the SVM stopped ({what}); asking for a checkpoint");
+            self.on_role(|role, _| role.want_checkpoint());
+        }
         if self.replica.wants_stop() {
             tracing::info!("stopping; the primary goes on alone");
             self.end = Some(End::Ended(Outcome::Off));
         }
-        if let Some(fault) = self.replica.guest_fault() {
-            // The SVM may run into what the PVM never sees: a divergence like others.
-            tracing::warn!("the SVM stopped ({fault}); asking for a checkpoint");
-            self.on_role(|role, _| role.want_checkpoint());
-        }
-        if self.replica.status.has_client() {
-            let standing = self.standing();
-            let worker = self.replica.machine.worker();
-            let report = SecondaryRole::on_worker(worker, |role, _| role.report());
-            let status = report.map(|report| PairStatus::of_secondary(standing, &report));
-            self.replica
-                .status
-                .answer(&self.replica.machine, status.as_ref());
-        }
+        self.replica.answer_status(|| self.status());
     }
 
     fn stage_event(&mut self, event: StageEvent) {
@@ -351,7 +350,11 @@ impl SecondaryShell {
             Some(Ok(())) => {}
             _ => tracing::error!("the packet worker has ended; the guest is cut off"),
         }
-        PrimaryRole::on_worker(worker, |role, edge| role.speak(edge));
+        let epoch = PrimaryRole::on_worker(worker, |role, edge| {
+            role.speak(edge);
+            role.epoch()
+        });
+        self.path_epoch = epoch.unwrap_or(1);
         if let Err(e) = self.replica.machine.set_dirty_logging(false) {
             tracing::warn!("dirty logging stays on, the guest runs slower than it could: {e}");
         }
@@ -371,6 +374,12 @@ impl SecondaryShell {
         if SecondaryRole::on_worker(self.replica.machine.worker(), task).is_none() {
             tracing::error!("the packet worker has ended or is in another role");
         }
+    }
+
+    fn status(&self) -> Option<PairStatus> {
+        let worker = self.replica.machine.worker();
+        let report = SecondaryRole::on_worker(worker, |role, _| role.report())?;
+        Some(PairStatus::of_secondary(self.standing(), &report))
     }
 
     fn standing(&self) -> Standing {

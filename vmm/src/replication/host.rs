@@ -1,0 +1,400 @@
+//! One host of a pair: what its roles share, and the order of its roles.
+//!
+//! Invariants: one machine at a time; a process that won the VM keeps its machine and goes on as primary; a process
+//! that lost it runs no guest any more.
+//!
+//! Does not decide who wins.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use colo_compare::Limits;
+use colo_control::{Geometry, Outcome, Record, Timing};
+use colo_fastpath::Mac;
+use colo_fastpath::clock::now_us;
+use colo_fastpath::mailbox::Mailbox;
+use colo_fastpath::nic::{Filter, Tap, TapError};
+use colo_fastpath::pair::{PrimaryRole, PrimaryRoleConfig};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::arbiter::{ArbiterError, FileArbiter};
+use super::link::{self, LinkError};
+use super::report::PairStatus;
+use super::wait::Waiter;
+use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
+use crate::config::{Alone, Config, ReplicationConfig};
+use crate::machine::{Events, Machine, MachineError, VmExit};
+use crate::status::{MachineStatus, StatusError, StatusSocket};
+
+/// Between attempts to join a primary.
+const JOIN_RETRY_US: u64 = 200_000;
+/// Longest step of a checkpoint or of pairing.
+const STEP_TIMEOUT_US: u64 = 10_000_000;
+const ARBITER_RETRY_US: u64 = 100_000;
+
+/// Why a replicated VM could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// The file has no such section.
+    #[error("[replication] is missing in the configuration; add it or use `colo run`")]
+    NotConfigured,
+    /// The arbiter.
+    #[error(transparent)]
+    Arbiter(#[from] ArbiterError),
+    /// Another host holds the VM.
+    #[error(
+        "replication.arbiter: host {holder} holds the VM (generation {generation}); \
+         start `colo secondary` here to join it"
+    )]
+    Held {
+        /// Who.
+        holder: String,
+        /// Since which generation.
+        generation: u64,
+    },
+    /// The link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The NIC.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The status socket.
+    #[error(transparent)]
+    Status(#[from] StatusError),
+    /// The worker has ended.
+    #[error("the packet worker has ended")]
+    WorkerGone,
+    /// Threads or descriptors.
+    #[error("no threads or descriptors: {0}")]
+    System(io::Error),
+}
+
+/// How a host's part in the VM ended.
+#[derive(Debug)]
+pub enum End {
+    /// The VM was shut down, or this secondary was asked to leave.
+    Stopped,
+    /// Another host holds the VM.
+    Deposed(Record),
+    /// The peer refused to pair.
+    Refused(String),
+    /// Something that cannot go on.
+    Failed(String),
+}
+
+/// A request to stop: a flag and a descriptor that becomes readable with it.
+#[derive(Debug)]
+pub struct StopRequest {
+    /// Set by the signal handler's thread.
+    pub flag: Arc<AtomicBool>,
+    /// Written after the flag was set.
+    pub wake: EventFd,
+}
+
+/// What the roles of one host share.
+pub struct Replica {
+    pub(super) config: Config,
+    pub(super) replication: ReplicationConfig,
+    pub(super) machine: Arc<Machine>,
+    pub(super) events: Events,
+    pub(super) arbiter: FileArbiter,
+    pub(super) host: String,
+    pub(super) limits: Limits,
+    pub(super) mac: Mac,
+    pub(super) status: Status,
+    stop: Arc<StopRequest>,
+    powered_off: bool,
+}
+
+/// The status socket, if there is one.
+pub struct Status {
+    socket: Option<Arc<StatusSocket>>,
+    name: String,
+    started: Instant,
+}
+
+impl Status {
+    fn answer(&self, machine: &Machine, pair: impl Fn() -> Option<PairStatus>) {
+        let Some(socket) = &self.socket else { return };
+        socket.answer(|| {
+            let pair = pair();
+            let role = pair.as_ref().map_or("unknown", |p| p.standing.role);
+            let machine = MachineStatus::of(machine, &self.name, role, "running", self.started);
+            let mut document = serde_json::to_value(machine).unwrap_or_default();
+            let pair = pair.and_then(|p| serde_json::to_value(p).ok());
+            if let (Some(document), Some(serde_json::Value::Object(pair))) =
+                (document.as_object_mut(), pair)
+            {
+                document.extend(pair);
+            }
+            document
+        });
+    }
+}
+
+impl Replica {
+    fn new(
+        config: &Config,
+        filter: Filter,
+        status: Option<Arc<StatusSocket>>,
+        stop: Arc<StopRequest>,
+    ) -> Result<Self, ReplicaError> {
+        let replication = config.replication.clone().ok_or(ReplicaError::NotConfigured)?;
+        let arbiter = FileArbiter::from_spec(&replication.arbiter)?;
+        let tap = Tap::open(&config.net.tap, config.net.mtu, filter)?;
+        let (machine, events) =
+            Machine::create_stopped(config, Box::new(tap), Box::new(Console::default()))?;
+        Ok(Self {
+            host: replication.link_listen.to_string(),
+            limits: limits(&replication, config.host.frame_slots, config.test.always_equal),
+            mac: config.net.mac,
+            status: Status { socket: status, name: config.vm.name.clone(), started: Instant::now() },
+            machine: Arc::new(machine),
+            config: config.clone(),
+            replication,
+            events,
+            arbiter,
+            stop,
+            powered_off: false,
+        })
+    }
+
+    pub(super) fn timing(&self) -> Timing {
+        let r = &self.replication;
+        Timing {
+            heartbeat_us: r.heartbeat_ms * 1000,
+            heartbeat_count: r.heartbeat_count,
+            checkpoint_interval_us: r.checkpoint_interval_ms * 1000,
+            step_timeout_us: STEP_TIMEOUT_US,
+            arbiter_retry_us: ARBITER_RETRY_US,
+        }
+    }
+
+    pub(super) fn block_alone(&self) -> bool {
+        self.replication.alone == Alone::Block
+    }
+
+    pub(super) fn primary_role(&self) -> PrimaryRoleConfig {
+        PrimaryRoleConfig {
+            limits: self.limits,
+            gap_limit_us: self.timing().detection_us() / 2,
+            frame_slots: self.config.host.frame_slots,
+        }
+    }
+
+    pub(super) fn add_fds(&self, waiter: &mut Waiter) {
+        use std::os::fd::AsRawFd;
+        waiter.readable(self.events.wake_fd().as_raw_fd());
+        if let Some(socket) = &self.status.socket {
+            waiter.readable(socket.poll_fd());
+        }
+        if !self.stop.flag.load(Ordering::Relaxed) {
+            waiter.readable(self.stop.wake.as_raw_fd());
+        }
+    }
+
+    /// Whether the operator or the guest ends the VM.
+    pub(super) fn wants_stop(&self) -> bool {
+        self.powered_off || self.stop.flag.load(Ordering::Relaxed)
+    }
+
+    /// What the guest died of, once.
+    pub(super) fn guest_fault(&mut self) -> Option<String> {
+        let event = self.events.next()?;
+        match event.exit {
+            VmExit::PowerOff => {
+                self.powered_off = true;
+                None
+            }
+            VmExit::Fault { .. } => Some(event.exit.to_string()),
+            VmExit::Stopped => None,
+        }
+    }
+
+    /// Whether the guest switched itself off; forgets it.
+    pub(super) fn take_power_off(&mut self) -> bool {
+        std::mem::take(&mut self.powered_off)
+    }
+
+    pub(super) fn answer_status(&self, pair: impl Fn() -> Option<PairStatus>) {
+        self.status.answer(&self.machine, pair);
+    }
+
+    /// What both hosts must agree on (rule 22).
+    fn geometry(&self) -> Geometry {
+        let (vm, net) = (&self.config.vm, &self.config.net);
+        let mac = net.mac.map(|b| format!("{b:02x}")).join(":");
+        let pairs = [
+            ("vm.ram_mib", vm.ram_mib.to_string()),
+            ("vm.vcpus", vm.vcpus.to_string()),
+            ("net.mac", mac),
+            ("net.mtu", net.mtu.to_string()),
+            ("host.cpuid", cpuid_digest()),
+        ];
+        pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
+fn limits(replication: &ReplicationConfig, frame_slots: u32, always_equal: bool) -> Limits {
+    // Held output, input and SVM output each have a part of the pool, so that none starves another.
+    let part = frame_slots as usize / 4;
+    Limits {
+        max_held_frames: part.min(replication.hold_frames as usize),
+        max_svm_frames: part,
+        max_input_frames: part,
+        max_stored_output: part,
+        compare_deadline_us: replication.compare_deadline_ms * 1000,
+        ack_deadline_us: replication.ack_deadline_ms * 1000,
+        canary_equal: always_equal,
+        ..Limits::default()
+    }
+}
+
+/// A checksum of the CPUID that guests see here, without what differs between CPUs of one host.
+fn cpuid_digest() -> String {
+    let table = kvm_ioctls::Kvm::new()
+        .and_then(|kvm| kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES));
+    let Ok(table) = table else { return "unknown".to_owned() };
+    let mut hash = crc32fast::Hasher::new();
+    for entry in table.as_slice().iter().filter(|e| !matches!(e.function, 0xb | 0x1f)) {
+        let ebx = if entry.function == 1 { entry.ebx & 0x00ff_ffff } else { entry.ebx };
+        for word in [entry.function, entry.index, entry.eax, ebx, entry.ecx, entry.edx] {
+            hash.update(&word.to_le_bytes());
+        }
+    }
+    format!("{:08x}", hash.finalize())
+}
+
+/// Runs a VM as its primary.
+pub fn run_primary(
+    config: &Config,
+    image: &[u8],
+    stop: Arc<StopRequest>,
+) -> Result<End, ReplicaError> {
+    let status = bind_status(config)?;
+    let replica = Replica::new(config, Filter::Guest(config.net.mac), status, stop)?;
+    replica.machine.load(image)?;
+    let record = match replica.arbiter.claim(&replica.host)? {
+        Ok(record) => record,
+        Err(Record { holder, generation, .. }) => {
+            return Err(ReplicaError::Held { holder, generation });
+        }
+    };
+    let (post, pair_events) = Mailbox::new().map_err(ReplicaError::System)?;
+    let role = PrimaryRole::new(&replica.primary_role(), post);
+    let worker = replica.machine.worker();
+    worker.set_role(Box::new(role)).map_err(|_| ReplicaError::WorkerGone)?;
+    let geometry = replica.geometry();
+    let machine = replica.machine.clone();
+    let shell = PrimaryShell::new(replica, geometry, record, 1, 0, pair_events)?;
+    machine.resume_vcpus()?;
+    Ok(end(shell.run()))
+}
+
+/// Joins a primary, follows it, and goes on in its place when it is lost.
+pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, ReplicaError> {
+    let status = bind_status(config)?;
+    loop {
+        let replica = Replica::new(config, Filter::DropAll, status.clone(), stop.clone())?;
+        let geometry = replica.geometry();
+        let Some(channels) = join(&replica)? else { return Ok(End::Stopped) };
+        match SecondaryShell::new(replica, geometry.clone(), channels)?.run() {
+            // The machine holds a part of a state: a new one is needed for the next attempt.
+            SecondaryEnd::Ended(Outcome::NotSynced) => {
+                tracing::warn!("the link went before the state was complete; joining again");
+            }
+            SecondaryEnd::Ended(outcome) => return Ok(end(outcome)),
+            SecondaryEnd::TookOver { record, epoch, pair_events, replica } => {
+                let shell = PrimaryShell::new(*replica, geometry, record, epoch, 1, pair_events)?;
+                return Ok(end(shell.run()));
+            }
+        }
+    }
+}
+
+fn bind_status(config: &Config) -> Result<Option<Arc<StatusSocket>>, ReplicaError> {
+    let bind = |path| StatusSocket::bind(path).map(Arc::new);
+    Ok(config.host.status.as_deref().map(bind).transpose()?)
+}
+
+/// Tries until the primary answers; `None` when asked to stop.
+fn join(replica: &Replica) -> Result<Option<link::Channels>, ReplicaError> {
+    let mut waiter = Waiter::default();
+    let mut told = false;
+    loop {
+        match link::connect(replica.replication.link_peer, fresh_session()?) {
+            Ok(channels) => return Ok(Some(channels)),
+            Err(e) if !told => {
+                tracing::info!("{e}; trying on");
+                told = true;
+            }
+            Err(_) => {}
+        }
+        let until_us = now_us() + JOIN_RETRY_US;
+        while now_us() < until_us {
+            waiter.clear();
+            replica.add_fds(&mut waiter);
+            waiter.wait(Some(until_us));
+            if replica.wants_stop() {
+                return Ok(None);
+            }
+            replica.answer_status(|| Some(PairStatus::joining()));
+        }
+    }
+}
+
+fn fresh_session() -> Result<u64, ReplicaError> {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer is ours and as long as the call is told.
+    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    match n {
+        // 0 means "no session" to the primary's core.
+        8 => Ok(u64::from_le_bytes(bytes).max(1)),
+        _ => Err(ReplicaError::System(io::Error::last_os_error())),
+    }
+}
+
+fn end(outcome: Outcome) -> End {
+    match outcome {
+        Outcome::Off => End::Stopped,
+        Outcome::Deposed { record } => End::Deposed(record),
+        Outcome::Refused { reason } => End::Refused(reason),
+        Outcome::NotSynced => End::Failed("the link went before the state was complete".to_owned()),
+        Outcome::ApplyFailed { reason } => End::Failed(reason),
+    }
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
+}
+
+/// The guest's console goes to the log, line by line.
+#[derive(Debug, Default)]
+struct Console {
+    line: Vec<u8>,
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            if byte == b'\n' || self.line.len() >= 256 {
+                tracing::info!("guest: {}", String::from_utf8_lossy(&self.line).trim_end());
+                self.line.clear();
+            }
+            if byte != b'\n' {
+                self.line.push(byte);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
