@@ -1,4 +1,5 @@
 //! Takeovers and re-protection: translations, retained input, unsent output (rules 1 to 5, 9, 12).
+#![allow(clippy::unwrap_used)] // A failed set-up is a failed test.
 
 mod rig;
 

@@ -1,0 +1,371 @@
+//! The secondary path alone: order, epochs, retention, limits.
+#![allow(clippy::unwrap_used)] // A failed set-up is a failed test.
+
+use colo_compare::testing::{Segment, Side, VecFrames, udp};
+use colo_compare::wire::tcp::{ACK, RST, SYN};
+use colo_compare::{Cause, Limits, PathError, PrimaryPath, SecondaryAction, SecondaryPath, Token};
+
+struct Follower {
+    frames: VecFrames,
+    path: SecondaryPath,
+    now_us: u64,
+    input_seq: u64,
+}
+
+fn empty_record() -> Vec<u8> {
+    let mut record = Vec::new();
+    PrimaryPath::new(Limits::default()).export_client_xlate(&mut record);
+    record
+}
+
+impl Follower {
+    fn new() -> Self {
+        Self::with(Limits::default())
+    }
+
+    /// After its first commit, in epoch 2.
+    fn with(limits: Limits) -> Self {
+        let (frames, path) = (VecFrames::new(1000), SecondaryPath::new(limits));
+        let mut follower = Self {
+            frames,
+            path,
+            now_us: 0,
+            input_seq: 0,
+        };
+        follower.commit(1, Vec::new());
+        assert_eq!(follower.actions(), [SecondaryAction::CaughtUp { epoch: 2 }]);
+        follower
+    }
+
+    fn commit(&mut self, epoch: u64, pending: Vec<Token>) {
+        let record = empty_record();
+        self.path
+            .commit(self.now_us, &mut self.frames, epoch, pending, &record)
+            .unwrap();
+    }
+
+    fn mirror(&mut self, epoch: u64, bytes: &[u8]) {
+        self.input_seq += 1;
+        let token = self.frames.insert(bytes).unwrap();
+        let (now_us, seq) = (self.now_us, self.input_seq);
+        self.path
+            .handle_mirror(now_us, &mut self.frames, epoch, seq, token)
+            .unwrap();
+    }
+
+    fn deliver(&mut self) -> Option<Vec<u8>> {
+        let token = self.path.poll_deliver(self.now_us, &mut self.frames)?;
+        Some(self.frames.take(token))
+    }
+
+    fn svm(&mut self, bytes: &[u8]) {
+        let token = self.frames.insert(bytes).unwrap();
+        self.path
+            .handle_guest_tx(self.now_us, &mut self.frames, token);
+    }
+
+    fn actions(&mut self) -> Vec<SecondaryAction> {
+        std::iter::from_fn(|| self.path.poll_action()).collect()
+    }
+
+    fn close(self) {
+        let mut frames = self.frames;
+        self.path.close(&mut frames);
+        assert_eq!(frames.used(), 0, "a slot leaked");
+    }
+}
+
+fn message(n: u8) -> Vec<u8> {
+    udp(Side::V4, true, 7, 9000, &[n])
+}
+
+fn request(seq: u32, payload: &[u8]) -> Vec<u8> {
+    Segment::new(Side::V6)
+        .to_guest()
+        .seq(seq)
+        .ack(50)
+        .payload(payload)
+        .bytes()
+}
+
+fn ack(ack: u32) -> Vec<u8> {
+    Segment::new(Side::V6).seq(50).ack(ack).bytes()
+}
+
+#[test]
+fn rule_5_input_is_acknowledged_in_batches_and_gaps_are_refused() {
+    let mut follower = Follower::new();
+    (0..3).for_each(|n| follower.mirror(2, &message(n)));
+    assert_eq!(follower.actions(), [SecondaryAction::AckInput { up_to: 3 }]);
+    for found in [3, 5] {
+        let token = follower.frames.insert(&message(9)).unwrap();
+        let refused = follower
+            .path
+            .handle_mirror(0, &mut follower.frames, 2, found, token);
+        assert_eq!(refused, Err(PathError::InputGap { expected: 4, found }));
+    }
+    for n in 0..3 {
+        assert_eq!(follower.deliver(), Some(message(n)));
+    }
+    assert_eq!(follower.deliver(), None);
+    follower.close();
+}
+
+#[test]
+fn rule_4_input_of_the_next_epoch_waits_for_the_commit() {
+    let mut follower = Follower::new();
+    follower.mirror(2, &message(1));
+    follower.mirror(3, &message(2));
+    assert_eq!(
+        follower.actions(),
+        [SecondaryAction::AckInput { up_to: 2 }],
+        "kept all the same"
+    );
+    follower.path.stop();
+    assert_eq!(follower.deliver(), None);
+    follower.path.resume_unchanged();
+    assert_eq!(follower.deliver(), Some(message(1)));
+    assert_eq!(follower.deliver(), None);
+    follower.path.stop();
+    follower.commit(2, Vec::new());
+    assert_eq!(
+        follower.actions(),
+        [],
+        "not caught up before the backlog is delivered"
+    );
+    assert_eq!(follower.deliver(), Some(message(2)));
+    assert_eq!(follower.actions(), [SecondaryAction::CaughtUp { epoch: 3 }]);
+    follower.close();
+}
+
+#[test]
+fn rule_5_a_commit_includes_queued_and_kept_input() {
+    let mut follower = Follower::new();
+    follower.mirror(2, &request(10, b"abc"));
+    follower.mirror(2, &request(13, b"def"));
+    assert!(follower.deliver().is_some());
+    let token = follower.path.poll_deliver(0, &mut follower.frames).unwrap();
+    follower.path.undelivered(token);
+    follower.mirror(2, &message(1));
+    follower.mirror(3, &message(2));
+    assert_eq!(follower.path.input_frames(), 5);
+    follower.path.stop();
+    follower.commit(2, Vec::new());
+    assert_eq!(follower.path.input_frames(), 1);
+    assert_eq!(follower.deliver(), Some(message(2)));
+    assert_eq!(follower.deliver(), None);
+    follower.close();
+}
+
+#[test]
+fn rule_5_segments_are_kept_until_the_svms_own_ack() {
+    let mut follower = Follower::new();
+    follower.mirror(2, &request(10, b"abc"));
+    follower.mirror(2, &request(13, b"def"));
+    let first = follower.deliver().unwrap();
+    follower.deliver().unwrap();
+    assert_eq!(follower.path.input_frames(), 2);
+    follower.svm(&ack(13));
+    assert_eq!(follower.path.input_frames(), 1);
+    follower.now_us = follower.path.next_deadline().unwrap();
+    assert_eq!(follower.deliver(), Some(request(13, b"def")), "again");
+    assert_ne!(first, request(13, b"def"));
+    follower.svm(&ack(16));
+    assert_eq!(
+        (follower.path.input_frames(), follower.path.next_deadline()),
+        (0, None)
+    );
+    assert_eq!(follower.path.stats().pure_acks, 2);
+    follower.close();
+}
+
+#[test]
+fn a_reset_of_either_side_ends_redelivery() {
+    let reset_by_svm = Segment::new(Side::V6).flags(RST).seq(50).bytes();
+    let reset_by_peer = Segment::new(Side::V6).to_guest().flags(RST).seq(13).bytes();
+    for by_peer in [true, false] {
+        let mut follower = Follower::new();
+        follower.mirror(2, &request(10, b"abc"));
+        follower.deliver().unwrap();
+        if by_peer {
+            follower.mirror(2, &reset_by_peer);
+            assert_eq!(follower.deliver(), Some(reset_by_peer.clone()));
+        } else {
+            follower.svm(&reset_by_svm);
+        }
+        assert_eq!(follower.path.next_deadline(), None);
+        follower.close();
+    }
+}
+
+#[test]
+fn a_full_ring_queues_in_order() {
+    let mut follower = Follower::new();
+    (0..3).for_each(|n| follower.mirror(2, &message(n)));
+    let token = follower.path.poll_deliver(0, &mut follower.frames).unwrap();
+    follower.path.undelivered(token);
+    for n in 0..3 {
+        assert_eq!(follower.deliver(), Some(message(n)));
+    }
+    follower.close();
+}
+
+#[test]
+fn too_much_input_asks_for_a_checkpoint_and_holds_acknowledgements_back() {
+    let mut follower = Follower::with(Limits {
+        max_input_frames: 2,
+        ..Limits::default()
+    });
+    (0..3).for_each(|n| follower.mirror(2, &message(n)));
+    let request = SecondaryAction::RequestCheckpoint(Cause::InputOverflow);
+    assert_eq!(follower.actions(), [request]);
+    follower.mirror(2, &message(3));
+    assert_eq!(follower.actions(), [], "once");
+    follower.deliver().unwrap();
+    follower.deliver().unwrap();
+    assert_eq!(follower.actions(), [SecondaryAction::AckInput { up_to: 4 }]);
+    follower.close();
+}
+
+#[test]
+fn rule_9_output_is_stored_until_released() {
+    let mut follower = Follower::with(Limits {
+        max_stored_output: 2,
+        ..Limits::default()
+    });
+    let answer = |n: u8| udp(Side::V4, false, 7, 9000, &[n]);
+    follower.svm(&answer(1));
+    assert!(follower.path.room());
+    follower.svm(&answer(2));
+    assert!(!follower.path.room());
+    let sent = |svm_seq| SecondaryAction::SendOutput { epoch: 2, svm_seq };
+    let full = SecondaryAction::RequestCheckpoint(Cause::OutputOverflow);
+    assert_eq!(follower.actions(), [sent(1), sent(2), full]);
+    assert_eq!(
+        follower.frames.bytes(follower.path.output(2).unwrap()),
+        answer(2)
+    );
+    follower.path.handle_released(&mut follower.frames, 2);
+    follower.path.handle_released(&mut follower.frames, 2);
+    assert!(follower.path.output(2).is_none() && follower.path.room());
+    assert_eq!(follower.path.stored_outputs(), 1);
+    follower.close();
+}
+
+#[test]
+fn rule_12_pending_output_may_be_reported_before_the_commit_is_done() {
+    let mut follower = Follower::new();
+    follower
+        .path
+        .handle_pending_released(&mut follower.frames, 2);
+    let token = follower.frames.insert(&message(1)).unwrap();
+    follower.commit(2, vec![token]);
+    assert_eq!(follower.frames.used(), 0);
+    let token = follower.frames.insert(&message(1)).unwrap();
+    follower.commit(3, vec![token]);
+    assert_eq!(follower.frames.used(), 1);
+    follower.close();
+}
+
+#[test]
+fn rule_13_a_bad_record_is_refused_before_anything_changes() {
+    let mut follower = Follower::new();
+    follower.mirror(2, &message(1));
+    let token = follower.frames.insert(&message(1)).unwrap();
+    assert!(follower.path.check_record(b"nonsense").is_err());
+    let (frames, path) = (&mut follower.frames, &mut follower.path);
+    let refused = path.commit(0, frames, 2, vec![token], b"nonsense");
+    assert!(matches!(refused, Err(PathError::Record(_))));
+    assert_eq!(follower.path.epoch(), 2);
+    assert_eq!(follower.deliver(), Some(message(1)));
+    follower.close();
+}
+
+#[test]
+fn rule_2_connections_opened_by_the_guest_are_learnt_too() {
+    let mut follower = Follower::new();
+    let segment = || Segment::new(Side::V4).ports(5000, 443);
+    follower.svm(&segment().flags(SYN).seq(1000).timestamps(10, 0).bytes());
+    // The peer answers the PVM's SYN: 7000, TSval 400.
+    let answer = segment()
+        .to_guest()
+        .flags(SYN | ACK)
+        .seq(9)
+        .ack(7001)
+        .timestamps(1, 400);
+    follower.mirror(2, &answer.bytes());
+    let expected = segment()
+        .to_guest()
+        .flags(SYN | ACK)
+        .seq(9)
+        .ack(1001)
+        .timestamps(1, 10);
+    assert_eq!(follower.deliver(), Some(expected.bytes()));
+    follower.svm(
+        &segment()
+            .seq(1001)
+            .ack(10)
+            .timestamps(12, 1)
+            .payload(b"hi")
+            .bytes(),
+    );
+    let sent = segment()
+        .seq(7001)
+        .ack(10)
+        .timestamps(402, 1)
+        .payload(b"hi")
+        .bytes();
+    assert_eq!(
+        follower.frames.bytes(follower.path.output(2).unwrap()),
+        sent
+    );
+    follower.close();
+}
+
+#[test]
+fn rule_2_a_late_segment_of_the_previous_connection_teaches_nothing() {
+    let mut follower = Follower::new();
+    let segment = || Segment::new(Side::V4).ports(80, 5000);
+    follower.mirror(2, &segment().to_guest().flags(SYN).seq(70_000).bytes());
+    follower.deliver().unwrap();
+    follower.svm(&segment().flags(SYN | ACK).seq(1000).ack(70_001).bytes());
+    follower.mirror(2, &segment().to_guest().seq(60_000).ack(4).bytes());
+    follower.deliver().unwrap();
+    follower.mirror(2, &segment().to_guest().seq(70_001).ack(7001).bytes());
+    let expected = segment().to_guest().seq(70_001).ack(1001).bytes();
+    assert_eq!(follower.deliver(), Some(expected));
+    follower.close();
+}
+
+#[test]
+fn a_full_pair_table_holds_input_until_a_checkpoint() {
+    let mut follower = Follower::with(Limits {
+        max_flows: 1,
+        ..Limits::default()
+    });
+    let syn = |port| {
+        Segment::new(Side::V4)
+            .to_guest()
+            .ports(80, port)
+            .flags(SYN)
+            .seq(1)
+            .bytes()
+    };
+    follower.mirror(2, &syn(5000));
+    follower.deliver().unwrap();
+    follower.svm(
+        &Segment::new(Side::V4)
+            .ports(80, 5000)
+            .flags(SYN | ACK)
+            .ack(2)
+            .bytes(),
+    );
+    follower.mirror(2, &syn(5002));
+    assert_eq!(follower.deliver(), None);
+    let full = SecondaryAction::RequestCheckpoint(Cause::TableFull);
+    assert!(follower.actions().contains(&full));
+    follower.mirror(3, &syn(5004));
+    follower.commit(2, Vec::new());
+    assert_eq!(follower.deliver(), Some(syn(5004)));
+    follower.close();
+}

@@ -1,0 +1,401 @@
+//! One TCP stream in two captures, cut, coalesced, repeated and reordered at random: equal ones
+//! never diverge, and of unequal ones no differing byte ever leaves before a commit.
+#![allow(clippy::unwrap_used)] // A failed set-up is a failed test.
+
+use colo_compare::testing::{Segment, Side, VecFrames};
+use colo_compare::wire::tcp::{ACK, FIN, SYN};
+use colo_compare::{Action, Direction, Limits, PrimaryPath, Right, wire};
+use proptest::prelude::*;
+
+/// A small generator, so that one seed gives one plan (xorshift64*).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % n.max(1)
+    }
+
+    fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Cut {
+    from: usize,
+    data: Vec<u8>,
+    fin: bool,
+}
+
+/// In-order cuts of a stream with repetitions and overlaps in between.
+fn cuts(dice: &mut Dice, stream: &[u8], fin: bool) -> Vec<Cut> {
+    let mut cuts = Vec::new();
+    let mut sent = 0;
+    while sent < stream.len() {
+        // Now and then from somewhere before, perhaps into what is new.
+        let from = if dice.chance(25) {
+            dice.below(sent + 1)
+        } else {
+            sent
+        };
+        let end = (from + 1 + dice.below(300)).min(stream.len());
+        sent = sent.max(end);
+        let fin = fin && end == stream.len() && dice.chance(50);
+        cuts.push(Cut {
+            from,
+            data: stream[from..end].to_vec(),
+            fin,
+        });
+    }
+    if fin {
+        let from = stream.len();
+        cuts.push(Cut {
+            from,
+            data: Vec::new(),
+            fin: true,
+        });
+    }
+    cuts
+}
+
+/// The SVM's output may come in any order within a window (it does not, over TCP, but the
+/// comparator must not care).
+fn shuffle(dice: &mut Dice, cuts: &mut [Cut]) {
+    for at in 1..cuts.len() {
+        let with = at - dice.below(at.min(4) + 1);
+        cuts.swap(at, with);
+    }
+}
+
+struct Run {
+    frames: VecFrames,
+    path: PrimaryPath,
+    side: Side,
+    isn: u32,
+    now_us: u64,
+    svm_seq: u64,
+    epoch: u64,
+    /// How far the released bytes reach without a hole.
+    high: usize,
+    released: Vec<(usize, Vec<u8>, bool, Right)>,
+    checkpoints: usize,
+    reports: Vec<u64>,
+}
+
+impl Run {
+    fn new(side: Side, isn: u32) -> Self {
+        let mut frames = VecFrames::new(10_000);
+        let mut path = PrimaryPath::new(Limits::default());
+        let first = path.pair(0).unwrap();
+        path.set_lease(0, &mut frames, u64::MAX);
+        path.commit(0, &mut frames, first).unwrap();
+        path.caught_up(0, first + 1);
+        assert_eq!(
+            path.poll_action(),
+            Some(Action::PendingReleased { epoch: first })
+        );
+        let mut run = Self {
+            frames,
+            path,
+            side,
+            isn,
+            now_us: 0,
+            svm_seq: 0,
+            epoch: first + 1,
+            high: 0,
+            released: Vec::new(),
+            checkpoints: 0,
+            reports: Vec::new(),
+        };
+        run.handshake();
+        run
+    }
+
+    fn handshake(&mut self) {
+        let syn = Segment::new(self.side).to_guest().flags(SYN).seq(7).bytes();
+        self.input(&syn);
+        let answer = |isn: u32| {
+            let options = Segment::new(self.side).option(&[2, 4, 5, 0xb4, 1, 3, 3, 7]);
+            options.flags(SYN | ACK).seq(isn).ack(8).bytes()
+        };
+        let (pvm, svm) = (answer(self.isn), answer(self.isn ^ 0x5555_aaaa));
+        self.pvm(&pvm);
+        assert!(
+            self.path.poll_action().is_none(),
+            "a SYN-ACK needs its counterpart"
+        );
+        self.svm(&svm);
+        let released = self.path.poll_action().expect("released");
+        let Action::Release {
+            token,
+            right: Right::Match,
+            ..
+        } = released
+        else {
+            panic!("not a release: {released:?}")
+        };
+        self.frames.take(token);
+        assert_eq!(
+            self.path.poll_action(),
+            Some(Action::SvmReleased { svm_seq: 1 })
+        );
+        self.reports.push(1);
+    }
+
+    fn input(&mut self, bytes: &[u8]) {
+        let token = self.frames.insert(bytes).unwrap();
+        let token = self.path.handle_nic(self.now_us, &mut self.frames, token);
+        self.path
+            .handle_delivered(self.now_us, &mut self.frames, token);
+        let Some(Action::Mirror {
+            input_seq, token, ..
+        }) = self.path.poll_action()
+        else {
+            panic!("not mirrored")
+        };
+        self.frames.take(token);
+        self.path
+            .handle_input_ack(self.now_us, &mut self.frames, input_seq);
+    }
+
+    fn pvm(&mut self, bytes: &[u8]) {
+        let token = self.frames.insert(bytes).unwrap();
+        self.path
+            .handle_guest_tx(self.now_us, &mut self.frames, token);
+    }
+
+    fn svm(&mut self, bytes: &[u8]) {
+        self.svm_seq += 1;
+        let token = self.frames.insert(bytes).unwrap();
+        let (now_us, epoch) = (self.now_us, self.epoch);
+        self.path
+            .handle_svm_output(now_us, &mut self.frames, epoch, self.svm_seq, token);
+    }
+
+    fn place(&self, at: usize) -> u32 {
+        self.isn.wrapping_add(1 + at as u32)
+    }
+
+    fn segment(&self, cut: &Cut) -> Vec<u8> {
+        let flags = if cut.fin { FIN | ACK } else { ACK };
+        let segment = Segment::new(self.side)
+            .flags(flags)
+            .seq(self.place(cut.from))
+            .ack(8);
+        segment.payload(&cut.data).bytes()
+    }
+
+    fn client_acks(&mut self, up_to: usize) {
+        let place = self.place(up_to);
+        let ack = Segment::new(self.side).to_guest().seq(8).ack(place).bytes();
+        self.collect();
+        self.input(&ack);
+    }
+
+    fn collect(&mut self) {
+        while let Some(action) = self.path.poll_action() {
+            match action {
+                Action::Release { token, right, .. } => {
+                    let bytes = self.frames.take(token);
+                    let tcp = wire::parse(&bytes, bytes.len(), Direction::FromGuest)
+                        .tcp
+                        .unwrap();
+                    let from = tcp.seq.wrapping_sub(self.place(0)) as usize;
+                    assert!(from <= self.high, "a hole was released");
+                    let data = bytes[usize::from(tcp.payload_at)..].to_vec();
+                    self.high = self.high.max(from + data.len());
+                    self.released.push((from, data, tcp.has(FIN), right));
+                }
+                Action::SvmReleased { svm_seq } => self.reports.push(svm_seq),
+                Action::Checkpoint(_) => self.checkpoints += 1,
+                Action::PendingReleased { .. } => {}
+                Action::Mirror { .. } => panic!("nothing to mirror"),
+            }
+        }
+    }
+
+    fn collect_any(&mut self) {
+        while let Some(action) = self.path.poll_action() {
+            if let Action::Release { token, .. } = action {
+                self.frames.take(token);
+            }
+        }
+    }
+
+    /// Plays both captures in a random interleaving. Client ACKs come in between.
+    fn play(&mut self, dice: &mut Dice, pvm: &[Cut], svm: &[Cut], acks: bool) {
+        let (mut next_pvm, mut next_svm) = (0, 0);
+        while next_pvm < pvm.len() || next_svm < svm.len() {
+            self.now_us += 1;
+            let take_pvm = next_svm == svm.len() || (next_pvm < pvm.len() && dice.chance(50));
+            if take_pvm {
+                let bytes = self.segment(&pvm[next_pvm]);
+                self.pvm(&bytes);
+                next_pvm += 1;
+            } else {
+                let bytes = self.segment(&svm[next_svm]);
+                self.svm(&bytes);
+                next_svm += 1;
+            }
+            if acks && dice.chance(20) {
+                self.collect();
+                let up_to = dice.below(self.high + 1);
+                self.client_acks(up_to);
+            }
+        }
+        self.collect();
+    }
+
+    fn finish(mut self) {
+        self.collect();
+        self.path.close(&mut self.frames);
+        assert_eq!(self.frames.used(), 0, "a slot leaked");
+    }
+}
+
+fn stream(dice: &mut Dice) -> Vec<u8> {
+    // Few values, so that shifted streams agree by chance for a while.
+    (0..1 + dice.below(2000))
+        .map(|_| dice.below(4) as u8)
+        .collect()
+}
+
+fn isn(dice: &mut Dice) -> u32 {
+    // Around the wrap, and around the sign change of differences.
+    let near = [0u32, u32::MAX - 500, 0x7fff_ff00, 12_345][dice.below(4)];
+    near.wrapping_add(dice.below(400) as u32)
+}
+
+fn side(dice: &mut Dice) -> Side {
+    if dice.chance(50) { Side::V4 } else { Side::V6 }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn equal_streams_never_diverge_and_nothing_stays_held(seed in 1u64..) {
+        let mut dice = Dice(seed);
+        let stream = stream(&mut dice);
+        let mut run = Run::new(side(&mut dice), isn(&mut dice));
+        let pvm = cuts(&mut dice, &stream, true);
+        let mut svm = cuts(&mut dice, &stream, true);
+        shuffle(&mut dice, &mut svm);
+        run.play(&mut dice, &pvm, &svm, true);
+        prop_assert_eq!(run.checkpoints, 0);
+        prop_assert_eq!(run.path.held_frames(), 0);
+        prop_assert_eq!(run.released.len(), pvm.len());
+        for ((from, data, fin, _), cut) in run.released.iter().zip(&pvm) {
+            prop_assert_eq!((*from, data, *fin), (cut.from, &cut.data, cut.fin), "order or bytes");
+        }
+        // Rule 9: all of the SVM's output is reported, each once.
+        let mut reports = run.reports.clone();
+        reports.sort_unstable();
+        prop_assert!(reports.iter().copied().eq(1..=run.svm_seq));
+        run.finish();
+    }
+
+    #[test]
+    fn what_differs_is_never_released_before_a_commit(seed in 1u64..) {
+        let mut dice = Dice(seed);
+        let own = stream(&mut dice);
+        let mut other = own.clone();
+        let at = dice.below(own.len());
+        let mut other_fin = true;
+        match dice.below(4) {
+            0 => other[at] ^= 1 << dice.below(8),
+            1 => other.insert(at, 9),
+            2 => drop(other.remove(at)),
+            _ => other_fin = false,
+        }
+        let common = own.iter().zip(&other).take_while(|(a, b)| a == b).count();
+        let fin_common = other_fin && own.len() == other.len() && common == own.len();
+        let mut run = Run::new(side(&mut dice), isn(&mut dice));
+        let pvm = cuts(&mut dice, &own, true);
+        let mut svm = cuts(&mut dice, &other, other_fin);
+        if other.len() > common || !other_fin {
+            shuffle(&mut dice, &mut svm);
+        }
+        run.play(&mut dice, &pvm, &svm, true);
+        for (from, data, fin, right) in &run.released {
+            prop_assert!(*right != Right::Checkpoint);
+            prop_assert!(from + data.len() <= common, "byte {common} was released");
+            prop_assert!(!fin || fin_common, "FIN was released");
+        }
+        prop_assert!(run.path.held_frames() > 0);
+        // Found at once or by the deadline; a commit then releases the rest in order.
+        run.now_us += 1_000_000;
+        run.path.handle_timeout(run.now_us, &mut run.frames);
+        run.collect();
+        prop_assert_eq!(run.checkpoints, 1);
+        let epoch = run.path.cut(run.now_us).unwrap();
+        let pending = run.path.pending().count();
+        prop_assert_eq!(pending, run.path.held_frames());
+        run.path.commit(run.now_us, &mut run.frames, epoch).unwrap();
+        run.collect();
+        prop_assert_eq!(run.released.len(), pvm.len());
+        for ((from, data, ..), cut) in run.released.iter().zip(&pvm) {
+            prop_assert_eq!((*from, data), (cut.from, &cut.data), "order or bytes");
+        }
+        run.finish();
+    }
+
+    #[test]
+    fn rule_8_a_retransmission_that_differs_is_never_released(seed in 1u64..) {
+        let mut dice = Dice(seed);
+        let stream = stream(&mut dice);
+        let mut run = Run::new(side(&mut dice), isn(&mut dice));
+        let pvm = cuts(&mut dice, &stream, false);
+        let svm = cuts(&mut dice, &stream, false);
+        run.play(&mut dice, &pvm, &svm, false);
+        prop_assert_eq!(run.path.held_frames(), 0);
+        let acked = dice.below(stream.len());
+        run.client_acks(acked);
+        let before = run.released.len();
+        // A good one leaves without the SVM doing anything.
+        let from = dice.below(stream.len());
+        let end = (from + 1 + dice.below(300)).min(stream.len());
+        let good = Cut { from, data: stream[from..end].to_vec(), fin: false };
+        let bytes = run.segment(&good);
+        run.pvm(&bytes);
+        run.collect();
+        prop_assert_eq!(run.released.len(), before + 1);
+        prop_assert!(matches!(run.released[before].3, Right::Free));
+        // A bad one does not, where the client can still take it.
+        let mut bad = good;
+        let at = dice.below(bad.data.len());
+        bad.data[at] ^= 1;
+        let bytes = run.segment(&bad);
+        run.pvm(&bytes);
+        run.collect();
+        let harmless = from + at < acked;
+        prop_assert_eq!(run.released.len(), before + 1 + usize::from(harmless));
+        prop_assert_eq!(run.checkpoints, usize::from(!harmless));
+        run.finish();
+    }
+
+    #[test]
+    fn any_bytes_are_taken_without_a_panic(
+        seed in 1u64..,
+        junk in proptest::collection::vec(any::<u8>(), 0..120),
+        ethertype in prop_oneof![Just(0x0800u16), Just(0x86dd), Just(0x0806), Just(0x8100), any::<u16>()],
+    ) {
+        let mut dice = Dice(seed);
+        let mut run = Run::new(side(&mut dice), isn(&mut dice));
+        let mut bytes = junk;
+        if bytes.len() >= 15 {
+            bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
+            let version = if ethertype == 0x0800 { 0x45 } else { 0x60 };
+            bytes[14] = if dice.chance(80) { version } else { bytes[14] };
+        }
+        run.pvm(&bytes);
+        run.svm(&bytes);
+        run.collect_any();
+        prop_assert_eq!(run.path.held_frames(), 0, "equal frames match");
+        run.input(&bytes);
+        run.finish();
+    }
+}
