@@ -1,0 +1,468 @@
+//! The configuration file of a virtual machine and its host.
+//!
+//! Invariants: unknown keys are errors; every error names the file, the field, the value and what to
+//! do; paths are relative to the file.
+//!
+//! Does not touch the host: what exists is found out when it is used.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use colo_fastpath::Mac;
+use colo_fastpath::ring::Pages;
+use colo_fastpath::worker::PollMode;
+use serde::{Deserialize, Deserializer};
+
+/// Prefix of images that are part of the program.
+const BUILTIN: &str = "builtin:";
+const RAM_MIB_MIN: u64 = 4;
+/// RAM ends below the register windows.
+const RAM_MIB_MAX: u64 = 0xd000_0000 >> 20;
+
+/// A configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown or missing key, or a value of a wrong type.
+    #[error("{}: {source}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Why, with line and column.
+        source: toml::de::Error,
+    },
+    /// A value that cannot be.
+    #[error("{}: {field} = {value}: {advice}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Which field.
+        field: &'static str,
+        /// What it says.
+        value: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The guest image is larger than the RAM it is for.
+    #[error("vm.kernel: {} has {bytes} bytes, more than {ram_mib} MiB of RAM", path.display())]
+    KernelTooLarge {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// RAM.
+        ram_mib: u64,
+    },
+    /// The guest image cannot be read.
+    #[error("vm.kernel: {}: {source}", path.display())]
+    Kernel {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A whole file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The machine.
+    pub vm: VmConfig,
+    /// Its network device.
+    pub net: NetConfig,
+    /// This host.
+    #[serde(default)]
+    pub host: HostConfig,
+    /// The pair; only for `colo primary` and `colo secondary`.
+    pub replication: Option<ReplicationConfig>,
+    /// Mutations for tests of the tests.
+    #[serde(default)]
+    pub test: TestConfig,
+}
+
+/// `[test]`: breaks the protection on purpose, so that a test can show that it would notice.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TestConfig {
+    /// The comparator finds everything equal.
+    pub always_equal: bool,
+}
+
+/// `[vm]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// For logs and reports.
+    pub name: String,
+    /// Guest image: a file, or `builtin:NAME`.
+    pub kernel: String,
+    /// RAM.
+    pub ram_mib: u64,
+    /// vCPUs.
+    #[serde(default = "one")]
+    pub vcpus: u8,
+    /// Appended to the guest's command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Back RAM with 2 MiB pages if the host has reserved enough.
+    #[serde(default)]
+    pub hugepages: bool,
+}
+
+/// `[net]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// TAP device; made if it does not exist.
+    pub tap: String,
+    /// The guest's address.
+    #[serde(deserialize_with = "mac")]
+    pub mac: Mac,
+    /// Largest payload of a frame.
+    #[serde(default = "default_mtu")]
+    pub mtu: u16,
+}
+
+/// `[host]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HostConfig {
+    /// How the worker waits.
+    pub poll: PollMode,
+    /// The CPU the worker is pinned to.
+    pub cpu: Option<usize>,
+    /// Unix socket for `colo status`.
+    pub status: Option<PathBuf>,
+    /// Frames in flight at most.
+    pub frame_slots: u32,
+}
+
+impl Default for HostConfig {
+    fn default() -> Self {
+        Self {
+            poll: PollMode::default(),
+            cpu: None,
+            status: None,
+            frame_slots: 8192,
+        }
+    }
+}
+
+/// What a primary does without a secondary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Alone {
+    /// Go on, unprotected, once the arbiter agrees.
+    #[default]
+    Continue,
+    /// Hold all output until a secondary is there.
+    Block,
+}
+
+/// `[replication]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicationConfig {
+    /// Where this host accepts its peer.
+    pub link_listen: SocketAddr,
+    /// Where the peer accepts.
+    pub link_peer: SocketAddr,
+    /// `file:PATH`.
+    pub arbiter: String,
+    /// Interval of heartbeats.
+    #[serde(default = "default_heartbeat_ms")]
+    pub heartbeat_ms: u64,
+    /// Heartbeats missed until the peer counts as lost.
+    #[serde(default = "default_heartbeat_count")]
+    pub heartbeat_count: u32,
+    /// How long output waits for its counterpart.
+    #[serde(default = "default_compare_deadline_ms")]
+    pub compare_deadline_ms: u64,
+    /// How long an acknowledgement waits for the secondary (rule 6).
+    #[serde(default = "default_ack_deadline_ms")]
+    pub ack_deadline_ms: u64,
+    /// Interval of periodic checkpoints; 0: none.
+    #[serde(default)]
+    pub checkpoint_interval_ms: u64,
+    /// What a primary does without a secondary.
+    #[serde(default)]
+    pub alone: Alone,
+    /// Frames that may be held.
+    #[serde(default = "default_hold_frames")]
+    pub hold_frames: u32,
+}
+
+const fn one() -> u8 {
+    1
+}
+const fn default_mtu() -> u16 {
+    1500
+}
+const fn default_heartbeat_ms() -> u64 {
+    20
+}
+const fn default_heartbeat_count() -> u32 {
+    10
+}
+const fn default_compare_deadline_ms() -> u64 {
+    20
+}
+const fn default_ack_deadline_ms() -> u64 {
+    100
+}
+const fn default_hold_frames() -> u32 {
+    4096
+}
+
+/// Where the guest image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// In a file.
+    File(PathBuf),
+    /// In the program, by this name.
+    Builtin(String),
+}
+
+impl VmConfig {
+    /// The guest image.
+    pub fn kernel(&self) -> Kernel {
+        match self.kernel.strip_prefix(BUILTIN) {
+            Some(name) => Kernel::Builtin(name.to_owned()),
+            None => Kernel::File(PathBuf::from(&self.kernel)),
+        }
+    }
+
+    /// What backs RAM.
+    pub fn pages(&self) -> Pages {
+        if self.hugepages {
+            Pages::HugeIfReserved
+        } else {
+            Pages::Small
+        }
+    }
+
+    /// Reads an image file, if it can fit.
+    pub fn read_kernel(&self, path: &Path) -> Result<Vec<u8>, ConfigError> {
+        let failed = |source| ConfigError::Kernel {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes = std::fs::metadata(path).map_err(failed)?.len();
+        if bytes > self.ram_mib << 20 {
+            let path = path.to_owned();
+            return Err(ConfigError::KernelTooLarge {
+                path,
+                bytes,
+                ram_mib: self.ram_mib,
+            });
+        }
+        std::fs::read(path).map_err(failed)
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks the text of a file; `path` is for errors and relative paths.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let mut config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
+        let base = path.parent().unwrap_or(Path::new(""));
+        if let Kernel::File(file) = config.vm.kernel() {
+            config.vm.kernel = base.join(file).to_string_lossy().into_owned();
+        }
+        config.host.status = config.host.status.map(|status| base.join(status));
+        let check = Check { path };
+        check.vm(&config.vm)?;
+        check.net(&config.net)?;
+        check.host(&config.host)?;
+        if let Some(replication) = &config.replication {
+            check.replication(replication, &config.host)?;
+        }
+        Ok(config)
+    }
+}
+
+struct Check<'a> {
+    path: &'a Path,
+}
+
+impl Check<'_> {
+    fn vm(&self, vm: &VmConfig) -> Result<(), ConfigError> {
+        self.that(
+            !vm.name.is_empty(),
+            "vm.name",
+            &vm.name,
+            "give the machine a name",
+        )?;
+        self.that(
+            !vm.kernel.is_empty(),
+            "vm.kernel",
+            &vm.kernel,
+            "name an image file",
+        )?;
+        let fits = (RAM_MIB_MIN..=RAM_MIB_MAX).contains(&vm.ram_mib);
+        self.that(fits, "vm.ram_mib", vm.ram_mib, "choose between 4 and 3328")?;
+        let advice = "a user-mode guest has exactly 1 vCPU";
+        self.that(vm.vcpus == 1, "vm.vcpus", vm.vcpus, advice)?;
+        let plain = vm
+            .cmdline
+            .bytes()
+            .all(|b| b.is_ascii_graphic() || b == b' ');
+        self.that(
+            plain,
+            "vm.cmdline",
+            &vm.cmdline,
+            "use printable ASCII on one line",
+        )
+    }
+
+    fn net(&self, net: &NetConfig) -> Result<(), ConfigError> {
+        let good = !net.tap.is_empty() && net.tap.len() < 16;
+        self.that(
+            good,
+            "net.tap",
+            &net.tap,
+            "an interface name has 1 to 15 characters",
+        )?;
+        let unicast = net.mac[0] & 1 == 0 && net.mac != [0; 6];
+        let advice = "the guest needs a unicast address (even first byte, not all zero)";
+        self.that(unicast, "net.mac", format!("{:02x?}", net.mac), advice)?;
+        // 1280 is what IPv6 asks for, 68 what IPv4 can live with.
+        self.that(
+            (68..=9216).contains(&net.mtu),
+            "net.mtu",
+            net.mtu,
+            "choose between 68 and 9216",
+        )
+    }
+
+    fn host(&self, host: &HostConfig) -> Result<(), ConfigError> {
+        let cpus = std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .max(host_cpus());
+        let exists = host.cpu.is_none_or(|cpu| cpu < cpus);
+        let value = host.cpu.unwrap_or(0);
+        self.that(
+            exists,
+            "host.cpu",
+            value,
+            "this host has no such CPU; they count from 0",
+        )?;
+        let good = (64..=1 << 20).contains(&host.frame_slots);
+        self.that(
+            good,
+            "host.frame_slots",
+            host.frame_slots,
+            "choose between 64 and 1048576",
+        )
+    }
+
+    fn replication(&self, r: &ReplicationConfig, host: &HostConfig) -> Result<(), ConfigError> {
+        let at_least_one = "must be at least 1";
+        self.that(
+            r.heartbeat_ms > 0,
+            "replication.heartbeat_ms",
+            r.heartbeat_ms,
+            at_least_one,
+        )?;
+        let count = r.heartbeat_count;
+        self.that(
+            count > 0,
+            "replication.heartbeat_count",
+            count,
+            at_least_one,
+        )?;
+        let deadline = r.compare_deadline_ms;
+        self.that(
+            deadline > 0,
+            "replication.compare_deadline_ms",
+            deadline,
+            at_least_one,
+        )?;
+        let advice = "must exceed the guest's delayed ACK of 40 ms (rule 6)";
+        let deadline = r.ack_deadline_ms;
+        self.that(
+            deadline > 40,
+            "replication.ack_deadline_ms",
+            deadline,
+            advice,
+        )?;
+        let other = r.link_listen != r.link_peer;
+        let advice = "must be the other host's address, not link_listen";
+        self.that(other, "replication.link_peer", r.link_peer, advice)?;
+        let file = r
+            .arbiter
+            .strip_prefix("file:")
+            .is_some_and(|path| !path.is_empty());
+        let advice = "write \"file:\" and a path that both hosts reach";
+        self.that(file, "replication.arbiter", &r.arbiter, advice)?;
+        let fits = r.hold_frames > 0 && r.hold_frames <= host.frame_slots;
+        let advice = "must be between 1 and host.frame_slots";
+        self.that(fits, "replication.hold_frames", r.hold_frames, advice)
+    }
+
+    fn that(
+        &self,
+        good: bool,
+        field: &'static str,
+        value: impl ToString,
+        advice: &'static str,
+    ) -> Result<(), ConfigError> {
+        if good {
+            return Ok(());
+        }
+        let path = self.path.to_owned();
+        Err(ConfigError::Value {
+            path,
+            field,
+            value: value.to_string(),
+            advice,
+        })
+    }
+}
+
+/// CPUs of the host, whatever this process may use.
+fn host_cpus() -> usize {
+    // SAFETY: sysconf takes no pointers.
+    let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
+    usize::try_from(count).unwrap_or(1)
+}
+
+fn mac<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Mac, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_mac(&text).ok_or_else(|| {
+        serde::de::Error::custom(format!("\"{text}\" is not like \"52:54:00:c0:10:01\""))
+    })
+}
+
+fn parse_mac(text: &str) -> Option<Mac> {
+    let mut mac = Mac::default();
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

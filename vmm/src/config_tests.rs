@@ -1,0 +1,112 @@
+//! Configuration files, good and bad.
+
+use super::*;
+
+const GOOD: &str = r#"
+[vm]
+name = "demo"
+kernel = "guest.elf"
+ram_mib = 128
+cmdline = "ip=10.77.0.10/24"
+[net]
+tap = "tap0"
+mac = "52:54:00:c0:10:01"
+[host]
+poll = "interrupt"
+status = "run.sock"
+[replication]
+link_listen = "10.78.0.1:7600"
+link_peer = "10.78.0.2:7600"
+arbiter = "file:generation"
+"#;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(Path::new("/etc/colo/demo.toml"), text)
+}
+
+#[test]
+fn a_good_file_gives_defaults_and_absolute_paths() {
+    let config = parse(GOOD).unwrap();
+    assert_eq!(
+        config.vm.kernel(),
+        Kernel::File("/etc/colo/guest.elf".into())
+    );
+    assert_eq!(config.host.status, Some("/etc/colo/run.sock".into()));
+    assert_eq!(config.host.poll, PollMode::Interrupt);
+    assert_eq!(config.net.mac, [0x52, 0x54, 0, 0xc0, 0x10, 1]);
+    assert_eq!((config.net.mtu, config.vm.vcpus), (1500, 1));
+    let replication = config.replication.unwrap();
+    assert_eq!(replication.compare_deadline_ms, 20);
+    assert_eq!(replication.alone, Alone::Continue);
+    let builtin = parse(&GOOD.replace("guest.elf", "builtin:demo")).unwrap();
+    assert_eq!(builtin.vm.kernel(), Kernel::Builtin("demo".into()));
+}
+
+#[test]
+fn errors_name_file_field_value_and_remedy() {
+    for (from, to, expected) in [
+        (
+            "ram_mib = 128",
+            "ram_mib = 1",
+            "vm.ram_mib = 1: choose between 4 and 3328",
+        ),
+        ("ram_mib = 128", "ram_mib = 128\nvcpus = 9", "vm.vcpus = 9"),
+        ("\"demo\"", "\"\"", "vm.name"),
+        ("ip=10", "ip=\\n10", "vm.cmdline"),
+        ("\"tap0\"", "\"a-very-long-interface-name\"", "net.tap"),
+        ("52:54", "53:54", "net.mac"),
+        ("52:54", "5254", "is not like \"52:54:00:c0:10:01\""),
+        ("poll = \"interrupt\"", "poll = \"never\"", "never"),
+        ("poll = \"interrupt\"", "cpu = 4096", "host.cpu = 4096"),
+        ("poll = \"interrupt\"", "polll = 1", "polll"),
+        ("file:generation", "etcd:x", "replication.arbiter = etcd:x"),
+        ("10.78.0.2:7600", "10.78.0.1:7600", "replication.link_peer"),
+        ("10.78.0.2:7600", "nonsense", "link_peer"),
+        (
+            "[replication]",
+            "[replication]\nack_deadline_ms = 40",
+            "delayed ACK",
+        ),
+        (
+            "[replication]",
+            "[replication]\nhold_frames = 100000",
+            "replication.hold_frames",
+        ),
+        (
+            "[replication]",
+            "[replication]\nheartbeat_ms = 0",
+            "replication.heartbeat_ms = 0",
+        ),
+        ("[replication]", "[replication]\nalone = \"maybe\"", "maybe"),
+        ("name = \"demo\"", "", "name"),
+        ("[vm]", "[vm", ""),
+    ] {
+        let text = GOOD.replacen(from, to, 1);
+        assert_ne!(text, GOOD);
+        let error = parse(&text).unwrap_err().to_string();
+        assert!(error.contains("/etc/colo/demo.toml"), "{error}");
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn missing_and_oversized_files_are_named() {
+    let missing = Config::read(Path::new("/nonexistent/colo.toml")).unwrap_err();
+    assert!(missing.to_string().contains("/nonexistent/colo.toml"));
+    let mut config = parse(GOOD).unwrap();
+    let missing = config
+        .vm
+        .read_kernel(Path::new("/nonexistent/guest.elf"))
+        .unwrap_err();
+    assert!(
+        missing
+            .to_string()
+            .contains("vm.kernel: /nonexistent/guest.elf")
+    );
+    config.vm.ram_mib = 0;
+    let itself = std::env::current_exe().unwrap();
+    assert!(matches!(
+        config.vm.read_kernel(&itself),
+        Err(ConfigError::KernelTooLarge { .. })
+    ));
+}

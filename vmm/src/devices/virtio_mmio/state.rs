@@ -1,0 +1,123 @@
+//! What travels of a virtio-mmio device.
+//!
+//! Invariants: fixed little-endian, versioned; queues are captured at a packet boundary.
+
+use colo_fastpath::ring::{QUEUE_SIZE_MAX, QueueState};
+
+use crate::machine::RecordError;
+use crate::machine::record::{Kind, Reader, Writer};
+
+const KIND: Kind = Kind {
+    name: "device",
+    magic: *b"CVDV",
+    version: 1,
+};
+const QUEUES_MAX: u32 = 64;
+
+/// One device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceState {
+    /// virtio device type.
+    pub device_id: u32,
+    /// Status register, without `DEVICE_NEEDS_RESET`.
+    pub status: u32,
+    /// The device asks for a reset.
+    pub needs_reset: bool,
+    /// Features the driver has accepted.
+    pub driver_features: u64,
+    /// `DeviceFeaturesSel`.
+    pub device_features_sel: u32,
+    /// `DriverFeaturesSel`.
+    pub driver_features_sel: u32,
+    /// `QueueSel`.
+    pub queue_sel: u32,
+    /// `InterruptStatus`.
+    pub interrupt_status: u32,
+    /// `ConfigGeneration`.
+    pub config_generation: u32,
+    /// Queues in order.
+    pub queues: Vec<QueueState>,
+}
+
+impl DeviceState {
+    /// The record.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut writer = Writer::new(KIND);
+        writer.u32(self.device_id);
+        writer.u32(self.status);
+        writer.u8(self.needs_reset.into());
+        writer.u64(self.driver_features);
+        for register in [
+            self.device_features_sel,
+            self.driver_features_sel,
+            self.queue_sel,
+            self.interrupt_status,
+            self.config_generation,
+            self.queues.len() as u32,
+        ] {
+            writer.u32(register);
+        }
+        for queue in &self.queues {
+            write_queue(&mut writer, queue);
+        }
+        writer.finish()
+    }
+
+    /// Reads a record.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
+        let mut reader = Reader::new(KIND, bytes)?;
+        let mut state = Self {
+            device_id: reader.u32()?,
+            status: reader.u32()?,
+            needs_reset: reader.flag("needs_reset")?,
+            driver_features: reader.u64()?,
+            device_features_sel: reader.u32()?,
+            driver_features_sel: reader.u32()?,
+            queue_sel: reader.u32()?,
+            interrupt_status: reader.u32()?,
+            config_generation: reader.u32()?,
+            queues: Vec::new(),
+        };
+        let count = reader.u32()?;
+        if count > QUEUES_MAX {
+            return Err(reader.bad("number of queues"));
+        }
+        for _ in 0..count {
+            state.queues.push(read_queue(&mut reader)?);
+        }
+        reader.finish()?;
+        Ok(state)
+    }
+}
+
+fn write_queue(writer: &mut Writer, queue: &QueueState) {
+    writer.u16(queue.size);
+    for flag in [queue.ready, queue.event_idx, queue.indirect] {
+        writer.u8(flag.into());
+    }
+    for gpa in [queue.descriptors, queue.avail, queue.used] {
+        writer.u64(gpa);
+    }
+    for index in [queue.next_avail, queue.next_used, queue.called_at] {
+        writer.u16(index);
+    }
+}
+
+fn read_queue(reader: &mut Reader<'_>) -> Result<QueueState, RecordError> {
+    let size = reader.u16()?;
+    if size > QUEUE_SIZE_MAX {
+        return Err(reader.bad("queue size"));
+    }
+    Ok(QueueState {
+        size,
+        ready: reader.flag("ready")?,
+        event_idx: reader.flag("event_idx")?,
+        indirect: reader.flag("indirect")?,
+        descriptors: reader.u64()?,
+        avail: reader.u64()?,
+        used: reader.u64()?,
+        next_avail: reader.u16()?,
+        next_used: reader.u16()?,
+        called_at: reader.u16()?,
+    })
+}

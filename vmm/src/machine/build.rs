@@ -1,0 +1,364 @@
+//! A whole machine, and what roles and the checkpoint engine may do with it.
+//!
+//! Invariants: a machine is made stopped; two machines made from equal configurations take each
+//! other's records; dropping it ends all its threads.
+//!
+//! Does not decide when to pause, save or restore.
+
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use colo_fastpath::nic::Nic;
+use colo_fastpath::ring::{Call, GuestRam, MemoryError};
+use colo_fastpath::worker::{PortWiring, WorkerConfig, WorkerGone, WorkerHandle};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::config::{Config, HostConfig};
+use crate::devices::net::Net;
+use crate::devices::virtio_mmio::{DeviceState, NOTIFY_OFFSET, VirtioMmio};
+
+use super::boot::{self, BootError, MMIO_BASE};
+use super::cpuid;
+use super::exits::{ExitSnapshot, Platform, VmExit, lock};
+use super::kvm::KvmError;
+use super::record::RecordError;
+use super::vcpu::{VcpuError, VcpuHandle};
+use super::vcpu_state::{MsrSet, VcpuState, read_msr};
+use super::vm::Vm;
+
+const MSR_TSC: u32 = 0x10;
+/// Interrupt line of the first device; the user-mode guest only prints it.
+const FIRST_LINE: u32 = 5;
+
+/// A machine could not be made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Less memory than the guest needs.
+    #[error("vm.ram_mib = {wanted_mib}: only {free_mib} MiB are available on this host; lower it")]
+    NoMemory {
+        /// What the configuration asks for.
+        wanted_mib: u64,
+        /// What the kernel says is available.
+        free_mib: u64,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The image.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// A record from a machine of another shape.
+    #[error("the record has {found} vCPUs, this machine {expected}")]
+    Shape {
+        /// In the record.
+        found: usize,
+        /// Here.
+        expected: usize,
+    },
+    /// The packet worker.
+    #[error(transparent)]
+    Worker(#[from] WorkerGone),
+    /// A thread or descriptor.
+    #[error("no descriptors or threads for the machine: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// Something that happened in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Which vCPU.
+    pub vcpu: u8,
+    /// How it ended.
+    pub exit: VmExit,
+}
+
+/// Where a machine reports.
+#[derive(Debug)]
+pub struct Events {
+    receiver: Receiver<Event>,
+    wake: Arc<EventFd>,
+}
+
+impl Events {
+    /// Readable when [`Events::next`] may have something.
+    pub fn wake_fd(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The next event, if there is one.
+    pub fn next(&self) -> Option<Event> {
+        match self.receiver.try_recv() {
+            Ok(event) => Some(event),
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => {
+                let _ = self.wake.read();
+                // One may have come between the look and the read.
+                self.receiver.try_recv().ok()
+            }
+        }
+    }
+
+    /// Waits for the next event; `None` when the machine is gone.
+    pub fn wait(&self) -> Option<Event> {
+        self.receiver.recv().ok()
+    }
+}
+
+/// A machine: RAM, vCPU threads, one network device and its worker.
+#[derive(Debug)]
+pub struct Machine {
+    // Fields are dropped in this order: vCPUs first, RAM (inside `vm`) last.
+    vcpus: Vec<VcpuHandle>,
+    worker: WorkerHandle,
+    net: Arc<Mutex<VirtioMmio>>,
+    cmdline: String,
+    vm: Vm,
+}
+
+impl Machine {
+    /// Makes a machine with nothing loaded and all vCPUs paused. The guest's console goes to
+    /// `console`.
+    pub fn create_stopped(
+        config: &Config,
+        nic: Box<dyn Nic>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<(Self, Events), MachineError> {
+        check_memory(config.vm.ram_mib)?;
+        let ram = Arc::new(GuestRam::new(config.vm.ram_mib << 20, config.vm.pages())?);
+        let vm = Vm::new(ram.clone())?;
+
+        let interrupt = EventFd::new(EFD_NONBLOCK)?;
+        let call = Arc::new(Call::new(interrupt.try_clone()?));
+        let kick = EventFd::new(EFD_NONBLOCK)?;
+        vm.add_ioeventfd(MMIO_BASE + NOTIFY_OFFSET, &kick)?;
+        let wiring = PortWiring {
+            ram,
+            call: call.clone(),
+            kick: kick.try_clone()?,
+        };
+        let worker = colo_fastpath::worker::spawn(worker_config(&config.host), nic, wiring)?;
+        let backend = Net::new(config.net.mac, config.net.mtu, worker.clone());
+        let net = Arc::new(Mutex::new(VirtioMmio::new(Box::new(backend), call, kick)));
+
+        let platform = Arc::new(Platform::new(
+            vec![(MMIO_BASE, net.clone())],
+            console,
+            interrupt,
+        ));
+        let (sender, receiver) = channel();
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let events = Events {
+            receiver,
+            wake: wake.clone(),
+        };
+        let vcpus = (0..config.vm.vcpus)
+            .map(|index| spawn_vcpu(&vm, index, &platform, &sender, &wake))
+            .collect::<Result<_, _>>()?;
+        let cmdline = config.vm.cmdline.clone();
+        Ok((
+            Self {
+                vcpus,
+                worker,
+                net,
+                cmdline,
+                vm,
+            },
+            events,
+        ))
+    }
+
+    /// Loads a user-mode guest; it starts with [`Machine::resume_vcpus`].
+    pub fn load(&self, image: &[u8]) -> Result<(), MachineError> {
+        let clock = self.vcpus[0].execute(|fd, _| clock_arguments(fd))??;
+        let devices = format!("virtio_mmio.device=512@{MMIO_BASE:#x}:{FIRST_LINE}");
+        let cmdline = format!("{devices} {clock} {}", self.cmdline);
+        let entry = boot::load(self.ram(), image, cmdline.trim_end())?;
+        self.vcpus[0].execute(move |fd, _| boot::enter_user_mode(fd, entry))??;
+        Ok(())
+    }
+
+    /// Guest memory.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        self.vm.ram()
+    }
+
+    /// The packet worker.
+    pub fn worker(&self) -> &WorkerHandle {
+        &self.worker
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Stops all vCPUs between two instructions and waits for that.
+    pub fn pause_vcpus(&self) -> Result<(), MachineError> {
+        // All are told before any is waited for.
+        let answers = self
+            .vcpus
+            .iter()
+            .map(VcpuHandle::begin_pause)
+            .collect::<Result<Vec<_>, _>>()?;
+        for answer in answers {
+            answer.recv().map_err(|_| VcpuError::Gone)?;
+        }
+        Ok(())
+    }
+
+    /// Lets all vCPUs run.
+    pub fn resume_vcpus(&self) -> Result<(), MachineError> {
+        self.vcpus.iter().try_for_each(|vcpu| Ok(vcpu.resume()?))
+    }
+
+    /// Reads all paused vCPUs.
+    pub fn save_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
+        self.vcpus.iter().map(|vcpu| Ok(vcpu.save()?)).collect()
+    }
+
+    /// Replaces the states of all paused vCPUs.
+    pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
+        if states.len() != self.vcpus.len() {
+            return Err(MachineError::Shape {
+                found: states.len(),
+                expected: self.vcpus.len(),
+            });
+        }
+        for (vcpu, state) in self.vcpus.iter().zip(states) {
+            vcpu.restore(state.clone())?;
+        }
+        Ok(())
+    }
+
+    /// Reads all devices as one record. vCPUs are paused and the worker is quiesced (it stays so).
+    pub fn save_devices(&self) -> Result<Vec<u8>, MachineError> {
+        let queues = self.worker.quiesce()?;
+        Ok(lock(&self.net)
+            .save(queues.as_ref().map(|q| q.as_slice()))
+            .to_bytes())
+    }
+
+    /// Whether [`Machine::restore_devices`] would take this record, without doing it.
+    pub fn check_devices(&self, record: &[u8]) -> Result<(), MachineError> {
+        let state = DeviceState::from_bytes(record)?;
+        Ok(lock(&self.net).check(&state)?)
+    }
+
+    /// Replaces all devices. vCPUs are paused; the worker may run or not.
+    pub fn restore_devices(&self, record: &[u8]) -> Result<(), MachineError> {
+        let state = DeviceState::from_bytes(record)?;
+        Ok(lock(&self.net).restore(&state)?)
+    }
+
+    /// Switches dirty logging of guest and host writes; off at first.
+    pub fn set_dirty_logging(&self, on: bool) -> Result<(), MachineError> {
+        Ok(self.vm.set_dirty_logging(on)?)
+    }
+
+    /// Adds the pages written since the last call to `bitmap`
+    /// ([`GuestRam::bitmap_words`] words).
+    pub fn take_dirty(&self, bitmap: &mut [u64]) -> Result<(), MachineError> {
+        Ok(self.vm.take_dirty(bitmap)?)
+    }
+
+    /// Exit statistics, one per vCPU.
+    pub fn exits(&self) -> Vec<ExitSnapshot> {
+        self.vcpus
+            .iter()
+            .map(|vcpu| vcpu.stats().snapshot())
+            .collect()
+    }
+
+    /// Ends all threads and waits for them.
+    pub fn stop(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.stop();
+        }
+        self.worker.stop();
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn worker_config(host: &HostConfig) -> WorkerConfig {
+    WorkerConfig {
+        name: "worker".to_owned(),
+        poll: host.poll,
+        cpu: host.cpu,
+        frame_slots: host.frame_slots,
+    }
+}
+
+fn spawn_vcpu(
+    vm: &Vm,
+    index: u8,
+    platform: &Arc<Platform>,
+    events: &Sender<Event>,
+    wake: &Arc<EventFd>,
+) -> Result<VcpuHandle, MachineError> {
+    let fd = vm.create_vcpu(index)?;
+    let table = cpuid::table_for(vm.kvm(), index)?;
+    fd.set_cpuid2(&table)
+        .map_err(KvmError::refused("set CPUID"))?;
+    let msrs = MsrSet::probe(vm.kvm(), &fd)?;
+    let (events, wake) = (events.clone(), wake.clone());
+    let on_end = move |exit| {
+        // Nobody listens any more when the machine is being dropped.
+        let _ = events.send(Event { vcpu: index, exit });
+        let _ = wake.write(1);
+    };
+    Ok(VcpuHandle::spawn(
+        format!("vcpu{index}"),
+        fd,
+        msrs,
+        platform.clone(),
+        on_end,
+    )?)
+}
+
+/// `tsc_khz=` and `wall_ns=`: the wall clock at TSC 0.
+fn clock_arguments(fd: &kvm_ioctls::VcpuFd) -> Result<String, KvmError> {
+    let khz = fd
+        .get_tsc_khz()
+        .map_err(KvmError::refused("tell the TSC frequency"))?;
+    let tsc = read_msr(fd, MSR_TSC)?;
+    let now_ns = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as u64);
+    let since_ns = u128::from(tsc) * 1_000_000 / u128::from(khz.max(1));
+    let wall_ns = now_ns.saturating_sub(since_ns as u64);
+    Ok(format!("tsc_khz={khz} wall_ns={wall_ns}"))
+}
+
+/// A guest that does not fit is refused here; later the kernel would kill something.
+fn check_memory(wanted_mib: u64) -> Result<(), MachineError> {
+    let free_mib = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        });
+    match free_mib.map(|kib| kib / 1024) {
+        Some(free_mib) if free_mib < wanted_mib => Err(MachineError::NoMemory {
+            wanted_mib,
+            free_mib,
+        }),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,23 @@
+//! The machine: KVM, memory slot, vCPU threads, boot, and what they make together.
+
+mod boot;
+mod build;
+mod cpuid;
+mod exits;
+mod kvm;
+pub(crate) mod record;
+mod vcpu;
+mod vcpu_state;
+mod vm;
+
+pub use boot::{BootError, STACK_BYTES};
+pub use build::{Event, Events, Machine, MachineError};
+pub use exits::{ExitSnapshot, VmExit};
+pub use kvm::KvmError;
+pub use record::RecordError;
+pub use vcpu::{VcpuError, VcpuHandle};
+pub use vcpu_state::VcpuState;
+pub use vm::Vm;
+
+#[cfg(test)]
+mod tests;

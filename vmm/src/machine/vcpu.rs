@@ -1,0 +1,381 @@
+//! One thread per vCPU, and the handle by which the others pause, read and write it.
+//!
+//! Invariants: only the thread touches the vCPU's descriptor; a paused vCPU has no port or register
+//! access pending, so its state is complete; a kick is never lost: the command is in the channel
+//! before `immediate_exit` is set and the eventfd and the signal are sent, and the thread clears
+//! `immediate_exit` and the eventfd before it looks into the channel.
+//!
+//! Does not answer exits; the platform does.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::VcpuFd;
+use tracing::warn;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::exits::{ExitStats, Next, Platform, VmExit, lock};
+use super::kvm::KvmError;
+use super::vcpu_state::{MsrSet, VcpuState};
+
+/// A vCPU could not be reached or refused.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// The thread has ended.
+    #[error("the thread of a vCPU has ended")]
+    Gone,
+    /// The thread could not be started.
+    #[error("no thread for a vCPU: {0}")]
+    Thread(#[from] io::Error),
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+type Task = Box<dyn FnOnce(&VcpuFd, &MsrSet) + Send>;
+
+enum Command {
+    Pause(Sender<()>),
+    Resume,
+    /// Only while paused.
+    Task(Task),
+    /// A state has been written: an ended vCPU may run again.
+    Revive,
+    Stop,
+}
+
+/// Controls one vCPU thread.
+#[derive(Debug)]
+pub struct VcpuHandle {
+    commands: Sender<Command>,
+    kick: Arc<Kick>,
+    stats: Arc<ExitStats>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl VcpuHandle {
+    /// Starts the thread of a vCPU, paused. `on_end` is called on it when the guest ends.
+    pub(super) fn spawn(
+        name: String,
+        mut fd: VcpuFd,
+        msrs: MsrSet,
+        platform: Arc<Platform>,
+        on_end: impl Fn(VmExit) + Send + 'static,
+    ) -> Result<Self, VcpuError> {
+        register_signal_handler(SIGRTMIN(), ignore_signal)
+            .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        let kick = Arc::new(Kick::new(&mut fd)?);
+        let stats = Arc::new(ExitStats::default());
+        let (commands, inbox) = channel();
+        let vcpu = Vcpu {
+            fd,
+            msrs,
+            platform,
+            inbox,
+            kick: kick.clone(),
+            stats: stats.clone(),
+            mode: Mode::Paused,
+            on_end: Box::new(on_end),
+        };
+        let thread = thread::Builder::new()
+            .name(name)
+            .spawn(move || vcpu.run())?;
+        Ok(Self {
+            commands,
+            kick,
+            stats,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Asks for a pause; the receiver answers when the vCPU stands still.
+    pub(super) fn begin_pause(&self) -> Result<Receiver<()>, VcpuError> {
+        let (reply, answer) = channel();
+        self.send(Command::Pause(reply))?;
+        Ok(answer)
+    }
+
+    /// Stops the vCPU between two instructions, with no I/O pending, and waits for that.
+    pub fn pause(&self) -> Result<(), VcpuError> {
+        self.begin_pause()?.recv().map_err(|_| VcpuError::Gone)
+    }
+
+    /// Lets it run; a guest that has ended stays ended.
+    pub fn resume(&self) -> Result<(), VcpuError> {
+        self.send(Command::Resume)
+    }
+
+    /// Reads the state of a paused vCPU.
+    pub fn save(&self) -> Result<VcpuState, VcpuError> {
+        Ok(self.execute(VcpuState::read)??)
+    }
+
+    /// Replaces the state of a paused vCPU. An ended one is paused afterwards.
+    pub fn restore(&self, state: VcpuState) -> Result<(), VcpuError> {
+        self.execute(move |fd, _| state.write(fd))??;
+        self.send(Command::Revive)
+    }
+
+    /// Runs `task` on the thread, while paused.
+    pub(super) fn execute<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&VcpuFd, &MsrSet) -> R + Send + 'static,
+    ) -> Result<R, VcpuError> {
+        let (reply, answer) = channel();
+        self.send(Command::Task(Box::new(move |fd, msrs| {
+            // A caller that no longer waits is no concern of the vCPU's.
+            let _ = reply.send(task(fd, msrs));
+        })))?;
+        answer.recv().map_err(|_| VcpuError::Gone)
+    }
+
+    pub(super) fn stats(&self) -> &ExitStats {
+        &self.stats
+    }
+
+    /// Ends the thread and waits for it.
+    pub fn stop(&self) {
+        let _ = self.send(Command::Stop);
+        if let Some(thread) = lock(&self.thread).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread of a vCPU panicked");
+        }
+    }
+
+    fn send(&self, command: Command) -> Result<(), VcpuError> {
+        self.commands.send(command).map_err(|_| VcpuError::Gone)?;
+        self.kick.raise();
+        if let Some(thread) = &*lock(&self.thread) {
+            // The thread is not joined, so its id is valid even if it has just ended.
+            let _ = thread.kill(SIGRTMIN());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for VcpuHandle {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// The signal only has to interrupt `KVM_RUN`.
+extern "C" fn ignore_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// What brings a vCPU thread back: `immediate_exit` for one about to enter the guest, an eventfd for
+/// one in the sleep port. The signal for one inside the guest is the handle's.
+#[derive(Debug)]
+struct Kick {
+    run: NonNull<kvm_run>,
+    run_bytes: usize,
+    event: EventFd,
+}
+
+// SAFETY: the mapping is private to this structure and only its `immediate_exit` byte is accessed,
+// atomically.
+unsafe impl Send for Kick {}
+// SAFETY: as above.
+unsafe impl Sync for Kick {}
+
+impl Kick {
+    /// Maps the vCPU's run structure a second time, so that other threads reach it independently of
+    /// the descriptor's life.
+    fn new(fd: &mut VcpuFd) -> io::Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let run_bytes = size_of::<kvm_run>().next_multiple_of(4096);
+        // SAFETY: a fresh shared mapping of the vCPU's run area, which is at least this long; KVM
+        // and the vCPU thread write it too, but nobody else through this mapping.
+        let run = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                run_bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if run == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let run = NonNull::new(run.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            run,
+            run_bytes,
+            event,
+        })
+    }
+
+    fn raise(&self) {
+        self.set_immediate_exit(1);
+        // A full counter is a kick already.
+        let _ = self.event.write(1);
+    }
+
+    fn clear(&self) {
+        let _ = self.event.read();
+        self.set_immediate_exit(0);
+    }
+
+    fn set_immediate_exit(&self, value: u8) {
+        // SAFETY: points into the mapping that lives as long as `self`; all accesses of this
+        // process are atomic, the kernel only reads the byte. SeqCst orders it against the channel.
+        unsafe {
+            let byte = &raw mut (*self.run.as_ptr()).immediate_exit;
+            AtomicU8::from_ptr(byte).store(value, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for Kick {
+    fn drop(&mut self) {
+        // SAFETY: this is the mapping made in `new`, unmapped once, with no reference left.
+        unsafe { libc::munmap(self.run.as_ptr().cast(), self.run_bytes) };
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Paused,
+    Running,
+    /// The guest has powered off or cannot go on.
+    Ended,
+}
+
+struct Vcpu {
+    fd: VcpuFd,
+    msrs: MsrSet,
+    platform: Arc<Platform>,
+    inbox: Receiver<Command>,
+    kick: Arc<Kick>,
+    stats: Arc<ExitStats>,
+    mode: Mode,
+    on_end: Box<dyn Fn(VmExit) + Send>,
+}
+
+impl Vcpu {
+    fn run(mut self) {
+        while self.obey() {
+            match self.step() {
+                Next::Run => {}
+                Next::Sleep(limit_us) => self.sleep(limit_us),
+                Next::End(exit) => self.end(exit),
+            }
+        }
+        (self.on_end)(VmExit::Stopped);
+    }
+
+    /// Handles what others ask for, and waits for it unless running; `false` to end.
+    fn obey(&mut self) -> bool {
+        loop {
+            self.kick.clear();
+            let command = match self.mode {
+                Mode::Running => match self.inbox.try_recv() {
+                    Ok(command) => command,
+                    Err(_) => return true,
+                },
+                Mode::Paused | Mode::Ended => match self.inbox.recv() {
+                    Ok(command) => command,
+                    Err(_) => return false,
+                },
+            };
+            match command {
+                Command::Pause(reply) => {
+                    self.pause();
+                    let _ = reply.send(());
+                }
+                Command::Resume if self.mode == Mode::Paused => self.mode = Mode::Running,
+                Command::Resume => {}
+                Command::Task(task) => task(&self.fd, &self.msrs),
+                Command::Revive => self.mode = Mode::Paused,
+                Command::Stop => return false,
+            }
+        }
+    }
+
+    /// Enters the guest once.
+    fn step(&mut self) -> Next {
+        let next = match self.fd.run() {
+            Ok(exit) => self.platform.handle(exit, &self.stats),
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
+                self.stats.signal.add(1);
+                Next::Run
+            }
+            Err(e) => Next::End(VmExit::Fault {
+                what: format!("KVM_RUN failed: {e}"),
+                rip: 0,
+            }),
+        };
+        self.stats.total.add(1);
+        next
+    }
+
+    /// Completes what the last exit left open: KVM does so on entry and then leaves at once.
+    fn pause(&mut self) {
+        while self.mode == Mode::Running {
+            self.kick.set_immediate_exit(1);
+            match self.fd.run() {
+                // The access had more parts (a repeated string instruction).
+                Ok(exit) => {
+                    if let Next::End(exit) = self.platform.handle(exit, &self.stats) {
+                        self.end(exit);
+                    }
+                }
+                Err(e) if e.errno() == libc::EINTR => self.mode = Mode::Paused,
+                Err(e) => {
+                    let what = format!("KVM_RUN failed: {e}");
+                    self.end(VmExit::Fault { what, rip: 0 });
+                }
+            }
+        }
+        self.kick.set_immediate_exit(0);
+    }
+
+    /// The sleep port: until a device interrupt, which is consumed, a kick, or the limit.
+    fn sleep(&self, limit_us: u32) {
+        let line = &self.platform.interrupt;
+        let poll = |fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut fds = [poll(line.as_raw_fd()), poll(self.kick.event.as_raw_fd())];
+        let limit = libc::timespec {
+            tv_sec: libc::time_t::from(limit_us / 1_000_000),
+            tv_nsec: libc::c_long::from(limit_us % 1_000_000) * 1000,
+        };
+        let limit = if limit_us == 0 {
+            std::ptr::null()
+        } else {
+            &raw const limit
+        };
+        // SAFETY: two pollfds and a timespec on this stack; no signal mask.
+        unsafe { libc::ppoll(fds.as_mut_ptr(), 2, limit, std::ptr::null()) };
+        if fds[0].revents != 0 {
+            let _ = line.read();
+        }
+    }
+
+    fn end(&mut self, exit: VmExit) {
+        let exit = match exit {
+            VmExit::Fault { what, .. } => {
+                let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+                VmExit::Fault { what, rip }
+            }
+            other => other,
+        };
+        if let Err(e) = self.platform.flush_console() {
+            warn!("the guest's console cannot be written: {e}");
+        }
+        self.mode = Mode::Ended;
+        (self.on_end)(exit);
+    }
+}
