@@ -344,7 +344,7 @@ fn rule_14_after_an_abort_the_next_commit_covers_both_epochs() {
     let again = pair.cut();
     assert_eq!(again, epoch + 1);
     pair.pvm(&data(Side::V4, 13, b"three"));
-    assert_eq!(pair.path.pending().count(), 2);
+    assert_eq!(pair.path.pending().count(), 3);
     let wrong = pair.path.commit(pair.now_us, &mut pair.frames, epoch);
     assert_eq!(
         wrong,
@@ -354,7 +354,9 @@ fn rule_14_after_an_abort_the_next_commit_covers_both_epochs() {
         })
     );
     pair.commit(again);
-    assert_eq!(pair.rights(), [Right::Checkpoint, Right::Checkpoint]);
+    assert_eq!(pair.rights(), [Right::Checkpoint; 3]);
+    pair.pvm(&deferred);
+    assert_eq!(pair.rights(), [Right::Free], "the base covers it (rule 8)");
     pair.svm(&data(Side::V4, 13, b"three"));
     assert_eq!(pair.rights(), [Right::Match]);
     let none = pair.path.commit(pair.now_us, &mut pair.frames, again);

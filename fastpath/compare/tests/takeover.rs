@@ -70,6 +70,36 @@ fn rule_1_kill_reprotect_checkpoint_kill_with_connections_from_every_interval() 
 }
 
 #[test]
+fn rule_3_the_takeover_leaps_over_timestamps_that_the_secondary_never_saw() {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    // The SVM answers the SYN 15 ms after the PVM, so its clock seems to lag by as much.
+    rig.secondary.as_mut().unwrap().stop();
+    rig.open(42_004);
+    rig.now_us += 15_000;
+    rig.secondary.as_mut().unwrap().resume_unchanged();
+    rig.settle();
+    rig.now_us += 50_000;
+    rig.send(42_004, b"before");
+    rig.assert_all_echoed();
+    // The client gets an answer, and the old primary dies with the client's ACK.
+    rig.now_us += 50_000;
+    rig.network_up = false;
+    rig.send(42_004, b" last words");
+    let bytes = rig.nic.pop_front().expect("released");
+    rig.client_sees(&bytes);
+    rig.kill_primary();
+    rig.network_up = true;
+    for segment in rig.pvm.retransmit(rig.now_us) {
+        rig.pvm_sends(&segment);
+    }
+    rig.settle();
+    rig.send(42_004, b" after");
+    rig.assert_all_echoed();
+    rig.close();
+}
+
+#[test]
 fn rule_2_an_unfinished_handshake_is_learnt_after_the_takeover() {
     for answer_reaches_client in [true, false] {
         let mut rig = Rig::new(Limits::default());
@@ -167,7 +197,7 @@ fn rule_5_what_the_svm_does_not_acknowledge_is_delivered_again() {
     let client = rig.clients.get_mut(&43_002).expect("opened");
     client.sent.extend_from_slice(b"x");
     let bytes = client_segment(&rig, 43_002, b"x");
-    rig.to_primary(&bytes);
+    rig.send_to_primary(&bytes);
     // Mirror it by hand and let it vanish between ring and guest.
     while let Some(action) = rig.primary.poll_action() {
         if let colo_compare::Action::Mirror {

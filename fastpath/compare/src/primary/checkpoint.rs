@@ -139,7 +139,12 @@ impl PrimaryPath {
             self.hold(now_us, frames, frame);
         }
         for svm in core::mem::take(&mut self.deferred_svm) {
-            self.compare_svm(now_us, frames, svm.svm_seq, svm.token);
+            if svm.epoch == epoch {
+                self.compare_svm(now_us, frames, svm.svm_seq, svm.token);
+            } else {
+                self.ledger.stats.svm_stale += 1;
+                self.ledger.recycle_svm(svm.token, frames);
+            }
         }
         if !self.room() {
             self.request(Divergence::plain(Cause::HoldFull, None));

@@ -54,6 +54,7 @@ struct Deferred {
 
 #[derive(Debug)]
 struct DeferredSvm {
+    epoch: u64,
     svm_seq: u64,
     token: Token,
 }
@@ -383,7 +384,11 @@ impl PrimaryPath {
         } else if epoch > self.comparing {
             // Only the epoch that follows the cut can send before its commit is known here.
             self.ledger.svm_frames += 1;
-            self.deferred_svm.push_back(DeferredSvm { svm_seq, token });
+            self.deferred_svm.push_back(DeferredSvm {
+                epoch,
+                svm_seq,
+                token,
+            });
         } else {
             self.ledger.svm_frames += 1;
             self.compare_svm(now_us, frames, svm_seq, token);

@@ -340,19 +340,19 @@ impl Rig {
         let client = Client::new(port);
         let syn = client.syn(self.now_us);
         self.clients.insert(port, client);
-        self.to_primary(&syn);
+        self.send_to_primary(&syn);
         self.settle();
     }
 
     pub fn send(&mut self, port: u16, data: &[u8]) {
         let client = self.clients.get_mut(&port).expect("opened");
         let segment = client.send(self.now_us, data);
-        self.to_primary(&segment);
+        self.send_to_primary(&segment);
         self.settle();
     }
 
     /// A frame from the network to whoever speaks.
-    pub fn to_primary(&mut self, bytes: &[u8]) {
+    pub fn send_to_primary(&mut self, bytes: &[u8]) {
         let token = self.frames.insert(bytes).expect("a slot");
         let token = self
             .primary
@@ -365,17 +365,17 @@ impl Rig {
         self.primary
             .handle_delivered(self.now_us, &mut self.frames, token);
         for output in self.pvm.input(self.now_us, &bytes) {
-            self.from_pvm(&output);
+            self.pvm_sends(&output);
         }
     }
 
-    pub fn from_pvm(&mut self, bytes: &[u8]) {
+    pub fn pvm_sends(&mut self, bytes: &[u8]) {
         let token = self.frames.insert(bytes).expect("a slot");
         self.primary
             .handle_guest_tx(self.now_us, &mut self.frames, token);
     }
 
-    pub fn from_svm(&mut self, bytes: &[u8]) {
+    pub fn svm_sends(&mut self, bytes: &[u8]) {
         let token = self.frames.insert(bytes).expect("a slot");
         let secondary = self.secondary.as_mut().expect("a secondary");
         secondary.handle_guest_tx(self.now_us, &mut self.frames, token);
@@ -444,7 +444,7 @@ impl Rig {
             busy = true;
         }
         for output in outputs {
-            self.from_svm(&output);
+            self.svm_sends(&output);
         }
         let secondary = self.secondary.as_mut().expect("still there");
         while let Some(action) = secondary.poll_action() {
@@ -469,6 +469,13 @@ impl Rig {
         busy
     }
 
+    /// Shows a frame to its client, whose answers are lost.
+    pub fn client_sees(&mut self, bytes: &[u8]) {
+        let port = port_of(bytes, Direction::FromGuest);
+        let client = self.clients.get_mut(&port).expect("for a client");
+        client.input(self.now_us, bytes);
+    }
+
     fn step_clients(&mut self) -> bool {
         let mut busy = false;
         while self.network_up
@@ -478,7 +485,7 @@ impl Rig {
             let port = port_of(&bytes, Direction::FromGuest);
             let client = self.clients.get_mut(&port).expect("for a client");
             for answer in client.input(self.now_us, &bytes) {
-                self.to_primary(&answer);
+                self.send_to_primary(&answer);
             }
         }
         busy
@@ -557,7 +564,7 @@ impl Rig {
     pub fn retransmit_all(&mut self) {
         self.now_us += 300_000;
         for segment in self.pvm.retransmit(self.now_us) {
-            self.from_pvm(&segment);
+            self.pvm_sends(&segment);
         }
         let again: Vec<_> = self
             .clients
@@ -565,7 +572,7 @@ impl Rig {
             .filter_map(|c| c.retransmit(self.now_us))
             .collect();
         for segment in again {
-            self.to_primary(&segment);
+            self.send_to_primary(&segment);
         }
         self.settle();
     }
