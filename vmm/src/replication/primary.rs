@@ -136,10 +136,7 @@ impl PrimaryShell {
     // ---- events in ----
 
     fn events(&mut self) {
-        // What checkpoints have achieved counts before the loss of the link that followed it.
-        while let Some(event) = self.capture_events.try_next() {
-            self.capture_event(event);
-        }
+        self.read_captures();
         while let Some(event) = self.pair_events.try_next() {
             self.pair_event(event);
         }
@@ -155,6 +152,12 @@ impl PrimaryShell {
             self.outcome = Some(Outcome::ApplyFailed { reason: fault });
         }
         self.replica.answer_status(|| self.status());
+    }
+
+    fn read_captures(&mut self) {
+        while let Some(event) = self.capture_events.try_next() {
+            self.capture_event(event);
+        }
     }
 
     fn capture_event(&mut self, event: CaptureEvent) {
@@ -202,6 +205,8 @@ impl PrimaryShell {
             match link.control.flush().and_then(|()| link.control.receive()) {
                 Ok(messages) if messages.is_empty() => return,
                 Ok(messages) => {
+                    // What the peer answers to was reported by our own thread before.
+                    self.read_captures();
                     for msg in messages {
                         self.note(&msg);
                         self.core.handle(now_us(), PrimaryEvent::Msg(msg));
