@@ -301,7 +301,13 @@ fn what_is_said_depends_on_the_frames_and_not_on_when_they_are_handled() {
         let mut spoken = BTreeMap::new();
         let (mut now_us, mut dice) = (1, pattern);
         let mut frames = sent.iter().peekable();
+        let mut turns = 0;
         while frames.peek().is_some() || !wire.incoming.is_empty() {
+            turns += 1;
+            assert!(
+                turns < 10 * sent.len(),
+                "pattern {pattern}: the server says too little"
+            );
             dice = crate::hash::scramble(dice);
             // A client does not acknowledge what it has not heard.
             let heard = |frame: &&Vec<u8>| {
