@@ -1,0 +1,261 @@
+//! The model guest: a server on real Ethernet frames with the divergences of a real one: random initial sequence
+//! numbers, random segmentation, random scheduling, answers made of random numbers and of the time.
+//!
+//! Invariants: it remembers what it answered (tokens, counters, values), so that a replica that took over from a
+//! wrong state contradicts itself; its whole state can be cloned and hashed at any instant. Randomness comes from
+//! the host it runs on, not from its state.
+//!
+//! Requests are lines; see [`Guest::answer`].
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use colo_compare::testing::{Side, echo, udp};
+use colo_compare::{Direction, Protocol, wire};
+
+use crate::prng::Prng;
+use crate::tcp::{End, Seg, State, reset};
+
+/// Descriptors of the guest_rx ring.
+pub const RING: usize = 64;
+/// The server's port, TCP and UDP.
+pub const PORT: u16 = 7;
+/// Closed connections are remembered for so long.
+const TIME_WAIT_US: u64 = 3_000_000;
+
+type Key = (bool, u16, u16);
+
+#[derive(Debug, Clone, Hash)]
+struct Conn {
+    end: End,
+    finished_us: Option<u64>,
+}
+
+/// The guest's memory.
+#[derive(Debug, Clone, Hash, Default)]
+pub struct Guest {
+    conns: BTreeMap<Key, Conn>,
+    counters: BTreeMap<u64, u64>,
+    values: BTreeMap<u64, u64>,
+    tokens: BTreeSet<u64>,
+    shared: u64,
+    ring: VecDeque<Vec<u8>>,
+    /// The guest_tx ring: what the device has not taken yet.
+    pub sent: VecDeque<Vec<u8>>,
+    /// Frames of the ring processed since the start.
+    pub consumed: u64,
+}
+
+/// The bytes of an answer of length `n` to `key`.
+pub fn body(key: u64, n: usize) -> Vec<u8> {
+    (0..n as u64).map(|i| (key.wrapping_mul(31).wrapping_add(i * 7) >> (i % 5)) as u8).collect()
+}
+
+/// A short checksum of uploads.
+pub fn sum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0193) & 0xffff_ffff)
+}
+
+impl Guest {
+    /// Puts a frame into the guest_rx ring; false when it is full.
+    pub fn deliver(&mut self, frame: Vec<u8>) -> bool {
+        let room = self.ring.len() < RING;
+        if room {
+            self.ring.push_back(frame);
+        }
+        room
+    }
+
+    /// Whether the ring has room.
+    pub fn has_room(&self) -> bool {
+        self.ring.len() < RING
+    }
+
+    /// A digest of the whole state.
+    pub fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    /// Whether there is something to do at once.
+    pub fn is_busy(&self) -> bool {
+        !self.ring.is_empty()
+    }
+
+    /// When it wants to run without input.
+    pub fn deadline(&self) -> Option<u64> {
+        self.conns.values().filter_map(|c| c.end.deadline()).min()
+    }
+
+    /// An impossible thing that one of its connections saw.
+    pub fn complaint(&self) -> Option<&String> {
+        self.conns.values().find_map(|c| c.end.complaint.as_ref())
+    }
+
+    /// Takes the applications' memory from `other` but keeps its own connections: what half of a checkpoint
+    /// would make of it (for the mutation that applies pages as they come).
+    pub fn mix(&mut self, other: &Self) {
+        self.counters.clone_from(&other.counters);
+        self.values.clone_from(&other.values);
+        self.tokens.clone_from(&other.tokens);
+        self.shared = other.shared;
+    }
+
+    /// Runs for a while: takes some frames from the ring, answers, sends. A full guest_tx ring makes it wait.
+    pub fn wake(&mut self, now: u64, chance: &mut Prng) {
+        if self.sent.len() >= RING {
+            return;
+        }
+        let mut out = Vec::new();
+        self.run(now, chance, &mut out);
+        self.sent.extend(out);
+    }
+
+    fn run(&mut self, now: u64, chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
+        let most = if chance.chance(700) { RING as u64 } else { 1 + chance.below(4) };
+        for _ in 0..most {
+            let Some(frame) = self.ring.pop_front() else { break };
+            self.consumed += 1;
+            self.receive(now, &frame, chance, out);
+        }
+        let mut keys: Vec<Key> = self.conns.keys().copied().collect();
+        if !keys.is_empty() && chance.chance(300) {
+            let by = chance.below(keys.len() as u64) as usize;
+            keys.rotate_left(by);
+        }
+        for key in keys {
+            self.serve(now, key, chance, out);
+        }
+        self.conns.retain(|_, c| {
+            c.end.state != State::Reset && c.finished_us.is_none_or(|at| now < at + TIME_WAIT_US)
+        });
+    }
+
+    fn receive(&mut self, now: u64, frame: &[u8], chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
+        let packet = wire::parse(frame, frame.len(), Direction::ToGuest);
+        let v6 = packet.network == wire::Network::V6;
+        let side = if v6 { Side::V6 } else { Side::V4 };
+        let l4 = usize::from(packet.l4);
+        match packet.key.protocol {
+            Protocol::Tcp => self.receive_tcp(now, frame, v6, chance, out),
+            Protocol::Udp if packet.key.guest_port == PORT => {
+                let text = String::from_utf8_lossy(&frame[l4 + 8..usize::from(packet.end)]);
+                let answer = self.answer_datagram(now, &text, chance);
+                out.push(udp(side, false, PORT, packet.key.peer_port, answer.as_bytes()));
+            }
+            Protocol::Icmp | Protocol::Icmpv6 if matches!(frame[l4], 8 | 128) => {
+                let payload = &frame[l4 + 8..usize::from(packet.end)];
+                out.push(echo(side, false, packet.key.peer_port, payload));
+            }
+            _ => {}
+        }
+    }
+
+    fn receive_tcp(
+        &mut self,
+        now: u64,
+        frame: &[u8],
+        v6: bool,
+        chance: &mut Prng,
+        out: &mut Vec<Vec<u8>>,
+    ) {
+        let Some(seg) = Seg::read(frame, Direction::ToGuest) else { return };
+        let key = (v6, seg.guest_port, seg.peer_port);
+        let is_syn = seg.header.has(wire::tcp::SYN) && !seg.header.has(wire::tcp::ACK);
+        match self.conns.get_mut(&key) {
+            Some(conn) => conn.end.handle(now, &seg),
+            None if is_syn && seg.guest_port == PORT => {
+                let end = End::accept(&seg, chance);
+                self.conns.insert(key, Conn { end, finished_us: None });
+            }
+            None => out.extend(reset(&seg)),
+        }
+    }
+
+    fn serve(&mut self, now: u64, key: Key, chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
+        // Taken out, so that the application may use the rest of the state.
+        let Some(mut conn) = self.conns.remove(&key) else { return };
+        while let Some((request, len)) = take_request(&conn.end.inbox) {
+            let answer = self.answer(now, &request, chance);
+            conn.end.inbox.drain(..len);
+            conn.end.send(&answer);
+        }
+        if conn.end.peer_closed && !conn.end.is_closing() {
+            conn.end.close();
+        }
+        conn.end.poll(now, chance, out);
+        if conn.end.is_finished() {
+            conn.finished_us.get_or_insert(now);
+        }
+        self.conns.insert(key, conn);
+    }
+
+    /// `E n key`: n bytes; `P n` and n bytes: their sum; `C key`: next of a counter; `X`: next of the one that all
+    /// share; `S key value`, `G key`: store, fetch; `T`: a fresh token; `V token`: 1 if it was given out; `N`: time.
+    fn answer(&mut self, now: u64, request: &Request, chance: &mut Prng) -> Vec<u8> {
+        let arg = |n: usize| request.args.get(n).copied().unwrap_or(0);
+        let number = match request.verb {
+            b'E' => {
+                let mut bytes = format!("E {}\n", arg(0)).into_bytes();
+                bytes.extend(body(arg(1), arg(0) as usize));
+                return bytes;
+            }
+            b'P' => sum(&request.payload),
+            b'C' => {
+                let counter = self.counters.entry(arg(0)).or_default();
+                *counter += 1;
+                *counter
+            }
+            b'X' => {
+                self.shared += 1;
+                self.shared
+            }
+            b'S' => {
+                self.values.insert(arg(0), arg(1));
+                1
+            }
+            b'G' => self.values.get(&arg(0)).copied().unwrap_or(0),
+            b'T' => {
+                let token = chance.next();
+                self.tokens.insert(token);
+                token
+            }
+            b'V' => u64::from(self.tokens.contains(&arg(0))),
+            b'N' => now,
+            _ => 0,
+        };
+        format!("{} {number}\n", char::from(request.verb)).into_bytes()
+    }
+
+    /// The same with an identifier in front: `id VERB args`.
+    fn answer_datagram(&mut self, now: u64, text: &str, chance: &mut Prng) -> String {
+        let (id, rest) = text.split_once(' ').unwrap_or((text, ""));
+        let line = format!("{rest}\n");
+        match take_request(line.as_bytes()) {
+            Some((request, _)) if request.verb != b'E' && request.verb != b'P' => {
+                let answer = self.answer(now, &request, chance);
+                format!("{id} {}", String::from_utf8_lossy(&answer).trim_end())
+            }
+            _ => format!("{id} ?"),
+        }
+    }
+}
+
+struct Request {
+    verb: u8,
+    args: Vec<u64>,
+    payload: Vec<u8>,
+}
+
+/// The first whole request in `bytes`, and its length.
+fn take_request(bytes: &[u8]) -> Option<(Request, usize)> {
+    let line_len = bytes.iter().position(|b| *b == b'\n')? + 1;
+    let line = std::str::from_utf8(&bytes[..line_len - 1]).ok()?;
+    let mut words = line.split(' ');
+    let verb = words.next()?.bytes().next()?;
+    let args: Vec<u64> = words.filter_map(|w| w.parse().ok()).collect();
+    let payload_len = if verb == b'P' { *args.first()? as usize } else { 0 };
+    let payload = bytes.get(line_len..line_len + payload_len)?.to_vec();
+    Some((Request { verb, args, payload }, line_len + payload_len))
+}

@@ -1,0 +1,91 @@
+//! The link between two processes: three ordered channels with delays of their own, that can stall and end.
+//!
+//! Invariants: a channel delivers in order and nothing twice; what stalls is delivered after healing, unless the
+//! receiver has closed by then.
+
+use std::rc::Rc;
+
+use crate::guest::Guest;
+use crate::prng::Prng;
+
+/// Which of the three.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channel {
+    Control,
+    Packets,
+    Pages,
+}
+
+/// A captured machine.
+#[derive(Debug)]
+pub struct Image {
+    pub epoch: u64,
+    pub guest: Guest,
+    pub digest: u64,
+    pub pending: Vec<Vec<u8>>,
+    pub record: Vec<u8>,
+}
+
+/// What travels.
+#[derive(Debug, Clone)]
+pub enum LinkMsg {
+    /// Connected.
+    Up,
+    /// Closed or reset.
+    Down,
+    /// An encoded control message.
+    Control(Vec<u8>),
+    Input { epoch: u64, seq: u64, frame: Vec<u8> },
+    InputAck { up_to: u64 },
+    Output { epoch: u64, seq: u64, frame: Vec<u8> },
+    Released { seq: u64 },
+    PendingReleased { epoch: u64 },
+    CaughtUp { epoch: u64 },
+    CheckpointWanted,
+    /// A part of a checkpoint; the last one makes it whole.
+    Chunk { index: u64, of: u64, image: Rc<Image> },
+}
+
+/// How it behaves.
+#[derive(Debug, Clone)]
+pub struct LinkPlan {
+    pub delay_us: [u64; 3],
+    pub jitter_us: [u64; 3],
+}
+
+/// One connection of all channels between two processes.
+#[derive(Debug)]
+pub struct Link {
+    /// Incarnations of the processes, by host.
+    pub ends: [u64; 2],
+    /// Whether this end still listens: control and pages; packets.
+    pub open: [(bool, bool); 2],
+    /// Nothing arrives at this host for now.
+    pub cut: [bool; 2],
+    /// For this host, in order of sending.
+    pub stalled: [Vec<(Channel, LinkMsg)>; 2],
+    last_us: [[u64; 3]; 2],
+    plan: LinkPlan,
+}
+
+impl Link {
+    pub fn new(ends: [u64; 2], plan: LinkPlan) -> Self {
+        Self {
+            ends,
+            open: [(true, true); 2],
+            cut: [false; 2],
+            stalled: [Vec::new(), Vec::new()],
+            last_us: [[0; 3]; 2],
+            plan,
+        }
+    }
+
+    /// When a message that is sent now arrives at host `to`.
+    pub fn arrival(&mut self, now: u64, to: usize, channel: Channel, chance: &mut Prng) -> u64 {
+        let n = channel as usize;
+        let at = now + self.plan.delay_us[n] + chance.below(self.plan.jitter_us[n] + 1);
+        let at = at.max(self.last_us[to][n]);
+        self.last_us[to][n] = at;
+        at
+    }
+}

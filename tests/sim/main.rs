@@ -1,0 +1,72 @@
+//! The seeded simulation of both hosts: the real cores, model guests, clients that check everything, and faults.
+//!
+//! `COLO_SIM_SEED=n` replays one seed with its trace; `COLO_SIM_SEEDS=count` sets how many are run.
+#![allow(missing_docs, reason = "a test")]
+
+mod client;
+mod guest;
+mod host;
+mod link;
+mod plan;
+mod prng;
+mod tcp;
+mod world;
+
+use plan::Mutation;
+use world::{Outcome, World};
+
+const SEEDS: u64 = 2000;
+
+fn run(seed: u64, mutation: Mutation, verbose: bool) -> Outcome {
+    World::new(seed, mutation, verbose).run()
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn report(seed: u64, mutation: Mutation) -> String {
+    let outcome = run(seed, mutation, true);
+    let tail = outcome.trace.len().saturating_sub(300);
+    format!(
+        "seed {seed}: {:#?}\ntrace:\n{}\nreplay with COLO_SIM_SEED={seed}",
+        outcome.violations,
+        outcome.trace[tail..].join("\n")
+    )
+}
+
+#[test]
+fn every_seed_keeps_every_promise() {
+    if let Some(seed) = number("COLO_SIM_SEED") {
+        let text = report(seed, Mutation::None);
+        println!("{text}");
+        assert!(run(seed, Mutation::None, false).violations.is_empty());
+        return;
+    }
+    let seeds = number("COLO_SIM_SEEDS").unwrap_or(SEEDS);
+    let first = number("COLO_SIM_FIRST").unwrap_or(0);
+    let mut total = Outcome::default();
+    let mut failed = Vec::new();
+    let mut lost = 0;
+    for seed in first..first + seeds {
+        let outcome = run(seed, Mutation::None, false);
+        total.answers += outcome.answers;
+        total.takeovers += outcome.takeovers;
+        total.commits += outcome.commits;
+        total.matches += outcome.matches;
+        total.events += outcome.events;
+        total.joins += outcome.joins;
+        lost += u64::from(outcome.vm_lost);
+        if !outcome.violations.is_empty() {
+            println!("seed {seed}: {}", outcome.violations[0]);
+            failed.push(seed);
+        }
+    }
+    println!(
+        "{seeds} seeds: {} events, {} answers, {} commits, {} takeovers, {} joins, {} matches, {lost} lost VMs",
+        total.events, total.answers, total.commits, total.takeovers, total.joins, total.matches
+    );
+    if let Some(&seed) = failed.first() {
+        panic!("{} seeds failed: {failed:?}\n{}", failed.len(), report(seed, Mutation::None));
+    }
+}

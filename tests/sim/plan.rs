@@ -1,0 +1,266 @@
+//! What happens in a run, drawn from the seed before it begins.
+//!
+//! Invariant: after [`Plan::calm_us`] nothing more goes wrong.
+
+use colo_compare::Limits;
+use colo_control::Timing;
+
+use crate::client::Plan as ClientPlan;
+use crate::link::LinkPlan;
+use crate::prng::Prng;
+
+/// A mistake in the shell or in a core, to see that a checker finds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutation {
+    None,
+    /// The comparator answers "equal" always.
+    AlwaysEqual,
+    /// The secondary takes over without asking.
+    TakeOverUnasked,
+    /// The primary goes alone without asking.
+    GoAloneUnasked,
+    /// A process that stood still goes on as if nothing had happened.
+    IgnoreClockGap,
+    /// Pages are applied as they come instead of staged.
+    ApplyHalf,
+    /// Input counts as acknowledged when it is mirrored.
+    AckUnkept,
+    /// More is read from the guest than may be held.
+    IgnoreRoom,
+    /// Commits are not told to the packet path.
+    NeverCommit,
+}
+
+/// Whom a fault hits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Primary,
+    Secondary,
+}
+
+/// When a fault strikes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum When {
+    At(u64),
+    /// When the target passes the named point for the n-th time (from 1).
+    Passing(&'static str, u64),
+}
+
+/// What goes wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// The process dies; its kernel closes its sockets.
+    Kill,
+    /// The host dies: silence.
+    PowerOff,
+    /// It stands still for so long.
+    Pause(u64),
+    /// Nothing arrives at the target over the link for so long (`u64::MAX`: for ever).
+    Deafen(u64),
+    /// The link is cut both ways for so long.
+    Cut(u64),
+    /// The target's connections are reset.
+    Reset,
+    /// The arbiter does not answer for so long.
+    ArbiterOutage(u64),
+    /// The guest loses power or the operator stops it.
+    ShutDown,
+}
+
+/// A fault with its place and time.
+#[derive(Debug, Clone)]
+pub struct Strike {
+    pub when: When,
+    pub target: Target,
+    pub fault: Fault,
+}
+
+/// Points that a process passes, where strikes can hit.
+pub const POINTS: &[(Target, &str)] = &[
+    (Target::Primary, "stop_svm_sent"),
+    (Target::Primary, "svm_stopped_received"),
+    (Target::Primary, "cut"),
+    (Target::Primary, "captured"),
+    (Target::Primary, "chunk_sent"),
+    (Target::Primary, "sent"),
+    (Target::Primary, "committed_received"),
+    (Target::Primary, "commit"),
+    (Target::Primary, "released"),
+    (Target::Primary, "paired_asked"),
+    (Target::Primary, "paired_sent"),
+    (Target::Primary, "mirrored"),
+    (Target::Secondary, "stop_svm_received"),
+    (Target::Secondary, "svm_stopped_sent"),
+    (Target::Secondary, "chunk_received"),
+    (Target::Secondary, "staged"),
+    (Target::Secondary, "committed_sent"),
+    (Target::Secondary, "applied"),
+    (Target::Secondary, "output_sent"),
+    (Target::Secondary, "take_over_asked"),
+    (Target::Secondary, "took_over"),
+];
+
+/// How the clients' network behaves, per mille and microseconds.
+#[derive(Debug, Clone)]
+pub struct NetPlan {
+    pub loss: u64,
+    pub duplicate: u64,
+    pub reorder: u64,
+    pub delay_us: u64,
+    pub jitter_us: u64,
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub mutation: Mutation,
+    pub limits: Limits,
+    pub timing: Timing,
+    pub net: NetPlan,
+    pub link: LinkPlan,
+    pub clients: Vec<ClientPlan>,
+    pub datagram_clients: u64,
+    pub datagrams: u64,
+    pub divergent: u64,
+    pub strikes: Vec<Strike>,
+    /// Ended hosts come back as secondaries.
+    pub respawn: bool,
+    /// Captures and stages that fail, per mille.
+    pub capture_failures: u64,
+    pub stage_failures: u64,
+    /// Requests to the arbiter whose answer is lost, per mille.
+    pub lost_answers: u64,
+    /// Chunks of a checkpoint, at most.
+    pub chunks: u64,
+    /// Times of a capture and of an apply, at most.
+    pub pause_us: u64,
+    /// Guests run so long after they could, at most, by host.
+    pub guest_delay_us: [u64; 2],
+    pub calm_us: u64,
+}
+
+impl Plan {
+    /// The plan of a seed.
+    pub fn draw(chance: &mut Prng, mutation: Mutation) -> Self {
+        let calm_us = 1_500_000;
+        let timing = timing(chance);
+        let strikes = strikes(chance, &timing, calm_us);
+        let mut limits = limits(chance);
+        limits.canary_equal = mutation == Mutation::AlwaysEqual;
+        if mutation == Mutation::IgnoreRoom {
+            limits.max_held_frames = 6;
+        }
+        let divergent = [0, 100, 300, 600][chance.below(4) as usize];
+        let rough = chance.chance(500);
+        Self {
+            mutation,
+            limits,
+            timing,
+            net: NetPlan {
+                loss: if rough { chance.below(30) } else { 0 },
+                duplicate: if rough { chance.below(30) } else { 0 },
+                reorder: if rough { chance.below(50) } else { 0 },
+                delay_us: chance.range(20, 500),
+                jitter_us: chance.below(300),
+            },
+            link: LinkPlan {
+                delay_us: std::array::from_fn(|_| chance.range(10, 300)),
+                jitter_us: std::array::from_fn(|_| chance.below(400)),
+            },
+            clients: (0..chance.range(1, 4)).map(|_| client(chance, divergent)).collect(),
+            datagram_clients: chance.below(3),
+            datagrams: chance.range(5, 40),
+            divergent,
+            strikes,
+            respawn: chance.chance(700),
+            capture_failures: if chance.chance(200) { 150 } else { 0 },
+            stage_failures: if chance.chance(200) { 150 } else { 0 },
+            lost_answers: if chance.chance(300) { 300 } else { 0 },
+            chunks: chance.range(1, 12),
+            pause_us: chance.range(100, 5_000),
+            guest_delay_us: std::array::from_fn(|_| chance.range(20, 800)),
+            calm_us,
+        }
+    }
+}
+
+fn timing(chance: &mut Prng) -> Timing {
+    Timing {
+        heartbeat_us: chance.range(4_000, 15_000),
+        heartbeat_count: chance.range(3, 6) as u32,
+        checkpoint_interval_us: if chance.chance(300) { chance.range(20_000, 300_000) } else { 0 },
+        step_timeout_us: 400_000,
+        arbiter_retry_us: 5_000,
+    }
+}
+
+fn limits(chance: &mut Prng) -> Limits {
+    let tight = chance.chance(200);
+    let default = Limits::default();
+    if !tight {
+        return default;
+    }
+    Limits {
+        max_held_frames: chance.range(8, 64) as usize,
+        max_svm_frames: chance.range(8, 64) as usize,
+        max_history_bytes: chance.range(1_000, 8_000) as usize,
+        max_unacked_inputs: chance.range(8, 64),
+        max_input_frames: chance.range(16, 128) as usize,
+        max_stored_output: chance.range(16, 128) as usize,
+        ..default
+    }
+}
+
+fn client(chance: &mut Prng, divergent: u64) -> ClientPlan {
+    ClientPlan {
+        connections: chance.range(1, 4),
+        requests: chance.range(3, 25),
+        depth: chance.range(1, 4) as usize,
+        think_us: chance.range(1_000, 60_000),
+        divergent,
+        largest: [40, 1_000, 6_000][chance.below(3) as usize],
+    }
+}
+
+fn strikes(chance: &mut Prng, timing: &Timing, calm_us: u64) -> Vec<Strike> {
+    let count = [0, 1, 1, 1, 2, 2, 3][chance.below(7) as usize];
+    let mut strikes = Vec::new();
+    for _ in 0..count {
+        let fault = fault(chance, timing);
+        let strike = if chance.chance(400) {
+            let (target, point) = POINTS[chance.below(POINTS.len() as u64) as usize];
+            let nth = match point {
+                "released" | "mirrored" | "output_sent" => chance.range(1, 120),
+                "chunk_sent" | "chunk_received" => chance.range(1, 30),
+                _ => chance.range(1, 8),
+            };
+            Strike { when: When::Passing(point, nth), target, fault }
+        } else {
+            let target = if chance.chance(700) { Target::Primary } else { Target::Secondary };
+            let at = chance.range(20_000, calm_us - 300_000);
+            Strike { when: When::At(at), target, fault }
+        };
+        strikes.push(strike);
+    }
+    strikes
+}
+
+fn fault(chance: &mut Prng, timing: &Timing) -> Fault {
+    let detection = timing.detection_us();
+    let span = |chance: &mut Prng| match chance.below(4) {
+        0 => chance.below(detection / 3),
+        1 => chance.range(detection / 2, detection * 2),
+        2 => chance.range(detection, detection * 5),
+        _ => 200_000,
+    };
+    match chance.below(11) {
+        0..=2 => Fault::Kill,
+        3 | 4 => Fault::PowerOff,
+        5 => Fault::Pause(span(chance)),
+        6 => Fault::Pause(span(chance)),
+        7 => Fault::Deafen(span(chance)),
+        8 => Fault::Cut(if chance.chance(400) { u64::MAX } else { span(chance) }),
+        9 => Fault::Reset,
+        _ => Fault::ArbiterOutage(chance.range(5_000, 300_000)),
+    }
+}
