@@ -328,6 +328,8 @@ fn rule_14_after_an_abort_the_next_commit_covers_both_epochs() {
     pair.pvm(&data(Side::V4, 10, b"one"));
     let epoch = pair.cut();
     pair.pvm(&udp(Side::V4, false, 7, 9000, b"two"));
+    let deferred = Segment::new(Side::V6).seq(900).payload(b"deferred").bytes();
+    pair.pvm(&deferred);
     pair.path
         .abort(pair.now_us, &mut pair.frames, epoch)
         .unwrap();
@@ -335,12 +337,15 @@ fn rule_14_after_an_abort_the_next_commit_covers_both_epochs() {
     assert_eq!(pair.causes, [Cause::Aborted]);
     pair.svm_in(epoch, &data(Side::V4, 10, b"one"));
     pair.svm_in(epoch, &udp(Side::V4, false, 7, 9000, b"two"));
+    pair.svm_in(epoch + 1, &udp(Side::V4, false, 7, 9000, b"two"));
+    pair.svm_in(epoch + 1, &data(Side::V4, 13, b"three"));
     pair.advance(10_000_000);
     assert_eq!(
         (pair.rights().len(), pair.causes.len()),
         (0, 1),
         "held, without deadlines"
     );
+    assert_eq!(pair.path.next_deadline(), None);
     let again = pair.cut();
     assert_eq!(again, epoch + 1);
     pair.pvm(&data(Side::V4, 13, b"three"));

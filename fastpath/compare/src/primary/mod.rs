@@ -473,6 +473,13 @@ impl PrimaryPath {
         Ok(())
     }
 
+    /// Tells whose frames these are before the guest has sent one, and announces it to the
+    /// switches, which may remember it elsewhere.
+    pub fn set_guest_mac(&mut self, mac: [u8; 6]) {
+        self.addresses.set_mac(mac);
+        self.announce();
+    }
+
     /// Announces the guest's addresses (again): [`PrimaryPath::poll_announcement`] gives frames.
     pub fn announce(&mut self) {
         self.next_announcement = Some(0);
