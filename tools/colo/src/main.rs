@@ -1,3 +1,73 @@
 //! The `colo` command.
+//!
+//! Exit codes: 0 the guest powered off or a signal asked for a clean stop; 1 something failed while
+//! running; 2 the configuration or the command line is wrong.
 
-fn main() {}
+mod demo;
+mod replica;
+mod run;
+mod status;
+mod stop;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Exit code for a wrong configuration, as clap uses it for a wrong command line.
+const BAD_CONFIGURATION: u8 = 2;
+
+/// Non-stop service for KVM guests by coarse-grained lock-stepping.
+#[derive(Debug, Parser)]
+#[command(name = "colo", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run one virtual machine, not replicated
+    Run {
+        /// Configuration file
+        config: PathBuf,
+    },
+    /// Run a virtual machine that a secondary can join
+    Primary {
+        /// Configuration file
+        config: PathBuf,
+    },
+    /// Join a running primary, follow it, and go on in its place when it is lost
+    Secondary {
+        /// Configuration file
+        config: PathBuf,
+    },
+    /// Show what a running machine is doing
+    Status {
+        /// Its status socket (host.status in its configuration)
+        socket: PathBuf,
+        /// Print the whole document
+        #[arg(long)]
+        json: bool,
+    },
+    /// Build a pair on this machine, load it, kill its primary, and report
+    Demo(demo::DemoArgs),
+}
+
+fn main() -> ExitCode {
+    log_to_stderr();
+    match Arguments::parse().command {
+        Command::Run { config } => run::run(&config),
+        Command::Primary { config } => replica::run(&config, replica::Part::Primary),
+        Command::Secondary { config } => replica::run(&config, replica::Part::Secondary),
+        Command::Status { socket, json } => status::show(&socket, json),
+        Command::Demo(arguments) => demo::run(&arguments),
+    }
+}
+
+/// `COLO_LOG` chooses what is logged, in the syntax of `RUST_LOG`.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("COLO_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
