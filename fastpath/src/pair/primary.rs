@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::net::Shutdown;
 
+use colo_bpf::Mac;
 use colo_compare::{ANNOUNCEMENT_MAX, Action, Limits, PrimaryPath, PrimaryStats, Token};
 use hdrhistogram::Histogram;
 
@@ -71,8 +72,10 @@ pub struct PrimaryRole {
 
 impl PrimaryRole {
     /// A role without a secondary, in a new VM.
-    pub fn new(config: &PrimaryRoleConfig, post: Post<PairEvent>) -> Self {
-        Self::with_path(PrimaryPath::new(config.limits), config, post)
+    pub fn new(config: &PrimaryRoleConfig, mac: Mac, post: Post<PairEvent>) -> Self {
+        let mut path = PrimaryPath::new(config.limits);
+        path.set_guest_mac(mac);
+        Self::with_path(path, config, post)
     }
 
     /// Goes on with a path that was inherited.

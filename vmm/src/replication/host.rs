@@ -286,7 +286,7 @@ pub fn run_primary(
         }
     };
     let (post, pair_events) = Mailbox::new().map_err(ReplicaError::System)?;
-    let role = PrimaryRole::new(&replica.primary_role(), post);
+    let role = PrimaryRole::new(&replica.primary_role(), replica.mac, post);
     let worker = replica.machine.worker();
     worker.set_role(Box::new(role)).map_err(|_| ReplicaError::WorkerGone)?;
     let geometry = replica.geometry();
