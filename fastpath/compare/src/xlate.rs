@@ -233,6 +233,10 @@ impl ClientTable {
             return true;
         }
         entry.note_closing(tcp);
+        if entry.handshake.is_some() {
+            // Its timestamps cannot be told from the client's space yet: they set no mark there.
+            return false;
+        }
         entry.offsets.outbound(header, tcp);
         let Some((tsval, _)) = tcp.timestamps(header) else {
             return false;
@@ -306,6 +310,44 @@ mod tests {
         assert_eq!(sent(&mut table, 50), Some(100));
         assert_eq!(sent(&mut table, 151), Some(150));
         assert_eq!(sent(&mut table, 120), Some(150));
+    }
+
+    #[test]
+    fn rule_3_a_repeated_syn_before_learning_sets_no_mark_in_the_clients_space() {
+        let mut table = ClientTable::default();
+        let mut syn = Segment::new(Side::V4)
+            .flags(SYN | ACK)
+            .seq(42)
+            .timestamps(900_000, 7)
+            .bytes();
+        let (mut packet, _) = parse(&syn, Direction::FromGuest);
+        let handshake = Handshake {
+            guest_isn: 42,
+            guest_ts: Some(899_000),
+            peer_isn: None,
+        };
+        let entry = Entry {
+            guest_isn: Some(42),
+            handshake: Some(handshake),
+            ..Entry::default()
+        };
+        table.insert(packet.key, entry);
+        table.outbound(0, &mut syn, &mut packet);
+        let mut ack = Segment::new(Side::V4)
+            .to_guest()
+            .ack(1043)
+            .timestamps(7, 500)
+            .bytes();
+        let (back, mut tcp) = parse(&ack, Direction::ToGuest);
+        assert!(table.inbound(0, &back.key, &mut ack, &mut tcp));
+        let mut data = Segment::new(Side::V4)
+            .seq(43)
+            .timestamps(899_400, 7)
+            .bytes();
+        let (mut packet, _) = parse(&data, Direction::FromGuest);
+        table.outbound(0, &mut data, &mut packet);
+        let (_, tcp) = parse(&data, Direction::FromGuest);
+        assert_eq!((tcp.seq, tcp.timestamps(&data)), (1043, Some((900, 7))));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The secondary path alone: order, epochs, retention, limits.
 #![allow(clippy::unwrap_used)] // A failed set-up is a failed test.
 
+use proptest::prelude::*;
+
 use colo_compare::testing::{Segment, Side, VecFrames, udp};
 use colo_compare::wire::tcp::{ACK, RST, SYN};
 use colo_compare::{Cause, Limits, PathError, PrimaryPath, SecondaryAction, SecondaryPath, Token};
@@ -368,4 +370,62 @@ fn a_full_pair_table_holds_input_until_a_checkpoint() {
     follower.commit(2, Vec::new());
     assert_eq!(follower.deliver(), Some(syn(5004)));
     follower.close();
+}
+
+#[test]
+fn what_the_svm_has_acknowledged_is_not_kept_when_it_comes_again() {
+    let mut follower = Follower::new();
+    follower.mirror(2, &request(10, b"abc"));
+    follower.deliver().unwrap();
+    follower.svm(&ack(13));
+    follower.mirror(2, &request(10, b"abc"));
+    assert_eq!(
+        follower.deliver(),
+        Some(request(10, b"abc")),
+        "delivered all the same"
+    );
+    assert_eq!(
+        (follower.path.input_frames(), follower.path.next_deadline()),
+        (0, None)
+    );
+    follower.mirror(2, &request(12, b"cd"));
+    follower.deliver().unwrap();
+    assert_eq!(follower.path.input_frames(), 1);
+    follower.close();
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_taken_without_a_panic(
+        junk in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..90), 1..8),
+        ethertype in prop_oneof![Just(0x0800u16), Just(0x86dd), Just(0x0806), any::<u16>()],
+        protocol in prop_oneof![Just(6u8), Just(17), Just(44), any::<u8>()],
+    ) {
+        let mut follower = Follower::new();
+        for mut bytes in junk {
+            if bytes.len() > 24 {
+                bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
+                let v4 = ethertype == 0x0800;
+                bytes[14] = if v4 { 0x45 } else { 0x60 };
+                bytes[if v4 { 23 } else { 20 }] = protocol;
+                let len = (bytes.len() - if v4 { 14 } else { 54.min(bytes.len()) }) as u16;
+                let at = if v4 { 16 } else { 18 };
+                bytes[at..at + 2].copy_from_slice(&len.to_be_bytes());
+            }
+            follower.mirror(2, &bytes);
+            follower.deliver();
+            follower.svm(&bytes);
+            follower.actions();
+        }
+        let Follower { mut frames, path, .. } = follower;
+        let mut primary = path.take_over(0, &mut frames);
+        while let Some(token) = primary.poll_deliver(0, &mut frames) {
+            primary.handle_delivered(0, &mut frames, token);
+            if primary.next_deadline() != Some(0) {
+                break;
+            }
+        }
+        primary.close(&mut frames);
+        prop_assert_eq!(frames.used(), 0);
+    }
 }

@@ -381,7 +381,8 @@ proptest! {
     fn any_bytes_are_taken_without_a_panic(
         seed in 1u64..,
         junk in proptest::collection::vec(any::<u8>(), 0..120),
-        ethertype in prop_oneof![Just(0x0800u16), Just(0x86dd), Just(0x0806), Just(0x8100), any::<u16>()],
+        ethertype in
+            prop_oneof![Just(0x0800u16), Just(0x86dd), Just(0x0806), Just(0x8100), any::<u16>()],
     ) {
         let mut dice = Dice(seed);
         let mut run = Run::new(side(&mut dice), isn(&mut dice));

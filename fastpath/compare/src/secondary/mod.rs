@@ -217,7 +217,10 @@ impl SecondaryPath {
             self.request(Cause::TableFull);
             return None;
         }
-        let is_kept = tcp.takes_space() && !tcp.has(RST);
+        // What the peer sends again after the SVM's ACK needs no keeping: guests answer it late or
+        // not at all. A SYN may be a new connection's.
+        let is_repeated = !tcp.has(SYN) && self.pairs.is_acknowledged(&packet.key, tcp.end());
+        let is_kept = tcp.takes_space() && !tcp.has(RST) && !is_repeated;
         let copy = if is_kept {
             frames.duplicate(&queued.token)
         } else {
@@ -323,6 +326,9 @@ impl SecondaryPath {
         if new || tcp.has(RST) {
             // What is still kept belongs to a connection that the SVM no longer has.
             self.retain.forget(&key, frames);
+        }
+        if tcp.has(ACK) && !tcp.has(RST) {
+            self.pairs.svm_ack(&key, tcp.ack);
         }
     }
 

@@ -20,6 +20,8 @@ pub(super) struct Pair {
     fresh: bool,
     svm_isn: Option<u32>,
     peer_isn: Option<u32>,
+    /// What the SVM has acknowledged to the peer.
+    svm_ack: Option<u32>,
     /// Highest TSecr from the client, in the PVM's space: what the PVM has sent at least.
     tsecr_high: Option<u32>,
 }
@@ -71,6 +73,19 @@ impl PairTable {
             pair.tsecr_high = Some(seq::max_known(tsecr, pair.tsecr_high));
         }
         learnt.is_some()
+    }
+
+    /// Takes note of the SVM's acknowledgement.
+    pub(super) fn svm_ack(&mut self, key: &FlowKey, ack: u32) {
+        if let Some(pair) = self.pairs.get_mut(key) {
+            pair.svm_ack = Some(seq::max_known(ack, pair.svm_ack));
+        }
+    }
+
+    /// Whether the SVM has acknowledged everything below `end` already.
+    pub(super) fn is_acknowledged(&self, key: &FlowKey, end: u32) -> bool {
+        let ack = self.pairs.get(key).and_then(|pair| pair.svm_ack);
+        ack.is_some_and(|ack| seq::le(end, ack))
     }
 
     /// Takes note of the SVM's SYN or SYN-ACK. True when it begins a new connection.
