@@ -91,7 +91,8 @@ impl Handshake {
         }
         let seq = tcp.ack.wrapping_sub(self.guest_isn.wrapping_add(1));
         let ts = match (tcp.timestamps(header), self.guest_ts) {
-            (Some((_, tsecr)), Some(guest_ts)) => tsecr.wrapping_sub(guest_ts),
+            // The same initial number is the guest's own SYN, perhaps an earlier copy of it.
+            (Some((_, tsecr)), Some(guest_ts)) if seq != 0 => tsecr.wrapping_sub(guest_ts),
             _ => 0,
         };
         Some(Offsets { seq, ts })

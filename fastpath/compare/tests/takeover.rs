@@ -3,6 +3,8 @@
 
 mod rig;
 
+use proptest::prelude::*;
+
 use colo_compare::{Limits, Mode};
 use rig::Rig;
 
@@ -157,14 +159,14 @@ fn rule_5_input_that_only_the_secondary_has_survives() {
     rig.open(43_000);
     rig.open(43_001);
     // The SVM stops (for a checkpoint that never commits): input of both epochs waits.
-    let epoch = rig.begin_checkpoint();
+    let snapshot = rig.begin_checkpoint();
     rig.send(43_000, b"first");
     rig.send(43_001, b"second");
     assert_eq!(
         rig.clients[&43_000].received, b"",
         "nothing of the next epoch leaves (rule 7)"
     );
-    assert_eq!(epoch + 1, rig.primary.epoch());
+    assert_eq!(snapshot.epoch + 1, rig.primary.epoch());
     rig.secondary
         .as_mut()
         .expect("a secondary")
@@ -273,12 +275,12 @@ fn rule_12_pending_output_is_sent_at_the_takeover_unless_reported_released() {
         rig.secondary.as_mut().expect("a secondary").stop();
         rig.send(44_001, b"pending");
         assert_eq!(rig.clients[&44_001].received, b"");
-        let epoch = rig.primary.cut(rig.now_us).expect("none in flight");
+        let snapshot = rig.begin_checkpoint();
         rig.network_up = false;
         if !reported {
             rig.primary.mute();
         }
-        rig.finish_checkpoint(epoch);
+        rig.finish_checkpoint(snapshot);
         let sent = std::mem::take(&mut rig.nic);
         assert_eq!(sent.len(), usize::from(reported));
         rig.kill_primary();
@@ -306,4 +308,82 @@ fn announcements_follow_a_takeover() {
     }
     assert_eq!(count, 5, "RARP, two forms of IPv4, IPv6 twice");
     rig.close();
+}
+
+/// One random life of a pair: traffic, checkpoints, aborts, deaths of either host, lost frames.
+fn live(choices: &[(u8, u16)]) {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    let mut next_port = 50_000;
+    for (choice, n) in choices {
+        let ports = next_port - 50_000;
+        let port = 50_000 + if ports > 0 { n % ports } else { 0 };
+        match choice {
+            0 | 1 => {
+                rig.open(next_port);
+                next_port += 1;
+            }
+            2..=6 if ports > 0 => rig.send(port, &n.to_be_bytes().repeat(1 + usize::from(n % 300))),
+            7 => rig.checkpoint(),
+            8 => {
+                rig.kill_primary();
+                rig.join();
+            }
+            9 => rig.advance(u64::from(*n)),
+            10 => rig.network_up = !rig.network_up,
+            11 => {
+                rig.nic.clear();
+                rig.retransmit_all();
+            }
+            12 if ports > 0 => {
+                let snapshot = rig.begin_checkpoint();
+                rig.send(port, b"in flight");
+                match n % 4 {
+                    0 => rig.abort_checkpoint(snapshot),
+                    1 => rig.finish_checkpoint(snapshot),
+                    2 => {
+                        rig.secondary.as_mut().unwrap().resume_unchanged();
+                        rig.kill_primary();
+                        rig.join();
+                    }
+                    _ => {
+                        rig.kill_secondary();
+                        rig.join();
+                    }
+                }
+            }
+            13 => {
+                rig.kill_primary();
+                rig.open(next_port);
+                next_port += 1;
+                rig.join();
+            }
+            _ => {}
+        }
+        rig.refresh_lease();
+        rig.settle();
+        if !std::mem::take(&mut rig.requests).is_empty() {
+            rig.checkpoint();
+        }
+    }
+    rig.network_up = true;
+    for _ in 0..6 {
+        rig.retransmit_all();
+        rig.advance(1_000_000);
+        if !std::mem::take(&mut rig.requests).is_empty() {
+            rig.checkpoint();
+        }
+    }
+    rig.assert_all_echoed();
+    assert_eq!(rig.primary.held_frames(), 0);
+    rig.close();
+}
+
+proptest! {
+    #[test]
+    fn no_life_of_a_pair_loses_a_byte(
+        choices in proptest::collection::vec((0u8..14, any::<u16>()), 1..60),
+    ) {
+        live(&choices);
+    }
 }

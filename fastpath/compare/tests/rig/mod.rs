@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, VecDeque};
 use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
 use colo_compare::{
-    Action, Direction, Divergence, Frames, Limits, PrimaryPath, SecondaryAction, SecondaryPath,
-    Token, seq, wire,
+    Action, Direction, Divergence, Frames, Limits, Pending, PrimaryPath, SecondaryAction,
+    SecondaryPath, Token, seq, wire,
 };
 
 pub fn side(port: u16) -> Side {
@@ -212,14 +212,17 @@ impl Client {
             .bytes()
     }
 
-    fn send(&mut self, now_us: u64, data: &[u8]) -> Vec<u8> {
+    /// Before the connection is open the data waits for [`Client::retransmit`].
+    fn send(&mut self, now_us: u64, data: &[u8]) -> Option<Vec<u8>> {
         let seq = self.isn.wrapping_add(1 + self.sent.len() as u32);
         self.sent.extend_from_slice(data);
-        self.segment(now_us)
-            .seq(seq)
-            .ack(self.rcv_nxt.unwrap_or(0))
-            .payload(data)
-            .bytes()
+        Some(
+            self.segment(now_us)
+                .seq(seq)
+                .ack(self.rcv_nxt?)
+                .payload(data)
+                .bytes(),
+        )
     }
 
     /// What is not acknowledged, again.
@@ -280,12 +283,10 @@ impl Client {
             "acknowledged what was never sent"
         );
         self.snd_una = seq::max(self.snd_una, tcp.ack);
-        assert!(
-            seq::le(tcp.payload_seq(), rcv_nxt),
-            "port {}: a hole before {}, expected {rcv_nxt}",
-            self.port,
-            tcp.seq
-        );
+        if seq::lt(rcv_nxt, tcp.payload_seq()) {
+            // Something before it was lost.
+            return vec![self.ack(now_us)];
+        }
         let known = rcv_nxt.wrapping_sub(tcp.payload_seq()) as usize;
         let data = payload(bytes, &tcp);
         let Some(new) = data.get(known..).filter(|new| !new.is_empty()) else {
@@ -300,6 +301,14 @@ impl Client {
         self.rcv_nxt = Some(tcp.end());
         vec![self.ack(now_us)]
     }
+}
+
+/// A checkpoint on its way.
+pub struct Snapshot {
+    pub epoch: u64,
+    guest: Guest,
+    record: Vec<u8>,
+    pending: Vec<Vec<u8>>,
 }
 
 /// The whole.
@@ -346,8 +355,9 @@ impl Rig {
 
     pub fn send(&mut self, port: u16, data: &[u8]) {
         let client = self.clients.get_mut(&port).expect("opened");
-        let segment = client.send(self.now_us, data);
-        self.send_to_primary(&segment);
+        if let Some(segment) = client.send(self.now_us, data) {
+            self.send_to_primary(&segment);
+        }
         self.settle();
     }
 
@@ -510,35 +520,49 @@ impl Rig {
         self.secondary = Some(SecondaryPath::new(self.limits));
         let epoch = self.primary.pair(self.now_us).expect("alone before");
         self.refresh_lease();
-        self.finish_checkpoint(epoch);
+        let snapshot = self.capture(epoch);
+        self.finish_checkpoint(snapshot);
     }
 
     pub fn checkpoint(&mut self) {
-        let epoch = self.begin_checkpoint();
-        self.finish_checkpoint(epoch);
+        let snapshot = self.begin_checkpoint();
+        self.finish_checkpoint(snapshot);
     }
 
-    pub fn begin_checkpoint(&mut self) -> u64 {
+    pub fn begin_checkpoint(&mut self) -> Snapshot {
         self.secondary.as_mut().expect("a secondary").stop();
-        self.primary.cut(self.now_us).expect("none in flight")
+        let epoch = self.primary.cut(self.now_us).expect("none in flight");
+        self.capture(epoch)
     }
 
-    /// Copies the state as of now, so nothing may have happened since the cut; commits.
-    pub fn finish_checkpoint(&mut self, epoch: u64) {
+    /// What travels. The SVM's later sequence numbers will be its own.
+    pub fn capture(&mut self, epoch: u64) -> Snapshot {
         let mut record = Vec::new();
         self.primary.export_client_xlate(&mut record);
-        let copies: Vec<_> = self
-            .primary
-            .pending()
-            .map(|p| self.frames.bytes(p.token).to_vec())
-            .collect();
-        let pending = copies
+        let copy = |p: Pending<'_>| self.frames.bytes(p.token).to_vec();
+        let pending = self.primary.pending().map(copy).collect();
+        let mut guest = self.pvm.clone();
+        guest.next_isn = guest.next_isn.wrapping_mul(31).wrapping_add(0x7fff_fff1);
+        Snapshot {
+            epoch,
+            guest,
+            record,
+            pending,
+        }
+    }
+
+    pub fn finish_checkpoint(&mut self, snapshot: Snapshot) {
+        let Snapshot {
+            epoch,
+            guest,
+            record,
+            pending,
+        } = snapshot;
+        let pending = pending
             .iter()
             .map(|b| self.frames.insert(b).expect("a slot"))
             .collect();
-        let mut svm = self.pvm.clone();
-        svm.next_isn = svm.next_isn.wrapping_mul(31).wrapping_add(0x7fff_fff1);
-        self.svm = Some(svm);
+        self.svm = Some(guest);
         let secondary = self.secondary.as_mut().expect("a secondary");
         secondary.check_record(&record).expect("a good record");
         secondary
@@ -547,6 +571,28 @@ impl Rig {
         self.primary
             .commit(self.now_us, &mut self.frames, epoch)
             .expect("in flight");
+        self.settle();
+    }
+
+    pub fn abort_checkpoint(&mut self, snapshot: Snapshot) {
+        self.primary
+            .abort(self.now_us, &mut self.frames, snapshot.epoch)
+            .expect("in flight");
+        self.secondary
+            .as_mut()
+            .expect("a secondary")
+            .resume_unchanged();
+        self.settle();
+    }
+
+    /// The secondary host dies; the primary wins the generation.
+    pub fn kill_secondary(&mut self) {
+        self.secondary
+            .take()
+            .expect("a secondary")
+            .close(&mut self.frames);
+        self.svm = None;
+        self.primary.go_alone(self.now_us, &mut self.frames);
         self.settle();
     }
 
