@@ -80,12 +80,11 @@ pub struct Limits {
 impl Limits {
     /// What fits a heap of so many bytes.
     pub const fn for_heap(heap_bytes: usize) -> Self {
-        let transmit_bytes = if heap_bytes >= 100 << 20 {
-            64 * 1024
+        let (receive_bytes, transmit_bytes) = if heap_bytes >= 100 << 20 {
+            (32 * 1024, 64 * 1024)
         } else {
-            32 * 1024
+            (16 * 1024, 32 * 1024)
         };
-        let receive_bytes = 16 * 1024;
         let affordable = heap_bytes / 3 / (receive_bytes + transmit_bytes);
         Self {
             connections: if affordable < 400 { affordable } else { 400 },
