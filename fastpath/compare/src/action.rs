@@ -108,6 +108,12 @@ pub enum PathError {
         /// Its epoch.
         epoch: u64,
     },
+    /// A secondary joins while another one follows.
+    #[error("a secondary follows already, in epoch {epoch}; go alone before another one joins")]
+    AlreadyPaired {
+        /// The epoch that runs.
+        epoch: u64,
+    },
     /// The checkpoint's translation record is not usable.
     #[error(transparent)]
     Record(#[from] crate::RecordError),

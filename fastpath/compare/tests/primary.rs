@@ -902,3 +902,24 @@ fn a_divergence_shows_where_and_what() {
     assert_eq!((flow.guest_port, flow.peer_port), (80, 40_000));
     pair.close();
 }
+
+#[test]
+fn a_new_vm_is_announced_by_its_mac_address_alone() {
+    let mut path = PrimaryPath::new(Limits::default());
+    let mut out = [0; colo_compare::ANNOUNCEMENT_MAX];
+    assert_eq!(path.poll_announcement(0, &mut out), None);
+    path.set_guest_mac([2, 0, 0, 0, 0, 9]);
+    assert_eq!(path.poll_announcement(0, &mut out), Some(60));
+    assert_eq!(
+        out[..14],
+        [255, 255, 255, 255, 255, 255, 2, 0, 0, 0, 0, 9, 0x80, 0x35]
+    );
+    assert_eq!(path.poll_announcement(0, &mut out), None);
+    // In a pair it needs a fresh heartbeat (rule 18).
+    path.pair(0).unwrap();
+    assert_eq!(path.pair(0), Err(PathError::AlreadyPaired { epoch: 2 }));
+    path.announce();
+    assert_eq!(path.poll_announcement(0, &mut out), None);
+    path.set_lease(0, &mut VecFrames::new(0), 5);
+    assert_eq!(path.poll_announcement(5, &mut out), Some(60));
+}

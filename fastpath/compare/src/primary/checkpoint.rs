@@ -187,7 +187,7 @@ impl PrimaryPath {
     /// on, output is held until the commit. Gives the epoch that the checkpoint covers.
     pub fn pair(&mut self, now_us: u64) -> Result<u64, PathError> {
         if self.paired {
-            return Err(PathError::CheckpointInFlight { epoch: self.epoch });
+            return Err(PathError::AlreadyPaired { epoch: self.epoch });
         }
         self.paired = true;
         (self.input_seq, self.input_ack) = (0, 0);

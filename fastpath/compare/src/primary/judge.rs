@@ -282,7 +282,6 @@ impl PrimaryPath {
 
     /// Time has passed: frames that waited too long count as divergences.
     pub fn handle_timeout<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
-        self.client.expire(now_us);
         if !self.time_runs() {
             return;
         }

@@ -218,6 +218,7 @@ impl PrimaryPath {
         if self.client.len() == 0 {
             return token;
         }
+        self.client.expire(now_us);
         let mut packet = self.parse(frames, &token, Direction::ToGuest);
         if let Some(tcp) = packet.tcp.as_mut() {
             let header = frames.header_mut(&token);
