@@ -128,13 +128,24 @@ impl PrimaryRole {
     pub fn cut(&mut self, edge: &mut Edge, first: bool) -> Option<CutState> {
         self.link.as_ref()?;
         let now_us = now_us();
-        let cut = if first { self.path.pair(now_us) } else { self.path.cut(now_us) };
+        let cut = match first {
+            true => self.path.pair_again(now_us, &mut edge.frames),
+            false => self.path.cut(now_us),
+        };
         let epoch = cut.inspect_err(|e| tracing::error!("{e}")).ok()?;
         let frames = &edge.frames;
-        let pending = self.path.pending().map(|p| frames.bytes(p.token).to_vec()).collect();
+        let pending = self
+            .path
+            .pending()
+            .map(|p| frames.bytes(p.token).to_vec())
+            .collect();
         let mut translations = Vec::new();
         self.path.export_client_xlate(&mut translations);
-        Some(CutState { epoch, pending, translations })
+        Some(CutState {
+            epoch,
+            pending,
+            translations,
+        })
     }
 
     /// The checkpoint of `epoch` is committed.
@@ -189,7 +200,10 @@ impl PrimaryRole {
     /// Counters and times.
     pub fn report(&self) -> PrimaryReport {
         let (sent, received) = self.past_link_bytes;
-        let link = self.link.as_ref().map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
+        let link = self
+            .link
+            .as_ref()
+            .map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
         PrimaryReport {
             stats: *self.path.stats(),
             hold_us: self.hold_us.clone(),
@@ -220,7 +234,9 @@ impl PrimaryRole {
             Err(e) => {
                 self.link = Some(link);
                 self.detach();
-                self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+                self.post.send(PairEvent::LinkDown {
+                    reason: e.to_string(),
+                });
                 1
             }
         }
@@ -240,7 +256,8 @@ impl PrimaryRole {
             match msg {
                 PacketMsg::Output { epoch, seq, frame } => {
                     if let Some(token) = edge.frames.from_bytes(frame) {
-                        self.path.handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
+                        self.path
+                            .handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
                     }
                 }
                 PacketMsg::InputAck { up_to } => {
@@ -312,10 +329,18 @@ impl PrimaryRole {
                     self.hold_us.saturating_record(held_us.max(1));
                     self.unsent.push_back(token);
                 }
-                Action::Mirror { epoch, input_seq, token } => {
+                Action::Mirror {
+                    epoch,
+                    input_seq,
+                    token,
+                } => {
                     if let Some(link) = &mut self.link {
                         let frame = edge.frames.bytes(&token);
-                        link.push(&PacketMsg::Input { epoch, seq: input_seq, frame });
+                        link.push(&PacketMsg::Input {
+                            epoch,
+                            seq: input_seq,
+                            frame,
+                        });
                     }
                     edge.release(token);
                 }
@@ -378,7 +403,9 @@ impl PrimaryRole {
         let Some(link) = &mut self.link else { return };
         if let Err(e) = link.flush() {
             self.detach();
-            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+            self.post.send(PairEvent::LinkDown {
+                reason: e.to_string(),
+            });
         }
     }
 }
@@ -402,8 +429,14 @@ impl Role for PrimaryRole {
 
     fn deadline_us(&self) -> Option<u64> {
         // With a secondary, waking in time is itself what proves that this thread has not stood still.
-        let watch = self.link.is_some().then_some(self.stepped_us + self.gap_limit_us / 4);
-        [watch, self.path.next_deadline()].into_iter().flatten().min()
+        let watch = self
+            .link
+            .is_some()
+            .then_some(self.stepped_us + self.gap_limit_us / 4);
+        [watch, self.path.next_deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn wants_nic_frames(&self, edge: &mut Edge) -> bool {

@@ -110,7 +110,11 @@ impl SecondaryRole {
         let path = self.path.as_mut().ok_or("this host has taken over")?;
         let mut tokens = Vec::with_capacity(pending.len());
         for frame in pending {
-            tokens.push(edge.frames.from_bytes(frame).ok_or("no slot for pending output")?);
+            tokens.push(
+                edge.frames
+                    .from_bytes(frame)
+                    .ok_or("no slot for pending output")?,
+            );
         }
         path.commit(now_us(), &mut edge.frames, epoch, tokens, translations)
             .map_err(|e| e.to_string())?;
@@ -192,7 +196,10 @@ impl SecondaryRole {
             n += 1;
             match msg {
                 PacketMsg::Input { epoch, seq, frame } => {
-                    let token = edge.frames.from_bytes(frame).ok_or("frame longer than the MTU")?;
+                    let token = edge
+                        .frames
+                        .from_bytes(frame)
+                        .ok_or("frame longer than the MTU")?;
                     path.handle_mirror(now_us, &mut edge.frames, epoch, seq, token)
                         .map_err(|e| e.to_string())?;
                 }
@@ -257,7 +264,14 @@ impl SecondaryRole {
                 SecondaryAction::SendOutput { epoch, svm_seq } => {
                     if let Some(token) = path.output(svm_seq) {
                         let frame = edge.frames.bytes(token);
-                        push(&mut self.link, &PacketMsg::Output { epoch, seq: svm_seq, frame });
+                        push(
+                            &mut self.link,
+                            &PacketMsg::Output {
+                                epoch,
+                                seq: svm_seq,
+                                frame,
+                            },
+                        );
                     }
                 }
                 SecondaryAction::CaughtUp { epoch } => {
@@ -273,7 +287,9 @@ impl SecondaryRole {
             && let Err(e) = link.flush()
         {
             self.detach();
-            self.post.send(PairEvent::LinkDown { reason: e.to_string() });
+            self.post.send(PairEvent::LinkDown {
+                reason: e.to_string(),
+            });
         }
         n
     }

@@ -196,6 +196,26 @@ impl PrimaryPath {
         self.cut(now_us)
     }
 
+    /// A new secondary joins a host that may not speak alone and has held its output since it lost
+    /// the last one (`alone = "block"`, rule 19). All of it stays held until the commit of this
+    /// capture. Gives the epoch that the checkpoint covers.
+    pub fn pair_again<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+    ) -> Result<u64, PathError> {
+        if let Some(epoch) = self.cut {
+            return Err(PathError::CheckpointInFlight { epoch });
+        }
+        if self.paired {
+            // What the lost secondary sent says nothing about the new one.
+            self.drop_svm_output(frames);
+            self.frozen = true;
+            self.paired = false;
+        }
+        self.pair(now_us)
+    }
+
     /// This host goes on without a secondary, by the arbiter's word: everything leaves, in
     /// production order, and the path is neither paired nor mute any more.
     pub fn go_alone<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
