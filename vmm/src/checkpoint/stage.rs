@@ -271,7 +271,10 @@ impl StageThread {
             self.live = true;
         }
         // The worker looks at the rings even while its role stands still; half-written ones make no sense.
-        machine.worker().restore(None).map_err(|_| StageError::Role)?;
+        machine
+            .worker()
+            .restore(None)
+            .map_err(|_| StageError::Role)?;
         let pages = accepted.pages.numbers.len() as u64;
         write_pages(machine.ram(), &accepted.pages)?;
         machine.restore_vcpus(&accepted.vcpus)?;

@@ -144,16 +144,27 @@ impl Replica {
         status: Option<Arc<StatusSocket>>,
         stop: Arc<StopRequest>,
     ) -> Result<Self, ReplicaError> {
-        let replication = config.replication.clone().ok_or(ReplicaError::NotConfigured)?;
+        let replication = config
+            .replication
+            .clone()
+            .ok_or(ReplicaError::NotConfigured)?;
         let arbiter = FileArbiter::from_spec(&replication.arbiter)?;
         let tap = Tap::open(&config.net.tap, config.net.mtu, filter)?;
         let (machine, events) =
             Machine::create_stopped(config, Box::new(tap), Box::new(Console::default()))?;
         Ok(Self {
             host: replication.link_listen.to_string(),
-            limits: limits(&replication, config.host.frame_slots, config.test.always_equal),
+            limits: limits(
+                &replication,
+                config.host.frame_slots,
+                config.test.always_equal,
+            ),
             mac: config.net.mac,
-            status: Status { socket: status, name: config.vm.name.clone(), started: Instant::now() },
+            status: Status {
+                socket: status,
+                name: config.vm.name.clone(),
+                started: Instant::now(),
+            },
             machine: Arc::new(machine),
             config: config.clone(),
             replication,
@@ -236,7 +247,10 @@ impl Replica {
             ("net.mtu", net.mtu.to_string()),
             ("host.cpuid", cpuid_digest()),
         ];
-        pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        pairs
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
     }
 }
 
@@ -259,11 +273,28 @@ fn limits(replication: &ReplicationConfig, frame_slots: u32, always_equal: bool)
 fn cpuid_digest() -> String {
     let table = kvm_ioctls::Kvm::new()
         .and_then(|kvm| kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES));
-    let Ok(table) = table else { return "unknown".to_owned() };
+    let Ok(table) = table else {
+        return "unknown".to_owned();
+    };
     let mut hash = crc32fast::Hasher::new();
-    for entry in table.as_slice().iter().filter(|e| !matches!(e.function, 0xb | 0x1f)) {
-        let ebx = if entry.function == 1 { entry.ebx & 0x00ff_ffff } else { entry.ebx };
-        for word in [entry.function, entry.index, entry.eax, ebx, entry.ecx, entry.edx] {
+    for entry in table
+        .as_slice()
+        .iter()
+        .filter(|e| !matches!(e.function, 0xb | 0x1f))
+    {
+        let ebx = if entry.function == 1 {
+            entry.ebx & 0x00ff_ffff
+        } else {
+            entry.ebx
+        };
+        for word in [
+            entry.function,
+            entry.index,
+            entry.eax,
+            ebx,
+            entry.ecx,
+            entry.edx,
+        ] {
             hash.update(&word.to_le_bytes());
         }
     }
@@ -281,14 +312,18 @@ pub fn run_primary(
     replica.machine.load(image)?;
     let record = match replica.arbiter.claim(&replica.host)? {
         Ok(record) => record,
-        Err(Record { holder, generation, .. }) => {
+        Err(Record {
+            holder, generation, ..
+        }) => {
             return Err(ReplicaError::Held { holder, generation });
         }
     };
     let (post, pair_events) = Mailbox::new().map_err(ReplicaError::System)?;
     let role = PrimaryRole::new(&replica.primary_role(), replica.mac, post);
     let worker = replica.machine.worker();
-    worker.set_role(Box::new(role)).map_err(|_| ReplicaError::WorkerGone)?;
+    worker
+        .set_role(Box::new(role))
+        .map_err(|_| ReplicaError::WorkerGone)?;
     let geometry = replica.geometry();
     let machine = replica.machine.clone();
     let shell = PrimaryShell::new(replica, geometry, record, 1, 0, pair_events)?;
@@ -302,14 +337,21 @@ pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, Re
     loop {
         let replica = Replica::new(config, Filter::DropAll, status.clone(), stop.clone())?;
         let geometry = replica.geometry();
-        let Some(channels) = join(&replica)? else { return Ok(End::Stopped) };
+        let Some(channels) = join(&replica)? else {
+            return Ok(End::Stopped);
+        };
         match SecondaryShell::new(replica, geometry.clone(), channels)?.run() {
             // The machine holds a part of a state: a new one is needed for the next attempt.
             SecondaryEnd::Ended(Outcome::NotSynced) => {
                 tracing::warn!("the link went before the state was complete; joining again");
             }
             SecondaryEnd::Ended(outcome) => return Ok(end(outcome)),
-            SecondaryEnd::TookOver { record, epoch, pair_events, replica } => {
+            SecondaryEnd::TookOver {
+                record,
+                epoch,
+                pair_events,
+                replica,
+            } => {
                 let shell = PrimaryShell::new(*replica, geometry, record, epoch, 1, pair_events)?;
                 return Ok(end(shell.run()));
             }
@@ -371,7 +413,10 @@ fn end(outcome: Outcome) -> End {
 
 /// Seconds since 1970.
 pub(super) fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO)
+        .as_secs()
 }
 
 /// The guest's console goes to the log, line by line.

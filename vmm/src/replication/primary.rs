@@ -18,10 +18,10 @@ use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{PairEvent, PrimaryRole};
 
 use super::control_link::ControlLink;
+use super::host::{Replica, ReplicaError, unix_seconds};
 use super::link::{Channels, Listener};
 use super::report::{CheckpointTimes, PairStatus, Standing};
 use super::wait::Waiter;
-use super::host::{Replica, ReplicaError, unix_seconds};
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
 use crate::machine::Machine;
 use crate::testpoint::{Point, reached};

@@ -141,8 +141,15 @@ pub struct PairStatus {
 impl PairStatus {
     /// Of a secondary that has not reached its primary yet.
     pub fn joining() -> Self {
-        let standing = Standing { role: "secondary", state: "joining", ..Standing::default() };
-        Self { standing, ..Self::default() }
+        let standing = Standing {
+            role: "secondary",
+            state: "joining",
+            ..Standing::default()
+        };
+        Self {
+            standing,
+            ..Self::default()
+        }
     }
 
     /// Of a primary.

@@ -16,10 +16,10 @@ use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{PairEvent, PrimaryRole, SecondaryRole, SecondaryRoleConfig};
 
 use super::control_link::ControlLink;
+use super::host::{Replica, ReplicaError};
 use super::link::Channels;
 use super::report::{PairStatus, Standing};
 use super::wait::Waiter;
-use super::host::{Replica, ReplicaError};
 use crate::checkpoint::pages::PageBitmap;
 use crate::checkpoint::stage::{StageCommand, StageEvent, StageThread};
 
