@@ -1,5 +1,7 @@
 //! Every program, judged by the kernel: frames go through a filtered datagram socket pair.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 

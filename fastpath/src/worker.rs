@@ -164,6 +164,7 @@ impl Worker {
         let mut timeout_us = None;
         if !self.quiesced {
             if self.edge.port.sleep_mode(self.role.wants_guest_frames()) {
+                self.edge.port.poll_mode();
                 return;
             }
             let wants_frames = self.role.wants_nic_frames(&mut self.edge);
@@ -175,8 +176,11 @@ impl Worker {
         self.stats.sleeps.add(1);
         wait(&mut self.fds, timeout_us);
         let _ = self.inbox.wake.read();
-        self.edge.port.drain_kicks();
-        self.edge.port.poll_mode();
+        if !self.quiesced {
+            // Quiesced, guest memory stands still; the first step after it looks at everything.
+            self.edge.port.drain_kicks();
+            self.edge.port.poll_mode();
+        }
         self.idle
             .slept(crate::clock::now_us().saturating_sub(now_us));
     }

@@ -8,11 +8,8 @@ use super::*;
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     std::thread::spawn(move || {
         // SAFETY: unshare changes only the calling thread, which nothing else shares.
-        assert_eq!(
-            unsafe { libc::unshare(libc::CLONE_NEWNET) },
-            0,
-            "needs root"
-        );
+        let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(unshared, 0, "needs root");
         test();
     })
     .join()
@@ -39,11 +36,8 @@ fn receive_to(tap: &mut Tap, destination: [u8; 6]) -> Vec<u8> {
             revents: 0,
         };
         // SAFETY: one pollfd on this stack.
-        assert_eq!(
-            unsafe { libc::poll(&raw mut poll, 1, 10_000) },
-            1,
-            "no frame came"
-        );
+        let ready = unsafe { libc::poll(&raw mut poll, 1, 10_000) };
+        assert_eq!(ready, 1, "no frame came");
         if let Some(n) = tap.receive(&mut buf).unwrap()
             && buf[..6] == destination
         {

@@ -11,7 +11,7 @@ pub enum MemoryError {
     #[error("guest RAM of {0} bytes is not a whole number of 4 KiB pages")]
     BadSize(u64),
     /// The memory file could not be made.
-    #[error("no memory file of {bytes} bytes for guest RAM: {source}; lower vm.ram_mib")]
+    #[error("vm.ram_mib = {}: no memory file for guest RAM: {source}; lower it", bytes >> 20)]
     File {
         /// Size that was asked for.
         bytes: u64,
@@ -19,7 +19,7 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The memory file could not be mapped.
-    #[error("{bytes} bytes of guest RAM cannot be mapped: {reason}; lower vm.ram_mib")]
+    #[error("vm.ram_mib = {}: guest RAM cannot be mapped: {reason}; lower it", bytes >> 20)]
     Map {
         /// Size that was asked for.
         bytes: u64,

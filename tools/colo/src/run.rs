@@ -46,7 +46,9 @@ impl RunError {
             Self::Config(_) | Self::NoSuchImage(_) | Self::Tap(TapError::BadName(_)) => {
                 ExitCode::from(BAD_CONFIGURATION)
             }
-            Self::Machine(MachineError::Boot(e)) if image(e) => ExitCode::from(BAD_CONFIGURATION),
+            Self::Machine(MachineError::Boot { source, .. }) if image(source) => {
+                ExitCode::from(BAD_CONFIGURATION)
+            }
             Self::Replica(ReplicaError::NotConfigured) => ExitCode::from(BAD_CONFIGURATION),
             _ => ExitCode::FAILURE,
         }

@@ -44,20 +44,16 @@ const MEMORY_RESERVED: u32 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// Not an ELF file, or a broken one.
-    #[error("vm.kernel: not an ELF file: {0}")]
+    #[error("not an ELF file: {0}")]
     NotElf(#[from] elf::ParseError),
     /// ELF, but not for this machine.
-    #[error(
-        "vm.kernel: needs a static 64-bit x86 executable (ET_EXEC, no interpreter), this is {0}"
-    )]
+    #[error("needs a static 64-bit x86 executable (ET_EXEC, no interpreter), this is {0}")]
     WrongKind(&'static str),
     /// No loadable bytes.
-    #[error("vm.kernel: has no loadable segment")]
+    #[error("has no loadable segment")]
     Empty,
     /// A segment is where it must not be.
-    #[error(
-        "vm.kernel: segment {start:#x}+{bytes:#x} must lie in {low:#x}..{high:#x}; raise vm.ram_mib?"
-    )]
+    #[error("segment {start:#x}+{bytes:#x} must lie in {low:#x}..{high:#x}; raise vm.ram_mib?")]
     OutsideRam {
         /// Guest physical address.
         start: u64,
@@ -69,13 +65,13 @@ pub enum BootError {
         high: u64,
     },
     /// The entry point is not in a segment.
-    #[error("vm.kernel: entry point {0:#x} is outside its segments")]
+    #[error("entry point {0:#x} is outside its segments")]
     Entry(u64),
     /// The command line does not fit.
-    #[error("vm.cmdline: {0} bytes with what the VMM adds; at most {COMMAND_LINE_MAX}")]
+    #[error("the command line (vm.cmdline) is too long: {0} bytes, at most {COMMAND_LINE_MAX}")]
     CommandLine(usize),
     /// RAM too small for the VMM's part.
-    #[error("vm.ram_mib: a guest needs at least 4 MiB")]
+    #[error("needs at least 4 MiB (vm.ram_mib)")]
     RamTooSmall,
     /// Guest memory refused.
     #[error(transparent)]

@@ -53,8 +53,13 @@ pub enum MachineError {
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
     /// The image.
-    #[error(transparent)]
-    Boot(#[from] BootError),
+    #[error("vm.kernel = {kernel}: {source}")]
+    Boot {
+        /// Which.
+        kernel: String,
+        /// What is wrong with it.
+        source: BootError,
+    },
     /// A record.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -121,6 +126,7 @@ pub struct Machine {
     vcpus: Vec<VcpuHandle>,
     worker: WorkerHandle,
     net: Arc<Mutex<VirtioMmio>>,
+    kernel: String,
     cmdline: String,
     vm: Vm,
 }
@@ -164,12 +170,13 @@ impl Machine {
         let vcpus = (0..config.vm.vcpus)
             .map(|index| spawn_vcpu(&vm, index, &platform, &sender, &wake))
             .collect::<Result<_, _>>()?;
-        let cmdline = config.vm.cmdline.clone();
+        let (kernel, cmdline) = (config.vm.kernel.clone(), config.vm.cmdline.clone());
         Ok((
             Self {
                 vcpus,
                 worker,
                 net,
+                kernel,
                 cmdline,
                 vm,
             },
@@ -182,7 +189,12 @@ impl Machine {
         let clock = self.vcpus[0].execute(|fd, _| clock_arguments(fd))??;
         let devices = format!("virtio_mmio.device=512@{MMIO_BASE:#x}:{FIRST_LINE}");
         let cmdline = format!("{devices} {clock} {}", self.cmdline);
-        let entry = boot::load(self.ram(), image, cmdline.trim_end())?;
+        let entry = boot::load(self.ram(), image, cmdline.trim_end()).map_err(|source| {
+            MachineError::Boot {
+                kernel: self.kernel.clone(),
+                source,
+            }
+        })?;
         self.vcpus[0].execute(move |fd, _| boot::enter_user_mode(fd, entry))??;
         Ok(())
     }

@@ -1,1 +1,227 @@
+//! The network device as its driver sees it: registers, queues in RAM, a wire.
 
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::time::Duration;
+
+use colo_fastpath::nic::SocketNic;
+use colo_fastpath::ring::driver_mock::DriverMock;
+use colo_fastpath::ring::{Call, GuestRam, Pages, QueueState, Segment};
+use colo_fastpath::worker::{PollMode, PortWiring, WorkerConfig, WorkerHandle, spawn};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::*;
+use crate::devices::virtio_mmio::{DeviceState, VirtioMmio};
+
+const BUFFER: u64 = 0x40000;
+
+struct Bench {
+    ram: Arc<GuestRam>,
+    device: VirtioMmio,
+    line: EventFd,
+    wire: UnixDatagram,
+    worker: WorkerHandle,
+    guest_rx: DriverMock,
+    guest_tx: DriverMock,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.worker.stop();
+    }
+}
+
+fn bench() -> Bench {
+    let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
+    let line = EventFd::new(EFD_NONBLOCK).unwrap();
+    let call = Arc::new(Call::new(line.try_clone().unwrap()));
+    let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+    let (nic, wire) = SocketNic::pair(1500).unwrap();
+    wire.set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let wiring = PortWiring {
+        ram: ram.clone(),
+        call: call.clone(),
+        kick: kick.try_clone().unwrap(),
+    };
+    let config = WorkerConfig {
+        name: "net".into(),
+        poll: PollMode::Interrupt,
+        cpu: None,
+        frame_slots: 64,
+    };
+    let worker = spawn(config, Box::new(nic), wiring).unwrap();
+    let net = Net::new([2, 0, 0, 0, 0, 1], 1500, worker.clone());
+    let device = VirtioMmio::new(Box::new(net), call, kick);
+    let guest_rx = DriverMock::new(ram.clone(), 0x10000, 64, true);
+    let guest_tx = DriverMock::new(ram.clone(), 0x20000, 64, true);
+    Bench {
+        ram,
+        device,
+        line,
+        wire,
+        worker,
+        guest_rx,
+        guest_tx,
+    }
+}
+
+impl Bench {
+    fn write(&mut self, offset: u64, value: u32) {
+        self.device.write(offset, &value.to_le_bytes());
+    }
+
+    fn status(&self) -> u32 {
+        let mut data = [0; 4];
+        self.device.read(0x70, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn start(&mut self) {
+        self.ram.write(0x10000, &[0; 0x20000]).unwrap();
+        self.guest_rx = DriverMock::new(self.ram.clone(), 0x10000, 64, true);
+        self.guest_tx = DriverMock::new(self.ram.clone(), 0x20000, 64, true);
+        self.write(0x70, 3);
+        for (select, bits) in [(1, 1), (0, 1 << 29 | 1 << 28 | 1 << 5)] {
+            self.write(0x24, select);
+            self.write(0x20, bits);
+        }
+        self.write(0x70, 11);
+        let queues = [self.guest_rx.queue_state(), self.guest_tx.queue_state()];
+        for (number, queue) in queues.into_iter().enumerate() {
+            self.set_up(number as u32, queue);
+        }
+        self.write(0x70, 15);
+        assert_eq!(self.status(), 15);
+    }
+
+    fn set_up(&mut self, number: u32, queue: QueueState) {
+        self.write(0x30, number);
+        self.write(0x38, queue.size.into());
+        for (low, gpa) in [
+            (0x80, queue.descriptors),
+            (0x90, queue.avail),
+            (0xa0, queue.used),
+        ] {
+            self.write(low, gpa as u32);
+            self.write(low + 4, 0);
+        }
+        self.write(0x44, 1);
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        self.ram.write(BUFFER, &[0; 12]).unwrap();
+        self.ram.write(BUFFER + 12, frame).unwrap();
+        let buffer = Segment {
+            gpa: BUFFER,
+            len: 12 + frame.len() as u32,
+        };
+        self.guest_tx.offer(&[buffer], &[]).unwrap().unwrap();
+        self.write(0x50, 1);
+    }
+}
+
+#[test]
+fn the_configuration_has_address_link_and_mtu() {
+    let bench = bench();
+    let mut config = [0; 12];
+    bench.device.read(0x100, &mut config);
+    assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0xdc, 5]);
+}
+
+#[test]
+fn a_driver_sends_and_receives() {
+    let mut bench = bench();
+    bench.start();
+    bench.send(&[7; 60]);
+    let mut frame = [0; 2048];
+    assert_eq!(bench.wire.recv(&mut frame).unwrap(), 60);
+
+    bench.guest_rx.set_used_event(0).unwrap();
+    bench
+        .guest_rx
+        .offer(
+            &[],
+            &[Segment {
+                gpa: BUFFER,
+                len: 2000,
+            }],
+        )
+        .unwrap();
+    bench.write(0x50, 0);
+    bench.wire.send(&[9; 80]).unwrap();
+    while bench.line.read().is_err() {
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.guest_rx.take_used().unwrap().unwrap().written, 92);
+}
+
+#[test]
+fn a_hostile_ring_costs_a_reset_and_nothing_else() {
+    let mut bench = bench();
+    for round in 0..5 {
+        bench.start();
+        match round {
+            0 => bench.guest_tx.set_avail_idx(5000).unwrap(),
+            1 => bench.guest_rx.set_avail_idx(300).unwrap(),
+            2 => bench.guest_tx.offer_head(99).unwrap(),
+            3 => {
+                let outside = Segment {
+                    gpa: 1 << 40,
+                    len: 60,
+                };
+                bench.guest_tx.offer(&[outside], &[]).unwrap();
+            }
+            _ => {
+                let buffer = Segment {
+                    gpa: BUFFER,
+                    len: 60,
+                };
+                bench.guest_tx.write_descriptor(3, buffer, 1, 3).unwrap();
+                bench.guest_tx.offer_head(3).unwrap();
+            }
+        }
+        bench.write(0x50, 1);
+        while bench.worker.stats().ring_errors != round + 1 {
+            std::thread::yield_now();
+        }
+        while bench.status() != 15 | 64 {
+            std::thread::yield_now();
+        }
+        bench.write(0x70, 0);
+        assert_eq!(bench.status(), 0);
+    }
+    bench.start();
+    bench.send(&[1; 60]);
+    assert_eq!(bench.wire.recv(&mut [0; 2048]).unwrap(), 60);
+}
+
+#[test]
+fn a_broken_device_is_still_broken_elsewhere() {
+    let mut first = bench();
+    first.start();
+    first.guest_tx.set_avail_idx(5000).unwrap();
+    first.write(0x50, 1);
+    while first.status() != 15 | 64 {
+        std::thread::yield_now();
+    }
+    let queues = first.worker.quiesce().unwrap();
+    assert!(queues.is_none());
+    let record = first.device.save(None).to_bytes();
+    let mut second = bench();
+    second
+        .device
+        .restore(&DeviceState::from_bytes(&record).unwrap())
+        .unwrap();
+    assert_eq!(second.status(), 15 | 64);
+    assert!(
+        !second
+            .worker
+            .execute(|edge, _| edge.guest_is_active())
+            .unwrap()
+    );
+    second.write(0x70, 0);
+    second.start();
+    second.send(&[1; 60]);
+    assert_eq!(second.wire.recv(&mut [0; 2048]).unwrap(), 60);
+}
