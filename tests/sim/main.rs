@@ -70,3 +70,59 @@ fn every_seed_keeps_every_promise() {
         panic!("{} seeds failed: {failed:?}\n{}", failed.len(), report(seed, Mutation::None));
     }
 }
+
+/// The checker must notice the mistake within so many seeds.
+const CANARY_SEEDS: u64 = 400;
+
+fn caught(mutation: Mutation, checker: &str) {
+    let mut others = Vec::new();
+    for seed in 0..CANARY_SEEDS {
+        let violations = run(seed, mutation, false).violations;
+        if violations.iter().any(|v| v.starts_with(checker)) {
+            println!("{mutation:?}: seed {seed}: {}", violations[0]);
+            return;
+        }
+        others.extend(violations);
+    }
+    panic!("{mutation:?} passes as correct in {CANARY_SEEDS} seeds; others: {others:?}");
+}
+
+#[test]
+fn canary_everything_counts_as_equal() {
+    caught(Mutation::AlwaysEqual, "output commit");
+}
+
+#[test]
+fn canary_input_counts_as_kept_before_it_is() {
+    caught(Mutation::AckUnkept, "");
+}
+
+#[test]
+fn canary_a_takeover_without_the_arbiter() {
+    caught(Mutation::TakeOverUnasked, "one voice");
+}
+
+#[test]
+fn canary_going_alone_without_the_arbiter() {
+    caught(Mutation::GoAloneUnasked, "one voice");
+}
+
+#[test]
+fn canary_a_gap_of_the_clock_goes_unnoticed() {
+    caught(Mutation::IgnoreClockGap, "one voice");
+}
+
+#[test]
+fn canary_half_a_checkpoint_is_applied() {
+    caught(Mutation::ApplyHalf, "all or nothing");
+}
+
+#[test]
+fn canary_more_is_held_than_allowed() {
+    caught(Mutation::IgnoreRoom, "bounded");
+}
+
+#[test]
+fn canary_commits_release_nothing() {
+    caught(Mutation::NeverCommit, "liveness");
+}

@@ -142,7 +142,7 @@ pub struct Plan {
 impl Plan {
     /// The plan of a seed.
     pub fn draw(chance: &mut Prng, mutation: Mutation) -> Self {
-        let calm_us = 1_500_000;
+        let calm_us = 2_000_000;
         let timing = timing(chance);
         let strikes = strikes(chance, &timing, calm_us);
         let mut limits = limits(chance);
@@ -167,7 +167,7 @@ impl Plan {
                 delay_us: std::array::from_fn(|_| chance.range(10, 300)),
                 jitter_us: std::array::from_fn(|_| chance.below(400)),
             },
-            clients: (0..chance.range(1, 4)).map(|_| client(chance, divergent)).collect(),
+            clients: (0..chance.range(1, 6)).map(|_| client(chance, divergent)).collect(),
             datagram_clients: chance.below(3),
             datagrams: chance.range(5, 40),
             divergent,
@@ -213,17 +213,17 @@ fn limits(chance: &mut Prng) -> Limits {
 
 fn client(chance: &mut Prng, divergent: u64) -> ClientPlan {
     ClientPlan {
-        connections: chance.range(1, 4),
-        requests: chance.range(3, 25),
+        connections: chance.range(1, 6),
+        requests: chance.range(3, 40),
         depth: chance.range(1, 4) as usize,
-        think_us: chance.range(1_000, 60_000),
+        think_us: [3_000, 20_000, 60_000, 150_000][chance.below(4) as usize],
         divergent,
-        largest: [40, 1_000, 6_000][chance.below(3) as usize],
+        largest: [40, 1_500, 12_000][chance.below(3) as usize],
     }
 }
 
 fn strikes(chance: &mut Prng, timing: &Timing, calm_us: u64) -> Vec<Strike> {
-    let count = [0, 1, 1, 1, 2, 2, 3][chance.below(7) as usize];
+    let count = [0, 1, 1, 2, 2, 3, 4, 6][chance.below(8) as usize];
     let mut strikes = Vec::new();
     for _ in 0..count {
         let fault = fault(chance, timing);
@@ -241,6 +241,10 @@ fn strikes(chance: &mut Prng, timing: &Timing, calm_us: u64) -> Vec<Strike> {
             Strike { when: When::At(at), target, fault }
         };
         strikes.push(strike);
+    }
+    if chance.chance(30) {
+        let when = When::At(chance.range(calm_us / 2, calm_us));
+        strikes.push(Strike { when, target: Target::Primary, fault: Fault::ShutDown });
     }
     strikes
 }

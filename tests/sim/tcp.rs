@@ -259,7 +259,10 @@ impl End {
             && let Some(sent) = self.ts_sent
             && !le(tsecr, sent.wrapping_add(TS_LAG))
         {
-            self.complaint = Some(format!("TSecr {tsecr:#x} was never sent, {sent:#x} was"));
+            self.complaint = Some(format!(
+                "port {}: TSecr {tsecr:#x} was never sent, {sent:#x} was",
+                self.peer_port
+            ));
         }
         if ahead > 0 {
             if self.state == State::SynReceived {
@@ -280,7 +283,7 @@ impl End {
             let from_una = |n: u32| n.wrapping_sub(self.seq(self.una)) as i32;
             // An SVM may lag: the client answers what the PVM sent.
             let limit = (self.max - self.una) as i32 + 4 * FLIGHT as i32;
-            let known = -(4 * FLIGHT as i32)..=limit;
+            let known = -(self.una as i32)..=limit;
             if !known.contains(&from_una(left)) || from_una(right) > limit {
                 self.complaint = Some(format!("SACK {left:#x}..{right:#x} of what was never sent"));
             }

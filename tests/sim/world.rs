@@ -22,7 +22,7 @@ const LIVENESS_US: u64 = 30_000_000;
 /// More events than any healthy run has.
 const MOST_EVENTS: u64 = 300_000;
 /// Trace lines kept.
-const TRACE_LINES: usize = 400;
+const TRACE_LINES: usize = 2_000;
 pub const NAMES: [&str; 2] = ["a", "b"];
 
 /// What happens at a host.
@@ -226,6 +226,10 @@ impl World {
     }
 
     fn is_done(&self) -> bool {
+        let is_off = self.record.standing == Standing::Off;
+        if is_off && self.hosts.iter().all(|h| h.process.is_none()) {
+            return true;
+        }
         self.tcp.iter().all(|c| c.finished) && self.datagrams.iter().all(DatagramClient::finished)
     }
 
@@ -393,6 +397,7 @@ impl World {
     }
 
     fn to_guest(&mut self, frame: Vec<u8>) {
+        self.trace(|| format!("in {}", show(&frame)));
         let ports = match self.guest_port {
             Some(host) => host..=host,
             None => 0..=1,
@@ -650,6 +655,8 @@ impl World {
                 self.hosts[host].may_start_us = self.now + 300_000;
                 if let Some(link) = p.link.take() {
                     self.links[link].open[host] = (false, false);
+                    // What was still in its buffers is lost, or not.
+                    self.links[link].cut[1 - host] |= self.chance.chance(500);
                 }
             }
             Fault::Pause(us) => {
@@ -692,5 +699,8 @@ pub fn show(frame: &[u8]) -> String {
     let tcp = packet.tcp.map(|t| {
         format!(" seq {:x} ack {:x} flags {:02x} len {}", t.seq, t.ack, t.flags, t.payload_len)
     });
-    format!("{direction:?} {}{}", packet.key, tcp.unwrap_or_default())
+    let ts = packet.tcp.and_then(|t| t.timestamps(frame));
+    let ts = ts.map(|(val, ecr)| format!(" ts {val:x} {ecr:x}"));
+    let ends = format!("{direction:?} {:?} {}:{}", packet.key.protocol, packet.key.peer, packet.key.peer_port);
+    format!("{ends}{}{}", tcp.unwrap_or_default(), ts.unwrap_or_default())
 }
