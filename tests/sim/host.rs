@@ -28,6 +28,8 @@ const NIC_RING: usize = 256;
 /// What one thread of a process tells another.
 #[derive(Debug)]
 pub enum Command {
+    /// The worker gets the packet channel.
+    Attach(usize),
     Capture { epoch: u64, first: bool },
     /// The pause of a capture is over.
     Captured { epoch: u64, image: Rc<Image> },
@@ -43,6 +45,10 @@ pub enum Command {
 pub struct PrimarySide {
     pub core: Primary,
     pub path: PrimaryPath,
+    /// The worker's end of the packet channel.
+    packets: Option<usize>,
+    /// The secondary behind it has been given a first cut: input from there on is its.
+    mirrors: bool,
     sending: Option<(Rc<Image>, u64, u64)>,
     nic: VecDeque<Vec<u8>>,
     /// Clock gaps noticed, and those that the core was told of.
@@ -139,7 +145,8 @@ impl Process {
 
     pub fn wants_secondary(&self) -> bool {
         self.link.is_none()
-            && matches!(&self.role, Role::Primary(side) if side.core.state() == PrimaryState::Alone)
+            && matches!(&self.role, Role::Primary(side)
+                if matches!(side.core.state(), PrimaryState::Alone | PrimaryState::Blocked))
     }
 
     /// For reports.
@@ -174,8 +181,10 @@ impl PrimarySide {
     fn new(plan: &Plan, host: usize, path: PrimaryPath, record: Record) -> Self {
         let (name, epoch) = (NAMES[host].into(), path.epoch());
         Self {
-            core: Primary::new(name, plan.timing, false, Vec::new(), record, epoch),
+            core: Primary::new(name, plan.timing, plan.block_alone, Vec::new(), record, epoch),
             path,
+            packets: None,
+            mirrors: false,
             sending: None,
             nic: VecDeque::new(),
             gaps: 0,
@@ -317,6 +326,12 @@ impl Shell<'_> {
                 Role::Primary(_) => self.to_primary_core(PrimaryEvent::Arbiter(reply)),
                 _ => self.to_secondary_core(SecondaryEvent::Arbiter(reply)),
             },
+            Command::Attach(link) => {
+                let up = self.p.link == Some(link);
+                if let Some(side) = self.primary() {
+                    (side.packets, side.mirrors) = (up.then_some(link), false);
+                }
+            }
             Command::Capture { epoch, first } => self.capture(epoch, first),
             Command::Captured { epoch, image } => self.captured(epoch, image),
             Command::Apply { epoch } => self.apply(epoch),
@@ -359,7 +374,8 @@ impl Shell<'_> {
     // ---- checkpoints, primary ----
 
     fn capture(&mut self, epoch: u64, first: bool) {
-        let refused = self.p.link.is_none() || self.failure(self.world.plan.capture_failures);
+        let attached = self.primary().is_some_and(|side| side.packets.is_some());
+        let refused = !attached || self.failure(self.world.plan.capture_failures);
         if refused {
             let reason = "capture failed".into();
             self.tell_primary_core(PrimaryEvent::CheckpointFailed { epoch, reason });
@@ -370,11 +386,15 @@ impl Shell<'_> {
         let now = self.local_us();
         let p = &mut *self.p;
         let (Role::Primary(side), Some(guest)) = (&mut p.role, &p.guest) else { return };
-        let cut = if first { side.path.pair(now) } else { side.path.cut(now) };
+        let cut = match first {
+            true => side.path.pair_again(now, &mut p.frames),
+            false => side.path.cut(now),
+        };
         if cut != Ok(epoch) {
             let text = format!("the core cuts epoch {epoch}, the path says {cut:?}");
             return self.fail("protocol", text);
         }
+        side.mirrors = true;
         let mut record = Vec::new();
         side.path.export_client_xlate(&mut record);
         let pending = side.path.pending().map(|f| p.frames.bytes(f.token).to_vec()).collect();
@@ -652,13 +672,23 @@ impl Shell<'_> {
     fn close_link(&mut self) {
         let Some(link) = self.p.link.take() else { return };
         self.trace(|| "closes the link".into());
-        let is_primary = matches!(self.p.role, Role::Primary(_));
+        let is_primary = match &mut self.p.role {
+            Role::Primary(side) => {
+                (side.packets, side.mirrors) = (None, false);
+                true
+            }
+            _ => false,
+        };
         // The secondary reads what is in the packet channel until it takes over.
         self.world.close(link, self.host, is_primary);
     }
 
     fn send(&mut self, channel: Channel, msg: LinkMsg) {
-        if let Some(link) = self.p.link {
+        let link = match &self.p.role {
+            Role::Primary(side) if channel == Channel::Packets => side.packets,
+            _ => self.p.link,
+        };
+        if let Some(link) = link {
             self.world.link_send(link, self.host, channel, msg);
         }
     }
@@ -749,6 +779,9 @@ impl Shell<'_> {
             Action::Send(msg) => self.send_control(&msg),
             Action::Arbiter(cas) => self.ask(cas),
             Action::StartSync => {
+                if let Some(link) = self.p.link {
+                    self.tell_worker(Command::Attach(link), 200);
+                }
                 let at = self.world.now + 500 + self.below(30_000);
                 let event = HostEvent::PrimaryCore(PrimaryEvent::SyncReady);
                 self.world.host_event(at, self.host, self.p.inc, event);
@@ -815,7 +848,10 @@ impl Shell<'_> {
                 }
                 PathAction::Mirror { epoch, input_seq, token } => {
                     let frame = self.p.frames.take(token);
-                    self.send(Channel::Packets, LinkMsg::Input { epoch, seq: input_seq, frame });
+                    if self.primary().is_some_and(|side| side.mirrors) {
+                        let msg = LinkMsg::Input { epoch, seq: input_seq, frame };
+                        self.send(Channel::Packets, msg);
+                    }
                     self.pass("mirrored");
                     if self.mutated(Mutation::AckUnkept) {
                         let now = self.local_us();

@@ -57,6 +57,11 @@ fn every_seed_keeps_every_promise() {
         total.events += outcome.events;
         total.joins += outcome.joins;
         lost += u64::from(outcome.vm_lost);
+        if let Some(limit) = number("COLO_SIM_SILENCE_MS")
+            && outcome.silence_us > limit * 1000
+        {
+            println!("seed {seed}: silent for {} us", outcome.silence_us);
+        }
         if !outcome.violations.is_empty() {
             println!("seed {seed}: {}", outcome.violations[0]);
             failed.push(seed);

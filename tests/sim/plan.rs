@@ -53,6 +53,8 @@ pub enum Fault {
     Kill,
     /// The host dies: silence.
     PowerOff,
+    /// Nothing leaves it over the link any more, and after so long its host dies.
+    FallSilent(u64),
     /// It stands still for so long.
     Pause(u64),
     /// Nothing arrives at the target over the link for so long (`u64::MAX`: for ever).
@@ -125,6 +127,10 @@ pub struct Plan {
     pub strikes: Vec<Strike>,
     /// Ended hosts come back as secondaries.
     pub respawn: bool,
+    /// The policy `alone = "block"`.
+    pub block_alone: bool,
+    /// Faults that would kill the only copy strike too.
+    pub merciless: bool,
     /// Captures and stages that fail, per mille.
     pub capture_failures: u64,
     pub stage_failures: u64,
@@ -152,6 +158,7 @@ impl Plan {
         }
         let divergent = [0, 100, 300, 600][chance.below(4) as usize];
         let rough = chance.chance(500);
+        let block_alone = chance.chance(150);
         Self {
             mutation,
             limits,
@@ -172,7 +179,9 @@ impl Plan {
             datagrams: chance.range(5, 40),
             divergent,
             strikes,
-            respawn: chance.chance(700),
+            respawn: block_alone || chance.chance(700),
+            block_alone,
+            merciless: chance.chance(100),
             capture_failures: if chance.chance(200) { 150 } else { 0 },
             stage_failures: if chance.chance(200) { 150 } else { 0 },
             lost_answers: if chance.chance(300) { 300 } else { 0 },
@@ -257,8 +266,9 @@ fn fault(chance: &mut Prng, timing: &Timing) -> Fault {
         2 => chance.range(detection, detection * 5),
         _ => 200_000,
     };
-    match chance.below(11) {
+    match chance.below(13) {
         0..=2 => Fault::Kill,
+        11 | 12 => Fault::FallSilent(chance.below(detection)),
         3 | 4 => Fault::PowerOff,
         5 => Fault::Pause(span(chance)),
         6 => Fault::Pause(span(chance)),

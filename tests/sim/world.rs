@@ -49,6 +49,7 @@ enum Event {
     Link { link: usize, to: usize, channel: Channel, msg: LinkMsg },
     Decide { host: usize, inc: u64, cas: Cas, answer: Answer },
     Strike(usize),
+    PowerOff { host: usize, inc: u64 },
     Heal(usize, usize),
     Join,
 }
@@ -112,6 +113,8 @@ pub struct Outcome {
     pub events: u64,
     pub vm_lost: bool,
     pub virtual_us: u64,
+    /// Longest time without an answer while clients waited, after the last fault.
+    pub silence_us: u64,
 }
 
 /// See the module.
@@ -136,6 +139,7 @@ pub struct World {
     guest_port: Option<usize>,
     incarnations: u64,
     passed: Vec<u64>,
+    progress_us: u64,
     verbose: bool,
 }
 
@@ -184,6 +188,7 @@ impl World {
             guest_port: None,
             incarnations: 1,
             passed,
+            progress_us: 0,
             verbose,
             plan,
         };
@@ -210,7 +215,9 @@ impl World {
             }
             self.now = entry.at;
             self.outcome.events += 1;
+            let answers = self.oracle.answers;
             self.happen(entry.event);
+            self.watch_progress(answers);
             if self.outcome.events > MOST_EVENTS {
                 self.fail("liveness", "no rest".into());
             }
@@ -223,6 +230,14 @@ impl World {
             }
         }
         self.finish()
+    }
+
+    fn watch_progress(&mut self, before: u64) {
+        if self.oracle.answers != before || self.now < self.plan.calm_us || self.is_done() {
+            self.progress_us = self.now;
+        }
+        let silence_us = self.now - self.progress_us;
+        self.outcome.silence_us = self.outcome.silence_us.max(silence_us);
     }
 
     fn is_done(&self) -> bool {
@@ -307,6 +322,7 @@ impl World {
             Event::Link { link, to, channel, msg } => self.arrive(link, to, channel, msg),
             Event::Decide { host, inc, cas, answer } => self.decide(host, inc, &cas, answer),
             Event::Strike(n) => self.strike(n),
+            Event::PowerOff { host, inc } => self.power_off(host, inc),
             Event::Heal(link, host) => self.heal(link, host),
             Event::Join => self.join(),
         }
@@ -491,7 +507,7 @@ impl World {
 
     /// A fresh secondary starts beside a primary that has none.
     fn join(&mut self) {
-        if self.plan.respawn && self.now < self.plan.calm_us * 2 {
+        if self.plan.respawn {
             self.later(50_000, Event::Join);
         }
         let waits = |host: &Host| host.process.as_ref().is_some_and(Process::wants_secondary);
@@ -611,6 +627,27 @@ impl World {
         }
     }
 
+    /// Whether the VM survives the loss of this host.
+    fn is_spare(&self, host: usize) -> bool {
+        let other = self.hosts[1 - host].process.as_ref();
+        match self.record.standing {
+            _ if self.record.holder != NAMES[host] => true,
+            Standing::Paired { session } => other.is_some_and(|p| p.inc == session),
+            _ => false,
+        }
+    }
+
+    fn power_off(&mut self, host: usize, inc: u64) {
+        let Some(mut process) = self.hosts[host].process.take() else { return };
+        if process.inc == inc {
+            self.hit(host, &mut process, &Fault::PowerOff);
+        }
+        if process.is_alive() {
+            self.hosts[host].process = Some(process);
+        }
+        self.check_viable();
+    }
+
     fn strike(&mut self, n: usize) {
         let strike = self.plan.strikes[n].clone();
         let Some(host) = self.target(strike.target) else { return };
@@ -641,6 +678,10 @@ impl World {
     }
 
     fn hit(&mut self, host: usize, p: &mut Process, fault: &Fault) {
+        let deadly = matches!(fault, Fault::Kill | Fault::PowerOff | Fault::FallSilent(_));
+        if deadly && !self.plan.merciless && !self.is_spare(host) {
+            return;
+        }
         self.trace(|| format!("FAULT at {}: {fault:?}", NAMES[host]));
         match *fault {
             Fault::Kill => {
@@ -658,6 +699,11 @@ impl World {
                     // What was still in its buffers is lost, or not.
                     self.links[link].cut[1 - host] |= self.chance.chance(500);
                 }
+            }
+            Fault::FallSilent(us) => {
+                self.cut(p, &[1 - host], u64::MAX);
+                let inc = p.inc;
+                self.later(us, Event::PowerOff { host, inc });
             }
             Fault::Pause(us) => {
                 self.hosts[host].paused_until_us = self.now + us;
