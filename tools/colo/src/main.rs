@@ -69,5 +69,8 @@ fn main() -> ExitCode {
 /// `COLO_LOG` chooses what is logged, in the syntax of `RUST_LOG`.
 fn log_to_stderr() {
     let filter = EnvFilter::try_from_env("COLO_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
 }

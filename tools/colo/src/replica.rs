@@ -34,7 +34,10 @@ pub(crate) fn run(path: &Path, part: Part) -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(End::Deposed(record)) => {
-            warn!("host {} holds the VM now, generation {}", record.holder, record.generation);
+            warn!(
+                "host {} holds the VM now, generation {}",
+                record.holder, record.generation
+            );
             ExitCode::from(DEPOSED)
         }
         Ok(End::Refused(reason)) => {
@@ -59,7 +62,10 @@ fn try_run(path: &Path, part: Part) -> Result<End, RunError> {
     }
     let image = guest_image(&config)?;
     let stop = catch_signals()?;
-    let stop = Arc::new(StopRequest { flag: stop.flag, wake: stop.wake });
+    let stop = Arc::new(StopRequest {
+        flag: stop.flag,
+        wake: stop.wake,
+    });
     Ok(match part {
         Part::Primary => run_primary(&config, &image, stop)?,
         Part::Secondary => run_secondary(&config, &stop)?,

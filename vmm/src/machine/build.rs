@@ -25,10 +25,9 @@ use super::exits::{ExitSnapshot, Platform, VmExit, lock};
 use super::kvm::KvmError;
 use super::record::RecordError;
 use super::vcpu::{VcpuError, VcpuHandle};
-use super::vcpu_state::{MsrSet, VcpuState, read_msr};
+use super::vcpu_state::{MSR_IA32_TSC, MsrSet, VcpuState, read_msr};
 use super::vm::Vm;
 
-const MSR_TSC: u32 = 0x10;
 /// Interrupt line of the first device; the user-mode guest only prints it.
 const FIRST_LINE: u32 = 5;
 
@@ -347,7 +346,7 @@ fn clock_arguments(fd: &kvm_ioctls::VcpuFd) -> Result<String, KvmError> {
     let khz = fd
         .get_tsc_khz()
         .map_err(KvmError::refused("tell the TSC frequency"))?;
-    let tsc = read_msr(fd, MSR_TSC)?;
+    let tsc = read_msr(fd, MSR_IA32_TSC)?;
     let now_ns = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);

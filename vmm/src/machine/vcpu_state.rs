@@ -22,6 +22,9 @@ const KIND: Kind = Kind {
     version: 1,
 };
 const MSRS_MAX: u32 = 4096;
+/// The time stamp counter.
+pub(super) const MSR_IA32_TSC: u32 = 0x10;
+
 /// The 4096 bytes of `kvm_xsave`.
 const XSAVE_WORDS: usize = 1024;
 
@@ -158,10 +161,21 @@ impl VcpuState {
         unsafe { fd.set_xsave(&xsave) }.map_err(KvmError::refused("write xsave"))?;
         fd.set_debug_regs(&self.debug)
             .map_err(KvmError::refused("write the debug registers"))?;
-        write_msrs(fd, &self.msrs)?;
+        write_msrs(fd, &never_back(fd, &self.msrs)?)?;
         fd.set_vcpu_events(&self.events)
             .map_err(KvmError::refused("write the vCPU events"))
     }
+}
+
+/// The same values, but for a TSC that already shows more than the record's: a guest's clock goes
+/// forward only (rule 16).
+fn never_back(fd: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<Vec<kvm_msr_entry>, KvmError> {
+    let present = read_msr(fd, MSR_IA32_TSC)?;
+    let mut msrs = msrs.to_vec();
+    for tsc in msrs.iter_mut().filter(|m| m.index == MSR_IA32_TSC) {
+        tsc.data = tsc.data.max(present);
+    }
+    Ok(msrs)
 }
 
 /// The MSRs that travel.

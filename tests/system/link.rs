@@ -1,0 +1,256 @@
+//! Peers that do not fit, talk garbage or leave, and what operators do: refused or noted, never in the guest's way.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use colo_control::Msg;
+use colo_lab::pair::Pair;
+use colo_lab::process::Process;
+use colo_lab::topology::{GUEST, Host};
+use colo_tests::bench::Bench;
+use colo_tests::clients;
+
+const ENDED: Duration = Duration::from_secs(20);
+
+/// A host a alone, after its secondary has gone.
+fn alone(bench: &Bench) -> Pair {
+    let mut pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
+    pair.secondary.kill().unwrap();
+    pair.wait_alone(Host::A).unwrap();
+    pair
+}
+
+fn preamble(channel: u8, session: u64) -> Vec<u8> {
+    let mut bytes = b"COLOLINK".to_vec();
+    bytes.extend_from_slice(&[1, 0, channel, 0]);
+    bytes.extend_from_slice(&session.to_le_bytes());
+    bytes
+}
+
+fn channel(channel: u8, session: u64) -> TcpStream {
+    let mut stream = TcpStream::connect((Host::A.link_address(), 7600)).unwrap();
+    stream.set_read_timeout(Some(ENDED)).unwrap();
+    stream.write_all(&preamble(channel, session)).unwrap();
+    stream
+}
+
+fn say(stream: &mut TcpStream, msg: &Msg) {
+    let mut bytes = Vec::new();
+    msg.encode(&mut bytes);
+    stream.write_all(&bytes).unwrap();
+}
+
+/// Everything the peer says until it closes.
+fn hear(stream: &mut TcpStream) -> Vec<Msg> {
+    let mut bytes = Vec::new();
+    // A reset after the last words is an end, too.
+    let _ = stream.read_to_end(&mut bytes);
+    let mut heard = Vec::new();
+    let mut at = 0;
+    while let Ok(Some((msg, len))) = Msg::decode(&bytes[at..]) {
+        heard.extend(msg);
+        at += len;
+    }
+    heard
+}
+
+fn refusals(heard: Vec<Msg>) -> Vec<String> {
+    heard
+        .into_iter()
+        .filter_map(|msg| match msg {
+            Msg::Refuse { reason } => Some(reason),
+            _ => None,
+        })
+        .collect()
+}
+
+fn hello(min: u16, max: u16, session: u64) -> Msg {
+    let geometry = vec![("vm.ram_mib".to_owned(), "1".to_owned())];
+    Msg::Hello {
+        min,
+        max,
+        session,
+        geometry,
+    }
+}
+
+/// Runs `body` as the other host and expects the guest to be as well as before.
+fn undisturbed(pair: &mut Pair, body: impl FnOnce() + Send) {
+    pair.topology.host(Host::B).run(body).unwrap();
+    clients::ping(&pair.topology.client, GUEST[0]);
+    assert_eq!(pair.wait_alone(Host::A).unwrap()["role"], "primary");
+}
+
+#[test]
+fn a_peer_that_talks_garbage_is_sent_away_and_a_real_one_can_join() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = alone(&bench);
+    undisturbed(&mut pair, || {
+        let mut stream = TcpStream::connect((Host::A.link_address(), 7600)).unwrap();
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nHost: colo\r\n\r\n")
+            .unwrap();
+        assert!(hear(&mut stream).is_empty());
+    });
+    undisturbed(&mut pair, || {
+        let mut channels = [0, 1, 2].map(|n| channel(n, 71));
+        channels[0].write_all(&[0xff; 4096]).unwrap();
+        assert!(refusals(hear(&mut channels[0])).is_empty());
+    });
+    undisturbed(&mut pair, || {
+        let mut channels = [0, 1, 2].map(|n| channel(n, 72));
+        say(&mut channels[0], &hello(90, 99, 72));
+        let reasons = refusals(hear(&mut channels[0]));
+        assert!(
+            reasons.iter().any(|r| r.contains("versions 90..99")),
+            "{reasons:?}"
+        );
+    });
+    undisturbed(&mut pair, || {
+        let mut channels = [0, 1, 2].map(|n| channel(n, 73));
+        say(&mut channels[0], &hello(1, 1, 73));
+        let reasons = refusals(hear(&mut channels[0]));
+        assert!(
+            reasons.iter().any(|r| r.contains("vm.ram_mib is 128")),
+            "{reasons:?}"
+        );
+    });
+    pair.restart(Host::B, "secondary").unwrap();
+    pair.wait_protected(Host::A).unwrap();
+    clients::ping(&pair.topology.client, GUEST[0]);
+}
+
+#[test]
+fn a_primary_that_talks_garbage_does_not_hold_a_secondary_up() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
+    pair.primary.terminate().unwrap();
+    for host in [Host::A, Host::B] {
+        assert!(
+            pair.process(host).wait_exit(ENDED).unwrap().success(),
+            "{host:?}"
+        );
+    }
+    let impostor = pair
+        .topology
+        .host(Host::A)
+        .run(|| TcpListener::bind((Host::A.link_address(), 7600)).unwrap());
+    let impostor = impostor.unwrap();
+    pair.restart(Host::B, "secondary").unwrap();
+    for _ in 0..3 {
+        let (mut stream, _) = impostor.accept().unwrap();
+        stream.write_all(&[0xee; 4096]).unwrap();
+    }
+    drop(impostor);
+    pair.restart(Host::A, "primary").unwrap();
+    pair.wait_protected(Host::A).unwrap();
+    clients::ping(&pair.topology.client, GUEST[0]);
+}
+
+#[test]
+fn hosts_that_do_not_fit_are_refused_by_name() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = alone(&bench);
+    let text = bench.settings().pair_file(Host::B, bench.dir());
+    let file = bench.dir().join("other.toml");
+    std::fs::write(&file, text.replace("ram_mib = 128", "ram_mib = 64")).unwrap();
+    let mut command = pair.topology.host(Host::B).command(bench.colo());
+    command.arg("secondary").arg(&file);
+    let mut other = Process::spawn("other", command, bench.dir()).unwrap();
+    assert_eq!(
+        other.wait_exit(ENDED).unwrap().code(),
+        Some(4),
+        "{}",
+        other.log()
+    );
+    assert!(other.log().contains("vm.ram_mib is 128"), "{}", other.log());
+    assert_eq!(pair.wait_alone(Host::A).unwrap()["protected"], false);
+}
+
+#[test]
+fn rule_20_an_operators_stop_is_heard_by_the_secondary() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
+    pair.primary.terminate().unwrap();
+    for host in [Host::A, Host::B] {
+        let status = pair.process(host).wait_exit(ENDED).unwrap();
+        assert!(
+            status.success(),
+            "{host:?}: {}",
+            pair.process(host).log_tail()
+        );
+    }
+    let generation = std::fs::read_to_string(bench.dir().join("generation")).unwrap();
+    assert!(generation.contains("standing = \"off\""), "{generation}");
+}
+
+#[test]
+fn a_host_does_not_start_what_another_one_holds() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    pair.restart(Host::A, "primary").unwrap();
+    let status = pair.primary.wait_exit(ENDED).unwrap();
+    assert_eq!(status.code(), Some(1), "{}", pair.primary.log());
+    assert!(
+        pair.primary.log().contains("start `colo secondary`"),
+        "{}",
+        pair.primary.log()
+    );
+    clients::ping(&pair.topology.client, GUEST[0]);
+}
+
+#[test]
+fn rule_19_a_host_that_may_not_be_alone_is_silent_until_it_is_protected_again() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut settings = bench.settings();
+    settings.alone = "block".to_owned();
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    let connect = || TcpStream::connect((GUEST[0], 7)).unwrap();
+    let mut echo = pair.topology.client.run(connect).unwrap();
+    let mut answer = [0; 5];
+    echo.write_all(b"first").unwrap();
+    echo.read_exact(&mut answer).unwrap();
+
+    pair.secondary.kill().unwrap();
+    let blocked = |status: &serde_json::Value| status["state"] == "blocked";
+    pair.primary.wait_status("blocked", ENDED, blocked).unwrap();
+    echo.write_all(b"later").unwrap();
+    echo.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    assert!(
+        echo.read_exact(&mut answer).is_err(),
+        "it spoke alone: {answer:?}"
+    );
+
+    pair.restart(Host::B, "secondary").unwrap();
+    pair.wait_protected(Host::A).unwrap();
+    echo.set_read_timeout(Some(ENDED)).unwrap();
+    echo.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"later");
+    // The new pair is a whole one.
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    let again = thread::spawn(move || {
+        echo.write_all(b"again").unwrap();
+        echo.read_exact(&mut answer).unwrap();
+        answer
+    });
+    assert_eq!(&again.join().unwrap(), b"again");
+}
