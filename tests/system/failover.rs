@@ -1,0 +1,331 @@
+//! Hosts die, freeze and lose each other under load: clients keep their connections and whatever they were
+//! told stays true.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use colo_lab::load::{Load, LoadConfig, LoadReport};
+use colo_lab::netns::Netns;
+use colo_lab::pair::{Pair, Settings};
+use colo_lab::topology::{GUEST, GUEST_MAC, Host, pcap_frames};
+use colo_tests::bench::Bench;
+use colo_tests::clients;
+use colo_tests::streams::Streams;
+
+/// How long a load runs after its kill.
+const AFTERWARDS: Duration = Duration::from_secs(2);
+/// Longest time until a test point is reached under a diverging load.
+const POINT_TIMEOUT: Duration = Duration::from_secs(30);
+
+fn bench() -> Option<Bench> {
+    Bench::new(&[&clients::PROGRAMS[..], &["tcpdump"]].concat())
+}
+
+fn pair(settings: &Settings, bench: &Bench) -> Pair {
+    Pair::start(settings, bench.dir()).unwrap()
+}
+
+/// Some time between half a second and two seconds, told so that a failure can be repeated.
+fn random_moment() -> Duration {
+    let nanos = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .subsec_nanos();
+    let moment = Duration::from_millis(500 + u64::from(nanos) % 1500);
+    println!("kill after {moment:?}");
+    moment
+}
+
+fn load(pair: &Pair) -> Load {
+    Load::start(&pair.topology.client, LoadConfig::new(16, 3)).unwrap()
+}
+
+fn assert_clean(report: &LoadReport) {
+    assert_eq!(
+        (report.client_errors, report.wrong_responses),
+        (0, 0),
+        "{:#?}",
+        report.notes
+    );
+    assert_eq!(report.requests, report.responses);
+    assert!(
+        report.responses > 100 && report.audited > 100,
+        "{report:#?}"
+    );
+    if let Some(survival) = report.survival {
+        assert!(survival.connections_before > 0, "{survival:?}");
+        assert_eq!(survival.connections_lost, 0, "{:#?}", report.notes);
+    }
+}
+
+/// Kills the primary at a random moment while `client` runs, and waits for both.
+fn killed_under(pair: &mut Pair, client: impl FnOnce(&Netns) + Send) {
+    let moment = random_moment();
+    let Pair {
+        primary, topology, ..
+    } = &mut *pair;
+    thread::scope(|scope| {
+        let running = scope.spawn(|| client(&topology.client));
+        thread::sleep(moment);
+        assert!(!running.is_finished(), "the client ended before the kill");
+        primary.kill().unwrap();
+        running.join().unwrap();
+    });
+    pair.wait_alone(Host::B).unwrap();
+}
+
+#[test]
+fn wrk_survives_a_kill() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    killed_under(&mut pair, |client| {
+        clients::wrk(client, GUEST[0], "/bytes/1000", 16, 5);
+    });
+}
+
+#[test]
+fn redis_benchmark_survives_a_kill() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    killed_under(&mut pair, |client| {
+        clients::redis_benchmark(client, GUEST[0], 1);
+    });
+}
+
+#[test]
+fn everything_told_before_a_kill_is_true_after_it() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    let load = load(&pair);
+    thread::sleep(random_moment());
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    thread::sleep(AFTERWARDS);
+    assert_clean(&load.finish().unwrap());
+}
+
+#[test]
+fn full_streams_opened_after_the_last_checkpoint_survive_a_kill() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    let checkpoints = |pair: &Pair| pair.primary.status().unwrap()["checkpoints"].clone();
+    // A deadline missed on a busy machine makes a checkpoint; then other streams are opened.
+    for _ in 0..10 {
+        let before = checkpoints(&pair);
+        let streams = Streams::start(&pair.topology.client, 8).unwrap();
+        thread::sleep(Duration::from_millis(300));
+        if checkpoints(&pair) != before {
+            streams.finish().unwrap();
+            continue;
+        }
+        pair.primary.kill().unwrap();
+        assert!(streams.unacknowledged() > 0);
+        pair.wait_alone(Host::B).unwrap();
+        thread::sleep(Duration::from_millis(500));
+        let bytes = streams.finish().unwrap();
+        println!("{bytes} bytes echoed");
+        return;
+    }
+    panic!("a checkpoint came every 300 ms although nothing diverges");
+}
+
+/// Runs a diverging load until host `at` stops at the named point, then lets `then` act, and expects the
+/// other host to go on with everything intact.
+fn stopped_at(point: &str, at: Host, then: impl FnOnce(&mut Pair)) {
+    let Some(bench) = bench() else { return };
+    let mut settings = bench.settings();
+    // Time for the test to act before the other host acts by itself.
+    settings.heartbeat_count = 50;
+    // The first checkpoint is the one that makes the pair.
+    let variable = ("COLO_TEST_STOP_AT".to_owned(), format!("{point}:5"));
+    settings.environment[usize::from(at == Host::B)].push(variable);
+    let mut pair = pair(&settings, &bench);
+    let load = load(&pair);
+    pair.process(at).wait_frozen(POINT_TIMEOUT).unwrap();
+    load.mark_kill();
+    then(&mut pair);
+    thread::sleep(AFTERWARDS);
+    let report = load.finish().unwrap();
+    println!(
+        "{point}: outage {:?} us",
+        report.probe.and_then(|probe| probe.outage_us)
+    );
+    assert_clean(&report);
+}
+
+#[test]
+fn a_primary_may_die_at_any_point_of_a_checkpoint() {
+    let points = [
+        "svm-stopped",
+        "captured",
+        "mid-transfer",
+        "stage-sent",
+        "commit-received",
+        "commit-released",
+    ];
+    for point in points {
+        stopped_at(point, Host::A, |pair| {
+            pair.primary.kill().unwrap();
+            pair.wait_alone(Host::B).unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_secondary_may_die_at_any_point_of_a_checkpoint() {
+    for point in ["staged", "commit-sent", "applied"] {
+        stopped_at(point, Host::B, |pair| {
+            pair.secondary.kill().unwrap();
+            pair.wait_alone(Host::A).unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_secondary_takes_over_from_any_point_of_a_checkpoint() {
+    for point in ["staged", "commit-sent", "applied"] {
+        stopped_at(point, Host::B, |pair| {
+            pair.primary.kill().unwrap();
+            pair.secondary.resume().unwrap();
+            pair.wait_alone(Host::B).unwrap();
+        });
+    }
+}
+
+#[test]
+fn the_primary_goes_on_without_its_secondary() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    let load = load(&pair);
+    thread::sleep(random_moment());
+    load.mark_kill();
+    pair.secondary.kill().unwrap();
+    let status = pair.wait_alone(Host::A).unwrap();
+    assert_eq!(status["protected"], false);
+    thread::sleep(AFTERWARDS);
+    assert_clean(&load.finish().unwrap());
+}
+
+#[test]
+fn a_returned_host_protects_again_and_the_other_may_die() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    let load = load(&pair);
+    thread::sleep(random_moment());
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    pair.restart(Host::A, "secondary").unwrap();
+    pair.wait_protected(Host::B).unwrap();
+    thread::sleep(random_moment());
+    load.mark_kill();
+    pair.secondary.kill().unwrap();
+    pair.wait_alone(Host::A).unwrap();
+    thread::sleep(AFTERWARDS);
+    assert_clean(&load.finish().unwrap());
+}
+
+/// When each host sent frames in the guest's name.
+struct Voices {
+    captures: [colo_lab::topology::Capture; 2],
+}
+
+impl Voices {
+    fn listen(pair: &Pair, bench: &Bench) -> Self {
+        let capture = |host: Host| {
+            pair.topology
+                .capture(host, &bench.dir().join(format!("{}.pcap", host.port())))
+                .unwrap()
+        };
+        Self {
+            captures: [capture(Host::A), capture(Host::B)],
+        }
+    }
+
+    /// Times (microseconds) of the guest's frames, by host.
+    fn heard(self) -> [Vec<u64>; 2] {
+        let guest: Vec<u8> = GUEST_MAC
+            .split(':')
+            .map(|part| u8::from_str_radix(part, 16).unwrap())
+            .collect();
+        self.captures.map(|capture| {
+            let frames = pcap_frames(&capture.finish().unwrap());
+            let own = frames
+                .into_iter()
+                .filter(|frame| frame.bytes.get(6..12) == Some(&guest[..]));
+            own.map(|frame| frame.at_us).collect()
+        })
+    }
+}
+
+/// At most one host speaks: the primary first, perhaps the secondary later, never both by turns. Gives who
+/// spoke last.
+fn assert_one_voice([a, b]: &[Vec<u64>; 2]) -> Host {
+    assert!(!a.is_empty(), "the primary never spoke");
+    let Some(first_b) = b.first() else {
+        return Host::A;
+    };
+    let late = a.iter().filter(|at| *at > first_b).count();
+    assert_eq!(
+        late, 0,
+        "the primary sent {late} frames after the secondary's first"
+    );
+    Host::B
+}
+
+#[test]
+fn a_cut_link_leaves_one_voice() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    let voices = Voices::listen(&pair, &bench);
+    let load = load(&pair);
+    thread::sleep(random_moment());
+    load.mark_kill();
+    pair.topology.cut_link().unwrap();
+    let alone = |pair: &Pair, host: Host| {
+        let process = if host == Host::A {
+            &pair.primary
+        } else {
+            &pair.secondary
+        };
+        process
+            .status()
+            .is_ok_and(|status| status["state"] == "alone")
+    };
+    let mut winners = Vec::new();
+    for _ in 0..2_000 {
+        winners = [Host::A, Host::B]
+            .into_iter()
+            .filter(|host| alone(&pair, *host))
+            .collect();
+        if !winners.is_empty() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    thread::sleep(AFTERWARDS);
+    assert_eq!(winners.len(), 1, "{winners:?}");
+    assert!(!alone(&pair, winners[0].other()), "both go on");
+    assert_clean(&load.finish().unwrap());
+    let speaker = assert_one_voice(&voices.heard());
+    assert_eq!(speaker, winners[0]);
+    pair.process(speaker).status().unwrap();
+}
+
+#[test]
+fn a_frozen_primary_is_silent_when_it_wakes() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    let voices = Voices::listen(&pair, &bench);
+    let load = load(&pair);
+    thread::sleep(random_moment());
+    load.mark_kill();
+    pair.primary.freeze().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    pair.primary.resume().unwrap();
+    thread::sleep(AFTERWARDS);
+    assert_clean(&load.finish().unwrap());
+    assert_eq!(assert_one_voice(&voices.heard()), Host::B);
+}

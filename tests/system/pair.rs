@@ -1,0 +1,123 @@
+//! Two guests in lockstep, both alive: the clients of `single.rs` notice nothing.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use std::thread;
+use std::time::Duration;
+
+use colo_lab::load::{Load, LoadConfig};
+use colo_lab::pair::Pair;
+use colo_lab::topology::{GUEST, Host};
+use colo_tests::bench::Bench;
+use colo_tests::clients;
+use serde_json::Value;
+
+fn pair() -> Option<(Bench, Pair)> {
+    let bench = Bench::new(&clients::PROGRAMS)?;
+    let pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
+    Some((bench, pair))
+}
+
+fn number(status: &Value, key: &str) -> u64 {
+    status[key]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no {key} in {status}"))
+}
+
+/// The pair is still one, and has compared something.
+fn assert_paired(pair: &mut Pair) {
+    let status = pair.wait_protected(Host::A).unwrap();
+    assert_eq!(
+        (&status["role"], &status["state"]),
+        (&"primary".into(), &"paired".into())
+    );
+    assert!(number(&status, "compared") > 0, "{status}");
+}
+
+#[test]
+fn curl_and_ping_notice_nothing() {
+    let Some((bench, mut pair)) = pair() else {
+        return;
+    };
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    clients::curl_sees_state(&pair.topology.client);
+    for guest in GUEST {
+        clients::ping(&pair.topology.client, guest);
+    }
+    assert_paired(&mut pair);
+}
+
+#[test]
+fn wrk_notices_nothing() {
+    let Some((_bench, mut pair)) = pair() else {
+        return;
+    };
+    for (guest, path) in GUEST.into_iter().zip(["/bytes/100", "/bytes/20000"]) {
+        let rate = clients::wrk(&pair.topology.client, guest, path, 32, 3);
+        println!("pair: wrk {path}: {:.0} requests/s", rate.per_second);
+    }
+    assert_paired(&mut pair);
+}
+
+#[test]
+fn redis_clients_notice_nothing() {
+    let Some((_bench, mut pair)) = pair() else {
+        return;
+    };
+    for guest in GUEST {
+        clients::redis_cli(&pair.topology.client, guest);
+    }
+    for pipeline in [1, 16] {
+        let rates = clients::redis_benchmark(&pair.topology.client, GUEST[0], pipeline);
+        println!("pair: redis-benchmark -P {pipeline}: {rates:?}");
+    }
+    assert_paired(&mut pair);
+}
+
+#[test]
+fn what_does_not_diverge_is_released_by_match() {
+    let Some((_bench, mut pair)) = pair() else {
+        return;
+    };
+    let before = pair.primary.status().unwrap();
+    let mut config = LoadConfig::new(16, 1);
+    config.deterministic = true;
+    let load = Load::start(&pair.topology.client, config).unwrap();
+    thread::sleep(Duration::from_secs(4));
+    let report = load.finish().unwrap();
+    assert_eq!(
+        (report.client_errors, report.wrong_responses),
+        (0, 0),
+        "{:#?}",
+        report.notes
+    );
+    let after = pair.primary.status().unwrap();
+    let grown = |key| number(&after, key) - number(&before, key);
+    let (matched, covered) = (
+        grown("released_data_by_match"),
+        grown("released_data_by_checkpoint"),
+    );
+    println!("data packets: {matched} by match, {covered} by checkpoint");
+    assert!(matched > 1000 && matched >= 99 * covered, "{after:#}");
+    assert_paired(&mut pair);
+}
+
+#[test]
+fn what_diverges_is_released_by_checkpoint() {
+    let Some((_bench, mut pair)) = pair() else {
+        return;
+    };
+    let load = Load::start(&pair.topology.client, LoadConfig::new(16, 2)).unwrap();
+    thread::sleep(Duration::from_secs(4));
+    let report = load.finish().unwrap();
+    assert_eq!(
+        (report.client_errors, report.wrong_responses),
+        (0, 0),
+        "{:#?}",
+        report.notes
+    );
+    let status = pair.primary.status().unwrap();
+    assert!(number(&status, "checkpoints") > 0, "{status:#}");
+    assert!(number(&status, "released_by_checkpoint") > 0, "{status:#}");
+    assert_paired(&mut pair);
+}
