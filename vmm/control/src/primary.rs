@@ -98,6 +98,8 @@ struct Checkpoint {
     epoch: u64,
     step: Step,
     since_us: u64,
+    /// What the secondary said about it before our own shell reported the capture.
+    verdict: Option<Result<(), String>>,
 }
 
 #[derive(Debug)]
@@ -349,6 +351,7 @@ impl Primary {
             epoch: self.epoch,
             step: Step::Capturing,
             since_us: now_us,
+            verdict: None,
         });
         let epoch = self.epoch;
         self.act(Action::Capture {
@@ -446,7 +449,12 @@ impl Primary {
         match self.state {
             // Never paired under this generation: we hold it alone already.
             PrimaryState::Syncing | PrimaryState::FirstCheckpoint => self.gone_alone(),
-            PrimaryState::Pairing => self.state = PrimaryState::Deciding,
+            PrimaryState::Pairing => {
+                // Committed by the secondary, but no pair came of it.
+                let epoch = self.epoch - 1;
+                self.act(Action::Abort { epoch });
+                self.state = PrimaryState::Deciding;
+            }
             PrimaryState::Paired if self.block_alone => self.state = PrimaryState::Blocked,
             PrimaryState::Paired => {
                 self.state = PrimaryState::Deciding;
@@ -493,6 +501,7 @@ impl Primary {
             epoch,
             step: Step::Stopping,
             since_us: now_us,
+            verdict: None,
         });
         self.send(Msg::StopSvm { generation, epoch });
     }
@@ -512,7 +521,25 @@ impl Primary {
         if epoch == self.epoch {
             self.epoch += 1;
         }
-        self.step(now_us, epoch, Step::Capturing, Step::Sending);
+        if !self.step(now_us, epoch, Step::Capturing, Step::Sending) {
+            return;
+        }
+        match self.checkpoint.as_mut().and_then(|c| c.verdict.take()) {
+            Some(Ok(())) => self.committed(now_us, epoch),
+            Some(Err(reason)) => self.aborted(now_us, epoch, &reason),
+            None => {}
+        }
+    }
+
+    /// A verdict that overtook the report of the capture waits for it: the epoch counts from there.
+    fn is_early(&mut self, epoch: u64, verdict: Result<(), String>) -> bool {
+        match &mut self.checkpoint {
+            Some(c) if c.epoch == epoch && c.step == Step::Capturing => {
+                c.verdict = Some(verdict);
+                true
+            }
+            _ => false,
+        }
     }
 
     fn step(&mut self, now_us: u64, epoch: u64, from: Step, to: Step) -> bool {
@@ -526,6 +553,9 @@ impl Primary {
     }
 
     fn committed(&mut self, now_us: u64, epoch: u64) {
+        if self.is_early(epoch, Ok(())) {
+            return;
+        }
         // The commit can overtake our own `Sent`.
         let stage_sent =
             |c: &Checkpoint| c.epoch == epoch && matches!(c.step, Step::Sending | Step::Committing);
@@ -559,6 +589,9 @@ impl Primary {
     }
 
     fn aborted(&mut self, now_us: u64, epoch: u64, reason: &str) {
+        if self.is_early(epoch, Err(reason.to_string())) {
+            return;
+        }
         if self.checkpoint.as_ref().is_some_and(|c| c.epoch == epoch) {
             self.abort(now_us, epoch, reason);
         }
@@ -658,7 +691,10 @@ impl Primary {
             }
             (PrimaryState::Deciding, Standing::Alone) => self.gone_alone(),
             (PrimaryState::Deciding, _) => self.ask(Standing::Alone),
-            (PrimaryState::Blocked, Standing::Alone) if self.session() != 0 => self.welcome(now_us),
+            // Nobody waits at a blocked primary, or the hello will ask.
+            (PrimaryState::Blocked, _) if self.session() == 0 => {}
+            (PrimaryState::Blocked, Standing::Alone) => self.welcome(now_us),
+            (PrimaryState::Blocked, _) => self.ask(Standing::Alone),
             (PrimaryState::ShuttingDown, Standing::Off) => self.tell_off(now_us),
             (PrimaryState::ShuttingDown, _) => self.ask(Standing::Off),
             _ => {}

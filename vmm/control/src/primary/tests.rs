@@ -216,10 +216,31 @@ fn rule_11_the_capture_follows_the_stop_of_the_svm_and_takes_its_dirty_set() {
 fn rule_13_a_commit_counts_only_once_the_stage_can_be_whole() {
     let mut b = Bench::paired(false);
     let epoch = b.stopped();
-    assert!(b.committed(epoch).is_empty());
+    assert!(
+        b.committed(epoch).is_empty(),
+        "it overtook the report of the capture"
+    );
+    let captured = b.event(PrimaryEvent::Captured { epoch });
+    assert_eq!(captured, [Action::Commit { epoch }]);
+    let epoch = b.stopped();
     b.event(PrimaryEvent::Captured { epoch });
     // It may overtake our own `Sent`.
     assert_eq!(b.committed(epoch), [Action::Commit { epoch }]);
+}
+
+#[test]
+fn rule_14_an_abort_that_overtakes_the_report_of_the_capture_counts_from_there() {
+    let mut b = Bench::paired(false);
+    let epoch = b.stopped();
+    let refused = b.msg(|generation| Msg::Aborted {
+        generation,
+        epoch,
+        reason: "checksum".into(),
+    });
+    assert!(refused.is_empty());
+    let actions = b.event(PrimaryEvent::Captured { epoch });
+    assert_eq!(actions[0], Action::Abort { epoch });
+    assert_eq!(stop_svm(&actions), Some(epoch + 1));
 }
 
 #[test]
@@ -478,6 +499,34 @@ fn rule_19_a_blocked_primary_welcomes_only_who_said_hello() {
     assert_eq!(b.core.state(), PrimaryState::Blocked);
     let asked = b.event(PrimaryEvent::Msg(hello()));
     assert_eq!(b.answer(&asked).len(), 2);
+}
+
+#[test]
+fn rule_19_a_hello_during_another_question_is_not_forgotten() {
+    let mut b = Bench::paired(true);
+    b.lose_peer();
+    let gap = b.event(PrimaryEvent::ClockGap);
+    b.event(PrimaryEvent::LinkUp);
+    assert!(question(&b.event(PrimaryEvent::Msg(hello()))).is_none());
+    let confirmed = b.answer(&gap);
+    let actions = b.answer(&confirmed);
+    assert!(actions.contains(&Action::StartSync));
+}
+
+#[test]
+fn rule_19_a_pair_lost_while_it_is_noted_leaves_no_checkpoint_in_flight() {
+    let mut b = Bench::paired(true);
+    b.lose_peer();
+    b.event(PrimaryEvent::LinkUp);
+    let asked = b.event(PrimaryEvent::Msg(hello()));
+    b.answer(&asked);
+    b.event(PrimaryEvent::SyncReady);
+    b.event(PrimaryEvent::Captured { epoch: 8 });
+    let committed = b.committed(8);
+    assert!(b.lose_peer().contains(&Action::Abort { epoch: 8 }));
+    let actions = b.answer(&committed);
+    b.answer(&actions);
+    assert_eq!(b.core.state(), PrimaryState::Blocked);
 }
 
 #[test]
