@@ -107,6 +107,26 @@ fn everything_told_before_a_kill_is_true_after_it() {
     assert_clean(&load.finish().unwrap());
 }
 
+/// A killed process's sockets are closed by its kernel; a host without power says nothing.
+#[test]
+fn a_host_that_falls_silent_is_replaced() {
+    let Some(bench) = bench() else { return };
+    let mut pair = pair(&bench.settings(), &bench);
+    let load = load(&pair);
+    thread::sleep(random_moment());
+    load.mark_kill();
+    pair.topology.cut_link().unwrap();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    thread::sleep(AFTERWARDS);
+    let report = load.finish().unwrap();
+    println!(
+        "outage {:?} us",
+        report.probe.and_then(|probe| probe.outage_us)
+    );
+    assert_clean(&report);
+}
+
 #[test]
 fn full_streams_opened_after_the_last_checkpoint_survive_a_kill() {
     let Some(bench) = bench() else { return };

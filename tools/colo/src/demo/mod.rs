@@ -9,7 +9,6 @@
 mod figures;
 mod paint;
 mod report;
-mod signal;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -24,6 +23,7 @@ use colo_lab::process::Process;
 use colo_lab::topology::{GUEST_V4, GUEST_V6, Host, Topology};
 use serde_json::Value;
 
+use crate::stop::{Stop, catch_signals};
 use figures::Figures;
 use paint::Paint;
 use report::Outcome;
@@ -89,7 +89,6 @@ enum DemoError {
 
 /// Runs the demo.
 pub(crate) fn run(args: &DemoArgs) -> ExitCode {
-    signal::catch();
     let paint = Paint::for_stdout();
     match demo(args, paint) {
         Ok(true) => ExitCode::SUCCESS,
@@ -110,8 +109,12 @@ fn demo(args: &DemoArgs, paint: Paint) -> Result<bool, DemoError> {
             source,
         })?;
     print!("{}", report::title(args, paint));
+    let stop = catch_signals().map_err(|source| DemoError::Io {
+        what: "catch signals".to_owned(),
+        source,
+    })?;
     let mut pair = start(args, dir.path(), paint)?;
-    let outcome = drive(args, &mut pair, paint)?;
+    let outcome = drive(args, &mut pair, Watch::new(paint, args.seconds, &stop))?;
     print!("{}", report::text(&outcome, paint));
     let failures = outcome.failures();
     if !failures.is_empty() {
@@ -126,7 +129,7 @@ fn demo(args: &DemoArgs, paint: Paint) -> Result<bool, DemoError> {
         })?;
     }
     if args.keep {
-        keep(&pair, paint);
+        keep(&pair, &stop, paint);
     }
     Ok(failures.is_empty())
 }
@@ -144,17 +147,16 @@ fn start(args: &DemoArgs, dir: &Path, paint: Paint) -> Result<Pair, DemoError> {
     step = Step::begin("two guests: booted, paired, protected", paint);
     let pair = Pair::start_in(topology, &settings, dir)?;
     step.done();
-    signal::check().map_err(|()| DemoError::Interrupted)?;
     Ok(pair)
 }
 
 /// Runs the load with the kill in its middle.
-fn drive(args: &DemoArgs, pair: &mut Pair, paint: Paint) -> Result<Outcome, DemoError> {
+fn drive(args: &DemoArgs, pair: &mut Pair, mut watch: Watch) -> Result<Outcome, DemoError> {
     let mut config = LoadConfig::new(usize::try_from(args.clients).unwrap_or(1), args.seed);
     config.deterministic = args.no_divergence;
     let load = Load::start(&pair.topology.client, config)?;
-    let whole = Duration::from_secs(args.seconds);
-    let mut watch = Watch::new(paint, whole);
+    let whole = watch.whole;
+    watch.begun = Instant::now();
     if args.no_failover {
         watch.until(whole, &load, pair)?;
     } else {
@@ -165,7 +167,7 @@ fn drive(args: &DemoArgs, pair: &mut Pair, paint: Paint) -> Result<Outcome, Demo
         watch.killed();
         watch.until(whole, &load, pair)?;
     }
-    let load = finish(load, paint)?;
+    let load = finish(load, watch.paint)?;
     let survivor = pair.process(watch.host()).status().unwrap_or(Value::Null);
     let primary = if args.no_failover {
         &survivor
@@ -193,7 +195,8 @@ fn finish(load: Load, paint: Paint) -> Result<LoadReport, DemoError> {
 }
 
 /// Follows a load: status of the pair, throughput over time, a line on the terminal.
-struct Watch {
+struct Watch<'a> {
+    stop: &'a Stop,
     paint: Paint,
     begun: Instant,
     whole: Duration,
@@ -206,12 +209,13 @@ struct Watch {
     takeover_ms: Option<f64>,
 }
 
-impl Watch {
-    fn new(paint: Paint, whole: Duration) -> Self {
+impl<'a> Watch<'a> {
+    fn new(paint: Paint, seconds: u64, stop: &'a Stop) -> Self {
         Self {
+            stop,
             paint,
             begun: Instant::now(),
-            whole,
+            whole: Duration::from_secs(seconds),
             primary: Value::Null,
             samples: Vec::new(),
             answered: 0,
@@ -240,7 +244,7 @@ impl Watch {
         while self.begun.elapsed() < end {
             let left = end.saturating_sub(self.begun.elapsed());
             thread::sleep(TICK.min(left));
-            if signal::check().is_err() {
+            if self.stop.is_asked() {
                 self.paint.clear_line();
                 return Err(DemoError::Interrupted);
             }
@@ -331,7 +335,7 @@ fn show_logs(pair: &Pair, paint: Paint) {
     }
 }
 
-fn keep(pair: &Pair, paint: Paint) {
+fn keep(pair: &Pair, stop: &Stop, paint: Paint) {
     let client = pair.topology.client.name();
     let enter = format!("ip netns exec {client}");
     println!("  {}", paint.strong("The guest is still there"));
@@ -339,7 +343,7 @@ fn keep(pair: &Pair, paint: Paint) {
     println!("    {enter} curl -g 'http://[{GUEST_V6}]/bytes/100'");
     println!("    {enter} redis-cli -h {GUEST_V4}");
     println!("  Ctrl-C ends it and removes the namespaces.");
-    while signal::check().is_ok() {
+    while !stop.is_asked() {
         thread::sleep(SAMPLE);
     }
 }
