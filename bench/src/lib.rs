@@ -1,1 +1,0 @@
-//! Benchmarks, one per claim.

@@ -1,0 +1,72 @@
+//! `colo-bench`: one benchmark per claim, with its baseline measured in the same run.
+//!
+//! Invariants: every guest is started for its measurement and gone after it; a figure is printed only
+//! when the run that it describes went to its end.
+//!
+//! Does not judge figures: it exits with 1 only when something failed, was lost or was wrong.
+
+mod checkpoint;
+mod clients;
+mod failover;
+mod figures;
+mod place;
+mod service;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use place::{BenchError, Place};
+
+/// Benchmarks of colo, one per claim.
+#[derive(Debug, Parser)]
+#[command(name = "colo-bench", version, about)]
+struct Arguments {
+    /// The colo binary [default: the one beside this binary]
+    #[arg(long, global = true, value_name = "PATH")]
+    colo: Option<PathBuf>,
+    /// Write everything that was measured to a file
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+    #[command(subcommand)]
+    benchmark: Benchmark,
+}
+
+#[derive(Debug, Subcommand)]
+enum Benchmark {
+    /// What replication costs a service: redis-benchmark and wrk, `colo run` against a pair
+    Service(service::ServiceArgs),
+    /// How long a service is away when its primary is killed, and what it loses
+    Failover(failover::FailoverArgs),
+    /// How long a checkpoint stops the guest, beside a memcpy of as many pages
+    Checkpoint(checkpoint::CheckpointArgs),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("colo-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Gives whether nothing was lost or wrong.
+fn run(arguments: &Arguments) -> Result<bool, BenchError> {
+    let place = Place::new(arguments.colo.as_deref())?;
+    println!("{}", place.machine_text());
+    let outcome = match &arguments.benchmark {
+        Benchmark::Service(args) => service::run(args, &place)?,
+        Benchmark::Failover(args) => failover::run(args, &place)?,
+        Benchmark::Checkpoint(args) => checkpoint::run(args, &place)?,
+    };
+    print!("{}", outcome.text);
+    if let Some(file) = &arguments.json {
+        place.write_json(file, outcome.json)?;
+    }
+    Ok(outcome.clean)
+}
