@@ -1,4 +1,7 @@
-//! The one clock of the shell: `CLOCK_MONOTONIC` in microseconds, equal in all threads.
+//! The one clock of the shell: `CLOCK_BOOTTIME` in microseconds, equal in all threads.
+//!
+//! Monotonic, and it goes on while the host is suspended: a lease or a deadline must not outlive a time in which
+//! nobody was awake (rule 18).
 //!
 //! Cores take its value as an argument; they never read it themselves.
 
@@ -11,7 +14,7 @@ pub fn now_us() -> u64 {
         tv_nsec: 0,
     };
     // SAFETY: writes one timespec that lives on this stack; the clock always exists on Linux.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
     let since = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
     since.as_micros() as u64
 }
