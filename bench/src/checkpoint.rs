@@ -62,12 +62,14 @@ impl Row {
         format!("{p50}/{p99}/{max}")
     }
 
-    /// How many times the median of the memcpy the median of something takes.
+    /// How many times the median of the memcpy the median of something takes; a dash where the memcpy is
+    /// too short to tell.
     fn ratio(&self, key: &str) -> String {
-        format!(
-            "{:.1}",
-            self.number(key, "p50") as f64 / self.memcpy_us.median
-        )
+        if self.memcpy_us.median < 1.0 {
+            return "-".to_owned();
+        }
+        let ratio = self.number(key, "p50") as f64 / self.memcpy_us.median;
+        format!("{ratio:.1}")
     }
 }
 
@@ -177,7 +179,7 @@ fn text(rows: &[Row], args: &CheckpointArgs) -> String {
             p50("quiesce_us"),
             p50("state_us"),
             p50("copy_us"),
-            format!("{:.0}", row.memcpy_us.median),
+            format!("{:.1}", row.memcpy_us.median),
             row.ratio("checkpoint_pause_us"),
             row.ratio("copy_us"),
         ]);
@@ -204,7 +206,7 @@ mod tests {
 
     #[test]
     fn ratios_are_those_of_the_medians() {
-        let row = Row {
+        let mut row = Row {
             keys: 1,
             memcpy_us: Range {
                 median: 20.0,
@@ -217,5 +219,7 @@ mod tests {
             (row.ratio("copy_us").as_str(), row.ratio("x").as_str()),
             ("2.5", "0.0")
         );
+        row.memcpy_us.median = 0.1;
+        assert_eq!(row.ratio("copy_us"), "-");
     }
 }
