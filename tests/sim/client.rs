@@ -33,7 +33,9 @@ impl Oracle {
 
     fn shared(&mut self, request: u64, value: u64, floor: u64) {
         if value <= floor {
-            self.fail(format!("the shared counter went back: {value} after {floor}"));
+            self.fail(format!(
+                "the shared counter went back: {value} after {floor}"
+            ));
         }
         if *self.shared.entry(value).or_insert(request) != request {
             self.fail(format!("the shared counter gave {value} twice"));
@@ -62,6 +64,8 @@ pub struct Plan {
     pub think_us: u64,
     /// Share of requests whose answers differ between the VMs, per mille.
     pub divergent: u64,
+    /// Share of the others that send much and get little, per mille.
+    pub uploads: u64,
     pub largest: u64,
 }
 
@@ -88,7 +92,11 @@ pub struct TcpClient {
 
 impl TcpClient {
     pub fn new(id: u64, plan: Plan, mut chance: Prng) -> Self {
-        let side = if chance.chance(300) { Side::V6 } else { Side::V4 };
+        let side = if chance.chance(300) {
+            Side::V6
+        } else {
+            Side::V4
+        };
         let next_us = chance.below(100_000);
         Self {
             id,
@@ -121,7 +129,11 @@ impl TcpClient {
     pub fn deadline(&self) -> Option<u64> {
         let end = self.end.as_ref();
         let wants = !self.finished && end.is_none_or(|e| !e.is_closing());
-        let most = if self.asked < self.plan.requests { self.plan.depth } else { 1 };
+        let most = if self.asked < self.plan.requests {
+            self.plan.depth
+        } else {
+            1
+        };
         let wants = wants && self.expected.len() < most;
         let think = wants.then_some(self.next_us);
         let ends = self.lingering.iter().chain(end).filter_map(End::deadline);
@@ -184,7 +196,13 @@ impl TcpClient {
     fn divergent(&mut self, request: u64, oracle: &Oracle) -> (Vec<u8>, Expect) {
         match self.chance.below(3) {
             0 => (b"T\n".to_vec(), Expect::Token),
-            1 => (b"X\n".to_vec(), Expect::Shared { request, floor: oracle.floor() }),
+            1 => (
+                b"X\n".to_vec(),
+                Expect::Shared {
+                    request,
+                    floor: oracle.floor(),
+                },
+            ),
             _ => (b"N\n".to_vec(), Expect::Time),
         }
         .pipe_token(&mut self.chance, oracle)
@@ -192,7 +210,16 @@ impl TcpClient {
 
     fn deterministic(&mut self) -> (Vec<u8>, Expect) {
         let (id, chance) = (self.id, &mut self.chance);
-        match chance.below(6) {
+        if chance.chance(self.plan.uploads) {
+            let bytes = body(chance.next(), chance.below(self.plan.largest) as usize);
+            let mut text = format!("P {}\n", bytes.len()).into_bytes();
+            text.extend(&bytes);
+            return (
+                text,
+                Expect::Bytes(format!("P {}\n", sum(&bytes)).into_bytes()),
+            );
+        }
+        match chance.below(5) {
             0 => {
                 self.counter += 1;
                 (format!("C {id}\n"), format!("C {}\n", self.counter))
@@ -202,12 +229,6 @@ impl TcpClient {
                 (format!("S {id} {}\n", self.value), "S 1\n".into())
             }
             2 => (format!("G {id}\n"), format!("G {}\n", self.value)),
-            3 => {
-                let bytes = body(chance.next(), chance.below(self.plan.largest) as usize);
-                let mut text = format!("P {}\n", bytes.len()).into_bytes();
-                text.extend(&bytes);
-                return (text, Expect::Bytes(format!("P {}\n", sum(&bytes)).into_bytes()));
-            }
             _ => {
                 let n = chance.below(self.plan.largest);
                 let mut answer = format!("E {n}\n").into_bytes();
@@ -220,8 +241,14 @@ impl TcpClient {
 
     /// Takes a frame for one of its ports.
     pub fn receive(&mut self, now: u64, frame: &[u8], oracle: &mut Oracle) {
-        let Some(seg) = Seg::read(frame, Direction::FromGuest) else { return };
-        if let Some(end) = self.lingering.iter_mut().find(|e| e.peer_port == seg.peer_port) {
+        let Some(seg) = Seg::read(frame, Direction::FromGuest) else {
+            return;
+        };
+        if let Some(end) = self
+            .lingering
+            .iter_mut()
+            .find(|e| e.peer_port == seg.peer_port)
+        {
             end.handle(now, &seg);
             return;
         }
@@ -231,7 +258,10 @@ impl TcpClient {
             oracle.fail(format!("client {}: {text}", self.id));
         }
         if end.state == State::Reset {
-            oracle.fail(format!("client {}: connection {} was reset", self.id, self.opened));
+            oracle.fail(format!(
+                "client {}: connection {} was reset",
+                self.id, self.opened
+            ));
             self.finished = true;
             self.end = None;
             return;
@@ -244,13 +274,20 @@ impl TcpClient {
             }
         }
         if self.expected.is_empty() && !inbox.is_empty() {
-            oracle.fail(format!("client {}: {} bytes that nobody asked for", self.id, inbox.len()));
+            oracle.fail(format!(
+                "client {}: {} bytes that nobody asked for",
+                self.id,
+                inbox.len()
+            ));
             inbox.clear();
         }
         let Some(end) = &mut self.end else { return };
         end.inbox = inbox;
         if end.peer_closed && !end.is_closing() {
-            oracle.fail(format!("client {}: the server closed in mid-connection", self.id));
+            oracle.fail(format!(
+                "client {}: the server closed in mid-connection",
+                self.id
+            ));
             end.close();
         }
     }
@@ -319,9 +356,10 @@ trait PipeToken {
 impl PipeToken for (Vec<u8>, Expect) {
     fn pipe_token(self, chance: &mut Prng, oracle: &Oracle) -> (Vec<u8>, Expect) {
         match some_token(chance, oracle) {
-            Some(token) if chance.chance(400) => {
-                (format!("V {token}\n").into_bytes(), Expect::Bytes(b"V 1\n".to_vec()))
-            }
+            Some(token) if chance.chance(400) => (
+                format!("V {token}\n").into_bytes(),
+                Expect::Bytes(b"V 1\n".to_vec()),
+            ),
             _ => self,
         }
     }
@@ -368,7 +406,11 @@ pub struct DatagramClient {
 impl DatagramClient {
     pub fn new(id: u64, count: u64, divergent: u64, mut chance: Prng) -> Self {
         Self {
-            side: if chance.chance(500) { Side::V6 } else { Side::V4 },
+            side: if chance.chance(500) {
+                Side::V6
+            } else {
+                Side::V4
+            },
             port: (50_000 + id) as u16,
             next_id: id << 32,
             open: BTreeMap::new(),
@@ -413,7 +455,14 @@ impl DatagramClient {
             let request = self.pick(oracle);
             let text = format!("{} {request}", self.next_id);
             let floor = oracle.floor();
-            self.open.insert(self.next_id, Asked { text, floor, retry_us: now });
+            self.open.insert(
+                self.next_id,
+                Asked {
+                    text,
+                    floor,
+                    retry_us: now,
+                },
+            );
         }
         for asked in self.open.values_mut().filter(|a| a.retry_us <= now) {
             asked.retry_us = now + DATAGRAM_RETRY_US;

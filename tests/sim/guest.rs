@@ -48,12 +48,16 @@ pub struct Guest {
 
 /// The bytes of an answer of length `n` to `key`.
 pub fn body(key: u64, n: usize) -> Vec<u8> {
-    (0..n as u64).map(|i| (key.wrapping_mul(31).wrapping_add(i * 7) >> (i % 5)) as u8).collect()
+    (0..n as u64)
+        .map(|i| (key.wrapping_mul(31).wrapping_add(i * 7) >> (i % 5)) as u8)
+        .collect()
 }
 
 /// A short checksum of uploads.
 pub fn sum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0193) & 0xffff_ffff)
+    bytes.iter().fold(0xcbf2_9ce4, |h, b| {
+        (h ^ u64::from(*b)).wrapping_mul(0x0100_0193) & 0xffff_ffff
+    })
 }
 
 impl Guest {
@@ -113,9 +117,15 @@ impl Guest {
     }
 
     fn run(&mut self, now: u64, chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
-        let most = if chance.chance(700) { RING as u64 } else { 1 + chance.below(4) };
+        let most = if chance.chance(700) {
+            RING as u64
+        } else {
+            1 + chance.below(4)
+        };
         for _ in 0..most {
-            let Some(frame) = self.ring.pop_front() else { break };
+            let Some(frame) = self.ring.pop_front() else {
+                break;
+            };
             self.consumed += 1;
             self.receive(now, &frame, chance, out);
         }
@@ -142,7 +152,13 @@ impl Guest {
             Protocol::Udp if packet.key.guest_port == PORT => {
                 let text = String::from_utf8_lossy(&frame[l4 + 8..usize::from(packet.end)]);
                 let answer = self.answer_datagram(now, &text, chance);
-                out.push(udp(side, false, PORT, packet.key.peer_port, answer.as_bytes()));
+                out.push(udp(
+                    side,
+                    false,
+                    PORT,
+                    packet.key.peer_port,
+                    answer.as_bytes(),
+                ));
             }
             Protocol::Icmp | Protocol::Icmpv6 if matches!(frame[l4], 8 | 128) => {
                 let payload = &frame[l4 + 8..usize::from(packet.end)];
@@ -160,14 +176,22 @@ impl Guest {
         chance: &mut Prng,
         out: &mut Vec<Vec<u8>>,
     ) {
-        let Some(seg) = Seg::read(frame, Direction::ToGuest) else { return };
+        let Some(seg) = Seg::read(frame, Direction::ToGuest) else {
+            return;
+        };
         let key = (v6, seg.guest_port, seg.peer_port);
         let is_syn = seg.header.has(wire::tcp::SYN) && !seg.header.has(wire::tcp::ACK);
         match self.conns.get_mut(&key) {
             Some(conn) => conn.end.handle(now, &seg),
             None if is_syn && seg.guest_port == PORT => {
                 let end = End::accept(&seg, chance);
-                self.conns.insert(key, Conn { end, finished_us: None });
+                self.conns.insert(
+                    key,
+                    Conn {
+                        end,
+                        finished_us: None,
+                    },
+                );
             }
             None => out.extend(reset(&seg)),
         }
@@ -175,7 +199,9 @@ impl Guest {
 
     fn serve(&mut self, now: u64, key: Key, chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
         // Taken out, so that the application may use the rest of the state.
-        let Some(mut conn) = self.conns.remove(&key) else { return };
+        let Some(mut conn) = self.conns.remove(&key) else {
+            return;
+        };
         while let Some((request, len)) = take_request(&conn.end.inbox) {
             let answer = self.answer(now, &request, chance);
             conn.end.inbox.drain(..len);
@@ -255,7 +281,18 @@ fn take_request(bytes: &[u8]) -> Option<(Request, usize)> {
     let mut words = line.split(' ');
     let verb = words.next()?.bytes().next()?;
     let args: Vec<u64> = words.filter_map(|w| w.parse().ok()).collect();
-    let payload_len = if verb == b'P' { *args.first()? as usize } else { 0 };
+    let payload_len = if verb == b'P' {
+        *args.first()? as usize
+    } else {
+        0
+    };
     let payload = bytes.get(line_len..line_len + payload_len)?.to_vec();
-    Some((Request { verb, args, payload }, line_len + payload_len))
+    Some((
+        Request {
+            verb,
+            args,
+            payload,
+        },
+        line_len + payload_len,
+    ))
 }

@@ -35,15 +35,35 @@ pub enum LinkMsg {
     Down,
     /// An encoded control message.
     Control(Vec<u8>),
-    Input { epoch: u64, seq: u64, frame: Vec<u8> },
-    InputAck { up_to: u64 },
-    Output { epoch: u64, seq: u64, frame: Vec<u8> },
-    Released { seq: u64 },
-    PendingReleased { epoch: u64 },
-    CaughtUp { epoch: u64 },
+    Input {
+        epoch: u64,
+        seq: u64,
+        frame: Vec<u8>,
+    },
+    InputAck {
+        up_to: u64,
+    },
+    Output {
+        epoch: u64,
+        seq: u64,
+        frame: Vec<u8>,
+    },
+    Released {
+        seq: u64,
+    },
+    PendingReleased {
+        epoch: u64,
+    },
+    CaughtUp {
+        epoch: u64,
+    },
     CheckpointWanted,
     /// A part of a checkpoint; the last one makes it whole.
-    Chunk { index: u64, of: u64, image: Rc<Image> },
+    Chunk {
+        index: u64,
+        of: u64,
+        image: Rc<Image>,
+    },
 }
 
 /// How it behaves.

@@ -72,7 +72,11 @@ fn every_seed_keeps_every_promise() {
         total.events, total.answers, total.commits, total.takeovers, total.joins, total.matches
     );
     if let Some(&seed) = failed.first() {
-        panic!("{} seeds failed: {failed:?}\n{}", failed.len(), report(seed, Mutation::None));
+        panic!(
+            "{} seeds failed: {failed:?}\n{}",
+            failed.len(),
+            report(seed, Mutation::None)
+        );
     }
 }
 
@@ -81,7 +85,7 @@ const CANARY_SEEDS: u64 = 400;
 
 fn caught(mutation: Mutation, checker: &str) {
     let mut others = Vec::new();
-    for seed in 0..CANARY_SEEDS {
+    for seed in 0..number("COLO_SIM_SEEDS").unwrap_or(CANARY_SEEDS) {
         let violations = run(seed, mutation, false).violations;
         if violations.iter().any(|v| v.starts_with(checker)) {
             println!("{mutation:?}: seed {seed}: {}", violations[0]);

@@ -170,11 +170,10 @@ impl Plan {
                 delay_us: chance.range(20, 500),
                 jitter_us: chance.below(300),
             },
-            link: LinkPlan {
-                delay_us: std::array::from_fn(|_| chance.range(10, 300)),
-                jitter_us: std::array::from_fn(|_| chance.below(400)),
-            },
-            clients: (0..chance.range(1, 6)).map(|_| client(chance, divergent)).collect(),
+            link: link(chance, &timing),
+            clients: (0..chance.range(1, 6))
+                .map(|_| client(chance, divergent))
+                .collect(),
             datagram_clients: chance.below(3),
             datagrams: chance.range(5, 40),
             divergent,
@@ -197,9 +196,26 @@ fn timing(chance: &mut Prng) -> Timing {
     Timing {
         heartbeat_us: chance.range(4_000, 15_000),
         heartbeat_count: chance.range(3, 6) as u32,
-        checkpoint_interval_us: if chance.chance(300) { chance.range(20_000, 300_000) } else { 0 },
+        checkpoint_interval_us: if chance.chance(300) {
+            chance.range(20_000, 300_000)
+        } else {
+            0
+        },
         step_timeout_us: 400_000,
         arbiter_retry_us: 5_000,
+    }
+}
+
+/// Now and then so slow that everything overtakes everything; a round trip stays within the lease.
+fn link(chance: &mut Prng, timing: &Timing) -> LinkPlan {
+    let most = if chance.chance(250) {
+        timing.lease_us() / 5
+    } else {
+        300
+    };
+    LinkPlan {
+        delay_us: std::array::from_fn(|_| chance.range(10, most)),
+        jitter_us: std::array::from_fn(|_| chance.below(most)),
     }
 }
 
@@ -227,6 +243,7 @@ fn client(chance: &mut Prng, divergent: u64) -> ClientPlan {
         depth: chance.range(1, 4) as usize,
         think_us: [3_000, 20_000, 60_000, 150_000][chance.below(4) as usize],
         divergent,
+        uploads: [100, 150, 600][chance.below(3) as usize],
         largest: [40, 1_500, 12_000][chance.below(3) as usize],
     }
 }
@@ -243,17 +260,33 @@ fn strikes(chance: &mut Prng, timing: &Timing, calm_us: u64) -> Vec<Strike> {
                 "chunk_sent" | "chunk_received" => chance.range(1, 30),
                 _ => chance.range(1, 8),
             };
-            Strike { when: When::Passing(point, nth), target, fault }
+            Strike {
+                when: When::Passing(point, nth),
+                target,
+                fault,
+            }
         } else {
-            let target = if chance.chance(700) { Target::Primary } else { Target::Secondary };
+            let target = if chance.chance(700) {
+                Target::Primary
+            } else {
+                Target::Secondary
+            };
             let at = chance.range(20_000, calm_us - 300_000);
-            Strike { when: When::At(at), target, fault }
+            Strike {
+                when: When::At(at),
+                target,
+                fault,
+            }
         };
         strikes.push(strike);
     }
     if chance.chance(30) {
         let when = When::At(chance.range(calm_us / 2, calm_us));
-        strikes.push(Strike { when, target: Target::Primary, fault: Fault::ShutDown });
+        strikes.push(Strike {
+            when,
+            target: Target::Primary,
+            fault: Fault::ShutDown,
+        });
     }
     strikes
 }
@@ -266,14 +299,18 @@ fn fault(chance: &mut Prng, timing: &Timing) -> Fault {
         2 => chance.range(detection, detection * 5),
         _ => 200_000,
     };
-    match chance.below(13) {
+    match chance.below(14) {
         0..=2 => Fault::Kill,
-        11 | 12 => Fault::FallSilent(chance.below(detection)),
+        11..=13 => Fault::FallSilent(chance.below(detection)),
         3 | 4 => Fault::PowerOff,
         5 => Fault::Pause(span(chance)),
         6 => Fault::Pause(span(chance)),
         7 => Fault::Deafen(span(chance)),
-        8 => Fault::Cut(if chance.chance(400) { u64::MAX } else { span(chance) }),
+        8 => Fault::Cut(if chance.chance(400) {
+            u64::MAX
+        } else {
+            span(chance)
+        }),
         9 => Fault::Reset,
         _ => Fault::ArbiterOutage(chance.range(5_000, 300_000)),
     }

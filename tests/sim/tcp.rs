@@ -45,7 +45,11 @@ impl Seg {
         let header = packet.tcp?;
         let at = usize::from(header.payload_at);
         Some(Self {
-            side: if packet.network == wire::Network::V6 { Side::V6 } else { Side::V4 },
+            side: if packet.network == wire::Network::V6 {
+                Side::V6
+            } else {
+                Side::V4
+            },
             guest_port: packet.key.guest_port,
             peer_port: packet.key.peer_port,
             header,
@@ -146,7 +150,10 @@ impl End {
 
     /// A client's end; the SYN leaves with the next [`Self::poll`].
     pub fn connect(side: Side, ports: (u16, u16), use_ts: bool, chance: &mut Prng) -> Self {
-        Self { use_ts, ..Self::new(false, side, ports, chance) }
+        Self {
+            use_ts,
+            ..Self::new(false, side, ports, chance)
+        }
     }
 
     /// The guest's answer to a SYN.
@@ -183,11 +190,6 @@ impl End {
         self.peer_closed && self.fin_queued && self.una > self.fin_position()
     }
 
-    /// Everything sent is acknowledged.
-    pub fn is_quiet(&self) -> bool {
-        self.una == self.max && self.out.is_empty() && self.state == State::Open
-    }
-
     fn seq(&self, position: u64) -> u32 {
         self.iss.wrapping_add(position as u32)
     }
@@ -213,7 +215,9 @@ impl End {
             return;
         }
         if self.use_ts {
-            let Some((tsval, _)) = seg.timestamps else { return };
+            let Some((tsval, _)) = seg.timestamps else {
+                return;
+            };
             if !le(self.ts_recent, tsval) {
                 self.ack_now |= h.takes_space(); // PAWS (RFC 7323 section 5)
                 return;
@@ -403,7 +407,11 @@ impl End {
         let from = (self.nxt - self.base) as usize;
         let most = (self.out.len() - from).min(usize::from(MSS));
         let cut = chance.chance(150) && most > 1;
-        let len = if cut { 1 + chance.below(most as u64) as usize } else { most };
+        let len = if cut {
+            1 + chance.below(most as u64) as usize
+        } else {
+            most
+        };
         let payload: Vec<u8> = self.out.range(from..from + len).copied().collect();
         let next = self.nxt + len as u64;
         let last = fin && next == end && !(len > 0 && chance.chance(300));
@@ -432,7 +440,9 @@ impl End {
             segment = segment.ack(self.irs.wrapping_add(self.wanted as u32));
         }
         if flags & SYN != 0 {
-            segment = segment.option(&[2, 4, (MSS >> 8) as u8, MSS as u8]).option(&[4, 2]);
+            segment = segment
+                .option(&[2, 4, (MSS >> 8) as u8, MSS as u8])
+                .option(&[4, 2]);
         }
         if self.use_ts {
             let tsval = self.ts_offset.wrapping_add((now / 1000) as u32);
@@ -459,7 +469,11 @@ impl End {
             }
         }
         let wire = |n: u64| self.irs.wrapping_add(n as u32);
-        blocks.iter().take(3).map(|&(a, b)| (wire(a), wire(b))).collect()
+        blocks
+            .iter()
+            .take(3)
+            .map(|&(a, b)| (wire(a), wire(b)))
+            .collect()
     }
 }
 

@@ -4,12 +4,15 @@
 //! replays exactly. Checkers look only at what leaves a host and at what clients were told, except *all or nothing*
 //! and *bounded*, which look at the hosts' memory.
 
+mod arbiter;
+mod faults;
+
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 use colo_compare::testing::GUEST_MAC;
 use colo_compare::{Direction, Protocol, wire};
-use colo_control::{Cas, PrimaryEvent, Record, Reply, SecondaryEvent, Standing};
+use colo_control::{Cas, PrimaryEvent, Record, Reply, Standing};
 
 use crate::client::{DatagramClient, Oracle, TcpClient, addressee};
 use crate::host::{Command, Process, Shell};
@@ -31,7 +34,6 @@ pub enum HostEvent {
     Frame(Vec<u8>),
     Command(Command),
     PrimaryCore(PrimaryEvent),
-    SecondaryCore(SecondaryEvent),
     Link(usize, Channel, LinkMsg),
     GuestWake,
     SendChunk,
@@ -41,15 +43,32 @@ pub enum HostEvent {
 #[derive(Debug)]
 enum Event {
     /// `inc` 0: whoever runs there.
-    Host { host: usize, inc: u64, event: HostEvent },
+    Host {
+        host: usize,
+        inc: u64,
+        event: HostEvent,
+    },
     Client(usize),
     Datagrams(usize),
     ToClients(Vec<u8>),
     ToGuest(Vec<u8>),
-    Link { link: usize, to: usize, channel: Channel, msg: LinkMsg },
-    Decide { host: usize, inc: u64, cas: Cas, answer: Answer },
+    Link {
+        link: usize,
+        to: usize,
+        channel: Channel,
+        msg: LinkMsg,
+    },
+    Decide {
+        host: usize,
+        inc: u64,
+        cas: Cas,
+        answer: Answer,
+    },
     Strike(usize),
-    PowerOff { host: usize, inc: u64 },
+    PowerOff {
+        host: usize,
+        inc: u64,
+    },
     Heal(usize, usize),
     Join,
 }
@@ -168,8 +187,11 @@ impl World {
             lost_holder_us: None,
         });
         let passed = vec![0; plan.strikes.len()];
-        let record =
-            Record { generation: 1, holder: NAMES[0].into(), standing: Standing::Alone };
+        let record = Record {
+            generation: 1,
+            holder: NAMES[0].into(),
+            standing: Standing::Alone,
+        };
         let mut world = Self {
             now: 0,
             chance,
@@ -254,12 +276,10 @@ impl World {
             let text = self.describe_unfinished();
             self.fail("liveness", text);
         }
-        for host in 0..2 {
-            if let Some(process) = self.hosts[host].process.take() {
-                let left = process.close();
-                if left != 0 && !broken {
-                    self.fail("bounded", format!("{} leaks {left} frames", NAMES[host]));
-                }
+        for (host, name) in NAMES.iter().enumerate() {
+            let left = self.hosts[host].process.take().map_or(0, Process::close);
+            if left != 0 && !broken {
+                self.fail("bounded", format!("{name} leaks {left} frames"));
             }
         }
         let mut outcome = self.outcome;
@@ -274,14 +294,23 @@ impl World {
     fn describe_unfinished(&self) -> String {
         let tcp: Vec<_> = self.tcp.iter().filter(|c| !c.finished).collect();
         let datagrams: Vec<_> = self.datagrams.iter().filter(|c| !c.finished()).collect();
-        let hosts: Vec<_> = self.hosts.iter().map(|h| h.process.as_ref().map(Process::state)).collect();
-        format!("clients wait: {tcp:?} {datagrams:?}, hosts {hosts:?}, record {:?}", self.record)
+        let hosts: Vec<_> = self
+            .hosts
+            .iter()
+            .map(|h| h.process.as_ref().map(Process::state))
+            .collect();
+        format!(
+            "clients wait: {tcp:?} {datagrams:?}, hosts {hosts:?}, record {:?}",
+            self.record
+        )
     }
 
     /// Reports a violation.
     pub fn fail(&mut self, checker: &str, text: String) {
         self.trace(|| format!("VIOLATION {checker}: {text}"));
-        self.outcome.violations.push(format!("{checker}: {text} (at {} us)", self.now));
+        self.outcome
+            .violations
+            .push(format!("{checker}: {text} (at {} us)", self.now));
     }
 
     /// Notes a line when the run is verbose.
@@ -304,7 +333,11 @@ impl World {
 
     fn at(&mut self, at: u64, event: Event) {
         self.order += 1;
-        self.queue.push(Entry { at, order: self.order, event });
+        self.queue.push(Entry {
+            at,
+            order: self.order,
+            event,
+        });
     }
 
     /// Plans an event of a process.
@@ -317,10 +350,20 @@ impl World {
             Event::Host { host, inc, event } => self.at_host(host, inc, event),
             Event::Client(n) => self.run_client(n),
             Event::Datagrams(n) => self.run_datagrams(n),
-            Event::ToClients(frame) => self.to_clients(&frame),
-            Event::ToGuest(frame) => self.to_guest(frame),
-            Event::Link { link, to, channel, msg } => self.arrive(link, to, channel, msg),
-            Event::Decide { host, inc, cas, answer } => self.decide(host, inc, &cas, answer),
+            Event::ToClients(frame) => self.reach_clients(&frame),
+            Event::ToGuest(frame) => self.reach_guest(frame),
+            Event::Link {
+                link,
+                to,
+                channel,
+                msg,
+            } => self.arrive(link, to, channel, msg),
+            Event::Decide {
+                host,
+                inc,
+                cas,
+                answer,
+            } => self.decide(host, inc, &cas, answer),
             Event::Strike(n) => self.strike(n),
             Event::PowerOff { host, inc } => self.power_off(host, inc),
             Event::Heal(link, host) => self.heal(link, host),
@@ -330,7 +373,11 @@ impl World {
 
     fn at_host(&mut self, host: usize, inc: u64, event: HostEvent) {
         let place = &mut self.hosts[host];
-        if place.process.as_ref().is_none_or(|p| inc != 0 && p.inc != inc) {
+        if place
+            .process
+            .as_ref()
+            .is_none_or(|p| inc != 0 && p.inc != inc)
+        {
             return;
         }
         if place.paused_until_us > self.now {
@@ -338,8 +385,15 @@ impl World {
             self.at(at, Event::Host { host, inc, event });
             return;
         }
-        let Some(mut process) = place.process.take() else { return };
-        Shell { world: self, host, p: &mut process }.handle(event);
+        let Some(mut process) = place.process.take() else {
+            return;
+        };
+        Shell {
+            world: self,
+            host,
+            p: &mut process,
+        }
+        .handle(event);
         if process.is_alive() {
             self.hosts[host].process = Some(process);
         }
@@ -362,12 +416,15 @@ impl World {
         }
         let mut out = Vec::new();
         self.tcp[n].wake(self.now, &mut self.oracle, &mut out);
-        self.from_clients(out);
+        self.client_frames(out);
         self.plan_client(n);
     }
 
     fn plan_datagrams(&mut self, n: usize) {
-        let at = self.datagrams[n].deadline().unwrap_or(u64::MAX).max(self.now);
+        let at = self.datagrams[n]
+            .deadline()
+            .unwrap_or(u64::MAX)
+            .max(self.now);
         if at < self.datagrams_at[n] {
             self.datagrams_at[n] = at;
             self.at(at, Event::Datagrams(n));
@@ -380,11 +437,11 @@ impl World {
         }
         let mut out = Vec::new();
         self.datagrams[n].wake(self.now, &self.oracle, &mut out);
-        self.from_clients(out);
+        self.client_frames(out);
         self.plan_datagrams(n);
     }
 
-    fn from_clients(&mut self, frames: Vec<Vec<u8>>) {
+    fn client_frames(&mut self, frames: Vec<Vec<u8>>) {
         for frame in frames {
             for delay in self.transit() {
                 self.later(delay, Event::ToGuest(frame.clone()));
@@ -412,7 +469,7 @@ impl World {
         vec![delay]
     }
 
-    fn to_guest(&mut self, frame: Vec<u8>) {
+    fn reach_guest(&mut self, frame: Vec<u8>) {
         self.trace(|| format!("in {}", show(&frame)));
         let ports = match self.guest_port {
             Some(host) => host..=host,
@@ -425,14 +482,18 @@ impl World {
     }
 
     /// A frame leaves a host's NIC: the *one voice* checker stands here.
-    pub fn from_nic(&mut self, host: usize, frame: &[u8]) {
+    pub fn nic_frame(&mut self, host: usize, frame: &[u8]) {
         let speaks = self.record.holder == NAMES[host];
         // What the comparator or the lease let go just before the word of the arbiter.
         let residue_us = self.plan.timing.detection_us() * 5 / 4 + 5_000;
         let lost = self.hosts[host].lost_holder_us;
         if !speaks && lost.is_none_or(|at| self.now > at + residue_us) {
             let holder = &self.record.holder;
-            let text = format!("{} sends, {holder} holds since {lost:?}: {}", NAMES[host], show(frame));
+            let text = format!(
+                "{} sends, {holder} holds since {lost:?}: {}",
+                NAMES[host],
+                show(frame)
+            );
             self.fail("one voice", text);
         }
         if frame[6..12] == GUEST_MAC {
@@ -443,8 +504,10 @@ impl World {
         }
     }
 
-    fn to_clients(&mut self, frame: &[u8]) {
-        let Some((protocol, port)) = addressee(frame, &mut self.oracle) else { return };
+    fn reach_clients(&mut self, frame: &[u8]) {
+        let Some((protocol, port)) = addressee(frame, &mut self.oracle) else {
+            return;
+        };
         match protocol {
             Protocol::Tcp => {
                 if let Some(n) = self.tcp.iter().position(|c| c.owns(port)) {
@@ -468,7 +531,15 @@ impl World {
     pub fn link_send(&mut self, link: usize, host: usize, channel: Channel, msg: LinkMsg) {
         let to = 1 - host;
         let at = self.links[link].arrival(self.now, to, channel, &mut self.chance);
-        self.at(at, Event::Link { link, to, channel, msg });
+        self.at(
+            at,
+            Event::Link {
+                link,
+                to,
+                channel,
+                msg,
+            },
+        );
     }
 
     fn arrive(&mut self, n: usize, to: usize, channel: Channel, msg: LinkMsg) {
@@ -511,7 +582,9 @@ impl World {
             self.later(50_000, Event::Join);
         }
         let waits = |host: &Host| host.process.as_ref().is_some_and(Process::wants_secondary);
-        let Some(primary) = (0..2).find(|&n| waits(&self.hosts[n])) else { return };
+        let Some(primary) = (0..2).find(|&n| waits(&self.hosts[n])) else {
+            return;
+        };
         let host = 1 - primary;
         if self.hosts[host].process.is_some() || self.hosts[host].may_start_us > self.now {
             return;
@@ -530,223 +603,31 @@ impl World {
         self.link_send(link, 0, Channel::Control, LinkMsg::Up);
         self.link_send(link, 1, Channel::Control, LinkMsg::Up);
     }
-
-    // ---- the arbiter ----
-
-    /// A process asks the arbiter.
-    pub fn ask(&mut self, host: usize, inc: u64, cas: Cas) {
-        self.trace(|| format!("{} asks {cas:?}", NAMES[host]));
-        let delay = 50 + self.chance.below(2_000);
-        let calm = self.now > self.plan.calm_us;
-        if !calm && self.chance.chance(self.plan.lost_answers) {
-            let decided = delay + self.chance.below(20_000);
-            if self.chance.chance(500) {
-                let cas = cas.clone();
-                self.later(decided, Event::Decide { host, inc, cas, answer: Answer::Late });
-                self.reply(host, inc, delay, Reply::Unavailable("timeout".into()));
-            } else {
-                self.later(decided, Event::Decide { host, inc, cas, answer: Answer::Lost });
-            }
-            return;
-        }
-        self.later(delay, Event::Decide { host, inc, cas, answer: Answer::Comes });
-    }
-
-    fn decide(&mut self, host: usize, inc: u64, cas: &Cas, answer: Answer) {
-        let back = 50 + self.chance.below(2_000);
-        if self.arbiter_down_until_us > self.now {
-            if answer != Answer::Late {
-                self.reply(host, inc, back, Reply::Unavailable("down".into()));
-            }
-            return;
-        }
-        let reply = match self.record.decide(cas) {
-            Ok(record) => {
-                self.replace(record.clone());
-                Reply::Won(record)
-            }
-            Err(record) => Reply::Lost(record),
-        };
-        self.trace(|| format!("arbiter to {}: {reply:?} ({answer:?})", NAMES[host]));
-        match answer {
-            Answer::Comes => self.reply(host, inc, back, reply),
-            Answer::Lost => self.reply(host, inc, back, Reply::Unavailable("lost".into())),
-            Answer::Late => {}
-        }
-        self.check_viable();
-    }
-
-    fn replace(&mut self, record: Record) {
-        for (n, name) in NAMES.iter().enumerate() {
-            if self.record.holder == *name && record.holder != *name {
-                self.hosts[n].lost_holder_us = Some(self.now);
-            }
-        }
-        self.record = record;
-    }
-
-    /// Plans the answer to a process that asked.
-    pub fn reply(&mut self, host: usize, inc: u64, delay: u64, reply: Reply) {
-        let event = HostEvent::Command(Command::Answer(reply));
-        self.host_event(self.now + delay, host, inc, event);
-    }
-
-    /// Whether somebody is, or can become, the VM. Only faults may end that.
-    fn check_viable(&mut self) {
-        let viable = self.hosts.iter().enumerate().any(|(n, host)| {
-            host.process.as_ref().is_some_and(|p| {
-                let holds = self.record.holder == NAMES[n] && p.may_hold();
-                holds || self.record.standing == Standing::Paired { session: p.inc }
-            })
-        });
-        if !viable && self.record.standing != Standing::Off && !self.outcome.vm_lost {
-            self.outcome.vm_lost = true;
-            self.trace(|| "the VM is lost".into());
-        }
-    }
-
-    /// A core ended its process: allowed only when somebody else goes on.
-    pub fn ended(&mut self, host: usize, outcome: &colo_control::Outcome) {
-        self.trace(|| format!("{} ends: {outcome:?}", NAMES[host]));
-        self.hosts[host].may_start_us = self.now + 20_000;
-        self.check_viable();
-        if self.outcome.vm_lost {
-            let record = self.record.clone();
-            self.fail("liveness", format!("{} ended with {outcome:?} under {record:?}", NAMES[host]));
-        }
-    }
-
-    // ---- faults ----
-
-    fn target(&self, target: Target) -> Option<usize> {
-        let runs = |n: usize| self.hosts[n].process.is_some();
-        let primary = NAMES.iter().position(|n| **n == *self.record.holder)?;
-        match target {
-            Target::Primary => runs(primary).then_some(primary),
-            Target::Secondary => runs(1 - primary).then_some(1 - primary),
-        }
-    }
-
-    /// Whether the VM survives the loss of this host.
-    fn is_spare(&self, host: usize) -> bool {
-        let other = self.hosts[1 - host].process.as_ref();
-        match self.record.standing {
-            _ if self.record.holder != NAMES[host] => true,
-            Standing::Paired { session } => other.is_some_and(|p| p.inc == session),
-            _ => false,
-        }
-    }
-
-    fn power_off(&mut self, host: usize, inc: u64) {
-        let Some(mut process) = self.hosts[host].process.take() else { return };
-        if process.inc == inc {
-            self.hit(host, &mut process, &Fault::PowerOff);
-        }
-        if process.is_alive() {
-            self.hosts[host].process = Some(process);
-        }
-        self.check_viable();
-    }
-
-    fn strike(&mut self, n: usize) {
-        let strike = self.plan.strikes[n].clone();
-        let Some(host) = self.target(strike.target) else { return };
-        let Some(mut process) = self.hosts[host].process.take() else { return };
-        self.hit(host, &mut process, &strike.fault);
-        if process.is_alive() {
-            self.hosts[host].process = Some(process);
-        }
-        self.check_viable();
-    }
-
-    /// A process passes a named point: the faults that wait for it strike.
-    pub fn pass(&mut self, host: usize, p: &mut Process, point: &str) {
-        if self.now > self.plan.calm_us {
-            return;
-        }
-        for n in 0..self.plan.strikes.len() {
-            let When::Passing(name, nth) = self.plan.strikes[n].when else { continue };
-            if name == point {
-                self.passed[n] += 1;
-                if self.passed[n] == nth {
-                    self.trace(|| format!("{} passes {point}", NAMES[host]));
-                    let fault = self.plan.strikes[n].fault.clone();
-                    self.hit(host, p, &fault);
-                }
-            }
-        }
-    }
-
-    fn hit(&mut self, host: usize, p: &mut Process, fault: &Fault) {
-        let deadly = matches!(fault, Fault::Kill | Fault::PowerOff | Fault::FallSilent(_));
-        if deadly && !self.plan.merciless && !self.is_spare(host) {
-            return;
-        }
-        self.trace(|| format!("FAULT at {}: {fault:?}", NAMES[host]));
-        match *fault {
-            Fault::Kill => {
-                p.die();
-                self.hosts[host].may_start_us = self.now + 30_000;
-                if let Some(link) = p.link.take() {
-                    self.close(link, host, true);
-                }
-            }
-            Fault::PowerOff => {
-                p.die();
-                self.hosts[host].may_start_us = self.now + 300_000;
-                if let Some(link) = p.link.take() {
-                    self.links[link].open[host] = (false, false);
-                    // What was still in its buffers is lost, or not.
-                    self.links[link].cut[1 - host] |= self.chance.chance(500);
-                }
-            }
-            Fault::FallSilent(us) => {
-                self.cut(p, &[1 - host], u64::MAX);
-                let inc = p.inc;
-                self.later(us, Event::PowerOff { host, inc });
-            }
-            Fault::Pause(us) => {
-                self.hosts[host].paused_until_us = self.now + us;
-                self.hosts[host].gap_us += us;
-            }
-            Fault::Deafen(us) => self.cut(p, &[host], us),
-            Fault::Cut(us) => self.cut(p, &[0, 1], us),
-            Fault::Reset => {
-                if let Some(link) = p.link {
-                    let event = HostEvent::Link(link, Channel::Control, LinkMsg::Down);
-                    let inc = p.inc;
-                    self.host_event(self.now, host, inc, event);
-                }
-            }
-            Fault::ArbiterOutage(us) => self.arbiter_down_until_us = self.now + us,
-            Fault::ShutDown => {
-                let event = HostEvent::PrimaryCore(PrimaryEvent::ShutDown);
-                let inc = p.inc;
-                self.host_event(self.now, host, inc, event);
-            }
-        }
-    }
-
-    fn cut(&mut self, p: &Process, hosts: &[usize], us: u64) {
-        let Some(link) = p.link else { return };
-        for &host in hosts {
-            self.links[link].cut[host] = true;
-            if us != u64::MAX {
-                self.later(us, Event::Heal(link, host));
-            }
-        }
-    }
 }
 
 /// A frame in a line.
 pub fn show(frame: &[u8]) -> String {
-    let direction = if frame[6..12] == GUEST_MAC { Direction::FromGuest } else { Direction::ToGuest };
+    let direction = if frame[6..12] == GUEST_MAC {
+        Direction::FromGuest
+    } else {
+        Direction::ToGuest
+    };
     let packet = wire::parse(frame, frame.len(), direction);
     let tcp = packet.tcp.map(|t| {
-        format!(" seq {:x} ack {:x} flags {:02x} len {}", t.seq, t.ack, t.flags, t.payload_len)
+        format!(
+            " seq {:x} ack {:x} flags {:02x} len {}",
+            t.seq, t.ack, t.flags, t.payload_len
+        )
     });
     let ts = packet.tcp.and_then(|t| t.timestamps(frame));
     let ts = ts.map(|(val, ecr)| format!(" ts {val:x} {ecr:x}"));
-    let ends = format!("{direction:?} {:?} {}:{}", packet.key.protocol, packet.key.peer, packet.key.peer_port);
-    format!("{ends}{}{}", tcp.unwrap_or_default(), ts.unwrap_or_default())
+    let ends = format!(
+        "{direction:?} {:?} {}:{}",
+        packet.key.protocol, packet.key.peer, packet.key.peer_port
+    );
+    format!(
+        "{ends}{}{}",
+        tcp.unwrap_or_default(),
+        ts.unwrap_or_default()
+    )
 }
