@@ -166,7 +166,9 @@ impl PrimaryShell {
             CaptureEvent::SyncReady => self.core.handle(now, PrimaryEvent::SyncReady),
             CaptureEvent::Captured { epoch, cost } => {
                 tracing::debug!("epoch {epoch} captured: {cost:?}");
-                self.times.captured(&cost);
+                if self.core.state() != PrimaryState::FirstCheckpoint {
+                    self.times.captured(&cost);
+                }
                 self.core.handle(now, PrimaryEvent::Captured { epoch });
             }
             CaptureEvent::Sent { epoch, sent_bytes } => {
@@ -351,13 +353,16 @@ impl PrimaryShell {
 
     fn commit(&mut self, epoch: u64) {
         self.order(CaptureCommand::Committed);
-        self.times
-            .committed(now_us().saturating_sub(self.checkpoint_begun_us));
+        let since_us = now_us().saturating_sub(self.checkpoint_begun_us);
+        let first = self.core.state() == PrimaryState::Paired && self.unprotected.take().is_some();
+        if first {
+            self.times.sync_us = since_us;
+            tracing::info!("protected: the secondary has the state");
+        } else {
+            self.times.committed(since_us);
+        }
         self.on_role(move |role, edge| role.commit(edge, epoch));
         reached(Point::CommitReleased);
-        if self.core.state() == PrimaryState::Paired && self.unprotected.take().is_some() {
-            tracing::info!("protected: the secondary has the state");
-        }
     }
 
     fn order(&self, command: CaptureCommand) {

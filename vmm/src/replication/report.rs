@@ -42,8 +42,10 @@ pub struct CheckpointTimes {
     copy_us: Histogram<u64>,
     commit_us: Histogram<u64>,
     dirty_pages: Histogram<u64>,
-    /// Checkpoints committed.
+    /// Checkpoints committed, the one that completes a pair not counted.
     pub count: u64,
+    /// How long the last secondary took from its welcome to its protection.
+    pub sync_us: u64,
     /// Checkpoints aborted.
     pub aborted: u64,
     /// Bytes on the page channel.
@@ -61,6 +63,7 @@ impl Default for CheckpointTimes {
             commit_us: new(),
             dirty_pages: new(),
             count: 0,
+            sync_us: 0,
             aborted: 0,
             page_bytes: 0,
         }
@@ -125,6 +128,7 @@ pub struct PairStatus {
     pub checkpoint_causes: BTreeMap<&'static str, u64>,
     pub checkpoints: u64,
     pub checkpoints_aborted: u64,
+    pub sync_us: u64,
     pub checkpoint_pause_us: Percentiles,
     pub quiesce_us: Percentiles,
     pub state_us: Percentiles,
@@ -168,6 +172,7 @@ impl PairStatus {
             checkpoint_causes: by_cause(&stats.requests),
             checkpoints: times.count,
             checkpoints_aborted: times.aborted,
+            sync_us: times.sync_us,
             checkpoint_pause_us: (&times.pause_us).into(),
             quiesce_us: (&times.quiesce_us).into(),
             state_us: (&times.state_us).into(),
