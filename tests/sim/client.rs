@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use colo_compare::testing::{Side, checksums_are_right, echo, udp};
+use colo_compare::wire::tcp::{ACK, SYN};
 use colo_compare::{Direction, Protocol, wire};
 
 use crate::guest::{PORT, body, sum};
@@ -18,6 +19,8 @@ const DATAGRAM_RETRY_US: u64 = 150_000;
 #[derive(Debug, Default)]
 pub struct Oracle {
     tokens: BTreeSet<u64>,
+    /// What the guest said on connections that it opened.
+    heard: BTreeSet<u64>,
     /// Values of the shared counter and the request that got each.
     shared: BTreeMap<u64, u64>,
     /// Contradictions, with the time left to the caller.
@@ -50,9 +53,14 @@ impl Oracle {
 #[derive(Debug)]
 enum Expect {
     Bytes(Vec<u8>),
-    Shared { request: u64, floor: u64 },
+    Shared {
+        request: u64,
+        floor: u64,
+    },
     Token,
     Time,
+    /// Something that was heard on a connection that the guest opened.
+    Heard,
 }
 
 /// How a client behaves.
@@ -66,6 +74,12 @@ pub struct Plan {
     pub divergent: u64,
     /// Share of the others that send much and get little, per mille.
     pub uploads: u64,
+    /// Connections that end with a reset, per mille.
+    pub resets: u64,
+    /// Connections that use the port of the one before, per mille.
+    pub same_ports: u64,
+    /// Requests that make the guest open a connection, per mille.
+    pub outbound: u64,
     pub largest: u64,
 }
 
@@ -79,7 +93,10 @@ pub struct TcpClient {
     end: Option<End>,
     /// Closed connections, which still answer repeated FINs.
     lingering: Vec<End>,
+    /// Opened by the guest.
+    served: Vec<End>,
     opened: u64,
+    port: u16,
     asked: u64,
     requests: u64,
     expected: VecDeque<Expect>,
@@ -105,7 +122,9 @@ impl TcpClient {
             chance,
             end: None,
             lingering: Vec::new(),
+            served: Vec::new(),
             opened: 0,
+            port: 0,
             asked: 0,
             requests: 0,
             expected: VecDeque::new(),
@@ -114,10 +133,6 @@ impl TcpClient {
             value: 0,
             finished: false,
         }
-    }
-
-    fn port(&self) -> u16 {
-        (10_000 + self.id * 100 + self.opened) as u16
     }
 
     /// Whether frames to this port are its own.
@@ -136,7 +151,8 @@ impl TcpClient {
         };
         let wants = wants && self.expected.len() < most;
         let think = wants.then_some(self.next_us);
-        let ends = self.lingering.iter().chain(end).filter_map(End::deadline);
+        let others = self.lingering.iter().chain(&self.served);
+        let ends = others.chain(end).filter_map(End::deadline);
         ends.chain(think).min()
     }
 
@@ -145,10 +161,12 @@ impl TcpClient {
         if self.next_us <= now && !self.finished {
             self.act(now, oracle);
         }
-        for end in self.end.iter_mut().chain(&mut self.lingering) {
+        let others = self.lingering.iter_mut().chain(&mut self.served);
+        for end in self.end.iter_mut().chain(others) {
             end.poll(now, &mut self.chance, out);
         }
-        if self.end.as_ref().is_some_and(End::is_finished) {
+        let is_over = |end: &End| end.is_finished() || end.state == State::Reset;
+        if self.end.as_ref().is_some_and(is_over) {
             self.lingering.extend(self.end.take());
             self.finished = self.opened == self.plan.connections;
             self.next_us = now + self.chance.below(self.plan.think_us);
@@ -159,9 +177,13 @@ impl TcpClient {
         let Some(end) = &mut self.end else {
             self.opened += 1;
             self.asked = 0;
-            let ports = (PORT, self.port());
-            let use_ts = self.chance.chance(600);
-            self.end = Some(End::connect(self.side, ports, use_ts, &mut self.chance));
+            if self.port == 0 || !self.chance.chance(self.plan.same_ports) {
+                self.port = (10_000 + self.id * 100 + self.opened) as u16;
+            }
+            self.lingering.retain(|end| end.peer_port != self.port);
+            let (ports, use_ts) = ((PORT, self.port), self.chance.chance(600));
+            let end = End::connect(false, self.side, ports, use_ts, &mut self.chance);
+            self.end = Some(end);
             self.next_us = now + self.chance.below(self.plan.think_us);
             return;
         };
@@ -169,7 +191,9 @@ impl TcpClient {
             return;
         }
         if self.asked == self.plan.requests {
-            if self.expected.is_empty() {
+            if self.expected.is_empty() && self.chance.chance(self.plan.resets) {
+                end.abort();
+            } else if self.expected.is_empty() {
                 end.close();
             }
             return;
@@ -194,6 +218,10 @@ impl TcpClient {
     }
 
     fn divergent(&mut self, request: u64, oracle: &Oracle) -> (Vec<u8>, Expect) {
+        if self.chance.chance(self.plan.outbound) {
+            let (port, fixed) = (10_000 + self.id * 100 + 99, self.chance.below(2));
+            return (format!("O {port} {fixed}\n").into_bytes(), Expect::Heard);
+        }
         match self.chance.below(3) {
             0 => (b"T\n".to_vec(), Expect::Token),
             1 => (
@@ -244,6 +272,10 @@ impl TcpClient {
         let Some(seg) = Seg::read(frame, Direction::FromGuest) else {
             return;
         };
+        if seg.peer_port % 100 == 99 {
+            self.serve(now, &seg, oracle);
+            return;
+        }
         if let Some(end) = self
             .lingering
             .iter_mut()
@@ -292,6 +324,33 @@ impl TcpClient {
         }
     }
 
+    /// A connection that the guest opens: repeats what it says.
+    fn serve(&mut self, now: u64, seg: &Seg, oracle: &mut Oracle) {
+        let same =
+            |end: &&mut End| end.guest_port == seg.guest_port && end.peer_port == seg.peer_port;
+        let is_syn = seg.header.has(SYN) && !seg.header.has(ACK);
+        match self.served.iter_mut().find(same) {
+            Some(end) if is_syn && (end.is_finished() || end.state == State::Reset) => {
+                *end = End::accept(false, seg, &mut self.chance);
+            }
+            Some(end) => {
+                end.handle(now, seg);
+                let inbox = std::mem::take(&mut end.inbox);
+                let (said, rest) = split_line(inbox);
+                end.inbox = rest;
+                if let Some(said) = said {
+                    oracle.heard.extend(said.trim_end().parse::<u64>());
+                    end.send(said.as_bytes());
+                }
+                if end.peer_closed {
+                    end.close();
+                }
+            }
+            None if is_syn => self.served.push(End::accept(false, seg, &mut self.chance)),
+            None => {}
+        }
+    }
+
     /// Checks the first answer in `inbox`; gives its length once it is whole.
     fn check(&mut self, inbox: &[u8], oracle: &mut Oracle) -> Option<usize> {
         let expect = self.expected.front()?;
@@ -330,6 +389,7 @@ impl TcpClient {
                     }
                 }
                 (b'N', Expect::Time, Some(_)) => {}
+                (b'O', Expect::Heard, Some(v)) if oracle.heard.contains(&v) => {}
                 _ => {
                     oracle.fail(format!("client {}: {text:?} is no answer", self.id));
                     return self.give_up(inbox.len());
@@ -345,6 +405,16 @@ impl TcpClient {
         self.expected.clear();
         self.finished = true;
         Some(n)
+    }
+}
+
+fn split_line(bytes: Vec<u8>) -> (Option<String>, Vec<u8>) {
+    match bytes.iter().position(|b| *b == b'\n') {
+        Some(at) => {
+            let line = String::from_utf8_lossy(&bytes[..=at]).into_owned();
+            (Some(line), bytes[at + 1..].to_vec())
+        }
+        None => (None, bytes),
     }
 }
 

@@ -29,6 +29,21 @@ type Key = (bool, u16, u16);
 struct Conn {
     end: End,
     finished_us: Option<u64>,
+    /// It waits for the answer on a connection that the guest opened.
+    waits: bool,
+    /// The guest opened it, on behalf of that one.
+    opened_for: Option<Key>,
+}
+
+impl Conn {
+    fn new(end: End) -> Self {
+        Self {
+            end,
+            finished_us: None,
+            waits: false,
+            opened_for: None,
+        }
+    }
 }
 
 /// The guest's memory.
@@ -39,6 +54,7 @@ pub struct Guest {
     values: BTreeMap<u64, u64>,
     tokens: BTreeSet<u64>,
     shared: u64,
+    opened: u64,
     ring: VecDeque<Vec<u8>>,
     /// The guest_tx ring: what the device has not taken yet.
     pub sent: VecDeque<Vec<u8>>,
@@ -182,16 +198,14 @@ impl Guest {
         let key = (v6, seg.guest_port, seg.peer_port);
         let is_syn = seg.header.has(wire::tcp::SYN) && !seg.header.has(wire::tcp::ACK);
         match self.conns.get_mut(&key) {
+            // The port pair is used again (RFC 6191).
+            Some(conn) if is_syn && conn.finished_us.is_some() => {
+                *conn = Conn::new(End::accept(true, &seg, chance));
+            }
             Some(conn) => conn.end.handle(now, &seg),
             None if is_syn && seg.guest_port == PORT => {
-                let end = End::accept(&seg, chance);
-                self.conns.insert(
-                    key,
-                    Conn {
-                        end,
-                        finished_us: None,
-                    },
-                );
+                let conn = Conn::new(End::accept(true, &seg, chance));
+                self.conns.insert(key, conn);
             }
             None => out.extend(reset(&seg)),
         }
@@ -202,10 +216,9 @@ impl Guest {
         let Some(mut conn) = self.conns.remove(&key) else {
             return;
         };
-        while let Some((request, len)) = take_request(&conn.end.inbox) {
-            let answer = self.answer(now, &request, chance);
-            conn.end.inbox.drain(..len);
-            conn.end.send(&answer);
+        match conn.opened_for {
+            Some(asker) => self.hear(&mut conn, asker),
+            None => self.answer_all(now, key, &mut conn, chance),
         }
         if conn.end.peer_closed && !conn.end.is_closing() {
             conn.end.close();
@@ -215,6 +228,55 @@ impl Guest {
             conn.finished_us.get_or_insert(now);
         }
         self.conns.insert(key, conn);
+    }
+
+    fn answer_all(&mut self, now: u64, key: Key, conn: &mut Conn, chance: &mut Prng) {
+        while !conn.waits
+            && let Some((request, len)) = take_request(&conn.end.inbox)
+        {
+            conn.end.inbox.drain(..len);
+            if request.verb == b'O' {
+                conn.waits = true;
+                self.open(key, &request, chance);
+                continue;
+            }
+            let answer = self.answer(now, &request, chance);
+            conn.end.send(&answer);
+        }
+    }
+
+    /// `O port fixed`: opens a connection to that port of the client, tells a token there, and answers with it
+    /// when it was acknowledged. The own port is a random one, or the next.
+    fn open(&mut self, asker: Key, request: &Request, chance: &mut Prng) {
+        self.opened += 1;
+        let own = match request.args.get(1) {
+            Some(1) => 20_000 + self.opened as u16,
+            _ => 30_000 + chance.below(10_000) as u16,
+        };
+        let ports = (own, request.args.first().copied().unwrap_or(0) as u16);
+        let side = if asker.0 { Side::V6 } else { Side::V4 };
+        let mut conn = Conn::new(End::connect(true, side, ports, true, chance));
+        conn.opened_for = Some(asker);
+        let token = if own < 30_000 {
+            self.opened
+        } else {
+            chance.next()
+        };
+        conn.end.send(format!("{token}\n").as_bytes());
+        self.conns.insert((asker.0, ports.0, ports.1), conn);
+    }
+
+    /// The other end of a connection that the guest opened repeats the token.
+    fn hear(&mut self, conn: &mut Conn, asker: Key) {
+        if conn.end.is_closing() || !conn.end.inbox.contains(&b'\n') {
+            return;
+        }
+        let token = String::from_utf8_lossy(&conn.end.inbox).into_owned();
+        conn.end.close();
+        if let Some(asker) = self.conns.get_mut(&asker) {
+            asker.waits = false;
+            asker.end.send(format!("O {token}").as_bytes());
+        }
     }
 
     /// `E n key`: n bytes; `P n` and n bytes: their sum; `C key`: next of a counter; `X`: next of the one that all

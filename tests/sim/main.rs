@@ -15,7 +15,7 @@ mod world;
 use plan::Mutation;
 use world::{Outcome, World};
 
-const SEEDS: u64 = 2000;
+const SEEDS: u64 = if cfg!(debug_assertions) { 200 } else { 2000 };
 
 fn run(seed: u64, mutation: Mutation, verbose: bool) -> Outcome {
     World::new(seed, mutation, verbose).run()

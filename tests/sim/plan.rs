@@ -226,6 +226,7 @@ fn limits(chance: &mut Prng) -> Limits {
         return default;
     }
     Limits {
+        max_flows: chance.range(6, 40) as usize,
         max_held_frames: chance.range(8, 64) as usize,
         max_svm_frames: chance.range(8, 64) as usize,
         max_history_bytes: chance.range(1_000, 8_000) as usize,
@@ -244,6 +245,9 @@ fn client(chance: &mut Prng, divergent: u64) -> ClientPlan {
         think_us: [3_000, 20_000, 60_000, 150_000][chance.below(4) as usize],
         divergent,
         uploads: [100, 150, 600][chance.below(3) as usize],
+        resets: [0, 0, 500][chance.below(3) as usize],
+        same_ports: [0, 0, 800][chance.below(3) as usize],
+        outbound: [0, 0, 300][chance.below(3) as usize],
         largest: [40, 1_500, 12_000][chance.below(3) as usize],
     }
 }

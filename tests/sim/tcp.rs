@@ -73,6 +73,8 @@ pub enum State {
 #[derive(Debug, Clone, Hash)]
 pub struct End {
     guest: bool,
+    /// It sends the SYN.
+    opens: bool,
     v6: bool,
     pub guest_port: u16,
     pub peer_port: u16,
@@ -103,6 +105,8 @@ pub struct End {
     ts_offset: u32,
     ts_recent: u32,
     use_ts: bool,
+    /// A reset with this sequence number is due.
+    reset_at: Option<u32>,
     /// Highest TSval we sent.
     ts_sent: Option<u32>,
     /// Something impossible was seen.
@@ -117,6 +121,7 @@ impl End {
     fn new(guest: bool, side: Side, ports: (u16, u16), chance: &mut Prng) -> Self {
         Self {
             guest,
+            opens: false,
             v6: side == Side::V6,
             guest_port: ports.0,
             peer_port: ports.1,
@@ -143,22 +148,30 @@ impl End {
             ts_offset: chance.next() as u32,
             ts_recent: 0,
             use_ts: false,
+            reset_at: None,
             ts_sent: None,
             complaint: None,
         }
     }
 
-    /// A client's end; the SYN leaves with the next [`Self::poll`].
-    pub fn connect(side: Side, ports: (u16, u16), use_ts: bool, chance: &mut Prng) -> Self {
+    /// The end that opens; the SYN leaves with the next [`Self::poll`].
+    pub fn connect(
+        guest: bool,
+        side: Side,
+        ports: (u16, u16),
+        use_ts: bool,
+        chance: &mut Prng,
+    ) -> Self {
         Self {
             use_ts,
-            ..Self::new(false, side, ports, chance)
+            opens: true,
+            ..Self::new(guest, side, ports, chance)
         }
     }
 
-    /// The guest's answer to a SYN.
-    pub fn accept(syn: &Seg, chance: &mut Prng) -> Self {
-        let mut end = Self::new(true, syn.side, (syn.guest_port, syn.peer_port), chance);
+    /// The answer to a SYN.
+    pub fn accept(guest: bool, syn: &Seg, chance: &mut Prng) -> Self {
+        let mut end = Self::new(guest, syn.side, (syn.guest_port, syn.peer_port), chance);
         end.state = State::SynReceived;
         end.irs = syn.header.seq;
         end.use_ts = syn.timestamps.is_some();
@@ -174,6 +187,13 @@ impl End {
     /// No more bytes after those queued.
     pub fn close(&mut self) {
         self.fin_queued = true;
+    }
+
+    /// Ends it with a reset.
+    pub fn abort(&mut self) {
+        self.state = State::Reset;
+        self.reset_at = Some(self.seq(self.max));
+        (self.rto_at, self.ack_at, self.ack_now) = (None, None, false);
     }
 
     /// Closed by us.
@@ -201,7 +221,11 @@ impl End {
             return;
         }
         if h.has(RST) {
-            if self.state == State::SynSent || h.seq == self.irs.wrapping_add(self.wanted as u32) {
+            let ours = match self.state {
+                State::SynSent => h.has(ACK) && h.ack == self.seq(1),
+                _ => h.seq == self.irs.wrapping_add(self.wanted as u32),
+            };
+            if ours {
                 self.state = State::Reset;
                 (self.rto_at, self.ack_at, self.ack_now) = (None, None, false);
             }
@@ -212,6 +236,12 @@ impl End {
             return;
         }
         if self.state == State::SynSent {
+            // Of a connection that we do not know any more.
+            self.reset_at = (h.has(ACK) && h.ack != self.seq(1)).then_some(h.ack);
+            return;
+        }
+        if !self.is_in_window(h.seq) {
+            self.ack_now = true;
             return;
         }
         if self.use_ts {
@@ -227,6 +257,12 @@ impl End {
             return;
         }
         self.handle_data(now, seg);
+    }
+
+    /// Near what is wanted, or repeated; other numbers are of another connection.
+    fn is_in_window(&self, seq: u32) -> bool {
+        let ahead = i64::from(seq.wrapping_sub(self.irs.wrapping_add(self.wanted as u32)) as i32);
+        (-(self.wanted as i64)..=i64::from(FLIGHT) * 4).contains(&ahead)
     }
 
     fn handle_syn(&mut self, now: u64, seg: &Seg) {
@@ -364,11 +400,19 @@ impl End {
 
     /// When [`Self::poll`] has something to do by itself.
     pub fn deadline(&self) -> Option<u64> {
-        [self.rto_at, self.ack_at].into_iter().flatten().min()
+        let syn_us = (self.nxt == 0 && self.state != State::Reset).then_some(0);
+        [self.rto_at, self.ack_at, syn_us]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Emits what is due. `now` is the clock of timers and timestamps alike.
     pub fn poll(&mut self, now: u64, chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
+        if let Some(at) = self.reset_at.take() {
+            let segment = self.segment().flags(RST).seq(at);
+            out.push(segment.bytes());
+        }
         if self.state == State::Reset {
             return;
         }
@@ -379,7 +423,7 @@ impl End {
         }
         while self.emit_next(now, chance, out) {}
         if self.ack_now || self.ack_at.is_some_and(|at| at <= now) {
-            if !matches!(self.state, State::SynSent | State::SynReceived) {
+            if self.state != State::SynSent {
                 self.emit(now, self.max, ACK, &[], out);
             }
             self.acked();
@@ -392,7 +436,7 @@ impl End {
 
     fn emit_next(&mut self, now: u64, chance: &mut Prng, out: &mut Vec<Vec<u8>>) -> bool {
         if self.nxt == 0 {
-            let flags = if self.guest { SYN | ACK } else { SYN };
+            let flags = if self.opens { SYN } else { SYN | ACK };
             self.emit(now, 0, flags, &[], out);
             self.sent_up_to(now, 1);
             return true;
@@ -429,9 +473,8 @@ impl End {
     }
 
     fn emit(&mut self, now: u64, at: u64, flags: u8, payload: &[u8], out: &mut Vec<Vec<u8>>) {
-        let side = if self.v6 { Side::V6 } else { Side::V4 };
-        let mut segment = Segment::new(side)
-            .ports(self.guest_port, self.peer_port)
+        let mut segment = self
+            .segment()
             .seq(self.seq(at))
             .flags(flags)
             .payload(payload)
@@ -453,10 +496,17 @@ impl End {
         if flags & SYN == 0 && !self.ooo.is_empty() {
             segment = segment.sack(&self.sack_blocks());
         }
-        if !self.guest {
-            segment = segment.to_guest();
-        }
         out.push(segment.bytes());
+    }
+
+    fn segment(&self) -> Segment {
+        let side = if self.v6 { Side::V6 } else { Side::V4 };
+        let segment = Segment::new(side).ports(self.guest_port, self.peer_port);
+        if self.guest {
+            segment
+        } else {
+            segment.to_guest()
+        }
     }
 
     fn sack_blocks(&self) -> Vec<(u32, u32)> {

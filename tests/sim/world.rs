@@ -622,8 +622,8 @@ pub fn show(frame: &[u8]) -> String {
     let ts = packet.tcp.and_then(|t| t.timestamps(frame));
     let ts = ts.map(|(val, ecr)| format!(" ts {val:x} {ecr:x}"));
     let ends = format!(
-        "{direction:?} {:?} {}:{}",
-        packet.key.protocol, packet.key.peer, packet.key.peer_port
+        "{direction:?} {:?} {} {}:{}",
+        packet.key.protocol, packet.key.guest_port, packet.key.peer, packet.key.peer_port
     );
     format!(
         "{ends}{}{}",

@@ -277,6 +277,8 @@ impl Shell<'_> {
                 break;
             };
             n += 1;
+            self.world
+                .trace(|| format!("{} tx {}", NAMES[self.host], show(&frame)));
             match &mut p.role {
                 Role::Primary(side) => side.path.handle_guest_tx(now, &mut p.frames, token),
                 Role::Secondary(side) => side.path.handle_guest_tx(now, &mut p.frames, token),
