@@ -1,6 +1,6 @@
 //! Internet checksums (RFC 1071) and their incremental update (RFC 1624, equation 3).
 //!
-//! Invariant: [`replace_u32`] leaves a right checksum right and a wrong one wrong.
+//! Invariant: `replace_u32` leaves a right checksum right and a wrong one wrong.
 
 /// Folds a wide sum to 16 bits.
 pub const fn fold(mut sum: u32) -> u16 {
