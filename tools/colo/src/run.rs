@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -32,6 +32,8 @@ pub(crate) enum RunError {
     Machine(#[from] MachineError),
     #[error(transparent)]
     Status(#[from] StatusError),
+    #[error("{}: {1}", .0.display())]
+    NotReplicated(PathBuf, #[source] ReplicaError),
     #[error(transparent)]
     Replica(#[from] ReplicaError),
     #[error("waiting failed: {0}")]
@@ -49,7 +51,7 @@ impl RunError {
             Self::Machine(MachineError::Boot { source, .. }) if image(source) => {
                 ExitCode::from(BAD_CONFIGURATION)
             }
-            Self::Replica(ReplicaError::NotConfigured) => ExitCode::from(BAD_CONFIGURATION),
+            Self::NotReplicated(..) => ExitCode::from(BAD_CONFIGURATION),
             _ => ExitCode::FAILURE,
         }
     }

@@ -37,8 +37,8 @@ const ARBITER_RETRY_US: u64 = 100_000;
 /// Why a replicated VM could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplicaError {
-    /// The file has no such section.
-    #[error("[replication] is missing in the configuration; add it or use `colo run`")]
+    /// The configuration has no such section.
+    #[error("[replication] is missing; add it or use `colo run`")]
     NotConfigured,
     /// The arbiter.
     #[error(transparent)]
