@@ -58,8 +58,8 @@ pub(crate) fn run(path: &Path, part: Part) -> ExitCode {
 fn try_run(path: &Path, part: Part) -> Result<End, RunError> {
     let config = Config::read(path)?;
     if config.replication.is_none() {
-        let file = path.to_owned();
-        return Err(RunError::NotReplicated(file, ReplicaError::NotConfigured));
+        let (path, source) = (path.to_owned(), ReplicaError::NotConfigured);
+        return Err(RunError::NotReplicated { path, source });
     }
     let image = guest_image(&config)?;
     let stop = catch_signals()?;

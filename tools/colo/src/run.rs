@@ -32,8 +32,8 @@ pub(crate) enum RunError {
     Machine(#[from] MachineError),
     #[error(transparent)]
     Status(#[from] StatusError),
-    #[error("{}: {1}", .0.display())]
-    NotReplicated(PathBuf, #[source] ReplicaError),
+    #[error("{}: {source}", path.display())]
+    NotReplicated { path: PathBuf, source: ReplicaError },
     #[error(transparent)]
     Replica(#[from] ReplicaError),
     #[error("waiting failed: {0}")]
@@ -51,7 +51,7 @@ impl RunError {
             Self::Machine(MachineError::Boot { source, .. }) if image(source) => {
                 ExitCode::from(BAD_CONFIGURATION)
             }
-            Self::NotReplicated(..) => ExitCode::from(BAD_CONFIGURATION),
+            Self::NotReplicated { .. } => ExitCode::from(BAD_CONFIGURATION),
             _ => ExitCode::FAILURE,
         }
     }
