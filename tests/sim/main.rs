@@ -1,6 +1,6 @@
 //! The seeded simulation of both hosts: the real cores, model guests, clients that check everything, and faults.
 //!
-//! `COLO_SIM_SEED=n` replays one seed with its trace; `COLO_SIM_SEEDS=count` sets how many are run.
+//! `COLO_SIM_SEED=n` replays one seed and shows the last `COLO_SIM_LINES` of its trace (300); `COLO_SIM_SEEDS=count` sets how many are run.
 #![allow(missing_docs, reason = "a test")]
 
 mod client;
@@ -27,7 +27,8 @@ fn number(name: &str) -> Option<u64> {
 
 fn report(seed: u64, mutation: Mutation) -> String {
     let outcome = run(seed, mutation, true);
-    let tail = outcome.trace.len().saturating_sub(300);
+    let lines = number("COLO_SIM_LINES").unwrap_or(300) as usize;
+    let tail = outcome.trace.len().saturating_sub(lines);
     format!(
         "seed {seed}: {:#?}\ntrace:\n{}\nreplay with COLO_SIM_SEED={seed}",
         outcome.violations,

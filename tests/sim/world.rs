@@ -25,7 +25,7 @@ const LIVENESS_US: u64 = 30_000_000;
 /// More events than any healthy run has.
 const MOST_EVENTS: u64 = 300_000;
 /// Trace lines kept.
-const TRACE_LINES: usize = 2_000;
+const TRACE_LINES: usize = 100_000;
 pub const NAMES: [&str; 2] = ["a", "b"];
 
 /// What happens at a host.
@@ -70,6 +70,7 @@ enum Event {
         inc: u64,
     },
     Heal(usize, usize),
+    Resume(usize),
     Join,
 }
 
@@ -113,6 +114,8 @@ pub struct Host {
     /// Its monotonic clock is so far ahead of the simulation's.
     pub clock_us: u64,
     paused_until_us: u64,
+    /// What came in the meantime, in order.
+    deferred: Vec<(u64, HostEvent)>,
     /// It stood still for so long and has not noticed.
     pub gap_us: u64,
     may_start_us: u64,
@@ -182,6 +185,7 @@ impl World {
             chance: chance.fork(),
             clock_us: chance.range(1_000_000, 9_000_000),
             paused_until_us: 0,
+            deferred: Vec::new(),
             gap_us: 0,
             may_start_us: 0,
             lost_holder_us: None,
@@ -367,6 +371,7 @@ impl World {
             Event::Strike(n) => self.strike(n),
             Event::PowerOff { host, inc } => self.power_off(host, inc),
             Event::Heal(link, host) => self.heal(link, host),
+            Event::Resume(host) => self.resume(host),
             Event::Join => self.join(),
         }
     }
@@ -381,8 +386,7 @@ impl World {
             return;
         }
         if place.paused_until_us > self.now {
-            let at = place.paused_until_us;
-            self.at(at, Event::Host { host, inc, event });
+            place.deferred.push((inc, event));
             return;
         }
         let Some(mut process) = place.process.take() else {
@@ -398,6 +402,12 @@ impl World {
             self.hosts[host].process = Some(process);
         }
         self.check_viable();
+    }
+
+    fn resume(&mut self, host: usize) {
+        for (inc, event) in std::mem::take(&mut self.hosts[host].deferred) {
+            self.at_host(host, inc, event);
+        }
     }
 
     // ---- the clients' network ----

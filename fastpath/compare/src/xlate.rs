@@ -17,6 +17,9 @@ use crate::wire::{Packet, strip_payload};
 const LINGER_US: u64 = 120_000_000;
 /// How long an unfinished handshake may take.
 const HANDSHAKE_US: u64 = 180_000_000;
+/// How far behind its initial number the peer can be before it was acknowledged for the first time by
+/// what this host knows (rule 4 keeps the rest on both): more than an unscaled window.
+const FIRST_WINDOW: u32 = 1 << 18;
 /// How often expiry looks at the table.
 const EXPIRY_INTERVAL_US: u64 = 5_000_000;
 
@@ -86,7 +89,11 @@ impl Handshake {
             return None;
         }
         // A late segment of the port pair's previous connection.
-        if self.peer_isn.is_some_and(|isn| !seq::lt(isn, tcp.seq)) {
+        let is_of_this = |isn: u32| {
+            let near = seq::lt(isn, tcp.seq) && tcp.seq.wrapping_sub(isn) <= FIRST_WINDOW;
+            near && self.guest_ts.is_some() == tcp.timestamps(header).is_some()
+        };
+        if self.peer_isn.is_some_and(|isn| !is_of_this(isn)) {
             return None;
         }
         let seq = tcp.ack.wrapping_sub(self.guest_isn.wrapping_add(1));
@@ -311,6 +318,39 @@ mod tests {
         assert_eq!(sent(&mut table, 50), Some(100));
         assert_eq!(sent(&mut table, 151), Some(150));
         assert_eq!(sent(&mut table, 120), Some(150));
+    }
+
+    #[test]
+    fn rule_2_nothing_is_learnt_from_the_previous_connection_between_the_same_ports() {
+        let mut handshake = Handshake {
+            guest_isn: 42,
+            guest_ts: Some(7),
+            peer_isn: Some(1000),
+        };
+        let learn = |handshake: &Handshake, seq: u32, with_ts: bool| {
+            let segment = Segment::new(Side::V4).to_guest().seq(seq).ack(543);
+            let segment = if with_ts {
+                segment.timestamps(1, 9)
+            } else {
+                segment
+            };
+            let bytes = segment.bytes();
+            let (_, tcp) = parse(&bytes, Direction::ToGuest);
+            handshake.learn(&bytes, &tcp)
+        };
+        assert_eq!(
+            learn(&handshake, 1001, true),
+            Some(Offsets { seq: 500, ts: 2 })
+        );
+        assert!(learn(&handshake, 1001 + 60_000, true).is_some());
+        assert_eq!(learn(&handshake, 1001 + FIRST_WINDOW, true), None);
+        assert_eq!(learn(&handshake, 1000, true), None);
+        assert_eq!(learn(&handshake, 1001, false), None);
+        handshake.guest_ts = None;
+        assert_eq!(
+            learn(&handshake, 1001, false),
+            Some(Offsets { seq: 500, ts: 0 })
+        );
     }
 
     #[test]

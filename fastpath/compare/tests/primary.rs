@@ -301,6 +301,19 @@ fn rule_9_deadlines_start_when_the_svm_has_caught_up() {
 }
 
 #[test]
+fn rule_9_the_svm_may_catch_up_before_its_commit_is_known_here() {
+    let limits = Limits::default();
+    let mut pair = Pair::new();
+    let epoch = pair.cut();
+    pair.path.caught_up(pair.now_us, epoch + 1);
+    pair.commit(epoch);
+    pair.pvm(&data(Side::V4, 10, b"late"));
+    pair.advance(limits.compare_deadline_us);
+    assert_eq!(pair.causes, [Cause::Deadline]);
+    pair.close();
+}
+
+#[test]
 fn rule_9_svm_output_is_reported_when_released_and_not_when_judged() {
     let mut pair = Pair::new();
     pair.svm(&data(Side::V4, 10, b"abc"));

@@ -101,7 +101,9 @@ impl World {
                 self.later(us, Event::PowerOff { host, inc });
             }
             Fault::Pause(us) => {
-                self.hosts[host].paused_until_us = self.now + us;
+                let until_us = self.hosts[host].paused_until_us.max(self.now + us);
+                self.hosts[host].paused_until_us = until_us;
+                self.at(until_us, Event::Resume(host));
                 self.hosts[host].gap_us += us;
             }
             Fault::Deafen(us) => self.cut(p, &[host], us),

@@ -109,7 +109,9 @@ impl PrimaryPath {
         self.frozen = false;
         self.comparing = self.epoch;
         self.epoch_start_us = now_us;
-        self.caught_up_us = None;
+        // The word of the SVM that runs from this commit may overtake the commit itself.
+        let early = self.early_caught_up.take() == Some(self.comparing);
+        self.caught_up_us = early.then_some(now_us);
         self.resume_comparison(now_us, frames, later);
         Ok(())
     }
@@ -178,8 +180,10 @@ impl PrimaryPath {
     /// The SVM has consumed the input that came before its resume: comparison deadlines of the
     /// epoch run from now on (rule 9).
     pub fn caught_up(&mut self, now_us: u64, epoch: u64) {
-        if epoch == self.comparing && self.comparing == self.epoch && self.caught_up_us.is_none() {
-            self.caught_up_us = Some(now_us);
+        if epoch == self.comparing {
+            self.caught_up_us.get_or_insert(now_us);
+        } else if epoch == self.epoch {
+            self.early_caught_up = Some(epoch);
         }
     }
 
@@ -230,7 +234,8 @@ impl PrimaryPath {
         self.openers.clear();
         self.learnt.clear();
         (self.paired, self.frozen) = (false, false);
-        (self.cut, self.requested, self.caught_up_us) = (None, None, None);
+        (self.cut, self.requested) = (None, None);
+        (self.caught_up_us, self.early_caught_up) = (None, None);
         self.comparing = self.epoch;
     }
 

@@ -90,6 +90,8 @@ pub struct PrimaryPath {
     frozen: bool,
     epoch_start_us: u64,
     caught_up_us: Option<u64>,
+    /// The SVM has caught up in this epoch, whose comparison has not begun yet.
+    early_caught_up: Option<u64>,
     lease_until_us: Option<u64>,
     input_seq: u64,
     input_ack: u64,
@@ -127,6 +129,7 @@ impl PrimaryPath {
             frozen: false,
             epoch_start_us: 0,
             caught_up_us: None,
+            early_caught_up: None,
             lease_until_us: None,
             input_seq: 0,
             input_ack: 0,
