@@ -15,8 +15,45 @@ pub(crate) const MAX_ADDRESSES: usize = 16;
 /// Longest announcement frame.
 pub const ANNOUNCEMENT_MAX: usize = 86;
 
+/// First wait before a takeover is announced again; it doubles.
+const AGAIN_US: u64 = 50_000;
+/// Last wait: in total about three seconds.
+const AGAIN_MAX_US: u64 = 1_600_000;
+
 const ETHERTYPE_RARP: u16 = 0x8035;
 const BROADCAST: [u8; 6] = [0xff; 6];
+
+/// When a takeover is announced again. Once is not enough: announcements get lost, and a last frame of the old
+/// primary teaches the switches the old place again.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Again {
+    due_us: Option<u64>,
+    wait_us: u64,
+}
+
+impl Again {
+    /// After a takeover at `now_us`.
+    pub(crate) fn from(now_us: u64) -> Self {
+        Self {
+            due_us: Some(now_us + AGAIN_US),
+            wait_us: AGAIN_US,
+        }
+    }
+
+    pub(crate) fn due_us(&self) -> Option<u64> {
+        self.due_us
+    }
+
+    /// Whether it is time; plans the next.
+    pub(crate) fn is_due(&mut self, now_us: u64) -> bool {
+        let is_due = self.due_us.is_some_and(|at_us| at_us <= now_us);
+        if is_due {
+            self.wait_us *= 2;
+            self.due_us = (self.wait_us <= AGAIN_MAX_US).then_some(now_us + self.wait_us);
+        }
+        is_due
+    }
+}
 
 /// The guest's MAC and IP addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -267,21 +267,25 @@ impl PrimaryPath {
 
     /// When [`PrimaryPath::handle_timeout`] has something to do.
     pub fn next_deadline(&self) -> Option<u64> {
-        let inherited = self.inherited.next_due_us();
+        let always = [self.inherited.next_due_us(), self.announce_again.due_us()];
+        let always = always.into_iter().flatten();
         if !self.time_runs() {
-            return inherited;
+            return always.min();
         }
         let flows = self.active.iter().filter_map(|id| self.table.get(*id));
         let of_flows = flows.flat_map(|flow| [self.deadline(flow), self.surplus_deadline(flow)]);
         of_flows
             .flatten()
             .map(|(at_us, _)| at_us)
-            .chain(inherited)
+            .chain(always)
             .min()
     }
 
     /// Time has passed: frames that waited too long count as divergences.
     pub fn handle_timeout<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
+        if self.announce_again.is_due(now_us) {
+            self.announce();
+        }
         if !self.time_runs() {
             return;
         }

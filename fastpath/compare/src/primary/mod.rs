@@ -16,7 +16,7 @@ use alloc::collections::{BTreeSet, VecDeque};
 use alloc::vec::Vec;
 
 use crate::action::{Action, Right};
-use crate::announce::{ANNOUNCEMENT_MAX, Addresses};
+use crate::announce::{ANNOUNCEMENT_MAX, Addresses, Again};
 use crate::cause::{Cause, Divergence};
 use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
@@ -112,6 +112,7 @@ pub struct PrimaryPath {
     learnt: Vec<(u64, FlowKey)>,
     addresses: Addresses,
     next_announcement: Option<usize>,
+    announce_again: Again,
     inherited: Inherited,
     ledger: Ledger,
 }
@@ -146,6 +147,7 @@ impl PrimaryPath {
             learnt: Vec::new(),
             addresses: Addresses::default(),
             next_announcement: None,
+            announce_again: Again::default(),
             inherited: Inherited::default(),
             ledger: Ledger::default(),
         }
@@ -153,6 +155,7 @@ impl PrimaryPath {
 
     /// The path of a host that takes over: alone, with the translations it has inherited.
     pub(crate) fn inheriting(
+        now_us: u64,
         limits: Limits,
         epoch: u64,
         client: ClientTable,
@@ -169,6 +172,7 @@ impl PrimaryPath {
         path.inherited = inherited;
         path.ledger.stats.translations_evicted += path.client.shrink(limits.max_translations);
         path.announce();
+        path.announce_again = Again::from(now_us);
         path
     }
 

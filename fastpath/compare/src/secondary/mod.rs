@@ -478,6 +478,7 @@ impl SecondaryPath {
             .compose(self.client, now_us, self.limits.takeover_ts_slack);
         let epoch = last_epoch.max(self.epoch) + 1;
         PrimaryPath::inheriting(
+            now_us,
             self.limits,
             epoch,
             client,
