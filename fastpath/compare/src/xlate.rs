@@ -20,6 +20,8 @@ const HANDSHAKE_US: u64 = 180_000_000;
 /// How far behind its initial number the peer can be before it was acknowledged for the first time by
 /// what this host knows (rule 4 keeps the rest on both): more than an unscaled window.
 const FIRST_WINDOW: u32 = 1 << 18;
+/// How far what was sent can be ahead of the guest's timestamp clock: its lag and the slack of takeovers.
+const TS_LEAD_MAX: u32 = 1 << 21;
 /// How often expiry looks at the table.
 const EXPIRY_INTERVAL_US: u64 = 5_000_000;
 
@@ -104,6 +106,12 @@ impl Handshake {
         };
         Some(Offsets { seq, ts })
     }
+}
+
+/// Whether a mark in TSval space can be of the connection that sends `tsval` now: a late segment of the port
+/// pair's previous connection may have left it.
+fn is_near(mark: u32, tsval: u32) -> bool {
+    !seq::lt(tsval, mark) || mark.wrapping_sub(tsval) <= TS_LEAD_MAX
 }
 
 /// Which ends have closed.
@@ -249,7 +257,7 @@ impl ClientTable {
         let Some((tsval, _)) = tcp.timestamps(header) else {
             return false;
         };
-        let sent = seq::max_known(tsval, entry.ts_high);
+        let sent = seq::max_known(tsval, entry.ts_high.filter(|high| is_near(*high, tsval)));
         if sent != tsval {
             tcp.set_tsval(header, sent);
         }
@@ -318,6 +326,12 @@ mod tests {
         assert_eq!(sent(&mut table, 50), Some(100));
         assert_eq!(sent(&mut table, 151), Some(150));
         assert_eq!(sent(&mut table, 120), Some(150));
+        let far = 151u32.wrapping_sub(TS_LEAD_MAX).wrapping_sub(1);
+        assert_eq!(
+            sent(&mut table, far),
+            Some(far.wrapping_sub(1)),
+            "another connection's mark"
+        );
     }
 
     #[test]
