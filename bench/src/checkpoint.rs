@@ -35,7 +35,7 @@ pub(crate) struct CheckpointArgs {
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     interval_ms: u64,
     /// How many keys the load sets; 0 for a guest without load
-    #[arg(long, value_delimiter = ',', default_value = "0,100,1000,10000,30000")]
+    #[arg(long, value_delimiter = ',', default_value = "0,100,1000,10000")]
     keys: Vec<u32>,
     /// Size of each value
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]

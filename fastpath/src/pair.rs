@@ -33,6 +33,8 @@ pub enum PairEvent {
     ClockGap {
         /// For how long.
         gap_us: u64,
+        /// How many times so far.
+        gaps: u64,
     },
 }
 

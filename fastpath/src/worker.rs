@@ -110,6 +110,7 @@ impl Worker {
 
     /// Handles what others ask for; `false` to end.
     fn obey(&mut self) -> bool {
+        self.role.awake(now_us());
         while let Ok(command) = self.inbox.commands.try_recv() {
             self.stats.commands.add(1);
             if matches!(command, Command::Stop) {
@@ -173,6 +174,8 @@ impl Worker {
             self.role.poll_fds(&mut self.fds);
             timeout_us = self.role.deadline_us().map(|at| at.saturating_sub(now_us));
         }
+        let watch_us = self.role.watch_us().map(|at| at.saturating_sub(now_us));
+        let timeout_us = [timeout_us, watch_us].into_iter().flatten().min();
         self.stats.sleeps.add(1);
         wait(&mut self.fds, timeout_us);
         let _ = self.inbox.wake.read();

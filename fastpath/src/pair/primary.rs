@@ -66,7 +66,9 @@ pub struct PrimaryRole {
     released_seqs: Vec<u8>,
     released_pending: Option<u64>,
     gap_limit_us: u64,
-    stepped_us: u64,
+    awake_us: u64,
+    gaps: u64,
+    mirrors: bool,
     past_link_bytes: (u64, u64),
 }
 
@@ -94,7 +96,9 @@ impl PrimaryRole {
             released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
             released_pending: None,
             gap_limit_us: config.gap_limit_us,
-            stepped_us: now_us(),
+            awake_us: now_us(),
+            gaps: 0,
+            mirrors: false,
             past_link_bytes: (0, 0),
         }
     }
@@ -111,11 +115,15 @@ impl PrimaryRole {
     pub fn attach(&mut self, link: PacketLink) {
         self.detach();
         self.link = Some(link);
-        self.stepped_us = now_us();
+        self.awake_us = now_us();
     }
 
     /// Lets go of the packet channel. What is held stays held.
     pub fn detach(&mut self) {
+        // What was decided about one secondary's output or input means nothing to the next.
+        self.mirrors = false;
+        self.released_seqs.clear();
+        self.released_pending = None;
         if let Some(link) = self.link.take() {
             self.past_link_bytes.0 += link.sent_bytes;
             self.past_link_bytes.1 += link.received_bytes;
@@ -132,6 +140,7 @@ impl PrimaryRole {
             true => self.path.pair_again(now_us, &mut edge.frames),
             false => self.path.cut(now_us),
         };
+        self.mirrors |= first;
         let epoch = cut.inspect_err(|e| tracing::error!("{e}")).ok()?;
         let frames = &edge.frames;
         let pending = self
@@ -172,13 +181,18 @@ impl PrimaryRole {
         self.act(edge);
     }
 
-    /// Nothing leaves, or again what may.
-    pub fn mute(&mut self, edge: &mut Edge, mute: bool) {
-        match mute {
-            true => self.path.mute(),
-            false => self.path.unmute(now_us(), &mut edge.frames),
+    /// Nothing leaves any more.
+    pub fn mute(&mut self) {
+        self.path.mute();
+    }
+
+    /// What may leave does so again. `gaps` is the last count that the control thread has heard of: the word
+    /// of the arbiter on an earlier gap says nothing about a later one.
+    pub fn unmute(&mut self, edge: &mut Edge, gaps: u64) {
+        if gaps == self.gaps {
+            self.path.unmute(now_us(), &mut edge.frames);
+            self.act(edge);
         }
-        self.act(edge);
     }
 
     /// Sends what the path already has to send: the output and announcements of a takeover.
@@ -210,15 +224,6 @@ impl PrimaryRole {
             link_sent_bytes: sent + link.0,
             link_received_bytes: received + link.1,
             nic_backlog: self.unsent.len(),
-        }
-    }
-
-    fn watch_clock(&mut self, now_us: u64) {
-        let gap_us = now_us.saturating_sub(self.stepped_us);
-        self.stepped_us = now_us;
-        if self.link.is_some() && gap_us > self.gap_limit_us {
-            self.path.mute();
-            self.post.send(PairEvent::ClockGap { gap_us });
         }
     }
 
@@ -334,7 +339,8 @@ impl PrimaryRole {
                     input_seq,
                     token,
                 } => {
-                    if let Some(link) = &mut self.link {
+                    // Without `mirrors` the secondary is not there yet: the synchronisation brings it.
+                    if let Some(link) = self.link.as_mut().filter(|_| self.mirrors) {
                         let frame = edge.frames.bytes(&token);
                         link.push(&PacketMsg::Input {
                             epoch,
@@ -416,7 +422,6 @@ impl Role for PrimaryRole {
     }
 
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
-        self.watch_clock(now_us);
         let mut n = self.poll_link(edge, now_us);
         n += self.take_output(edge, now_us);
         n += self.take_input(edge, now_us);
@@ -427,16 +432,29 @@ impl Role for PrimaryRole {
         n > 0
     }
 
-    fn deadline_us(&self) -> Option<u64> {
+    fn awake(&mut self, now_us: u64) {
+        let gap_us = now_us.saturating_sub(self.awake_us);
+        self.awake_us = now_us;
+        if self.link.is_some() && gap_us > self.gap_limit_us {
+            self.gaps += 1;
+            self.path.mute();
+            let gaps = self.gaps;
+            self.post.send(PairEvent::ClockGap { gap_us, gaps });
+        }
+    }
+
+    fn watch_us(&self) -> Option<u64> {
         // With a secondary, waking in time is itself what proves that this thread has not stood still.
-        let watch = self
-            .link
-            .is_some()
-            .then_some(self.stepped_us + self.gap_limit_us / 4);
-        [watch, self.path.next_deadline()]
-            .into_iter()
-            .flatten()
-            .min()
+        let next_us = self.awake_us + self.gap_limit_us / 4;
+        self.link.is_some().then_some(next_us)
+    }
+
+    fn deadline_us(&self) -> Option<u64> {
+        self.path.next_deadline()
+    }
+
+    fn wants_guest_frames(&self) -> bool {
+        self.path.room()
     }
 
     fn wants_nic_frames(&self, edge: &mut Edge) -> bool {
@@ -447,10 +465,6 @@ impl Role for PrimaryRole {
         if let Some(link) = &self.link {
             fds.push(link.pollfd());
         }
-    }
-
-    fn resume(&mut self, _edge: &mut Edge) {
-        self.stepped_us = now_us();
     }
 
     fn leave(&mut self, edge: &mut Edge) {

@@ -324,6 +324,11 @@ impl Role for SecondaryRole {
         false
     }
 
+    fn wants_guest_frames(&self) -> bool {
+        let link_room = self.link.as_ref().is_none_or(PacketLink::has_room);
+        !self.stopped && link_room && self.path.as_ref().is_some_and(SecondaryPath::room)
+    }
+
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
         if let Some(link) = &self.link {
             fds.push(link.pollfd());

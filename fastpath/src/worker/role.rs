@@ -20,6 +20,15 @@ pub trait Role: Any + Send {
     /// For logs and reports.
     fn name(&self) -> &'static str;
 
+    /// The thread is awake: called before anything else is done, commands included, so that a role
+    /// can notice that it was not for too long (rule 18).
+    fn awake(&mut self, _now_us: u64) {}
+
+    /// When [`Role::awake`] is to be called at the latest, quiesced or not.
+    fn watch_us(&self) -> Option<u64> {
+        None
+    }
+
     /// Does one batch of work. Gives whether there was any: then it is called again at once.
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool;
 

@@ -40,6 +40,8 @@ pub struct PrimaryShell {
     checkpoint_begun_us: u64,
     unprotected: Option<(String, u64)>,
     takeovers: u64,
+    /// Gaps of the worker's clock that the core has heard of.
+    gaps: u64,
     outcome: Option<Outcome>,
 }
 
@@ -89,6 +91,7 @@ impl PrimaryShell {
             checkpoint_begun_us: 0,
             unprotected: Some((since.1, since.0)),
             takeovers,
+            gaps: 0,
             outcome: None,
         })
     }
@@ -194,7 +197,8 @@ impl PrimaryShell {
                 self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
             }
             PairEvent::LinkDown { reason } => self.link_down(&reason),
-            PairEvent::ClockGap { gap_us } => {
+            PairEvent::ClockGap { gap_us, gaps } => {
+                self.gaps = gaps;
                 tracing::warn!("this process stood still for {gap_us} us; asking the arbiter");
                 self.core.handle(now_us(), PrimaryEvent::ClockGap);
             }
@@ -314,7 +318,11 @@ impl PrimaryShell {
                 self.order(CaptureCommand::Detach);
                 tracing::warn!("unprotected: this host runs the VM alone");
             }
-            Action::Mute(mute) => self.on_role(move |role, edge| role.mute(edge, mute)),
+            Action::Mute(true) => self.on_role(|role, _| role.mute()),
+            Action::Mute(false) => {
+                let gaps = self.gaps;
+                self.on_role(move |role, edge| role.unmute(edge, gaps));
+            }
             Action::Lease { until_us } => {
                 self.on_role(move |role, edge| role.set_lease(edge, until_us))
             }

@@ -214,6 +214,10 @@ impl PrimaryPath {
         if self.paired {
             // What the lost secondary sent says nothing about the new one.
             self.drop_svm_output(frames);
+            // Input is counted anew.
+            self.table
+                .iter_mut()
+                .for_each(|flow| flow.last_input_seq = 0);
             self.frozen = true;
             self.paired = false;
         }

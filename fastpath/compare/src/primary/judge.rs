@@ -328,8 +328,10 @@ impl PrimaryPath {
         let head = flow.held.front()?;
         let limits = &self.limits;
         match (flow.wait, self.caught_up_us) {
-            (Wait::Commit | Wait::Lease, _) => None,
-            (Wait::InputAck, _) => {
+            (Wait::Commit, _) => None,
+            // A lease that is never fresh (a link slower than the heartbeats allow for) must not hold
+            // an acknowledgement for ever: a checkpoint lets it leave.
+            (Wait::InputAck | Wait::Lease, _) => {
                 let from_us = head.at_us.max(self.epoch_start_us);
                 Some((from_us + limits.ack_deadline_us, Cause::AckDeadline))
             }
