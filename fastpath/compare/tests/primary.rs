@@ -417,10 +417,18 @@ fn rule_18_without_a_fresh_heartbeat_only_the_secondarys_word_releases() {
     pair.pvm(&udp(Side::V6, false, 7, 9000, b"matched"));
     pair.svm(&udp(Side::V6, false, 7, 9000, b"matched"));
     assert_eq!(pair.rights(), [Right::Match]);
-    pair.advance(10_000_000);
+    pair.advance(1_000_000);
     assert_eq!(pair.causes, [], "a missing heartbeat is not a divergence");
     pair.lease(pair.now_us);
     assert_eq!(pair.rights(), [Right::Free, Right::Match]);
+    // Where the lease is never fresh, a checkpoint lets it leave.
+    pair.now_us += 1;
+    pair.pvm(&Segment::new(Side::V4).seq(13).bytes());
+    pair.advance(10_000_000);
+    assert_eq!(pair.causes, [Cause::AckDeadline]);
+    let epoch = pair.cut();
+    pair.commit(epoch);
+    assert_eq!(pair.rights(), [Right::Checkpoint]);
     pair.close();
 }
 

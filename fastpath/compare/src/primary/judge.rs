@@ -329,9 +329,13 @@ impl PrimaryPath {
         let limits = &self.limits;
         match (flow.wait, self.caught_up_us) {
             (Wait::Commit, _) => None,
-            // A lease that is never fresh (a link slower than the heartbeats allow for) must not hold
-            // an acknowledgement for ever: a checkpoint lets it leave.
-            (Wait::InputAck | Wait::Lease, _) => {
+            // A link slower than the heartbeats allow for never gives a fresh lease; that must not hold an
+            // acknowledgement for ever: after a long while a checkpoint lets it leave.
+            (Wait::Lease, _) => {
+                let from_us = head.at_us.max(self.epoch_start_us);
+                Some((from_us + limits.lag_deadline_us, Cause::AckDeadline))
+            }
+            (Wait::InputAck, _) => {
                 let from_us = head.at_us.max(self.epoch_start_us);
                 Some((from_us + limits.ack_deadline_us, Cause::AckDeadline))
             }
