@@ -121,3 +121,25 @@ fn what_diverges_is_released_by_checkpoint() {
     assert!(number(&status, "released_by_checkpoint") > 0, "{status:#}");
     assert_paired(&mut pair);
 }
+
+#[test]
+fn checkpoints_come_periodically_when_asked_for_and_cover_what_was_written() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut settings = bench.settings();
+    settings.checkpoint_interval_ms = 50;
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    clients::redis_cli(&pair.topology.client, GUEST[0]);
+    let several = |status: &Value| number(status, "checkpoints") >= 10;
+    let status = pair
+        .primary
+        .wait_status("ten checkpoints", Duration::from_secs(30), several)
+        .unwrap();
+    assert!(
+        number(&status["checkpoint_pause_us"], "max") > 0,
+        "{status:#}"
+    );
+    assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+    assert_paired(&mut pair);
+}

@@ -105,8 +105,9 @@ pub enum Outcome {
     },
     /// The link went before the secondary held a complete state; it may join again.
     NotSynced,
-    /// A committed checkpoint could not be applied (rule 13: never take over).
-    ApplyFailed {
+    /// Something that cannot go on: a committed checkpoint that could not be applied (rule 13: never take
+    /// over), a guest that faulted.
+    Failed {
         /// In words.
         reason: String,
     },

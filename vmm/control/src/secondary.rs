@@ -152,7 +152,7 @@ impl Secondary {
             SecondaryEvent::Staged { epoch } => self.staged(epoch),
             SecondaryEvent::StageFailed { epoch, reason } => self.stage_failed(epoch, reason),
             SecondaryEvent::Applied { epoch } => self.applied(epoch),
-            SecondaryEvent::ApplyFailed { reason } => self.end(Outcome::ApplyFailed { reason }),
+            SecondaryEvent::ApplyFailed { reason } => self.end(Outcome::Failed { reason }),
             SecondaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
         }
     }

@@ -407,7 +407,7 @@ fn end(outcome: Outcome) -> End {
         Outcome::Deposed { record } => End::Deposed(record),
         Outcome::Refused { reason } => End::Refused(reason),
         Outcome::NotSynced => End::Failed("the link went before the state was complete".to_owned()),
-        Outcome::ApplyFailed { reason } => End::Failed(reason),
+        Outcome::Failed { reason } => End::Failed(reason),
     }
 }
 

@@ -152,7 +152,7 @@ impl PrimaryShell {
         }
         if let Some(fault) = self.replica.guest_fault() {
             tracing::error!("the guest faulted: {fault}");
-            self.outcome = Some(Outcome::ApplyFailed { reason: fault });
+            self.outcome = Some(Outcome::Failed { reason: fault });
         }
         self.replica.answer_status(|| self.status());
     }

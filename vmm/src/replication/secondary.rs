@@ -293,7 +293,7 @@ impl SecondaryShell {
                         .handle(now_us(), SecondaryEvent::SvmStopped { epoch, dirty });
                 }
                 Err(e) => {
-                    let outcome = Outcome::ApplyFailed {
+                    let outcome = Outcome::Failed {
                         reason: e.to_string(),
                     };
                     self.end = Some(End::Ended(outcome));

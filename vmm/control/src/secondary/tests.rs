@@ -167,10 +167,7 @@ fn rule_13_a_failed_apply_never_takes_over() {
     let lost = b.lose_peer();
     let reason = "KVM_SET_SREGS".to_string();
     let ended = b.event(SecondaryEvent::ApplyFailed { reason });
-    assert!(matches!(
-        ended[..],
-        [Action::Stop(Outcome::ApplyFailed { .. })]
-    ));
+    assert!(matches!(ended[..], [Action::Stop(Outcome::Failed { .. })]));
     assert!(b.answer(paired(), &lost).is_empty());
     assert_eq!(b.core.state(), SecondaryState::Ended);
 }
