@@ -136,3 +136,8 @@ fn canary_more_is_held_than_allowed() {
 fn canary_commits_release_nothing() {
     caught(Mutation::NeverCommit, "liveness");
 }
+
+#[test]
+fn canary_a_secondary_that_gives_up_loses_the_last_copy() {
+    caught(Mutation::GiveUp, "liveness");
+}

@@ -29,6 +29,8 @@ pub enum Mutation {
     IgnoreRoom,
     /// Commits are not told to the packet path.
     NeverCommit,
+    /// The secondary ends where it should take over.
+    GiveUp,
 }
 
 /// Whom a fault hits.

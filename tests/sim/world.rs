@@ -150,7 +150,7 @@ pub struct World {
     pub outcome: Outcome,
     queue: BinaryHeap<Entry>,
     order: u64,
-    record: Record,
+    pub record: Record,
     arbiter_down_until_us: u64,
     tcp: Vec<TcpClient>,
     datagrams: Vec<DatagramClient>,

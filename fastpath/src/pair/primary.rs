@@ -69,6 +69,7 @@ pub struct PrimaryRole {
     awake_us: u64,
     gaps: u64,
     mirrors: bool,
+    muted: bool,
     past_link_bytes: (u64, u64),
 }
 
@@ -99,6 +100,7 @@ impl PrimaryRole {
             awake_us: now_us(),
             gaps: 0,
             mirrors: false,
+            muted: false,
             past_link_bytes: (0, 0),
         }
     }
@@ -177,12 +179,15 @@ impl PrimaryRole {
     /// The generation is ours alone: everything leaves.
     pub fn go_alone(&mut self, edge: &mut Edge) {
         self.detach();
+        // Nobody can take over from a host that stands alone, however long it stood still.
+        self.muted = false;
         self.path.go_alone(now_us(), &mut edge.frames);
         self.act(edge);
     }
 
     /// Nothing leaves any more.
     pub fn mute(&mut self) {
+        self.muted = true;
         self.path.mute();
     }
 
@@ -190,6 +195,7 @@ impl PrimaryRole {
     /// of the arbiter on an earlier gap says nothing about a later one.
     pub fn unmute(&mut self, edge: &mut Edge, gaps: u64) {
         if gaps == self.gaps {
+            self.muted = false;
             self.path.unmute(now_us(), &mut edge.frames);
             self.act(edge);
         }
@@ -395,13 +401,27 @@ impl PrimaryRole {
         self.released_seqs.clear();
     }
 
+    /// Sends what was released. The clock is looked at before each frame: a process that was stopped in the
+    /// middle of a batch must not finish it.
     fn send_released(&mut self, edge: &mut Edge) {
         while let Some(token) = self.unsent.pop_front() {
-            if !edge.nic_send(&token) {
+            self.watch_clock(now_us());
+            if self.muted || !edge.nic_send(&token) {
                 self.unsent.push_front(token);
                 break;
             }
             edge.release(token);
+        }
+    }
+
+    fn watch_clock(&mut self, now_us: u64) {
+        let gap_us = now_us.saturating_sub(self.awake_us);
+        if self.link.is_some() && gap_us > self.gap_limit_us {
+            self.awake_us = now_us;
+            self.gaps += 1;
+            self.mute();
+            let gaps = self.gaps;
+            self.post.send(PairEvent::ClockGap { gap_us, gaps });
         }
     }
 
@@ -433,14 +453,8 @@ impl Role for PrimaryRole {
     }
 
     fn awake(&mut self, now_us: u64) {
-        let gap_us = now_us.saturating_sub(self.awake_us);
+        self.watch_clock(now_us);
         self.awake_us = now_us;
-        if self.link.is_some() && gap_us > self.gap_limit_us {
-            self.gaps += 1;
-            self.path.mute();
-            let gaps = self.gaps;
-            self.post.send(PairEvent::ClockGap { gap_us, gaps });
-        }
     }
 
     fn watch_us(&self) -> Option<u64> {

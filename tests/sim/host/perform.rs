@@ -125,6 +125,10 @@ impl Shell<'_> {
             } else {
                 "take_over_asked"
             });
+            if !is_primary && self.mutated(Mutation::GiveUp) {
+                let record = self.world.record.clone();
+                return self.world.reply(host, inc, 10, Reply::Lost(record));
+            }
             if unasked {
                 let (holder, standing) = (holder.clone(), *standing);
                 let record = Record {
