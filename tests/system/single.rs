@@ -110,3 +110,21 @@ fn a_terminated_guest_ends_in_order() {
     let status = single.process.wait_exit(Duration::from_secs(20)).unwrap();
     assert!(status.success(), "{status}\n{}", single.process.log_tail());
 }
+
+#[test]
+fn invariant_8_a_guest_that_is_not_replicated_has_no_thread_of_a_pair() {
+    let Some((_bench, single)) = single() else {
+        return;
+    };
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", single.process.pid())).unwrap();
+    let mut names: Vec<_> = tasks
+        .map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap())
+        .map(|name| name.trim().to_owned())
+        // KVM lists a kernel thread of its own there.
+        .filter(|name| !name.starts_with("kvm-"))
+        .collect();
+    names.sort();
+    assert_eq!(names, ["colo", "vcpu0", "worker"]);
+    let status = single.process.status().unwrap();
+    assert!(status.get("compared").is_none(), "{status:#}");
+}
