@@ -77,7 +77,10 @@ impl PrimaryShell {
         );
         let (post, capture_events) = Mailbox::new().map_err(ReplicaError::System)?;
         let (capture, capture_thread) = spawn_capture(replica.machine.clone(), post)?;
-        let since = (unix_seconds(), "no secondary has joined yet".to_owned());
+        let reason = match takeovers {
+            0 => "no secondary has joined yet",
+            _ => "this host took over; no secondary has joined since",
+        };
         Ok(Self {
             core,
             replica,
@@ -89,7 +92,7 @@ impl PrimaryShell {
             capture_thread: Some(capture_thread),
             times: CheckpointTimes::default(),
             checkpoint_begun_us: 0,
-            unprotected: Some((since.1, since.0)),
+            unprotected: Some((reason.to_owned(), unix_seconds())),
             takeovers,
             gaps: 0,
             outcome: None,
