@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
-use std::thread;
 use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
@@ -83,7 +82,7 @@ fn what_does_not_diverge_is_released_by_match() {
     let mut config = LoadConfig::new(16, 1);
     config.deterministic = true;
     let load = Load::start(&pair.topology.client, config).unwrap();
-    thread::sleep(Duration::from_secs(4));
+    assert!(load.wait_answers(10_000, Duration::from_secs(60)));
     let report = load.finish().unwrap();
     assert_eq!(
         (report.client_errors, report.wrong_responses),
@@ -108,7 +107,7 @@ fn what_diverges_is_released_by_checkpoint() {
         return;
     };
     let load = Load::start(&pair.topology.client, LoadConfig::new(16, 2)).unwrap();
-    thread::sleep(Duration::from_secs(4));
+    assert!(load.wait_answers(10_000, Duration::from_secs(60)));
     let report = load.finish().unwrap();
     assert_eq!(
         (report.client_errors, report.wrong_responses),

@@ -69,12 +69,14 @@ fn ping_loses_nothing() {
 }
 
 #[test]
-fn checked_load_finds_nothing_wrong() {
+fn checked_load_on_256_connections_finds_nothing_wrong() {
     let Some((_bench, single)) = single() else {
         return;
     };
-    let load = Load::start(&single.topology.client, LoadConfig::new(64, 1)).unwrap();
-    std::thread::sleep(Duration::from_secs(3));
+    let load = Load::start(&single.topology.client, LoadConfig::new(288, 1)).unwrap();
+    assert!(load.wait_answers(20_000, Duration::from_secs(60)));
+    let open = load.mark_kill();
+    assert!(open >= 256, "{open} connections open at once");
     let report = load.finish().unwrap();
     let probe = report.probe.unwrap();
     assert_eq!(

@@ -8,7 +8,9 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::ExitStatus;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -24,6 +26,7 @@ const PAIR_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time until the survivor of a kill says it is alone.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(20);
 const LINK_PORT: u16 = 7600;
+const POLL_PERIOD: Duration = Duration::from_millis(10);
 
 /// What can go wrong when guests are started.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +45,9 @@ pub enum PairError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// After both lost each other.
+    #[error("no host goes on alone after {TAKEOVER_TIMEOUT:?}")]
+    NoWinner,
 }
 
 /// What the configuration files say.
@@ -228,6 +234,25 @@ impl Pair {
         Ok(self
             .process(host)
             .wait_status("alone", TAKEOVER_TIMEOUT, alone)?)
+    }
+
+    /// Waits until one host goes on alone and the process of the other has ended. Gives the host that goes
+    /// on, and how the other ended.
+    pub fn wait_winner(&mut self) -> Result<(Host, ExitStatus), PairError> {
+        let begun = Instant::now();
+        let alone = |process: &Process| process.status().is_ok_and(|s| s["state"] == "alone");
+        let winner = loop {
+            let both = [(Host::A, &self.primary), (Host::B, &self.secondary)];
+            if let Some((host, _)) = both.into_iter().find(|(_, process)| alone(process)) {
+                break host;
+            }
+            if begun.elapsed() > TAKEOVER_TIMEOUT {
+                return Err(PairError::NoWinner);
+            }
+            thread::sleep(POLL_PERIOD);
+        };
+        let other = self.process(winner.other());
+        Ok((winner, other.wait_exit(TAKEOVER_TIMEOUT)?))
     }
 
     /// Starts `colo secondary` (or `colo primary`) again on a host whose process has ended.

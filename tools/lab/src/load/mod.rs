@@ -20,13 +20,16 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::netns::{NetError, Netns};
 pub use probe::ProbeReport;
+
+/// Between two looks at something that is waited for.
+const POLL_PERIOD: Duration = Duration::from_millis(10);
 
 /// Largest page that is asked for (and that the demo guest has).
 pub const PAGE_MAX: usize = 1 << 20;
@@ -220,6 +223,19 @@ impl Load {
         }
     }
 
+    /// Waits until `more` answers have come. False when that takes longer than `timeout`: the service stands still.
+    pub fn wait_answers(&self, more: u64, timeout: Duration) -> bool {
+        let begun = Instant::now();
+        let wanted = self.progress().responses + more;
+        while self.progress().responses < wanted {
+            if begun.elapsed() > timeout {
+                return false;
+            }
+            thread::sleep(POLL_PERIOD);
+        }
+        true
+    }
+
     /// To be called right before a host is killed: later gaps of the probe are the outage, and the
     /// connections open now may not be lost. Gives how many those are. Everything acknowledged so far is
     /// asked for again, in between.
@@ -274,7 +290,7 @@ pub fn wait_for_guest(
                     let what = format!("connect to the guest at {target}");
                     return Err(NetError::Io { what, source });
                 }
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => thread::sleep(POLL_PERIOD),
             }
         }
     })?
