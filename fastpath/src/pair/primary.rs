@@ -51,8 +51,6 @@ pub struct PrimaryReport {
     pub link_sent_bytes: u64,
     /// Bytes received on it.
     pub link_received_bytes: u64,
-    /// Output that a core released and that waits for room in the NIC.
-    pub nic_backlog: usize,
 }
 
 /// The primary's role.
@@ -229,7 +227,6 @@ impl PrimaryRole {
             hold_us: self.hold_us.clone(),
             link_sent_bytes: sent + link.0,
             link_received_bytes: received + link.1,
-            nic_backlog: self.unsent.len(),
         }
     }
 

@@ -273,9 +273,13 @@ impl PrimaryShell {
         let Some(mut link) = self.link.take() else {
             return;
         };
+        // The peer takes a closed channel as our end: be silent before it can see one (rule 18).
+        self.on_role(|role, edge| {
+            role.set_lease(edge, 0);
+            role.detach();
+        });
         let _ = link.control.flush();
         let _ = link.pages_end.shutdown(Shutdown::Both);
-        self.on_role(|role, _| role.detach());
         self.unprotected
             .get_or_insert((reason.to_owned(), unix_seconds()));
     }
