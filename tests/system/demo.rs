@@ -90,11 +90,19 @@ fn a_demo_without_a_kill_passes() {
 #[test]
 fn a_comparator_that_says_equal_makes_the_demo_fail() {
     let Some(bench) = Bench::new(&[]) else { return };
-    let (output, json) = demo(&bench, &["--seconds", "6", "--test-hook", "always-equal"]);
-    assert!(!output.status.success(), "{}", text(&output));
-    // It must be the clients who notice.
-    let bad = ["wrong_responses", "client_errors"].map(|key| json[key].as_u64().unwrap());
-    assert!(bad.iter().sum::<u64>() > 0, "{}\n{json:#}", text(&output));
+    // It must be the clients who notice. A secondary that overflows asks for checkpoints even so; one that came
+    // right before the kill leaves them nothing to notice, hence more than one life.
+    let mut noticed = 0;
+    for _ in 0..4 {
+        let (output, json) = demo(&bench, &["--seconds", "6", "--test-hook", "always-equal"]);
+        assert!(!output.status.success(), "{}", text(&output));
+        let bad = ["wrong_responses", "client_errors"].map(|key| json[key].as_u64().unwrap());
+        noticed = bad.iter().sum::<u64>();
+        if noticed > 0 {
+            break;
+        }
+    }
+    assert!(noticed > 0, "no client noticed anything in four lives");
     assert_nothing_left();
 }
 
