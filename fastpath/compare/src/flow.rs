@@ -68,6 +68,11 @@ impl FlowKey {
         }
     }
 
+    /// Whether the two addresses mean something.
+    pub fn has_addresses(&self) -> bool {
+        !matches!(self.protocol, Protocol::Ether(_) | Protocol::Unparseable)
+    }
+
     /// Same protocol, guest address and peer end as `other`, but another guest port: what two
     /// guests make of one outbound connection when they pick their ports themselves.
     pub(crate) fn differs_in_guest_port_only(&self, other: &Self) -> bool {

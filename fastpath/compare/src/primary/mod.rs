@@ -22,6 +22,7 @@ use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
 use crate::ledger::Ledger;
 use crate::limits::Limits;
+use crate::policy::Policy;
 use crate::record::{self, RecordError};
 use crate::stats::PrimaryStats;
 use crate::table::{Body, FlowId, Held, Table};
@@ -78,6 +79,7 @@ enum Cleared {
 #[derive(Debug)]
 pub struct PrimaryPath {
     limits: Limits,
+    policy: Policy,
     paired: bool,
     muted: bool,
     /// The epoch that input and output belong to now.
@@ -122,6 +124,7 @@ impl PrimaryPath {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
+            policy: Policy::default(),
             paired: false,
             muted: false,
             epoch: 1,
@@ -151,6 +154,24 @@ impl PrimaryPath {
             inherited: Inherited::default(),
             ledger: Ledger::default(),
         }
+    }
+
+    /// The same, with rules for single flows.
+    pub fn with_policy(limits: Limits, policy: Policy) -> Self {
+        Self {
+            policy,
+            ..Self::new(limits)
+        }
+    }
+
+    /// Replaces the rules for single flows; flows that are known already keep theirs.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = policy;
+    }
+
+    /// The rules for single flows.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
     }
 
     /// The path of a host that takes over: alone, with the translations it has inherited.
