@@ -586,12 +586,12 @@ impl DatagramClient {
 /// Which port or echo identifier of a client a frame from the guest is for; complains about damaged frames.
 pub fn addressee(frame: &[u8], oracle: &mut Oracle) -> Option<(Protocol, u16)> {
     let packet = wire::parse(frame, frame.len(), Direction::FromGuest);
-    match packet.key.protocol {
+    match packet.key.protocol() {
         p @ (Protocol::Tcp | Protocol::Udp | Protocol::Icmp | Protocol::Icmpv6) => {
             if !checksums_are_right(frame) {
                 oracle.fail(format!("a frame of {} with a wrong checksum", packet.key));
             }
-            Some((p, packet.key.peer_port))
+            Some((p, packet.key.peer_port()))
         }
         _ => None,
     }

@@ -163,22 +163,22 @@ impl Guest {
         let v6 = packet.network == wire::Network::V6;
         let side = if v6 { Side::V6 } else { Side::V4 };
         let l4 = usize::from(packet.l4);
-        match packet.key.protocol {
+        match packet.key.protocol() {
             Protocol::Tcp => self.receive_tcp(now, frame, v6, chance, out),
-            Protocol::Udp if packet.key.guest_port == PORT => {
+            Protocol::Udp if packet.key.guest_port() == PORT => {
                 let text = String::from_utf8_lossy(&frame[l4 + 8..usize::from(packet.end)]);
                 let answer = self.answer_datagram(now, &text, chance);
                 out.push(udp(
                     side,
                     false,
                     PORT,
-                    packet.key.peer_port,
+                    packet.key.peer_port(),
                     answer.as_bytes(),
                 ));
             }
             Protocol::Icmp | Protocol::Icmpv6 if matches!(frame[l4], 8 | 128) => {
                 let payload = &frame[l4 + 8..usize::from(packet.end)];
-                out.push(echo(side, false, packet.key.peer_port, payload));
+                out.push(echo(side, false, packet.key.peer_port(), payload));
             }
             _ => {}
         }

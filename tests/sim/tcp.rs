@@ -39,7 +39,7 @@ impl Seg {
     /// Reads a TCP frame; `None` for everything else.
     pub fn read(frame: &[u8], direction: Direction) -> Option<Self> {
         let packet = wire::parse(frame, frame.len(), direction);
-        if packet.key.protocol != Protocol::Tcp {
+        if packet.key.protocol() != Protocol::Tcp {
             return None;
         }
         let header = packet.tcp?;
@@ -50,8 +50,8 @@ impl Seg {
             } else {
                 Side::V4
             },
-            guest_port: packet.key.guest_port,
-            peer_port: packet.key.peer_port,
+            guest_port: packet.key.guest_port(),
+            peer_port: packet.key.peer_port(),
             header,
             timestamps: header.timestamps(frame),
             sack: header.sack_blocks(frame).collect(),

@@ -633,7 +633,10 @@ pub fn show(frame: &[u8]) -> String {
     let ts = ts.map(|(val, ecr)| format!(" ts {val:x} {ecr:x}"));
     let ends = format!(
         "{direction:?} {:?} {} {}:{}",
-        packet.key.protocol, packet.key.guest_port, packet.key.peer, packet.key.peer_port
+        packet.key.protocol(),
+        packet.key.guest_port(),
+        packet.key.peer(),
+        packet.key.peer_port()
     );
     format!(
         "{ends}{}{}",

@@ -74,7 +74,7 @@ impl Addresses {
 
     /// Learns from a frame that the guest sent.
     pub(crate) fn learn(&mut self, header: &[u8], packet: &Packet) {
-        if packet.network == Network::Other || packet.key.vlan != [0; 2] {
+        if packet.network == Network::Other || packet.key.vlan() != [0; 2] {
             return;
         }
         if header[6] & 1 == 0 {
@@ -131,9 +131,9 @@ impl Addresses {
 }
 
 fn source_of(key: &FlowKey) -> IpAddr {
-    match key.protocol {
+    match key.protocol() {
         Protocol::Unparseable | Protocol::Ether(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        _ => key.guest,
+        _ => key.guest(),
     }
 }
 
@@ -212,8 +212,8 @@ mod tests {
             n += 1;
             let packet = wire::parse(&out[..len], len, Direction::FromGuest);
             assert_eq!(out[6..12], addresses.mac().unwrap());
-            assert!(packet.key.protocol != Protocol::Icmpv6 || checksums_are_right(&out[..len]));
-            kinds.push(packet.key.protocol);
+            assert!(packet.key.protocol() != Protocol::Icmpv6 || checksums_are_right(&out[..len]));
+            kinds.push(packet.key.protocol());
         }
         let expected = [
             Protocol::Ether(ETHERTYPE_RARP),

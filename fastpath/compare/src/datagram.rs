@@ -131,9 +131,9 @@ impl Datagrams {
 
 /// Address resolution runs on the guests' own timers: a surplus of it means nothing.
 pub(crate) fn surplus_is_harmless(key: &FlowKey) -> bool {
-    match key.protocol {
+    match key.protocol() {
         Protocol::Arp => true,
-        Protocol::Icmpv6 => matches!(key.guest_port, 133..=137 | 143),
+        Protocol::Icmpv6 => matches!(key.guest_port(), 133..=137 | 143),
         _ => false,
     }
 }

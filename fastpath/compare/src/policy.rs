@@ -125,18 +125,18 @@ pub struct Rule {
 impl Rule {
     fn matches(&self, key: &FlowKey, opener: Opener) -> bool {
         let port_is_in = |range: Option<(u16, u16)>, port: u16| {
-            let has_ports = matches!(key.protocol, Protocol::Tcp | Protocol::Udp);
+            let has_ports = matches!(key.protocol(), Protocol::Tcp | Protocol::Udp);
             range.is_none_or(|(first, last)| has_ports && (first..=last).contains(&port))
         };
         let address_is_in = |prefix: &Option<Prefix>, address: IpAddr| {
             prefix.is_none_or(|prefix| key.has_addresses() && prefix.contains(address))
         };
-        self.protocol.is_none_or(|p| p.matches(key.protocol))
+        self.protocol.is_none_or(|p| p.matches(key.protocol()))
             && self.direction.is_none_or(|direction| direction == opener)
-            && port_is_in(self.guest_ports, key.guest_port)
-            && port_is_in(self.peer_ports, key.peer_port)
-            && address_is_in(&self.guest, key.guest)
-            && address_is_in(&self.peer, key.peer)
+            && port_is_in(self.guest_ports, key.guest_port())
+            && port_is_in(self.peer_ports, key.peer_port())
+            && address_is_in(&self.guest, key.guest())
+            && address_is_in(&self.peer, key.peer())
     }
 }
 
@@ -164,13 +164,8 @@ mod tests {
     use super::*;
 
     fn key() -> FlowKey {
-        FlowKey {
-            guest: "10.1.2.3".parse().unwrap(),
-            peer: "192.168.7.9".parse().unwrap(),
-            guest_port: 80,
-            peer_port: 40_000,
-            ..FlowKey::bare(Protocol::Tcp, [0; 2])
-        }
+        let (guest, peer) = ("10.1.2.3".parse().unwrap(), "192.168.7.9".parse().unwrap());
+        FlowKey::new(Protocol::Tcp, [0; 2], guest, peer).with_ports(80, 40_000)
     }
 
     fn prefix(address: &str, bits: u8) -> Option<Prefix> {

@@ -69,9 +69,14 @@ fn write_ip(ip: IpAddr, out: &mut Vec<u8>) {
 
 fn write_entry(key: &FlowKey, entry: &Entry, out: &mut Vec<u8>) {
     let start = out.len();
-    write_ip(key.guest, out);
-    write_ip(key.peer, out);
-    for n in [key.guest_port, key.peer_port, key.vlan[0], key.vlan[1]] {
+    write_ip(key.guest(), out);
+    write_ip(key.peer(), out);
+    for n in [
+        key.guest_port(),
+        key.peer_port(),
+        key.vlan()[0],
+        key.vlan()[1],
+    ] {
         out.extend_from_slice(&n.to_le_bytes());
     }
     let handshake = entry.handshake;
@@ -196,14 +201,7 @@ impl Reader<'_> {
         let (guest, peer) = (self.ip()?, self.ip()?);
         let (guest_port, peer_port) = (self.u16()?, self.u16()?);
         let vlan = [self.u16()?, self.u16()?];
-        let key = FlowKey {
-            protocol: Protocol::Tcp,
-            vlan,
-            guest,
-            peer,
-            guest_port,
-            peer_port,
-        };
+        let key = FlowKey::new(Protocol::Tcp, vlan, guest, peer).with_ports(guest_port, peer_port);
         let known = self.u8()?;
         let closed = self.u8()?;
         let offsets = Offsets {
@@ -241,13 +239,8 @@ mod tests {
 
     fn sample() -> (ClientTable, Addresses) {
         let mut table = ClientTable::default();
-        let key = FlowKey {
-            guest: "10.0.0.1".parse().unwrap(),
-            peer: "fd00::2".parse().unwrap(),
-            guest_port: 80,
-            peer_port: 4000,
-            ..FlowKey::bare(Protocol::Tcp, [5, 0])
-        };
+        let (guest, peer) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let key = FlowKey::new(Protocol::Tcp, [5, 0], guest, peer).with_ports(80, 4000);
         let offsets = Offsets {
             seq: 7,
             ts: u32::MAX,
@@ -264,10 +257,7 @@ mod tests {
             guest_ts: None,
             peer_isn: Some(8),
         };
-        let key = FlowKey {
-            guest_port: 81,
-            ..key
-        };
+        let key = key.with_ports(81, 4000);
         let (guest_isn, handshake) = (Some(1), Some(handshake));
         table.insert(
             key,

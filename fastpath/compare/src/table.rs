@@ -87,7 +87,7 @@ pub(crate) struct Flow {
 
 impl Flow {
     fn new(key: FlowKey) -> Self {
-        let body = match key.protocol {
+        let body = match key.protocol() {
             Protocol::Tcp => Body::Tcp(Stream::default()),
             _ => Body::Datagram(Datagrams::default()),
         };

@@ -384,7 +384,7 @@ fn a_divergence_shows_where_and_what() {
         (&b"world"[..], &b"there"[..])
     );
     let flow = divergence.flow.expect("a flow");
-    assert_eq!((flow.guest_port, flow.peer_port), (80, 40_000));
+    assert_eq!((flow.guest_port(), flow.peer_port()), (80, 40_000));
     pair.close();
 }
 

@@ -226,7 +226,7 @@ impl PrimaryPath {
             return;
         };
         let (key, pvm_sent) = (flow.key, flow.pvm_sent);
-        let outbound = match key.protocol {
+        let outbound = match key.protocol() {
             Protocol::Tcp => flow.held.front().is_none_or(|head| {
                 head.packet
                     .tcp
@@ -379,7 +379,7 @@ fn late_divergence<F: Frames + ?Sized>(flow: &Flow, cause: Cause, frames: &F) ->
         (Body::Datagram(datagrams), Some(head), Cause::Payload) => {
             datagrams.difference_from_first(head, frames)
         }
-        (_, _, Cause::Deadline) if flow.key.protocol == Protocol::Unparseable => {
+        (_, _, Cause::Deadline) if flow.key.protocol() == Protocol::Unparseable => {
             Divergence::plain(Cause::Unparseable, Some(flow.key))
         }
         _ => Divergence::plain(cause, Some(flow.key)),

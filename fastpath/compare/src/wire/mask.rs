@@ -32,7 +32,7 @@ pub(crate) fn mask_ignored(bytes: &mut [u8], packet: &Packet) {
         Network::Arp | Network::Other => return,
     }
     let l4 = usize::from(packet.l4);
-    match packet.key.protocol {
+    match packet.key.protocol() {
         Protocol::Udp => blank(bytes, l4 + 6, 2),
         Protocol::Icmp | Protocol::Icmpv6 => blank(bytes, l4 + 2, 2),
         _ => {}

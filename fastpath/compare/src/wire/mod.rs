@@ -11,10 +11,8 @@ mod mask;
 mod strip;
 pub mod tcp;
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-
 use crate::flow::{Direction, FlowKey, Protocol};
-use checksum::be16;
+use checksum::{be16, be32};
 pub(crate) use mask::{header_difference, mask_ignored};
 pub(crate) use strip::strip_payload;
 pub use tcp::Tcp;
@@ -140,11 +138,8 @@ fn parse_arp(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> O
     let sender = ipv4_at(header, at + 14);
     let target = ipv4_at(header, at + 24);
     let (guest, peer) = by_side(direction, sender, target);
-    let key = FlowKey {
-        guest,
-        peer,
-        ..FlowKey::bare(Protocol::Arp, e.vlan)
-    };
+    let mut key = FlowKey::bare(Protocol::Arp, e.vlan);
+    key.set_ipv4(guest, peer);
     let (l3, end) = (at as u16, end as u16);
     Some(Packet {
         key,
@@ -169,14 +164,12 @@ fn parse_ipv4(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
     }
     let (source, destination) = (ipv4_at(header, at + 12), ipv4_at(header, at + 16));
     let (guest, peer) = by_side(direction, source, destination);
+    let mut key = FlowKey::bare(Protocol::Fragment, e.vlan);
+    key.set_ipv4(guest, peer);
     let fragment = be16(header, at + 6) & 0x3fff != 0;
     let protocol = if fragment { None } else { Some(header[at + 9]) };
     let packet = Packet {
-        key: FlowKey {
-            guest,
-            peer,
-            ..FlowKey::bare(Protocol::Fragment, e.vlan)
-        },
+        key,
         network: Network::V4,
         l3: at as u16,
         l4: l4 as u16,
@@ -198,13 +191,11 @@ fn parse_ipv6(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
     }
     let (source, destination) = (ipv6_at(header, at + 8), ipv6_at(header, at + 24));
     let (guest, peer) = by_side(direction, source, destination);
+    let mut key = FlowKey::bare(Protocol::Fragment, e.vlan);
+    key.set_ipv6(guest, peer);
     let (protocol, l4, fragment_at) = skip_extensions(header, header[at + 6], at + 40, end)?;
     let packet = Packet {
-        key: FlowKey {
-            guest,
-            peer,
-            ..FlowKey::bare(Protocol::Fragment, e.vlan)
-        },
+        key,
         network: Network::V6,
         l3: at as u16,
         l4: l4 as u16,
@@ -260,31 +251,24 @@ fn parse_transport(
     direction: Direction,
 ) -> Option<Packet> {
     let (at, end) = (usize::from(packet.l4), usize::from(packet.end));
-    let key = &mut packet.key;
-    let mut ports = |needed: usize| {
+    let with_ports = |key: FlowKey, protocol: Protocol, needed: usize| {
         (at + needed <= header.len() && at + needed <= end).then(|| {
-            let (from, to) = (be16(header, at), be16(header, at + 2));
-            (key.guest_port, key.peer_port) = match direction {
-                Direction::FromGuest => (from, to),
-                Direction::ToGuest => (to, from),
-            };
+            let (guest, peer) = by_side(direction, be16(header, at), be16(header, at + 2));
+            key.with_protocol(protocol).with_ports(guest, peer)
         })
     };
-    match (protocol, packet.network) {
-        (None, _) => {}
+    let key = packet.key;
+    packet.key = match (protocol, packet.network) {
+        (None, _) => key,
         (Some(6), _) => {
-            ports(20)?;
-            key.protocol = Protocol::Tcp;
             packet.tcp = Some(Tcp::parse(header, at, end)?);
+            with_ports(key, Protocol::Tcp, 20)?
         }
-        (Some(17), _) => {
-            ports(8)?;
-            key.protocol = Protocol::Udp;
-        }
+        (Some(17), _) => with_ports(key, Protocol::Udp, 8)?,
         (Some(1), Network::V4) => icmp_key(header, at, end, key, Protocol::Icmp, [0, 8])?,
         (Some(58), Network::V6) => icmp_key(header, at, end, key, Protocol::Icmpv6, [128, 129])?,
-        (Some(other), _) => key.protocol = Protocol::Ip(other),
-    }
+        (Some(other), _) => key.with_protocol(Protocol::Ip(other)),
+    };
     Some(packet)
 }
 
@@ -292,40 +276,34 @@ fn icmp_key(
     header: &[u8],
     at: usize,
     end: usize,
-    key: &mut FlowKey,
+    key: FlowKey,
     protocol: Protocol,
     echo: [u8; 2],
-) -> Option<()> {
+) -> Option<FlowKey> {
     if at + 8 > header.len() || at + 4 > end {
         return None;
     }
-    key.protocol = protocol;
+    let key = key.with_protocol(protocol);
     if echo.contains(&header[at]) && at + 8 <= end {
-        key.peer_port = be16(header, at + 4);
+        Some(key.with_ports(0, be16(header, at + 4)))
     } else {
-        key.guest_port = u16::from(header[at]);
+        Some(key.with_ports(u16::from(header[at]), 0))
     }
-    Some(())
 }
 
-fn by_side(direction: Direction, source: IpAddr, destination: IpAddr) -> (IpAddr, IpAddr) {
+/// (source, destination) as (guest, peer).
+fn by_side<T>(direction: Direction, source: T, destination: T) -> (T, T) {
     match direction {
         Direction::FromGuest => (source, destination),
         Direction::ToGuest => (destination, source),
     }
 }
 
-fn ipv4_at(header: &[u8], at: usize) -> IpAddr {
-    IpAddr::V4(Ipv4Addr::new(
-        header[at],
-        header[at + 1],
-        header[at + 2],
-        header[at + 3],
-    ))
+fn ipv4_at(header: &[u8], at: usize) -> u32 {
+    be32(header, at)
 }
 
-fn ipv6_at(header: &[u8], at: usize) -> IpAddr {
-    let mut octets = [0; 16];
-    octets.copy_from_slice(&header[at..at + 16]);
-    IpAddr::V6(Ipv6Addr::from(octets))
+fn ipv6_at(header: &[u8], at: usize) -> [u64; 2] {
+    let half = |at: usize| u64::from(be32(header, at)) << 32 | u64::from(be32(header, at + 4));
+    [half(at), half(at + 8)]
 }

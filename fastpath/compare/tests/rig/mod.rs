@@ -22,7 +22,7 @@ pub fn tcp_of(bytes: &[u8]) -> Option<Tcp> {
 }
 
 fn port_of(bytes: &[u8], direction: Direction) -> u16 {
-    wire::parse(bytes, bytes.len(), direction).key.peer_port
+    wire::parse(bytes, bytes.len(), direction).key.peer_port()
 }
 
 pub fn payload(bytes: &[u8], tcp: &Tcp) -> Vec<u8> {
