@@ -3,6 +3,8 @@
 //! Invariant: every queue and table of the crate is bounded by a field here; reaching one means
 //! back-pressure or a checkpoint, never a drop of something that is owed to anyone.
 
+use crate::record;
+
 /// The bounds. Both hosts of a pair use the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -39,8 +41,18 @@ pub struct Limits {
     /// Added to the timestamp offset at a takeover, in ticks of the guest's timestamp clock
     /// (rule 3): covers what the old primary sent without the secondary knowing.
     pub takeover_ts_slack: u32,
+    /// Keys the hashes of the tables, so that clients cannot choose addresses that collide. The
+    /// shell draws it at random; the cores have no random source.
+    pub hash_seed: u64,
     /// A mutation for tests: everything counts as equal. Output is then not protected.
     pub canary_equal: bool,
+}
+
+impl Limits {
+    /// Longest record that [`crate::PrimaryPath::export_client_xlate`] makes, in bytes.
+    pub const fn xlate_record_max(&self) -> usize {
+        record::max_len(self.max_translations)
+    }
 }
 
 impl Default for Limits {
@@ -62,6 +74,7 @@ impl Default for Limits {
             reorder_window: 4,
             redeliver_us: 50_000,
             takeover_ts_slack: 1000,
+            hash_seed: 0,
             canary_equal: false,
         }
     }

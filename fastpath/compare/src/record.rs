@@ -13,7 +13,14 @@ use crate::flow::{FlowKey, Protocol};
 use crate::xlate::{ClientTable, Entry, Handshake, Offsets};
 
 const VERSION: u16 = 1;
+const FIXED_BYTES: usize = 15;
+const ADDRESS_BYTES: usize = 17;
 const TRANSLATION_BYTES: usize = 84;
+
+/// Longest record with that many translations.
+pub(crate) const fn max_len(translations: usize) -> usize {
+    FIXED_BYTES + MAX_ADDRESSES * ADDRESS_BYTES + translations * TRANSLATION_BYTES
+}
 
 /// Why a checkpoint's translation record was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -113,12 +120,40 @@ fn write_entry(key: &FlowKey, entry: &Entry, out: &mut Vec<u8>) {
     out.resize(start + TRANSLATION_BYTES, 0);
 }
 
-/// Reads a record. Entries count as used at `now_us`.
+/// How many bytes [`write`] appends.
+pub(crate) fn len(table: &ClientTable, addresses: &Addresses) -> usize {
+    FIXED_BYTES + addresses.ips().count() * ADDRESS_BYTES + table.len() * TRANSLATION_BYTES
+}
+
+/// Replaces table and addresses by those of a record, or leaves both as they are. Entries count
+/// as used at `now_us`.
 pub(crate) fn read(
     bytes: &[u8],
     now_us: u64,
+    table: &mut ClientTable,
+    addresses: &mut Addresses,
+) -> Result<(), RecordError> {
+    check(bytes, table.limit())?;
+    table.clear();
+    *addresses = parse(bytes, table.limit(), |reader| {
+        let (key, entry) = reader.entry(now_us)?;
+        table.insert(key, entry);
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Whether [`read`] takes a record into a table with that limit.
+pub(crate) fn check(bytes: &[u8], limit: usize) -> Result<(), RecordError> {
+    parse(bytes, limit, |reader| reader.entry(0).map(drop)).map(drop)
+}
+
+/// Walks through a record; `entry` reads one translation.
+fn parse<'a>(
+    bytes: &'a [u8],
     limit: usize,
-) -> Result<(ClientTable, Addresses), RecordError> {
+    mut entry: impl FnMut(&mut Reader<'a>) -> Result<(), RecordError>,
+) -> Result<Addresses, RecordError> {
     let mut reader = Reader { bytes, at: 0 };
     let found = reader.u16()?;
     if found != VERSION {
@@ -147,15 +182,13 @@ pub(crate) fn read(
     for _ in 0..ips {
         addresses.add(reader.ip()?);
     }
-    let mut table = ClientTable::default();
     for _ in 0..entries {
-        let (key, entry) = reader.entry(now_us)?;
-        table.insert(key, entry);
+        entry(&mut reader)?;
     }
     if reader.at != bytes.len() {
         return Err(RecordError::Malformed { at: reader.at });
     }
-    Ok((table, addresses))
+    Ok(addresses)
 }
 
 struct Reader<'a> {
@@ -238,7 +271,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample() -> (ClientTable, Addresses) {
-        let mut table = ClientTable::default();
+        let mut table = ClientTable::new(10, 0);
         let (guest, peer) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         let key = FlowKey::new(Protocol::Tcp, [5, 0], guest, peer).with_ports(80, 4000);
         let offsets = Offsets {
@@ -279,18 +312,23 @@ mod tests {
         let (table, addresses) = sample();
         let mut bytes = Vec::new();
         write(&table, &addresses, &mut bytes);
-        assert_eq!(bytes.len(), 15 + 2 * 17 + 2 * TRANSLATION_BYTES);
-        let (read_table, read_addresses) = read(&bytes, 0, 10).unwrap();
+        assert_eq!(bytes.len(), len(&table, &addresses));
+        let (mut read_table, mut read_addresses) = (ClientTable::new(10, 0), Addresses::default());
+        read(&bytes, 0, &mut read_table, &mut read_addresses).unwrap();
         assert!(table.entries().eq(read_table.entries()));
         assert_eq!(addresses, read_addresses);
         assert_eq!(
-            read(&bytes, 0, 1).err(),
-            Some(RecordError::TooMany { found: 2, limit: 1 })
+            check(&bytes, 1),
+            Err(RecordError::TooMany { found: 2, limit: 1 })
         );
         bytes[0] = 9;
         assert_eq!(
-            read(&bytes, 0, 10).err(),
-            Some(RecordError::Version { found: 9 })
+            read(&bytes, 0, &mut read_table, &mut read_addresses),
+            Err(RecordError::Version { found: 9 })
+        );
+        assert!(
+            table.entries().eq(read_table.entries()),
+            "refused as a whole"
         );
     }
 
@@ -303,7 +341,7 @@ mod tests {
             let at = at % bytes.len();
             bytes[at] = byte;
             bytes.truncate(cut);
-            let _ = read(&bytes, 0, 10);
+            let _ = check(&bytes, 10);
         }
     }
 }

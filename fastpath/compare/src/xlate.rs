@@ -152,15 +152,40 @@ impl Entry {
 }
 
 /// The client-facing translations of a VM.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug)]
 pub(crate) struct ClientTable {
     entries: BTreeMap<FlowKey, Entry>,
+    limit: usize,
+    evicted: u64,
     next_expiry_us: u64,
 }
 
 impl ClientTable {
+    /// Room for `limit` connections.
+    pub(crate) fn new(limit: usize, _seed: u64) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            limit,
+            evicted: 0,
+            next_expiry_us: 0,
+        }
+    }
+
+    /// How many connections the limit has cost.
+    pub(crate) fn evicted(&self) -> u64 {
+        self.evicted
+    }
+
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.entries.clear();
     }
 
     pub(crate) fn get(&self, key: &FlowKey) -> Option<&Entry> {
@@ -175,10 +200,11 @@ impl ClientTable {
         self.entries.insert(key, entry);
     }
 
-    /// Makes room for `limit` entries; gives how many connections that cost.
-    pub(crate) fn shrink(&mut self, limit: usize) -> u64 {
+    /// Keeps to the limit by forgetting what was used longest ago.
+    pub(crate) fn shrink(&mut self) {
+        let limit = self.limit;
         if self.entries.len() <= limit {
-            return 0;
+            return;
         }
         let mut by_age: Vec<_> = self.entries.iter().map(|(k, e)| (e.used_us, *k)).collect();
         by_age.sort_unstable();
@@ -186,7 +212,7 @@ impl ClientTable {
         for (_, key) in &by_age[..surplus] {
             self.entries.remove(key);
         }
-        surplus as u64
+        self.evicted += surplus as u64;
     }
 
     /// Forgets connections that ended long ago.
@@ -199,14 +225,11 @@ impl ClientTable {
 
     /// Translates a client's segment for the guest. True when it completed a handshake, so that
     /// the table changed.
-    pub(crate) fn inbound(
-        &mut self,
-        now_us: u64,
-        key: &FlowKey,
-        header: &mut [u8],
-        tcp: &mut Tcp,
-    ) -> bool {
-        let Some(entry) = self.entries.get_mut(key) else {
+    pub(crate) fn inbound(&mut self, now_us: u64, header: &mut [u8], packet: &mut Packet) -> bool {
+        let Some(tcp) = packet.tcp.as_mut() else {
+            return false;
+        };
+        let Some(entry) = self.entries.get_mut(&packet.key) else {
             return false;
         };
         entry.used_us = now_us;
@@ -299,7 +322,7 @@ mod tests {
 
     #[test]
     fn rule_3_tsval_never_goes_back() {
-        let mut table = ClientTable::default();
+        let mut table = ClientTable::new(10, 0);
         let sent = |table: &mut ClientTable, tsval| {
             let mut bytes = Segment::new(Side::V6).seq(10).timestamps(tsval, 1).bytes();
             let (mut packet, _) = parse(&bytes, Direction::FromGuest);
@@ -369,7 +392,7 @@ mod tests {
 
     #[test]
     fn rule_3_a_repeated_syn_before_learning_sets_no_mark_in_the_clients_space() {
-        let mut table = ClientTable::default();
+        let mut table = ClientTable::new(10, 0);
         let mut syn = Segment::new(Side::V4)
             .flags(SYN | ACK)
             .seq(42)
@@ -393,8 +416,8 @@ mod tests {
             .ack(1043)
             .timestamps(7, 500)
             .bytes();
-        let (back, mut tcp) = parse(&ack, Direction::ToGuest);
-        assert!(table.inbound(0, &back.key, &mut ack, &mut tcp));
+        let (mut back, _) = parse(&ack, Direction::ToGuest);
+        assert!(table.inbound(0, &mut ack, &mut back));
         let mut data = Segment::new(Side::V4)
             .seq(43)
             .timestamps(899_400, 7)
@@ -407,7 +430,7 @@ mod tests {
 
     #[test]
     fn rule_1_an_entry_ends_with_its_connection() {
-        let mut table = ClientTable::default();
+        let mut table = ClientTable::new(10, 0);
         let mut syn = Segment::new(Side::V4).flags(SYN | ACK).seq(42).bytes();
         let (mut packet, _) = parse(&syn, Direction::FromGuest);
         let offsets = Offsets { seq: 9, ts: 0 };
@@ -438,7 +461,7 @@ mod tests {
 
     #[test]
     fn closed_connections_and_dead_handshakes_expire() {
-        let mut table = ClientTable::default();
+        let mut table = ClientTable::new(10, 0);
         let bytes = Segment::new(Side::V4).bytes();
         let (packet, _) = parse(&bytes, Direction::FromGuest);
         let closed = GUEST_CLOSED | PEER_CLOSED;

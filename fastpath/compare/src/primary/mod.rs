@@ -146,7 +146,7 @@ impl PrimaryPath {
             cleared: VecDeque::new(),
             held_frames: 0,
             requested: None,
-            client: ClientTable::default(),
+            client: ClientTable::new(limits.max_translations, limits.hash_seed),
             learnt: Vec::new(),
             addresses: Addresses::default(),
             next_announcement: None,
@@ -191,7 +191,7 @@ impl PrimaryPath {
         path.client = client;
         path.addresses = addresses;
         path.inherited = inherited;
-        path.ledger.stats.translations_evicted += path.client.shrink(limits.max_translations);
+        path.ledger.stats.translations_evicted += path.client.evicted();
         path.announce();
         path.announce_again = Again::from(now_us);
         path
@@ -248,12 +248,10 @@ impl PrimaryPath {
         }
         self.client.expire(now_us);
         let mut packet = self.parse(frames, &token, Direction::ToGuest);
-        if let Some(tcp) = packet.tcp.as_mut() {
-            let header = frames.header_mut(&token);
-            let learnt = self.client.inbound(now_us, &packet.key, header, tcp);
-            if learnt && self.paired {
-                self.note_learnt(frames, packet.key);
-            }
+        let header = frames.header_mut(&token);
+        let learnt = self.client.inbound(now_us, header, &mut packet);
+        if learnt && self.paired {
+            self.note_learnt(frames, packet.key);
         }
         token
     }
@@ -490,16 +488,21 @@ impl PrimaryPath {
     }
 
     /// Appends the client-facing translations and the guest's addresses, as of now, in the form
-    /// that `SecondaryPath` reads (rule 1). Called at the cut.
+    /// that `SecondaryPath` reads (rule 1). Called at the cut. Takes no memory when `out` has room
+    /// for [`PrimaryPath::xlate_record_len`] bytes.
     pub fn export_client_xlate(&self, out: &mut Vec<u8>) {
         record::write(&self.client, &self.addresses, out);
     }
 
+    /// How many bytes [`PrimaryPath::export_client_xlate`] appends now; never more than
+    /// [`Limits::xlate_record_max`].
+    pub fn xlate_record_len(&self) -> usize {
+        record::len(&self.client, &self.addresses)
+    }
+
     /// Replaces the client-facing translations by those of a record.
     pub fn import_client_xlate(&mut self, now_us: u64, bytes: &[u8]) -> Result<(), RecordError> {
-        let limit = self.limits.max_translations;
-        (self.client, self.addresses) = record::read(bytes, now_us, limit)?;
-        Ok(())
+        record::read(bytes, now_us, &mut self.client, &mut self.addresses)
     }
 
     /// Tells whose frames these are before the guest has sent one, and announces it to the

@@ -92,7 +92,7 @@ impl SecondaryPath {
             pending: VecDeque::new(),
             pending_epoch: 0,
             pending_released: 0,
-            client: ClientTable::default(),
+            client: ClientTable::new(limits.max_translations, limits.hash_seed),
             addresses: Addresses::default(),
             requested: None,
             actions: VecDeque::new(),
@@ -377,7 +377,7 @@ impl SecondaryPath {
     /// Whether [`SecondaryPath::commit`] will take this record: to be asked before the commit
     /// point (rule 13).
     pub fn check_record(&self, record: &[u8]) -> Result<(), RecordError> {
-        record::read(record, 0, self.limits.max_translations).map(drop)
+        record::check(record, self.limits.max_translations)
     }
 
     /// The SVM now is what the PVM was at the end of `epoch`, and runs. `pending` is the
@@ -391,13 +391,9 @@ impl SecondaryPath {
         pending: Vec<Token>,
         record: &[u8],
     ) -> Result<(), PathError> {
-        let limit = self.limits.max_translations;
-        match record::read(record, now_us, limit) {
-            Ok((client, addresses)) => (self.client, self.addresses) = (client, addresses),
-            Err(error) => {
-                pending.into_iter().for_each(|token| frames.release(token));
-                return Err(error.into());
-            }
+        if let Err(error) = record::read(record, now_us, &mut self.client, &mut self.addresses) {
+            pending.into_iter().for_each(|token| frames.release(token));
+            return Err(error.into());
         }
         self.drop_epoch(frames, epoch);
         self.pending

@@ -156,6 +156,7 @@ impl PairTable {
             }
             client.insert(key, entry);
         }
+        client.shrink();
         client
     }
 }
