@@ -211,13 +211,29 @@ impl<V> FlatTable<V> {
         self.index[gap] = EMPTY;
     }
 
-    /// Forgets everything; the memory stays.
+    /// Forgets everything; the memory stays. Costs as much as there are entries, not as there is
+    /// room for.
     pub(crate) fn clear(&mut self) {
-        if self.len() > 0 {
+        if self.len() > self.index.len() / 64 {
             self.index.fill(EMPTY);
+        } else {
+            self.clear_clusters();
         }
         self.entries.clear();
         self.free.clear();
+    }
+
+    /// Every entry lies in the run of full buckets that begins at its start, and each run is
+    /// emptied to its end.
+    fn clear_clusters(&mut self) {
+        let mask = self.index.len() - 1;
+        for entry in self.entries.iter().filter(|entry| entry.value.is_some()) {
+            let mut at = self.start(self.hash(&entry.key));
+            while self.index[at] != EMPTY {
+                self.index[at] = EMPTY;
+                at = (at + 1) & mask;
+            }
+        }
     }
 
     /// In the order of their slots.
@@ -269,6 +285,17 @@ mod tests {
             table.clear();
             prop_assert_eq!(table.len(), 0);
             prop_assert!((0..40).all(|name| table.get(&key(name)).is_none()));
+        }
+
+        #[test]
+        fn a_table_with_few_entries_is_cleared_whole(names in proptest::collection::vec(0u16..9, 0..9)) {
+            // The index as after a limit of 8, so that the few lie in clusters; its fill is avoided.
+            let mut table = FlatTable::new(8, 3);
+            for name in &names {
+                table.get_or_insert_with(key(*name), || ());
+            }
+            table.clear_clusters();
+            prop_assert!(table.index.iter().all(|bucket| *bucket == EMPTY));
         }
     }
 

@@ -167,6 +167,12 @@ impl<T> Lists<T> {
         Some(value)
     }
 
+    /// Forgets all values and lists; the memory stays.
+    pub(crate) fn clear(&mut self) {
+        self.nodes.clear();
+        (self.free, self.len) = (NIL, 0);
+    }
+
     fn give_back(&mut self, at: u32) {
         self.len -= 1;
         self.nodes[at as usize].next = self.free;
@@ -234,6 +240,11 @@ mod tests {
                 }
                 prop_assert_eq!(pool.len(), model[0].len() + model[1].len());
             }
+            pool.clear();
+            prop_assert_eq!((pool.len(), pool.nodes()), (0, 0));
+            let mut again = Ends::EMPTY;
+            pool.push_back(&mut again, 7);
+            prop_assert_eq!(pool.pop_front(&mut again), Some(7));
         }
     }
 }
