@@ -12,6 +12,8 @@ pub enum Right {
     Checkpoint,
     /// It needs no counterpart: a pure ACK, or bytes that the client has or had already.
     Free,
+    /// A policy says that its flow is not protected.
+    Policy,
     /// This host is alone.
     Alone,
 }

@@ -42,11 +42,13 @@ pub enum Cause {
     Translation,
     /// The previous checkpoint was aborted (rule 14).
     Aborted,
+    /// A policy lets the flow's output leave by checkpoints only.
+    Policy,
 }
 
 impl Cause {
     /// How many causes there are.
-    pub const COUNT: usize = 17;
+    pub const COUNT: usize = 18;
 
     /// All causes, in the order of their counters.
     pub const ALL: [Self; Self::COUNT] = [
@@ -67,6 +69,7 @@ impl Cause {
         Self::OutputOverflow,
         Self::Translation,
         Self::Aborted,
+        Self::Policy,
     ];
 
     /// The name used in logs and reports.
@@ -89,6 +92,7 @@ impl Cause {
             Self::OutputOverflow => "output_overflow",
             Self::Translation => "translation",
             Self::Aborted => "aborted",
+            Self::Policy => "policy",
         }
     }
 

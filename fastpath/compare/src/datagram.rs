@@ -3,129 +3,110 @@
 //!
 //! Invariants: a PVM frame is equal only to a whole SVM frame of the same flow, each used once;
 //! the order of release is the PVM's. Within a small window the SVM's order does not matter.
-
-use alloc::collections::VecDeque;
+//! Fragments that the two sides cut differently are compared as what they make up together.
 
 use crate::cause::{Cause, Divergence, Shown};
 use crate::flow::{FlowKey, Protocol};
 use crate::frames::{Frames, HEADER_MAX, Token};
-use crate::ledger::Ledger;
-use crate::table::Held;
-use crate::tcp::Content;
+use crate::ledger::{Ledger, SvmFrame};
+use crate::list::{Lists, NIL};
+use crate::span::Span;
+use crate::stream::Content;
+use crate::table::{Flow, Held};
 use crate::wire::{Packet, mask_ignored};
 
-#[derive(Debug)]
-struct SvmDatagram {
-    packet: Packet,
-    token: Token,
-    svm_seq: u64,
-    at_us: u64,
+/// Longest part of a frame that is compared with a mask: the rest is payload.
+const MASKED_MAX: usize = HEADER_MAX;
+
+/// What a judgement of datagrams needs beside the flow.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    /// How many SVM datagrams the next PVM datagram is compared with.
+    pub(crate) window: usize,
+    pub(crate) ignored: Option<Span>,
 }
 
-/// What the SVM has sent in one flow and the PVM has not.
-#[derive(Debug, Default)]
-pub(crate) struct Datagrams {
-    svm: VecDeque<SvmDatagram>,
-}
-
-impl Datagrams {
-    pub(crate) fn svm_output(
-        &mut self,
-        at_us: u64,
-        svm_seq: u64,
-        (token, packet): (Token, Packet),
-    ) {
-        self.svm.push_back(SvmDatagram {
-            packet,
-            token,
-            svm_seq,
-            at_us,
-        });
-    }
-
-    pub(crate) fn has_unmatched_svm(&self) -> bool {
-        !self.svm.is_empty()
-    }
-
+impl Flow {
     /// Since when the SVM's oldest datagram has had no PVM counterpart.
-    pub(crate) fn surplus_since_us(&self) -> Option<u64> {
-        self.svm.front().map(|datagram| datagram.at_us)
+    pub(crate) fn surplus_since_us(&self, svm: &Lists<SvmFrame>) -> Option<u64> {
+        let mut all = svm.iter(&self.svm).map(|(_, datagram)| datagram);
+        all.find(|datagram| !datagram.reported)
+            .map(|datagram| datagram.at_us)
     }
 
-    /// Judges the flow's next frame, of `held` that wait. Two that differ may be out of order:
-    /// only a full window on both sides proves a difference at once.
-    pub(crate) fn judge<F: Frames + ?Sized>(
-        &self,
-        head: &Held,
-        held: usize,
-        window: usize,
+    /// Judges the flow's next frame. Two that differ may be out of order: only a full window on
+    /// both sides proves a difference at once.
+    pub(crate) fn judge_datagram<F: Frames + ?Sized>(
+        &mut self,
+        head: u32,
+        held: &mut Lists<Held>,
+        rules: Rules,
+        svm: &mut Lists<SvmFrame>,
         frames: &F,
     ) -> Content {
-        if self.position(head, window, frames).is_some() {
-            Content::Matched
-        } else if self.svm.len() >= window && held >= window {
-            Content::Differs(self.difference_from_first(head, frames))
+        let Some(frame) = held.get(head) else {
+            return Content::Wait;
+        };
+        let is_equal = |other: &SvmFrame| {
+            let sides = ((&frame.token, &frame.packet), (&other.token, &other.packet));
+            // A decided piece of a fragmented packet is no counterpart of another one.
+            !other.reported && difference(sides, rules.ignored, frames).is_none()
+        };
+        let found = svm
+            .iter(&self.svm)
+            .take(rules.window)
+            .find(|(_, other)| is_equal(other));
+        self.mark = found.map_or(NIL, |(at, _)| at);
+        if self.mark != NIL {
+            return Content::Matched;
+        }
+        if frame.packet.fragment.is_some() {
+            let judged = self.judge_fragment(head, held, svm, rules.window, frames);
+            return judged.unwrap_or(Content::Wait);
+        }
+        let is_full = svm.iter(&self.svm).nth(rules.window - 1).is_some()
+            && held.iter(&self.held).nth(rules.window - 1).is_some();
+        if is_full {
+            Content::Differs(self.difference_from_first(frame, rules, svm, frames))
         } else {
             Content::Wait
         }
     }
 
-    fn position<F: Frames + ?Sized>(
-        &self,
-        head: &Held,
-        window: usize,
-        frames: &F,
-    ) -> Option<usize> {
-        let equal = |other: &SvmDatagram| {
-            difference(
-                (&head.token, &head.packet),
-                (&other.token, &other.packet),
-                frames,
-            )
-            .is_none()
-        };
-        self.svm.iter().take(window).position(equal)
-    }
-
     /// How the frame differs from the SVM's oldest one.
     pub(crate) fn difference_from_first<F: Frames + ?Sized>(
         &self,
-        head: &Held,
+        frame: &Held,
+        rules: Rules,
+        svm: &Lists<SvmFrame>,
         frames: &F,
     ) -> Divergence {
-        self.svm
-            .front()
-            .and_then(|s| difference((&head.token, &head.packet), (&s.token, &s.packet), frames))
-            .unwrap_or_else(|| Divergence::plain(Cause::Deadline, Some(head.packet.key)))
+        let first = svm.get(self.svm.head);
+        first
+            .and_then(|other| {
+                let sides = ((&frame.token, &frame.packet), (&other.token, &other.packet));
+                difference(sides, rules.ignored, frames)
+            })
+            .unwrap_or_else(|| Divergence::plain(Cause::Deadline, Some(frame.packet.key)))
     }
 
-    /// The frame that was judged has left.
-    pub(crate) fn left<F: Frames + ?Sized>(
+    /// The frame that was judged has left: its counterpart has done its duty.
+    pub(crate) fn datagram_left<F: Frames + ?Sized>(
         &mut self,
-        head: &Held,
-        window: usize,
         ledger: &mut Ledger,
         frames: &mut F,
     ) {
-        let at = self.position(head, window, frames);
-        if let Some(datagram) = at.and_then(|at| self.svm.remove(at)) {
-            ledger.settle_svm(datagram.svm_seq, datagram.token, frames);
+        if self.mark != NIL {
+            ledger.settle_svm(&mut self.svm, self.mark, frames);
+            self.mark = NIL;
         }
     }
 
     /// Gives up the SVM's oldest datagram, which the PVM never sent.
     pub(crate) fn drop_surplus<F: Frames + ?Sized>(&mut self, ledger: &mut Ledger, frames: &mut F) {
-        if let Some(datagram) = self.svm.pop_front() {
-            ledger.stats.svm_surplus += 1;
-            ledger.settle_svm(datagram.svm_seq, datagram.token, frames);
-        }
-    }
-
-    /// A commit covers everything: SVM output is forgotten.
-    pub(crate) fn rebase<F: Frames + ?Sized>(&mut self, ledger: &mut Ledger, frames: &mut F) {
-        self.svm
-            .drain(..)
-            .for_each(|datagram| ledger.recycle_svm(datagram.token, frames));
+        ledger.stats.svm_surplus += 1;
+        let first = self.svm.head;
+        ledger.settle_svm(&mut self.svm, first, frames);
     }
 }
 
@@ -138,33 +119,44 @@ pub(crate) fn surplus_is_harmless(key: &FlowKey) -> bool {
     }
 }
 
-fn difference<F: Frames + ?Sized>(
-    (a, a_packet): (&Token, &Packet),
-    (b, b_packet): (&Token, &Packet),
+/// Where the payload begins that a policy's byte numbers count from.
+fn payload_at(packet: &Packet) -> usize {
+    let header = match packet.key.protocol() {
+        Protocol::Udp | Protocol::Icmp | Protocol::Icmpv6 => 8,
+        _ => 0,
+    };
+    usize::from(packet.l4) + header
+}
+
+/// Compares two whole frames, but for what may rightly differ.
+pub(crate) fn difference<F: Frames + ?Sized>(
+    ((a, a_packet), (b, b_packet)): ((&Token, &Packet), (&Token, &Packet)),
+    ignored: Option<Span>,
     frames: &F,
 ) -> Option<Divergence> {
     let (a_end, b_end) = (usize::from(a_packet.end), usize::from(b_packet.end));
     let end = a_end.min(b_end);
-    let in_header = end.min(HEADER_MAX);
-    let masked = |token: &Token, packet: &Packet| {
-        let mut bytes = [0u8; HEADER_MAX];
-        bytes[..in_header].copy_from_slice(&frames.header(token)[..in_header]);
-        mask_ignored(&mut bytes[..in_header], packet);
-        bytes
-    };
-    let (a_bytes, b_bytes) = (masked(a, a_packet), masked(b, b_packet));
-    let at = match a_bytes.iter().zip(&b_bytes).position(|(a, b)| a != b) {
-        Some(at) => at,
-        None if end > in_header => {
-            match frames.first_difference(a, in_header, b, in_header, end - in_header) {
-                Some(at) => in_header + at,
-                None if a_end != b_end => end,
-                None => return None,
-            }
+    let payload = payload_at(a_packet).min(end);
+    let masked = payload.min(MASKED_MAX);
+    let in_headers = masked_difference(
+        (frames.header(a), a_packet),
+        (frames.header(b), b_packet),
+        masked,
+    );
+    let compare = |at: usize, n: usize| frames.first_difference(a, at, b, at, n);
+    let in_payload = || match ignored {
+        None => compare(masked, end - masked).map(|at| masked + at),
+        Some(span) => {
+            let between = payload - masked;
+            let before = compare(masked, between).map(|at| masked + at);
+            before.or_else(|| {
+                let at = span.first_counted(0, end - payload, |at, n| compare(payload + at, n));
+                at.map(|at| payload + at)
+            })
         }
-        None if a_end != b_end => end,
-        None => return None,
     };
+    let in_length = || (a_end != b_end).then_some(end);
+    let at = in_headers.or_else(in_payload).or_else(in_length)?;
     let cause = if a_end != b_end {
         Cause::Length
     } else if at < usize::from(a_packet.l4) {
@@ -179,4 +171,24 @@ fn difference<F: Frames + ?Sized>(
         primary: Shown::read(a_end - at, |out| frames.copy_out(a, at, out)),
         secondary: Shown::read(b_end - at, |out| frames.copy_out(b, at, out)),
     })
+}
+
+/// Compares the first `n` bytes of two frames. Most are equal byte for byte or differ only in the
+/// identification and its checksum, so copies are masked only where the bytes differ.
+fn masked_difference(
+    (a, a_packet): (&[u8], &Packet),
+    (b, b_packet): (&[u8], &Packet),
+    n: usize,
+) -> Option<usize> {
+    if a[..n] == b[..n] {
+        return None;
+    }
+    let masked = |header: &[u8], packet: &Packet| {
+        let mut bytes = [0u8; MASKED_MAX];
+        bytes[..n].copy_from_slice(&header[..n]);
+        mask_ignored(&mut bytes[..n], packet);
+        bytes
+    };
+    let (a, b) = (masked(a, a_packet), masked(b, b_packet));
+    a[..n].iter().zip(&b[..n]).position(|(a, b)| a != b)
 }

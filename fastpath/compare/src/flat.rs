@@ -38,6 +38,10 @@ pub(crate) struct FlatTable<V> {
 }
 
 impl<V> FlatTable<V> {
+    /// What one entry takes beside its buckets in the index.
+    #[cfg(test)]
+    pub(crate) const ENTRY_BYTES: usize = size_of::<Entry<V>>();
+
     /// Room for `limit` entries, less than 2^31.
     pub(crate) fn new(limit: usize, seed: u64) -> Self {
         let buckets = (limit.max(4) * 2).next_power_of_two();

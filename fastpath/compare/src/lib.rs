@@ -17,6 +17,7 @@ mod cause;
 mod datagram;
 mod flat;
 mod flow;
+mod fragment;
 mod frames;
 mod ledger;
 mod limits;
@@ -27,11 +28,13 @@ mod record;
 mod retain;
 mod secondary;
 pub mod seq;
+mod span;
 mod stats;
+mod stream;
 mod table;
-mod tcp;
 #[doc(hidden)]
 pub mod testing;
+mod wheel;
 pub mod wire;
 mod xlate;
 

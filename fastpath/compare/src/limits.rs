@@ -38,6 +38,10 @@ pub struct Limits {
     pub reorder_window: usize,
     /// First wait before input is delivered again to a guest that does not acknowledge it.
     pub redeliver_us: u64,
+    /// How long a flow without traffic is remembered, in seconds.
+    pub flow_idle_s: u32,
+    /// The same after both ends have closed (RFC 9293 section 3.6.1: twice the segment lifetime).
+    pub time_wait_s: u32,
     /// Added to the timestamp offset at a takeover, in ticks of the guest's timestamp clock
     /// (rule 3): covers what the old primary sent without the secondary knowing.
     pub takeover_ts_slack: u32,
@@ -73,6 +77,8 @@ impl Default for Limits {
             settle_us: 2_000,
             reorder_window: 4,
             redeliver_us: 50_000,
+            flow_idle_s: 7200,
+            time_wait_s: 120,
             takeover_ts_slack: 1000,
             hash_seed: 0,
             canary_equal: false,

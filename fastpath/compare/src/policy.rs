@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use core::net::IpAddr;
 
 use crate::flow::{FlowKey, Protocol};
+use crate::span::Span;
 
 /// Which protocols a rule is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,13 +95,24 @@ pub enum PolicyAction {
     /// protected.
     Release,
     /// Compared, but these bytes count as equal whatever they are. For TCP they count from the
-    /// start of the guest's byte stream, for everything else from the start of the payload.
+    /// start of the guest's byte stream (modulo 4 GiB; nothing is left out of a connection whose
+    /// start was not seen), for everything else from the start of the payload. Fragments are
+    /// compared whole.
     IgnoreBytes {
         /// The first byte.
         from: u32,
         /// The byte after the last; `u32::MAX` means all that follows.
         end: u32,
     },
+}
+
+impl PolicyAction {
+    pub(crate) fn ignored(self) -> Option<Span> {
+        match self {
+            Self::IgnoreBytes { from, end } => Some(Span::new(from, end)),
+            _ => None,
+        }
+    }
 }
 
 /// One line of a policy: what is not given matches everything.
@@ -150,6 +162,19 @@ impl Policy {
     /// The first rule that matches decides.
     pub fn new(rules: Vec<Rule>) -> Self {
         Self { rules }
+    }
+
+    /// The number of the rule that decides, which a flow keeps; one past the last for none.
+    pub(crate) fn rule_number(&self, key: &FlowKey, opener: Opener) -> u16 {
+        let number = self.rules.iter().position(|rule| rule.matches(key, opener));
+        number
+            .unwrap_or(self.rules.len())
+            .min(usize::from(u16::MAX)) as u16
+    }
+
+    pub(crate) fn action_of(&self, rule_number: u16) -> PolicyAction {
+        let rule = self.rules.get(usize::from(rule_number));
+        rule.map_or(PolicyAction::Compare, |rule| rule.action)
     }
 
     /// What is done with the flow.

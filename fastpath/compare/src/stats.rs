@@ -23,6 +23,8 @@ pub struct PrimaryStats {
     pub released_data_by_checkpoint: u64,
     /// Frames that left because they need no counterpart (pure ACKs, retransmissions).
     pub released_free: u64,
+    /// Frames that left because a policy does not protect their flow.
+    pub released_by_policy: u64,
     /// Frames that left because this host is alone.
     pub released_alone: u64,
     /// Differences found, by cause; at most one per flow and epoch.
@@ -41,6 +43,8 @@ pub struct PrimaryStats {
     pub history_dropped: u64,
     /// Flows forgotten to make room.
     pub flows_evicted: u64,
+    /// Flows forgotten because they were idle or closed for long.
+    pub flows_expired: u64,
     /// Translations forgotten to make room: connections lost.
     pub translations_evicted: u64,
     /// Segments that lost their payload because their translation is not learnt yet.

@@ -1,32 +1,59 @@
-//! The comparator's flows: what the PVM holds in each, and a bounded table of them.
+//! The comparator's flows: a bounded table, what the PVM holds in each, and who waits for what.
 //!
-//! Invariants: a flow with held frames or unmatched SVM output is never evicted; within a flow
-//! frames leave in production order. Forgetting an idle flow only makes the comparison stricter.
+//! Invariants: a flow with held frames, unmatched SVM output or an undecided divergence is never
+//! forgotten; within a flow frames leave in production order. Forgetting an idle flow only makes
+//! the comparison stricter. A commit costs nothing per flow: it begins a new generation, and a flow
+//! is brought up to date when it is next looked at.
 
-use alloc::collections::{BTreeMap, VecDeque};
-use alloc::vec::Vec;
-
-use crate::datagram::Datagrams;
+use crate::flat::{FlatTable, Hash, Slot};
 use crate::flow::{FlowKey, Protocol};
 use crate::frames::{Frames, Token};
 use crate::ledger::Ledger;
-use crate::tcp::Stream;
+use crate::limits::Limits;
+use crate::list::{Ends, NIL};
+use crate::stream::Stream;
+use crate::wheel::{Timer, Timers};
 use crate::wire::Packet;
+
+/// Flows looked at for one that can be forgotten before the table counts as full.
+const EVICTION_LOOKS: usize = 4096;
+/// Flows looked at for expiry whenever a new one comes: all are looked at before the table is half
+/// renewed, and packets of known flows pay nothing.
+const EXPIRY_LOOKS: usize = 2;
+
+/// The place of a flow in the table.
+pub(crate) type FlowId = Slot;
+
+/// Instead of a flow: the frame's epoch is not compared yet, or the table had no room.
+pub(crate) const DEFERRED: FlowId = NIL;
+/// Instead of a flow: the frame may leave when muteness ends.
+pub(crate) const CLEARED: FlowId = NIL - 1;
 
 /// A PVM frame that has not left.
 #[derive(Debug)]
 pub(crate) struct Held {
     /// Place in the production order of the whole VM.
     pub(crate) id: u64,
+    pub(crate) epoch: u64,
     pub(crate) token: Token,
     pub(crate) packet: Packet,
     /// The input that must be acknowledged before it leaves (rule 5).
     pub(crate) stamp: u64,
     pub(crate) at_us: u64,
+    /// Its flow, [`DEFERRED`] or [`CLEARED`].
+    pub(crate) flow: FlowId,
     /// TCP: which connection between these ports.
     pub(crate) incarnation: u32,
     /// TCP: below it the bytes have been found equal.
     pub(crate) matched_to: Option<u32>,
+    /// Why it may leave, when it only waits for the end of muteness.
+    pub(crate) right: crate::Right,
+}
+
+impl Held {
+    pub(crate) fn is_cleared(&self) -> bool {
+        self.flow == CLEARED
+    }
 }
 
 /// What the next frame of a flow waits for.
@@ -39,163 +66,327 @@ pub(crate) enum Wait {
     InputAck,
     /// A fresh heartbeat (rule 18).
     Lease,
+    /// A checkpoint, because a policy says so.
+    Policy,
     /// The next commit: the flow has diverged.
     Commit,
 }
 
-#[derive(Debug)]
-pub(crate) enum Body {
-    Tcp(Stream),
-    Datagram(Datagrams),
+/// What happened in a flow, as bits.
+pub(crate) mod seen {
+    /// The PVM has sent something in this epoch.
+    pub(crate) const PVM: u8 = 1;
+    /// The SVM has sent something in this epoch.
+    pub(crate) const SVM: u8 = 2;
+    /// It was used since eviction last looked at it.
+    pub(crate) const USE: u8 = 4;
+    /// TCP: the guest has closed its side; TCP: the peer has.
+    pub(crate) const GUEST_CLOSED: u8 = 8;
+    pub(crate) const PEER_CLOSED: u8 = 16;
 }
 
-impl Body {
-    pub(crate) fn has_unmatched_svm(&self) -> bool {
-        match self {
-            Self::Tcp(stream) => stream.has_unmatched_svm(),
-            Self::Datagram(datagrams) => datagrams.has_unmatched_svm(),
-        }
-    }
-
-    pub(crate) fn surplus_since_us(&self) -> Option<u64> {
-        match self {
-            Self::Tcp(stream) => stream.surplus_since_us(),
-            Self::Datagram(datagrams) => datagrams.surplus_since_us(),
-        }
-    }
-
-    pub(crate) fn rebase<F: Frames + ?Sized>(&mut self, ledger: &mut Ledger, frames: &mut F) {
-        match self {
-            Self::Tcp(stream) => stream.rebase(ledger, frames),
-            Self::Datagram(datagrams) => datagrams.rebase(ledger, frames),
-        }
-    }
+/// Neighbours in the list of flows that wait for the secondary's word.
+#[derive(Debug, Clone, Copy)]
+struct Links {
+    prev: u32,
+    next: u32,
+    linked: bool,
 }
+
+const UNLINKED: Links = Links {
+    prev: NIL,
+    next: NIL,
+    linked: false,
+};
 
 #[derive(Debug)]
 pub(crate) struct Flow {
-    pub(crate) key: FlowKey,
-    pub(crate) held: VecDeque<Held>,
-    pub(crate) wait: Wait,
     pub(crate) last_input_seq: u64,
-    pub(crate) body: Body,
-    /// Which sides have sent something in this epoch.
-    pub(crate) pvm_sent: bool,
-    pub(crate) svm_sent: bool,
-    used: bool,
+    generation: u32,
+    /// What the PVM has produced and has not left, in that order.
+    pub(crate) held: Ends,
+    /// What the SVM has sent; for TCP sorted by place, history included.
+    pub(crate) svm: Ends,
+    /// TCP: SYNs and resets of the SVM that have not been matched.
+    pub(crate) control: Ends,
+    /// TCP: the first of `svm` that is not reported. Otherwise: the one that equals the next frame.
+    pub(crate) mark: u32,
+    pub(crate) stream: Stream,
+    pub(crate) used_s: u32,
+    timer: Timer,
+    waiting: Links,
+    pub(crate) wait: Wait,
+    pub(crate) seen: u8,
+    pub(crate) policy: u16,
 }
 
 impl Flow {
-    fn new(key: FlowKey) -> Self {
-        let body = match key.protocol() {
-            Protocol::Tcp => Body::Tcp(Stream::default()),
-            _ => Body::Datagram(Datagrams::default()),
-        };
+    fn new(generation: u32, policy: u16) -> Self {
         Self {
-            key,
-            held: VecDeque::new(),
-            wait: Wait::Peer,
             last_input_seq: 0,
-            body,
-            pvm_sent: false,
-            svm_sent: false,
-            used: true,
+            generation,
+            held: Ends::EMPTY,
+            svm: Ends::EMPTY,
+            control: Ends::EMPTY,
+            mark: NIL,
+            stream: Stream::default(),
+            used_s: 0,
+            timer: Timer::OFF,
+            waiting: UNLINKED,
+            wait: Wait::Peer,
+            seen: seen::USE,
+            policy,
         }
     }
 
-    /// Whether time can bring something about here.
-    pub(crate) fn is_active(&self) -> bool {
-        !self.held.is_empty() || self.body.surplus_since_us().is_some()
+    pub(crate) fn has_seen(&self, what: u8) -> bool {
+        self.seen & what == what
+    }
+
+    /// Whether exactly one side has sent something in this epoch.
+    pub(crate) fn is_one_sided(&self) -> bool {
+        self.has_seen(seen::PVM) != self.has_seen(seen::SVM)
+    }
+
+    /// SVM output that has had no PVM counterpart.
+    pub(crate) fn has_unmatched_svm(&self, is_tcp: bool) -> bool {
+        if is_tcp {
+            self.mark != NIL || !self.control.is_empty()
+        } else {
+            !self.svm.is_empty()
+        }
+    }
+
+    /// A new epoch is compared: output of the old one is forgotten, a commit covers it (rule 8).
+    fn renew(&mut self, generation: u32) {
+        self.generation = generation;
+        (self.held, self.svm, self.control) = (Ends::EMPTY, Ends::EMPTY, Ends::EMPTY);
+        self.mark = NIL;
+        self.timer = Timer::OFF;
+        self.waiting = UNLINKED;
+        self.wait = Wait::Peer;
+        self.seen &= !(seen::PVM | seen::SVM);
+        self.stream.rebase();
     }
 }
 
-/// The place of a flow in the table.
-pub(crate) type FlowId = u32;
-
-#[derive(Debug, Default)]
-pub(crate) struct Table {
-    index: BTreeMap<FlowKey, FlowId>,
-    slots: Vec<Option<Flow>>,
-    free: Vec<FlowId>,
+/// The table, and the list of flows that wait for the secondary's word.
+#[derive(Debug)]
+pub(crate) struct Flows {
+    table: FlatTable<Flow>,
+    generation: u32,
     hand: usize,
-    limit: usize,
+    waiting: u32,
+    idle_s: u32,
+    time_wait_s: u32,
 }
 
-impl Table {
-    pub(crate) fn new(limit: usize) -> Self {
+impl Flows {
+    pub(crate) fn new(limits: &Limits) -> Self {
         Self {
-            limit,
-            ..Self::default()
+            table: FlatTable::new(limits.max_flows, limits.hash_seed),
+            generation: 0,
+            hand: 0,
+            waiting: NIL,
+            idle_s: limits.flow_idle_s,
+            time_wait_s: limits.time_wait_s,
         }
     }
 
-    pub(crate) fn find(&self, key: &FlowKey) -> Option<&Flow> {
-        self.slots[*self.index.get(key)? as usize].as_ref()
+    pub(crate) fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    pub(crate) fn hash(&self, key: &FlowKey) -> Hash {
+        self.table.hash(key)
+    }
+
+    pub(crate) fn key(&self, id: FlowId) -> FlowKey {
+        self.table.key_at(id)
+    }
+
+    /// The flow, up to date; `None` when no such flow is known.
+    pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut Flow> {
+        let generation = self.generation;
+        let flow = self.table.at_mut(id)?;
+        if flow.generation != generation {
+            flow.renew(generation);
+        }
+        Some(flow)
+    }
+
+    /// The flow, if something has happened to it since the last commit.
+    pub(crate) fn get(&self, id: FlowId) -> Option<&Flow> {
+        let flow = self.table.at(id)?;
+        (flow.generation == self.generation).then_some(flow)
     }
 
     pub(crate) fn id_of(&self, key: &FlowKey) -> Option<FlowId> {
-        self.index.get(key).copied()
+        self.table.slot_of(self.table.hash(key), key)
     }
 
-    pub(crate) fn get(&self, id: FlowId) -> Option<&Flow> {
-        self.slots.get(id as usize)?.as_ref()
+    pub(crate) fn id_of_hashed(&self, hash: Hash, key: &FlowKey) -> Option<FlowId> {
+        self.table.slot_of(hash, key)
     }
 
-    pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut Flow> {
-        self.slots.get_mut(id as usize)?.as_mut()
+    pub(crate) fn last_input_seq(&self, id: FlowId) -> Option<u64> {
+        self.table.at(id).map(|flow| flow.last_input_seq)
     }
 
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Flow> {
-        self.slots.iter_mut().flatten()
-    }
-
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Flow> {
-        self.slots.iter().flatten()
-    }
-
-    /// The flow's place, made when it is new; `None` when the table is full of flows that cannot
-    /// be forgotten.
-    pub(crate) fn place(
+    /// A new flow; `None` when the table is full of flows that cannot be forgotten.
+    pub(crate) fn insert<F: Frames + ?Sized>(
         &mut self,
-        key: FlowKey,
+        (hash, key): (Hash, FlowKey),
+        policy: u16,
+        now_us: u64,
         ledger: &mut Ledger,
-        frames: &mut (impl Frames + ?Sized),
+        frames: &mut F,
     ) -> Option<FlowId> {
-        if let Some(id) = self.index.get(&key) {
-            if let Some(flow) = self.slots[*id as usize].as_mut() {
-                flow.used = true;
-            }
-            return Some(*id);
+        let now_s = (now_us / 1_000_000) as u32;
+        for _ in 0..EXPIRY_LOOKS {
+            self.expire_next(now_s, ledger, frames);
         }
-        if self.index.len() >= self.limit {
+        if self.table.is_full() {
             self.evict(ledger, frames)?;
         }
-        let id = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            (self.slots.len() - 1) as FlowId
-        });
-        self.slots[id as usize] = Some(Flow::new(key));
-        self.index.insert(key, id);
-        Some(id)
+        let flow = Flow::new(self.generation, policy);
+        self.table.insert(hash, key, flow).ok()
+    }
+
+    fn step_hand(&mut self) -> Option<FlowId> {
+        self.hand = (self.hand + 1).checked_rem(self.table.slots())?;
+        self.table.at(self.hand as FlowId)?;
+        Some(self.hand as FlowId)
+    }
+
+    fn expire_next<F: Frames + ?Sized>(&mut self, now_s: u32, ledger: &mut Ledger, frames: &mut F) {
+        let Some(id) = self.step_hand() else { return };
+        let Some(flow) = self.table.at(id) else {
+            return;
+        };
+        let has_closed = flow.has_seen(seen::GUEST_CLOSED | seen::PEER_CLOSED);
+        let limit_s = if has_closed {
+            self.time_wait_s
+        } else {
+            self.idle_s
+        };
+        if now_s.saturating_sub(flow.used_s) > limit_s && self.is_idle(id) {
+            self.forget(id, ledger, frames);
+            ledger.stats.flows_expired += 1;
+        }
     }
 
     /// Second-chance eviction of one idle flow.
-    fn evict(&mut self, ledger: &mut Ledger, frames: &mut (impl Frames + ?Sized)) -> Option<()> {
-        for _ in 0..2 * self.slots.len() {
-            self.hand = (self.hand + 1) % self.slots.len();
-            let Some(flow) = self.slots[self.hand].as_mut() else {
+    fn evict<F: Frames + ?Sized>(&mut self, ledger: &mut Ledger, frames: &mut F) -> Option<()> {
+        for _ in 0..EVICTION_LOOKS.min(2 * self.table.slots()) {
+            let Some(id) = self.step_hand() else { continue };
+            let Some(flow) = self.table.at_mut(id) else {
                 continue;
             };
-            let idle = flow.held.is_empty() && !flow.body.has_unmatched_svm();
-            if idle && !core::mem::take(&mut flow.used) {
-                flow.body.rebase(ledger, frames);
-                self.index.remove(&flow.key);
-                self.slots[self.hand] = None;
-                self.free.push(self.hand as FlowId);
+            let was_used = flow.has_seen(seen::USE);
+            flow.seen &= !seen::USE;
+            if !was_used && self.is_idle(id) {
+                self.forget(id, ledger, frames);
                 ledger.stats.flows_evicted += 1;
                 return Some(());
             }
         }
         None
+    }
+
+    fn is_idle(&self, id: FlowId) -> bool {
+        let is_tcp = self.key(id).protocol() == Protocol::Tcp;
+        self.get(id).is_none_or(|flow| {
+            flow.held.is_empty() && !flow.has_unmatched_svm(is_tcp) && flow.wait != Wait::Commit
+        })
+    }
+
+    /// What is left of the SVM's output is history, which was reported.
+    fn forget<F: Frames + ?Sized>(&mut self, id: FlowId, ledger: &mut Ledger, frames: &mut F) {
+        let Some(mut ends) = self.get_mut(id).map(|flow| flow.svm) else {
+            return;
+        };
+        while !ends.is_empty() {
+            let first = ends.head;
+            ledger.recycle_svm(&mut ends, first, frames);
+        }
+        let key = self.key(id);
+        self.table.remove(&key);
+    }
+
+    /// A new epoch is compared; its caller has emptied all lists.
+    pub(crate) fn next_generation(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+        self.waiting = NIL;
+    }
+
+    /// Forgets all flows; its caller has emptied all lists.
+    pub(crate) fn clear(&mut self) {
+        self.table.clear();
+        self.waiting = NIL;
+    }
+
+    fn links(&mut self, id: u32) -> Option<&mut Links> {
+        self.table.at_mut(id).map(|flow| &mut flow.waiting)
+    }
+
+    /// Puts a flow in the list of those that wait for the secondary's word, or takes it out.
+    pub(crate) fn set_waiting(&mut self, id: FlowId, is_waiting: bool) {
+        let head = self.waiting;
+        let Some(links) = self.links(id) else { return };
+        if links.linked == is_waiting {
+            return;
+        }
+        if is_waiting {
+            *links = Links {
+                prev: NIL,
+                next: head,
+                linked: true,
+            };
+            self.waiting = id;
+            if let Some(next) = self.links(head) {
+                next.prev = id;
+            }
+            return;
+        }
+        let Links { prev, next, .. } = core::mem::replace(links, UNLINKED);
+        if let Some(next) = self.links(next) {
+            next.prev = prev;
+        }
+        match self.links(prev) {
+            Some(prev) => prev.next = next,
+            None => self.waiting = next,
+        }
+    }
+
+    pub(crate) fn first_waiting(&self) -> Option<FlowId> {
+        (self.waiting != NIL).then_some(self.waiting)
+    }
+
+    pub(crate) fn next_waiting(&self, id: FlowId) -> Option<FlowId> {
+        let next = self.table.at(id)?.waiting.next;
+        (next != NIL).then_some(next)
+    }
+}
+
+impl Timers for Flows {
+    fn timer(&mut self, id: u32) -> &mut Timer {
+        match self.table.at_mut(id) {
+            Some(flow) => &mut flow.timer,
+            None => unreachable!("an armed flow is in the table"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_flow_takes_at_most_192_bytes() {
+        // Two index buckets and a place in the list of free slots.
+        let beside = 2 * 8 + 4;
+        let entry = FlatTable::<Flow>::ENTRY_BYTES;
+        assert!(entry + beside <= 192, "{entry} + {beside}");
     }
 }

@@ -1,14 +1,12 @@
 //! Epochs and roles: cut, commit, abort, pairing, going alone, muteness.
 
-use alloc::vec::Vec;
-
-use super::{Cleared, Deferred, PrimaryPath};
+use super::PrimaryPath;
 use crate::action::{Action, PathError, Right};
 use crate::cause::{Cause, Divergence};
 use crate::frames::{Frames, Token};
-use crate::ledger::Ledger;
-use crate::table::{Body, Held, Table, Wait};
-use crate::wire::Packet;
+use crate::list::Ends;
+use crate::policy::Opener;
+use crate::table::{DEFERRED, Held};
 
 /// A frame that the checkpoint carries as pending output (rule 12).
 #[derive(Debug)]
@@ -17,14 +15,6 @@ pub struct Pending<'a> {
     pub id: u64,
     /// The frame, in the PVM's guest space.
     pub token: &'a Token,
-}
-
-/// An undecided frame, taken out of wherever it waited.
-struct Waiting {
-    id: u64,
-    token: Token,
-    packet: Packet,
-    at_us: u64,
 }
 
 impl PrimaryPath {
@@ -41,28 +31,25 @@ impl PrimaryPath {
     }
 
     /// The undecided frames that the checkpoint in flight covers, in production order.
-    pub fn pending(&self) -> impl Iterator<Item = Pending<'_>> {
+    pub fn pending(&mut self) -> impl Iterator<Item = Pending<'_>> {
         let covered = self.cut.unwrap_or(self.epoch);
-        let held = self.table.iter().flat_map(|flow| &flow.held);
-        let held = held.map(|held| Pending {
-            id: held.id,
-            token: &held.token,
-        });
-        let deferred = self
-            .deferred
-            .iter()
-            .filter(|deferred| deferred.epoch <= covered);
-        let deferred = deferred.map(|frame| Pending {
-            id: frame.id,
-            token: &frame.token,
-        });
-        let cleared = self.cleared.iter().filter_map(|cleared| match cleared {
-            Cleared::Frame { id, token, .. } => Some(Pending { id: *id, token }),
-            Cleared::Pending { .. } => None,
-        });
-        let mut all: Vec<_> = held.chain(deferred).chain(cleared).collect();
-        all.sort_unstable_by_key(|pending| pending.id);
-        all.into_iter()
+        self.put_in_order(|held| held.epoch <= covered);
+        let ordered = self.order.iter();
+        ordered.filter_map(|(id, at)| {
+            let token = &self.held.get(*at)?.token;
+            Some(Pending { id: *id, token })
+        })
+    }
+
+    /// Lists the frames that have not left and of which `is_wanted`, in production order.
+    fn put_in_order(&mut self, is_wanted: impl Fn(&Held) -> bool) {
+        self.order.clear();
+        for at in 0..self.held.nodes() {
+            if let Some(held) = self.held.get(at).filter(|held| is_wanted(held)) {
+                self.order.push((held.id, at));
+            }
+        }
+        self.order.sort_unstable();
     }
 
     fn end_flight(&mut self, epoch: u64) -> Result<(), PathError> {
@@ -88,65 +75,93 @@ impl PrimaryPath {
         epoch: u64,
     ) -> Result<(), PathError> {
         self.end_flight(epoch)?;
-        let (covered, later) = self
-            .deferred
-            .drain(..)
-            .partition::<Vec<_>, _>(|d| d.epoch <= epoch);
-        for frame in &covered {
-            self.note_covered(frame, frames);
-        }
-        let mut waiting = self.take_held();
-        waiting.extend(covered.into_iter().map(Waiting::from));
-        self.leave_all(now_us, frames, waiting, Right::Checkpoint);
-        self.leave(now_us, frames, Cleared::Pending { epoch });
-        for flow in self.table.iter_mut() {
-            flow.body.rebase(&mut self.ledger, frames);
-            flow.wait = Wait::Peer;
-            (flow.pvm_sent, flow.svm_sent) = (false, false);
-        }
-        self.active.clear();
+        self.note_covered(now_us, frames, epoch);
+        self.drop_svm_of(frames, epoch);
+        self.release_all(now_us, frames, Right::Checkpoint, |held| {
+            held.epoch <= epoch
+        });
+        self.leave_pending(epoch);
+        self.flows.next_generation();
+        self.wheel.clear();
         self.openers.clear();
-        self.frozen = false;
+        (self.frozen, self.table_full) = (false, false);
         self.comparing = self.epoch;
         self.epoch_start_us = now_us;
         // The word of the SVM that runs from this commit may overtake the commit itself.
         let early = self.early_caught_up.take() == Some(self.comparing);
         self.caught_up_us = early.then_some(now_us);
-        self.resume_comparison(now_us, frames, later);
+        self.resume_comparison(now_us, frames);
         Ok(())
     }
 
     /// What was never put into a flow must still raise the flow's base.
-    fn note_covered<F: Frames + ?Sized>(&mut self, frame: &Deferred, frames: &mut F) {
-        if let Some(tcp) = &frame.packet.tcp
-            && let Some(id) = self.table.place(frame.packet.key, &mut self.ledger, frames)
-            && let Some(Body::Tcp(stream)) = self.table.get_mut(id).map(|flow| &mut flow.body)
-        {
-            stream.produced(tcp);
+    fn note_covered<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, epoch: u64) {
+        let mut at = self.deferred.head;
+        while let Some(frame) = self.held.get(at).filter(|frame| frame.epoch <= epoch) {
+            let packet = frame.packet;
+            at = self.held.next(at);
+            let Some(tcp) = packet.tcp else { continue };
+            let id = self.place(now_us, frames, &packet, Opener::Guest);
+            if let Some(flow) = id.and_then(|id| self.flows.get_mut(id)) {
+                flow.stream.produced(&tcp);
+            }
         }
     }
 
-    fn resume_comparison<F: Frames + ?Sized>(
+    fn drop_svm_of<F: Frames + ?Sized>(&mut self, frames: &mut F, epoch: u64) {
+        self.ledger.drop_svm(frames, |frame| frame.epoch <= epoch);
+    }
+
+    /// Lets frames leave in production order, wherever they wait; flows that lose theirs are to be
+    /// forgotten or renewed.
+    fn release_all<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
         frames: &mut F,
-        later: Vec<Deferred>,
+        right: Right,
+        is_released: impl Fn(&Held) -> bool,
     ) {
+        self.put_in_order(|held| is_released(held) && !held.is_cleared());
+        for n in 0..self.order.len() {
+            let (_, at) = self.order[n];
+            let is_deferred = self.held.get(at).is_some_and(|held| held.flow == DEFERRED);
+            let taken = if is_deferred {
+                self.held.remove(&mut self.deferred, at)
+            } else {
+                self.held.take(at)
+            };
+            if let Some(mut frame) = taken {
+                frame.right = right;
+                self.leave(now_us, frames, frame);
+            }
+        }
+    }
+
+    /// Reports that the pending output of a checkpoint has left, once it has.
+    fn leave_pending(&mut self, epoch: u64) {
+        if self.muted {
+            self.cleared_pending = Some(epoch);
+        } else {
+            self.ledger.act(Action::PendingReleased { epoch });
+        }
+    }
+
+    fn resume_comparison<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
         let epoch = self.comparing;
         self.learnt.retain(|(learnt_in, _)| *learnt_in >= epoch);
         for at in 0..self.learnt.len() {
-            self.hold_until_commit(frames, self.learnt[at].1);
+            self.hold_until_commit(now_us, frames, self.learnt[at].1);
         }
-        for frame in later {
-            self.hold(now_us, frames, frame);
+        // What finds no place in the table comes back to the end of the list.
+        let mut later = core::mem::take(&mut self.deferred);
+        while let Some(frame) = self.held.pop_front(&mut later) {
+            let hash = self.flows.hash(&frame.packet.key);
+            let id = self.flows.id_of_hashed(hash, &frame.packet.key);
+            self.hold(now_us, frames, (hash, id), frame);
         }
-        for svm in core::mem::take(&mut self.deferred_svm) {
-            if svm.epoch == epoch {
-                self.compare_svm(now_us, frames, svm.svm_seq, svm.token);
-            } else {
-                self.ledger.stats.svm_stale += 1;
-                self.ledger.recycle_svm(svm.token, frames);
-            }
+        let mut svm = core::mem::take(&mut self.deferred_svm);
+        while let Some(frame) = self.ledger.svm.pop_front(&mut svm) {
+            self.compare_svm(now_us, frames, frame);
         }
         if !self.room() {
             self.request(Divergence::plain(Cause::HoldFull, None));
@@ -162,19 +177,29 @@ impl PrimaryPath {
         epoch: u64,
     ) -> Result<(), PathError> {
         self.end_flight(epoch)?;
-        self.frozen = true;
-        self.drop_svm_output(frames);
+        self.freeze(frames);
         self.request(Divergence::plain(Cause::Aborted, None));
         Ok(())
     }
 
-    fn drop_svm_output<F: Frames + ?Sized>(&mut self, frames: &mut F) {
-        for svm in core::mem::take(&mut self.deferred_svm) {
-            self.ledger.recycle_svm(svm.token, frames);
+    /// Nothing is compared until the next commit, which covers everything that is held.
+    fn freeze<F: Frames + ?Sized>(&mut self, frames: &mut F) {
+        self.frozen = true;
+        self.ledger.drop_svm(frames, |_| true);
+        self.deferred_svm = Ends::EMPTY;
+        self.put_in_order(|held| !held.is_cleared());
+        let mut deferred = Ends::EMPTY;
+        for n in 0..self.order.len() {
+            // One after the other out of the lists that are forgotten here.
+            let (_, at) = self.order[n];
+            if let Some(mut frame) = self.held.take(at) {
+                frame.flow = DEFERRED;
+                self.held.push_back(&mut deferred, frame);
+            }
         }
-        for flow in self.table.iter_mut() {
-            flow.body.rebase(&mut self.ledger, frames);
-        }
+        self.deferred = deferred;
+        self.flows.next_generation();
+        self.wheel.clear();
     }
 
     /// The SVM has consumed the input that came before its resume: comparison deadlines of the
@@ -182,6 +207,7 @@ impl PrimaryPath {
     pub fn caught_up(&mut self, now_us: u64, epoch: u64) {
         if epoch == self.comparing {
             self.caught_up_us.get_or_insert(now_us);
+            self.rearm_all(now_us);
         } else if epoch == self.epoch {
             self.early_caught_up = Some(epoch);
         }
@@ -194,7 +220,8 @@ impl PrimaryPath {
             return Err(PathError::AlreadyPaired { epoch: self.epoch });
         }
         self.paired = true;
-        (self.input_seq, self.input_ack) = (0, 0);
+        // Input is numbered from 1 in each session.
+        (self.session_base, self.input_ack) = (self.input_seq, self.input_seq);
         (self.requested, self.lease_until_us) = (None, None);
         self.learnt.clear();
         self.cut(now_us)
@@ -213,12 +240,7 @@ impl PrimaryPath {
         }
         if self.paired {
             // What the lost secondary sent says nothing about the new one.
-            self.drop_svm_output(frames);
-            // Input is counted anew.
-            self.table
-                .iter_mut()
-                .for_each(|flow| flow.last_input_seq = 0);
-            self.frozen = true;
+            self.freeze(frames);
             self.paired = false;
         }
         self.pair(now_us)
@@ -228,30 +250,18 @@ impl PrimaryPath {
     /// production order, and the path is neither paired nor mute any more.
     pub fn go_alone<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
         self.unmute_gate(now_us, frames);
-        self.cancel_mirroring(frames);
-        self.drop_svm_output(frames);
-        let mut waiting = self.take_held();
-        waiting.extend(self.deferred.drain(..).map(Waiting::from));
-        self.leave_all(now_us, frames, waiting, Right::Alone);
-        self.table = Table::new(self.limits.max_flows);
-        self.active.clear();
+        self.ledger.keep_releases_only(frames);
+        self.ledger.drop_svm(frames, |_| true);
+        self.deferred_svm = Ends::EMPTY;
+        self.release_all(now_us, frames, Right::Alone, |_| true);
+        self.flows.clear();
+        self.wheel.clear();
         self.openers.clear();
         self.learnt.clear();
-        (self.paired, self.frozen) = (false, false);
+        (self.paired, self.frozen, self.table_full) = (false, false, false);
         (self.cut, self.requested) = (None, None);
         (self.caught_up_us, self.early_caught_up) = (None, None);
         self.comparing = self.epoch;
-    }
-
-    /// There is nobody to mirror to, or to ask for a checkpoint.
-    fn cancel_mirroring<F: Frames + ?Sized>(&mut self, frames: &mut F) {
-        for action in core::mem::take(&mut self.ledger.actions) {
-            match action {
-                Action::Mirror { token, .. } => frames.release(token),
-                Action::Release { .. } => self.ledger.actions.push_back(action),
-                _ => {}
-            }
-        }
     }
 
     /// Nothing leaves from now on, whatever is decided.
@@ -263,96 +273,29 @@ impl PrimaryPath {
     pub fn unmute<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
         self.unmute_gate(now_us, frames);
         if self.paired {
-            self.pump_active(now_us, frames);
+            self.pump_all(now_us, frames);
         }
     }
 
     fn unmute_gate<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
         self.muted = false;
-        for cleared in core::mem::take(&mut self.cleared) {
-            self.leave(now_us, frames, cleared);
+        while let Some(frame) = self.held.pop_front(&mut self.cleared) {
+            self.leave(now_us, frames, frame);
         }
-    }
-
-    fn take_held(&mut self) -> Vec<Waiting> {
-        self.table
-            .iter_mut()
-            .flat_map(|flow| flow.held.drain(..))
-            .map(Waiting::from)
-            .collect()
-    }
-
-    fn leave_all<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-        mut waiting: Vec<Waiting>,
-        right: Right,
-    ) {
-        waiting.sort_unstable_by_key(|frame| frame.id);
-        for Waiting {
-            id,
-            token,
-            packet,
-            at_us,
-        } in waiting
-        {
-            self.leave(
-                now_us,
-                frames,
-                Cleared::Frame {
-                    id,
-                    token,
-                    packet,
-                    at_us,
-                    right,
-                },
-            );
+        if let Some(epoch) = self.cleared_pending.take() {
+            self.ledger.act(Action::PendingReleased { epoch });
         }
     }
 
     /// Gives back every frame that the path owns, for a shell that ends.
     pub fn close<F: Frames + ?Sized>(mut self, frames: &mut F) {
-        self.drop_svm_output(frames);
-        for waiting in self.take_held() {
-            frames.release(waiting.token);
-        }
-        self.deferred
-            .drain(..)
-            .for_each(|frame| frames.release(frame.token));
-        for cleared in core::mem::take(&mut self.cleared) {
-            if let Cleared::Frame { token, .. } = cleared {
-                frames.release(token);
-            }
-        }
-        let Ledger { actions, .. } = core::mem::take(&mut self.ledger);
-        for action in actions {
-            if let Action::Mirror { token, .. } | Action::Release { token, .. } = action {
-                frames.release(token);
+        self.ledger.drop_svm(frames, |_| true);
+        self.ledger.close(frames);
+        for at in 0..self.held.nodes() {
+            if let Some(frame) = self.held.take(at) {
+                frames.release(frame.token);
             }
         }
         self.inherited.close(frames);
-    }
-}
-
-impl From<Held> for Waiting {
-    fn from(held: Held) -> Self {
-        Self {
-            id: held.id,
-            token: held.token,
-            packet: held.packet,
-            at_us: held.at_us,
-        }
-    }
-}
-
-impl From<Deferred> for Waiting {
-    fn from(frame: Deferred) -> Self {
-        Self {
-            id: frame.id,
-            token: frame.token,
-            packet: frame.packet,
-            at_us: frame.at_us,
-        }
     }
 }

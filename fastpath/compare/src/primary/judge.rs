@@ -1,89 +1,135 @@
 //! Judging held frames: what leaves now, what waits for what, and until when.
 
-use super::{Cleared, PrimaryPath};
+use super::{MAX_OPENERS, PrimaryPath};
 use crate::action::{Action, Right};
 use crate::cause::{Cause, Divergence};
-use crate::datagram::surplus_is_harmless;
+use crate::datagram::{Rules, surplus_is_harmless};
 use crate::flow::{FlowKey, Protocol};
 use crate::frames::Frames;
-use crate::table::{Body, Flow, FlowId, Held, Wait};
-use crate::tcp::Content;
+use crate::limits::Limits;
+use crate::list::NIL;
+use crate::policy::{Opener, PolicyAction};
+use crate::stream::Content;
+use crate::table::{CLEARED, Flow, FlowId, Held, Wait, seen};
 use crate::wire::tcp::{ACK, SYN};
-
-/// Most flows that are watched for another port on the other side (rule 2).
-const MAX_OPENERS: usize = 64;
 
 impl PrimaryPath {
     /// Lets everything leave that may, in one flow.
     pub(super) fn pump<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, id: FlowId) {
         while !self.muted && !self.frozen {
-            let Some((content, stamp)) = self.judge_head(id, frames) else {
+            let Some((content, stamp, policy)) = self.judge_head(id, frames) else {
                 break;
+            };
+            let right = match (policy, content) {
+                (PolicyAction::Release, _) => Right::Policy,
+                (_, Content::Matched) => Right::Match,
+                _ => Right::Free,
             };
             let wait = match content {
                 Content::Differs(divergence) => {
                     self.ledger.stats.compared += 1;
-                    self.diverge(id, divergence);
+                    self.diverge(now_us, id, divergence);
                     break;
                 }
+                Content::Wait if policy == PolicyAction::Hold => Some(Wait::Policy),
                 Content::Wait => Some(Wait::Peer),
                 Content::Matched | Content::Free if stamp > self.input_ack => Some(Wait::InputAck),
                 Content::Free if !self.lease_is_fresh(now_us) => Some(Wait::Lease),
                 Content::Matched | Content::Free => None,
             };
             if let Some(wait) = wait {
-                if let Some(flow) = self.table.get_mut(id) {
+                if let Some(flow) = self.flows.get_mut(id) {
                     flow.wait = wait;
                 }
+                let is_waiting = matches!(wait, Wait::InputAck | Wait::Lease);
+                self.flows.set_waiting(id, is_waiting);
                 break;
             }
-            let right = if content == Content::Matched {
-                Right::Match
-            } else {
-                Right::Free
-            };
             self.release_head(now_us, frames, id, right);
         }
-        self.refresh_active(id);
+        self.rearm(now_us, id);
     }
 
-    pub(super) fn pump_active<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
-        let mut next = self.active.first().copied();
+    /// The secondary has said something that many flows may wait for.
+    pub(super) fn pump_waiting<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
+        let mut next = self.flows.first_waiting();
         while let Some(id) = next {
+            next = self.flows.next_waiting(id);
             self.pump(now_us, frames, id);
-            next = self.active.range(id + 1..).next().copied();
         }
     }
 
-    fn refresh_active(&mut self, id: FlowId) {
-        if self.table.get(id).is_some_and(Flow::is_active) {
-            self.active.insert(id);
-        } else {
-            self.active.remove(&id);
+    /// Looks at every flow that holds something.
+    pub(super) fn pump_all<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
+        for at in 0..self.held.nodes() {
+            let flow = self.held.get(at).map_or(NIL, |held| held.flow);
+            if self.flows.get(flow).is_some_and(|f| f.held.head == at) {
+                self.pump(now_us, frames, flow);
+            }
         }
     }
 
-    /// What the flow's next frame's contents allow, and which input must be acknowledged first.
+    /// Deadlines have begun to run.
+    pub(super) fn rearm_all(&mut self, now_us: u64) {
+        for at in 0..self.held.nodes() {
+            let flow = self.held.get(at).map_or(NIL, |held| held.flow);
+            self.rearm(now_us, flow);
+        }
+        for at in 0..self.ledger.svm.nodes() {
+            let flow = self.ledger.svm.get(at).map_or(NIL, |frame| frame.flow);
+            self.rearm(now_us, flow);
+        }
+    }
+
+    /// Arms the flow's timer, if time can bring something about there.
+    fn rearm(&mut self, now_us: u64, id: FlowId) {
+        let due_us = self.flows.get(id).and_then(|flow| {
+            let is_idle = flow.held.is_empty() && flow.svm.is_empty() && flow.control.is_empty();
+            if is_idle {
+                return None;
+            }
+            let key = self.flows.key(id);
+            let deadlines = [self.deadline(flow, &key), self.surplus_deadline(flow, &key)];
+            let times = deadlines.into_iter().flatten().map(|(at_us, _)| at_us);
+            times.min()
+        });
+        match due_us {
+            Some(due_us) => self.wheel.arm(&mut self.flows, id, now_us, due_us),
+            None if self.flows.get(id).is_some() => self.wheel.disarm(&mut self.flows, id),
+            None => {}
+        }
+    }
+
+    /// What the flow's next frame's contents allow, which input must be acknowledged first, and
+    /// what the policy says.
     fn judge_head<F: Frames + ?Sized>(
         &mut self,
         id: FlowId,
         frames: &mut F,
-    ) -> Option<(Content, u64)> {
-        let flow = self.table.get_mut(id)?;
+    ) -> Option<(Content, u64, PolicyAction)> {
+        let flow = self.flows.get_mut(id)?;
         if flow.wait == Wait::Commit {
             return None;
         }
-        let held = flow.held.len();
-        let head = flow.held.front_mut()?;
-        let content = match (&mut flow.body, head.packet.tcp) {
+        let at = flow.held.head;
+        let head = self.held.get_mut(at)?;
+        let stamp = head.stamp;
+        let policy = self.policy.action_of(flow.policy);
+        let content = match (policy, head.packet.tcp) {
             _ if self.limits.canary_equal => Content::Matched,
-            (Body::Tcp(stream), Some(tcp)) => stream.judge(head, &tcp, &mut self.ledger, frames),
-            (Body::Datagram(datagrams), _) => {
-                datagrams.judge(head, held, self.limits.reorder_window, frames)
+            (PolicyAction::Release, _) => Content::Free,
+            (PolicyAction::Hold, _) => Content::Wait,
+            (_, Some(tcp)) => {
+                let ignored = policy.ignored();
+                flow.judge_segment(head, &tcp, ignored, &mut self.ledger, frames)
             }
-            (Body::Tcp(_), None) => Content::Wait,
+            (_, None) => {
+                let rules = rules(&self.limits, policy);
+                let svm = &mut self.ledger.svm;
+                flow.judge_datagram(at, &mut self.held, rules, svm, frames)
+            }
         };
-        Some((content, head.stamp))
+        Some((content, stamp, policy))
     }
 
     fn release_head<F: Frames + ?Sized>(
@@ -93,45 +139,32 @@ impl PrimaryPath {
         id: FlowId,
         right: Right,
     ) {
-        let Some(flow) = self.table.get_mut(id) else {
+        let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
-        let Some(head) = flow.held.pop_front() else {
+        let Some(mut head) = self.held.pop_front(&mut flow.held) else {
             return;
         };
         flow.wait = Wait::Peer;
+        self.flows.set_waiting(id, false);
         self.ledger.stats.compared += u64::from(right == Right::Match);
-        let Held {
-            id: place,
-            packet,
-            at_us,
-            ..
-        } = head;
+        let (packet, incarnation) = (head.packet, head.incarnation);
+        head.right = right;
         // The report to the secondary must follow the release: released, not merely judged.
-        let before = self.ledger.actions.len();
-        match (&mut flow.body, packet.tcp) {
-            (Body::Tcp(stream), Some(tcp)) => {
-                stream.left(&head, &tcp, &self.limits, &mut self.ledger, frames);
+        self.leave(now_us, frames, head);
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        match (packet.tcp, packet.fragment) {
+            (Some(tcp), _) => {
+                let history = self.limits.max_history_bytes.min(u32::MAX as usize) as u32;
+                flow.segment_left(incarnation, &tcp, history, &mut self.ledger, frames);
             }
-            (Body::Datagram(datagrams), _) => {
-                datagrams.left(&head, self.limits.reorder_window, &mut self.ledger, frames);
+            (None, Some(fragment)) if flow.mark == NIL => {
+                flow.fragment_left(fragment.id, &self.held, &mut self.ledger, frames);
             }
-            (Body::Tcp(_), None) => {}
+            (None, _) => flow.datagram_left(&mut self.ledger, frames),
         }
-        let reports = self.ledger.actions.split_off(before);
-        let token = head.token;
-        self.leave(
-            now_us,
-            frames,
-            Cleared::Frame {
-                id: place,
-                token,
-                packet,
-                at_us,
-                right,
-            },
-        );
-        self.ledger.actions.extend(reports);
     }
 
     /// The gate that every frame passes: translates it to client space, or keeps it while mute.
@@ -139,34 +172,31 @@ impl PrimaryPath {
         &mut self,
         now_us: u64,
         frames: &mut F,
-        cleared: Cleared,
+        mut frame: Held,
     ) {
         if self.muted {
-            self.cleared.push_back(cleared);
+            frame.flow = CLEARED;
+            self.held.push_back(&mut self.cleared, frame);
             return;
         }
-        let action = match cleared {
-            Cleared::Pending { epoch } => Action::PendingReleased { epoch },
-            Cleared::Frame {
-                token,
-                mut packet,
-                at_us,
-                right,
-                ..
-            } => {
-                let header = frames.header_mut(&token);
-                let stripped = self.client.outbound(now_us, header, &mut packet);
-                self.ledger.stats.stripped += u64::from(stripped);
-                self.held_frames -= 1;
-                self.count(right, packet.tcp.is_none_or(|tcp| tcp.payload_len > 0));
-                Action::Release {
-                    token,
-                    right,
-                    held_us: now_us.saturating_sub(at_us),
-                }
-            }
-        };
-        self.ledger.actions.push_back(action);
+        let Held {
+            token,
+            mut packet,
+            at_us,
+            right,
+            ..
+        } = frame;
+        if self.client.len() > 0 {
+            let header = frames.header_mut(&token);
+            let stripped = self.client.outbound(now_us, header, &mut packet);
+            self.ledger.stats.stripped += u64::from(stripped);
+        }
+        self.count(right, packet.tcp.is_none_or(|tcp| tcp.payload_len > 0));
+        self.ledger.act(Action::Release {
+            token,
+            right,
+            held_us: now_us.saturating_sub(at_us),
+        });
     }
 
     fn count(&mut self, right: Right, data: bool) {
@@ -181,27 +211,36 @@ impl PrimaryPath {
                 stats.released_data_by_checkpoint += u64::from(data);
             }
             Right::Free => stats.released_free += 1,
+            Right::Policy => stats.released_by_policy += 1,
             Right::Alone => stats.released_alone += 1,
         }
     }
 
     /// The flow's output waits for a commit from now on.
-    pub(super) fn diverge(&mut self, id: FlowId, divergence: Divergence) {
-        let Some(flow) = self.table.get_mut(id) else {
+    pub(super) fn diverge(&mut self, now_us: u64, id: FlowId, divergence: Divergence) {
+        let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
         if flow.wait != Wait::Commit {
             flow.wait = Wait::Commit;
+            self.flows.set_waiting(id, false);
             self.ledger.stats.divergences[divergence.cause.index()] += 1;
             self.request(divergence);
         }
-        self.refresh_active(id);
+        self.rearm(now_us, id);
     }
 
-    pub(super) fn hold_until_commit<F: Frames + ?Sized>(&mut self, frames: &mut F, key: FlowKey) {
+    pub(super) fn hold_until_commit<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        key: FlowKey,
+    ) {
         let divergence = Divergence::plain(Cause::Translation, Some(key));
-        match self.table.place(key, &mut self.ledger, frames) {
-            Some(id) => self.diverge(id, divergence),
+        let hash = self.flows.hash(&key);
+        let place = (hash, self.flows.id_of_hashed(hash, &key));
+        match self.place_hashed(now_us, frames, place, (&key, None), Opener::Peer) {
+            Some(id) => self.diverge(now_us, id, divergence),
             None => self.request(divergence),
         }
     }
@@ -213,49 +252,43 @@ impl PrimaryPath {
         if wanted {
             self.requested = Some(self.epoch);
             self.ledger.stats.requests[divergence.cause.index()] += 1;
-            self.ledger
-                .actions
-                .push_back(Action::Checkpoint(divergence));
+            self.ledger.act(Action::Checkpoint(divergence));
         }
     }
 
     /// Rule 2: a flow that the guest opened and that has output on one side only, while the other
     /// side opened one to the same peer from another port.
-    pub(super) fn check_openers(&mut self, id: FlowId) {
-        let Some(flow) = self.table.get(id) else {
+    pub(super) fn check_openers(&mut self, now_us: u64, id: FlowId) {
+        let Some(flow) = self.flows.get(id) else {
             return;
         };
-        let (key, pvm_sent) = (flow.key, flow.pvm_sent);
+        if flow.last_input_seq != 0 || !flow.is_one_sided() {
+            return;
+        }
+        let key = self.flows.key(id);
         let outbound = match key.protocol() {
-            Protocol::Tcp => flow.held.front().is_none_or(|head| {
-                head.packet
-                    .tcp
-                    .is_some_and(|tcp| tcp.flags & (SYN | ACK) == SYN)
+            Protocol::Tcp => self.held.get(flow.held.head).is_none_or(|head| {
+                let tcp = head.packet.tcp;
+                tcp.is_some_and(|tcp| tcp.flags & (SYN | ACK) == SYN)
             }),
             Protocol::Udp => true,
             _ => false,
         };
-        if !outbound || flow.last_input_seq != 0 || flow.pvm_sent == flow.svm_sent {
+        if !outbound {
             return;
         }
-        let other = self.openers.iter().find(|other| {
-            let Some(flow) = self.table.find(other) else {
-                return false;
-            };
-            let one_sided = flow.pvm_sent != flow.svm_sent && flow.pvm_sent != pvm_sent;
-            one_sided && key.differs_in_guest_port_only(other)
+        let pvm_sent = flow.has_seen(seen::PVM);
+        let other = self.openers.iter().find_map(|other| {
+            let other_id = self.flows.id_of(other)?;
+            let flow = self.flows.get(other_id)?;
+            let is_other_side = flow.is_one_sided() && flow.has_seen(seen::PVM) != pvm_sent;
+            (is_other_side && key.differs_in_guest_port_only(other)).then_some(other_id)
         });
-        if let Some(other) = other.copied() {
+        if let Some(other) = other {
             let divergence = Divergence::plain(Cause::OutboundTuple, Some(key));
             // The PVM's flow is the one whose output must wait.
-            let held = if pvm_sent {
-                Some(id)
-            } else {
-                self.table.id_of(&other)
-            };
-            if let Some(held) = held {
-                self.diverge(held, divergence);
-            }
+            let held = if pvm_sent { id } else { other };
+            self.diverge(now_us, held, divergence);
         } else if self.openers.len() < MAX_OPENERS && !self.openers.contains(&key) {
             self.openers.push(key);
         }
@@ -265,20 +298,15 @@ impl PrimaryPath {
         self.paired && self.cut.is_none() && !self.frozen && !self.muted
     }
 
-    /// When [`PrimaryPath::handle_timeout`] has something to do.
+    /// When [`PrimaryPath::handle_timeout`] may have something to do; never later than it has.
     pub fn next_deadline(&self) -> Option<u64> {
-        let always = [self.inherited.next_due_us(), self.announce_again.due_us()];
-        let always = always.into_iter().flatten();
-        if !self.time_runs() {
-            return always.min();
-        }
-        let flows = self.active.iter().filter_map(|id| self.table.get(*id));
-        let of_flows = flows.flat_map(|flow| [self.deadline(flow), self.surplus_deadline(flow)]);
-        of_flows
-            .flatten()
-            .map(|(at_us, _)| at_us)
-            .chain(always)
-            .min()
+        let of_flows = self.wheel.next_due_us().filter(|_| self.time_runs());
+        let all = [
+            self.inherited.next_due_us(),
+            self.announce_again.due_us(),
+            of_flows,
+        ];
+        all.into_iter().flatten().min()
     }
 
     /// Time has passed: frames that waited too long count as divergences.
@@ -289,43 +317,44 @@ impl PrimaryPath {
         if !self.time_runs() {
             return;
         }
-        let mut next = self.active.first().copied();
-        while let Some(id) = next {
+        self.wheel.expire(&mut self.flows, now_us);
+        while let Some(id) = self.wheel.pop_expired(&mut self.flows) {
             self.time_out(now_us, frames, id);
-            next = self.active.range(id + 1..).next().copied();
         }
     }
 
     fn time_out<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, id: FlowId) {
-        let Some(flow) = self.table.get(id) else {
+        let Some(flow) = self.flows.get(id) else {
             return;
         };
+        let key = self.flows.key(id);
         let due = |deadline: Option<(u64, Cause)>| {
             deadline
                 .filter(|(at_us, _)| *at_us <= now_us)
                 .map(|(_, cause)| cause)
         };
-        let surplus = due(self.surplus_deadline(flow));
-        if let Some(cause) = due(self.deadline(flow)) {
-            let divergence = late_divergence(flow, cause, frames);
-            self.diverge(id, divergence);
+        let surplus = due(self.surplus_deadline(flow, &key));
+        if let Some(cause) = due(self.deadline(flow, &key)) {
+            let divergence = self.late_divergence(flow, &key, cause, frames);
+            self.diverge(now_us, id, divergence);
         } else if let Some(cause) = surplus {
-            let key = flow.key;
-            if let Some(Body::Datagram(datagrams)) = self.table.get_mut(id).map(|f| &mut f.body)
-                && surplus_is_harmless(&key)
+            if surplus_is_harmless(&key)
+                && let Some(flow) = self.flows.get_mut(id)
             {
-                datagrams.drop_surplus(&mut self.ledger, frames);
+                flow.drop_surplus(&mut self.ledger, frames);
                 self.pump(now_us, frames, id);
             } else {
-                self.diverge(id, Divergence::plain(cause, Some(key)));
+                self.diverge(now_us, id, Divergence::plain(cause, Some(key)));
             }
+        } else {
+            self.rearm(now_us, id);
         }
     }
 
     /// Until when the flow's next frame may wait, and what it is then. Comparison deadlines start
     /// when the SVM has consumed its backlog (rule 9).
-    fn deadline(&self, flow: &Flow) -> Option<(u64, Cause)> {
-        let head = flow.held.front()?;
+    fn deadline(&self, flow: &Flow, key: &FlowKey) -> Option<(u64, Cause)> {
+        let head = self.held.get(flow.held.head)?;
         let limits = &self.limits;
         match (flow.wait, self.caught_up_us) {
             (Wait::Commit, _) => None,
@@ -339,6 +368,10 @@ impl PrimaryPath {
                 let from_us = head.at_us.max(self.epoch_start_us);
                 Some((from_us + limits.ack_deadline_us, Cause::AckDeadline))
             }
+            (Wait::Policy, _) => {
+                let from_us = head.at_us.max(self.epoch_start_us);
+                Some((from_us + limits.compare_deadline_us, Cause::Policy))
+            }
             (Wait::Peer, None) => {
                 let from_us = head.at_us.max(self.epoch_start_us);
                 Some((from_us + limits.lag_deadline_us, Cause::Lag))
@@ -347,9 +380,9 @@ impl PrimaryPath {
                 let from_us = head.at_us.max(caught_up_us);
                 let late = (from_us + limits.compare_deadline_us, Cause::Deadline);
                 // Both have sent something, and it differs.
-                let other_us = match flow.body {
-                    Body::Datagram(_) => flow.body.surplus_since_us(),
-                    Body::Tcp(_) => None,
+                let other_us = match key.protocol() {
+                    Protocol::Tcp => None,
+                    _ => flow.surplus_since_us(&self.ledger.svm),
                 };
                 let settled = other_us
                     .map(|other_us| (from_us.max(other_us) + limits.settle_us, Cause::Payload));
@@ -361,27 +394,52 @@ impl PrimaryPath {
         }
     }
 
-    fn surplus_deadline(&self, flow: &Flow) -> Option<(u64, Cause)> {
+    /// Until when SVM output may have no counterpart.
+    fn surplus_deadline(&self, flow: &Flow, key: &FlowKey) -> Option<(u64, Cause)> {
         if flow.wait == Wait::Commit {
             return None;
         }
-        let since_us = flow.body.surplus_since_us()?.max(self.caught_up_us?);
-        let cause = match flow.body {
-            Body::Tcp(_) => Cause::Flags,
-            Body::Datagram(_) => Cause::Extra,
+        let svm = &self.ledger.svm;
+        let (since_us, wait_us, cause) = match key.protocol() {
+            // A SYN or a reset: one VM has a connection that the other has not.
+            Protocol::Tcp => (
+                flow.control_since_us(svm)?,
+                self.limits.compare_deadline_us,
+                Cause::Flags,
+            ),
+            _ => (
+                flow.surplus_since_us(svm)?,
+                self.limits.extra_deadline_us,
+                Cause::Extra,
+            ),
         };
-        Some((since_us + self.limits.extra_deadline_us, cause))
+        Some((since_us.max(self.caught_up_us?) + wait_us, cause))
+    }
+
+    fn late_divergence<F: Frames + ?Sized>(
+        &self,
+        flow: &Flow,
+        key: &FlowKey,
+        cause: Cause,
+        frames: &F,
+    ) -> Divergence {
+        let is_tcp = key.protocol() == Protocol::Tcp;
+        match (self.held.get(flow.held.head), cause) {
+            (Some(head), Cause::Payload) if !is_tcp => {
+                let rules = rules(&self.limits, self.policy.action_of(flow.policy));
+                flow.difference_from_first(head, rules, &self.ledger.svm, frames)
+            }
+            (_, Cause::Deadline) if key.protocol() == Protocol::Unparseable => {
+                Divergence::plain(Cause::Unparseable, Some(*key))
+            }
+            _ => Divergence::plain(cause, Some(*key)),
+        }
     }
 }
 
-fn late_divergence<F: Frames + ?Sized>(flow: &Flow, cause: Cause, frames: &F) -> Divergence {
-    match (&flow.body, flow.held.front(), cause) {
-        (Body::Datagram(datagrams), Some(head), Cause::Payload) => {
-            datagrams.difference_from_first(head, frames)
-        }
-        (_, _, Cause::Deadline) if flow.key.protocol() == Protocol::Unparseable => {
-            Divergence::plain(Cause::Unparseable, Some(flow.key))
-        }
-        _ => Divergence::plain(cause, Some(flow.key)),
+fn rules(limits: &Limits, policy: PolicyAction) -> Rules {
+    Rules {
+        window: limits.reorder_window.max(1),
+        ignored: policy.ignored(),
     }
 }

@@ -12,24 +12,30 @@ mod checkpoint;
 mod inherited;
 mod judge;
 
-use alloc::collections::{BTreeSet, VecDeque};
 use alloc::vec::Vec;
 
-use crate::action::{Action, Right};
+use crate::action::{Action, PathError, Right};
 use crate::announce::{ANNOUNCEMENT_MAX, Addresses, Again};
 use crate::cause::{Cause, Divergence};
+use crate::flat::Hash;
 use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, SvmFrame};
 use crate::limits::Limits;
-use crate::policy::Policy;
+use crate::list::{Ends, Lists};
+use crate::policy::{Opener, Policy, PolicyAction};
 use crate::record::{self, RecordError};
 use crate::stats::PrimaryStats;
-use crate::table::{Body, FlowId, Held, Table};
-use crate::wire::{self, Packet, tcp::RST};
+use crate::table::{DEFERRED, FlowId, Flows, Held, seen};
+use crate::wheel::Wheel;
+use crate::wire::tcp::{ACK, FIN, RST, SYN};
+use crate::wire::{self, Packet};
 use crate::xlate::ClientTable;
 pub use checkpoint::Pending;
 pub(crate) use inherited::Inherited;
+
+/// Most flows that are watched for another port on the other side (rule 2).
+const MAX_OPENERS: usize = 64;
 
 /// What a [`PrimaryPath`] does with output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,39 +46,6 @@ pub enum Mode {
     Paired,
     /// Nothing leaves; everything is held.
     Mute,
-}
-
-/// A PVM frame of an epoch that is not compared yet, or for which the flow table had no room.
-#[derive(Debug)]
-struct Deferred {
-    id: u64,
-    epoch: u64,
-    token: Token,
-    packet: Packet,
-    stamp: u64,
-    at_us: u64,
-}
-
-#[derive(Debug)]
-struct DeferredSvm {
-    epoch: u64,
-    svm_seq: u64,
-    token: Token,
-}
-
-/// What may leave, but not while the path is mute.
-#[derive(Debug)]
-enum Cleared {
-    Frame {
-        id: u64,
-        token: Token,
-        packet: Packet,
-        at_us: u64,
-        right: Right,
-    },
-    Pending {
-        epoch: u64,
-    },
 }
 
 /// See the module.
@@ -95,18 +68,31 @@ pub struct PrimaryPath {
     /// The SVM has caught up in this epoch, whose comparison has not begun yet.
     early_caught_up: Option<u64>,
     lease_until_us: Option<u64>,
+    /// Counts all input since the path began; that of a session begins behind `session_base`.
     input_seq: u64,
     input_ack: u64,
+    session_base: u64,
     next_id: u64,
-    table: Table,
-    /// Flows in which time can bring something about.
-    active: BTreeSet<FlowId>,
+    flows: Flows,
+    wheel: Wheel,
+    /// Every PVM frame that has not left, in its flow's list or in one of the two below.
+    held: Lists<Held>,
+    /// Frames of an epoch that is not compared yet, or for which the flow table had no room, in
+    /// production order.
+    deferred: Ends,
+    /// Frames that may leave, but not while the path is mute.
+    cleared: Ends,
+    /// The pending output of this epoch's checkpoint has left, when what is cleared has.
+    cleared_pending: Option<u64>,
+    /// A frame found no place in the flow table: new flows wait for the commit, so that none
+    /// overtakes it.
+    table_full: bool,
+    /// SVM output of the epoch that follows the cut.
+    deferred_svm: Ends,
+    /// Room to put frames of many flows in order.
+    order: Vec<(u64, u32)>,
     /// Flows that a guest opened and that have output on one side only.
     openers: Vec<FlowKey>,
-    deferred: VecDeque<Deferred>,
-    deferred_svm: VecDeque<DeferredSvm>,
-    cleared: VecDeque<Cleared>,
-    held_frames: usize,
     /// The latest epoch in which a checkpoint was requested.
     requested: Option<u64>,
     client: ClientTable,
@@ -120,11 +106,16 @@ pub struct PrimaryPath {
 }
 
 impl PrimaryPath {
-    /// A path that is alone, in epoch 1, without translations.
+    /// A path that is alone, in epoch 1, without translations. All its memory is taken here.
     pub fn new(limits: Limits) -> Self {
+        Self::with_policy(limits, Policy::default())
+    }
+
+    /// The same, with rules for single flows.
+    pub fn with_policy(limits: Limits, policy: Policy) -> Self {
         Self {
             limits,
-            policy: Policy::default(),
+            policy,
             paired: false,
             muted: false,
             epoch: 1,
@@ -137,41 +128,37 @@ impl PrimaryPath {
             lease_until_us: None,
             input_seq: 0,
             input_ack: 0,
+            session_base: 0,
             next_id: 0,
-            table: Table::new(limits.max_flows),
-            active: BTreeSet::new(),
-            openers: Vec::new(),
-            deferred: VecDeque::new(),
-            deferred_svm: VecDeque::new(),
-            cleared: VecDeque::new(),
-            held_frames: 0,
+            flows: Flows::new(&limits),
+            wheel: Wheel::new(),
+            held: Lists::with_capacity(limits.max_held_frames),
+            deferred: Ends::EMPTY,
+            cleared: Ends::EMPTY,
+            cleared_pending: None,
+            table_full: false,
+            deferred_svm: Ends::EMPTY,
+            order: Vec::with_capacity(limits.max_held_frames),
+            openers: Vec::with_capacity(MAX_OPENERS),
             requested: None,
             client: ClientTable::new(limits.max_translations, limits.hash_seed),
-            learnt: Vec::new(),
+            learnt: Vec::with_capacity(limits.max_translations),
             addresses: Addresses::default(),
             next_announcement: None,
             announce_again: Again::default(),
             inherited: Inherited::default(),
-            ledger: Ledger::default(),
+            ledger: Ledger::new(&limits),
         }
     }
 
-    /// The same, with rules for single flows.
-    pub fn with_policy(limits: Limits, policy: Policy) -> Self {
-        Self {
-            policy,
-            ..Self::new(limits)
+    /// Replaces the rules for single flows. Not while a secondary follows: flows that are compared
+    /// keep the rule that they began with.
+    pub fn set_policy(&mut self, policy: Policy) -> Result<(), PathError> {
+        if self.paired {
+            return Err(PathError::AlreadyPaired { epoch: self.epoch });
         }
-    }
-
-    /// Replaces the rules for single flows; flows that are known already keep theirs.
-    pub fn set_policy(&mut self, policy: Policy) {
         self.policy = policy;
-    }
-
-    /// The rules for single flows.
-    pub fn policy(&self) -> &Policy {
-        &self.policy
+        Ok(())
     }
 
     /// The path of a host that takes over: alone, with the translations it has inherited.
@@ -182,11 +169,13 @@ impl PrimaryPath {
         client: ClientTable,
         addresses: Addresses,
         inherited: Inherited,
-        unsent: VecDeque<Action>,
+        unsent: impl IntoIterator<Item = Action>,
     ) -> Self {
         let mut path = Self::new(limits);
-        path.ledger.stats.released_alone = unsent.len() as u64;
-        path.ledger.actions = unsent;
+        for action in unsent {
+            path.ledger.stats.released_alone += 1;
+            path.ledger.act(action);
+        }
         (path.epoch, path.comparing) = (epoch, epoch);
         path.client = client;
         path.addresses = addresses;
@@ -218,12 +207,17 @@ impl PrimaryPath {
 
     /// PVM frames that have not left.
     pub fn held_frames(&self) -> usize {
-        self.held_frames
+        self.held.len()
+    }
+
+    /// Flows that are known to the comparator.
+    pub fn flows(&self) -> usize {
+        self.flows.len()
     }
 
     /// Whether the shell may read another frame from guest_tx.
     pub fn room(&self) -> bool {
-        self.held_frames < self.limits.max_held_frames
+        self.held.len() < self.limits.max_held_frames
     }
 
     /// Whether the shell may read another frame from the NIC.
@@ -233,7 +227,7 @@ impl PrimaryPath {
 
     /// What is to be done next.
     pub fn poll_action(&mut self) -> Option<Action> {
-        self.ledger.actions.pop_front()
+        self.ledger.next_action()
     }
 
     /// Takes a frame from the NIC and gives it back in the guest's space, to be put in guest_rx.
@@ -251,7 +245,7 @@ impl PrimaryPath {
         let header = frames.header_mut(&token);
         let learnt = self.client.inbound(now_us, header, &mut packet);
         if learnt && self.paired {
-            self.note_learnt(frames, packet.key);
+            self.note_learnt(now_us, frames, packet.key);
         }
         token
     }
@@ -273,27 +267,42 @@ impl PrimaryPath {
             return;
         }
         self.input_seq += 1;
-        if let Some(id) = self.table.place(packet.key, &mut self.ledger, frames)
-            && let Some(flow) = self.table.get_mut(id)
-        {
-            flow.last_input_seq = self.input_seq;
-            if let (Body::Tcp(stream), Some(tcp)) = (&mut flow.body, packet.tcp)
-                && tcp.has(wire::tcp::ACK)
-            {
-                stream.acknowledged(tcp.ack, &mut self.ledger, frames);
-                self.pump(now_us, frames, id);
-            }
+        if let Some(id) = self.place(now_us, frames, &packet, Opener::Peer) {
+            self.note_input(now_us, frames, id, &packet);
         }
         self.ledger.stats.mirrored += 1;
-        let (epoch, input_seq) = (self.epoch, self.input_seq);
-        self.ledger.actions.push_back(Action::Mirror {
-            epoch,
-            input_seq,
+        self.ledger.act(Action::Mirror {
+            epoch: self.epoch,
+            input_seq: self.input_seq - self.session_base,
             token,
         });
     }
 
-    /// Takes a frame that the guest sent.
+    fn note_input<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        id: FlowId,
+        packet: &Packet,
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.last_input_seq = self.input_seq;
+        let Some(tcp) = packet.tcp else { return };
+        if tcp.flags & (FIN | RST) != 0 {
+            flow.seen |= seen::PEER_CLOSED;
+        }
+        if tcp.has(ACK) {
+            flow.acknowledged(tcp.ack, &mut self.ledger, frames);
+            if !flow.held.is_empty() {
+                self.pump(now_us, frames, id);
+            }
+        }
+    }
+
+    /// Takes a frame that the guest sent. Only while there is [`PrimaryPath::room`]: beyond it the
+    /// path takes more memory rather than lose a frame.
     pub fn handle_guest_tx<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
@@ -306,36 +315,29 @@ impl PrimaryPath {
             .guest_sent(now_us, &self.limits, &packet, frames);
         self.ledger.stats.produced += 1;
         self.next_id += 1;
-        self.held_frames += 1;
-        let (id, epoch, at_us) = (self.next_id, self.epoch, now_us);
-        if !self.paired {
-            let right = Right::Alone;
-            self.leave(
-                now_us,
-                frames,
-                Cleared::Frame {
-                    id,
-                    token,
-                    packet,
-                    at_us,
-                    right,
-                },
-            );
-            return;
-        }
-        let stamp = self.stamp(&packet);
-        let deferred = Deferred {
-            id,
-            epoch,
+        let mut frame = Held {
+            id: self.next_id,
+            epoch: self.epoch,
             token,
             packet,
-            stamp,
-            at_us,
+            stamp: 0,
+            at_us: now_us,
+            flow: DEFERRED,
+            incarnation: 0,
+            matched_to: None,
+            right: Right::Alone,
         };
+        if !self.paired {
+            self.leave(now_us, frames, frame);
+            return;
+        }
+        let hash = self.flows.hash(&packet.key);
+        let id = self.flows.id_of_hashed(hash, &packet.key);
+        frame.stamp = self.stamp(&packet, id);
         if self.epoch == self.comparing && !self.frozen {
-            self.hold(now_us, frames, deferred);
+            self.hold(now_us, frames, (hash, id), frame);
         } else {
-            self.deferred.push_back(deferred);
+            self.held.push_back(&mut self.deferred, frame);
         }
         if !self.room() {
             self.request(Divergence::plain(Cause::HoldFull, None));
@@ -343,47 +345,83 @@ impl PrimaryPath {
     }
 
     /// The input that a frame may acknowledge: that of its flow, or all (rule 5).
-    fn stamp(&self, packet: &Packet) -> u64 {
-        match self.table.find(&packet.key) {
-            Some(flow) if packet.tcp.is_some() => flow.last_input_seq,
+    fn stamp(&self, packet: &Packet, id: Option<FlowId>) -> u64 {
+        let of_flow = id.and_then(|id| self.flows.last_input_seq(id));
+        match of_flow {
+            Some(seq) if packet.tcp.is_some() => seq,
             _ => self.input_seq,
         }
     }
 
-    fn hold<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, frame: Deferred) {
-        let Some(id) = self.table.place(frame.packet.key, &mut self.ledger, frames) else {
-            let key = frame.packet.key;
-            self.deferred.push_back(frame);
-            self.request(Divergence::plain(Cause::TableFull, Some(key)));
+    /// The flow's place, made when it is new; `None` when the table is full of flows that cannot
+    /// be forgotten.
+    fn place<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        packet: &Packet,
+        first: Opener,
+    ) -> Option<FlowId> {
+        let hash = self.flows.hash(&packet.key);
+        let id = self.flows.id_of_hashed(hash, &packet.key);
+        let name = (&packet.key, packet.tcp.map(|tcp| tcp.flags));
+        self.place_hashed(now_us, frames, (hash, id), name, first)
+    }
+
+    fn place_hashed<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        (hash, id): (Hash, Option<FlowId>),
+        (key, tcp_flags): (&FlowKey, Option<u8>),
+        first: Opener,
+    ) -> Option<FlowId> {
+        let id = match id {
+            Some(id) => id,
+            None if self.table_full => return None,
+            None => {
+                let opener = match tcp_flags {
+                    // Of a connection that is under way nobody knows; most guests serve.
+                    Some(flags) if flags & (SYN | ACK) != SYN => Opener::Peer,
+                    _ => first,
+                };
+                let rule = self.policy.rule_number(key, opener);
+                let name = (hash, *key);
+                self.flows
+                    .insert(name, rule, now_us, &mut self.ledger, frames)?
+            }
+        };
+        if let Some(flow) = self.flows.get_mut(id) {
+            flow.seen |= seen::USE;
+            flow.used_s = (now_us / 1_000_000) as u32;
+        }
+        Some(id)
+    }
+
+    fn hold<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        place: (Hash, Option<FlowId>),
+        mut frame: Held,
+    ) {
+        let packet = frame.packet;
+        let name = (&packet.key, packet.tcp.map(|tcp| tcp.flags));
+        let id = self.place_hashed(now_us, frames, place, name, Opener::Guest);
+        let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else {
+            self.table_full = true;
+            self.held.push_back(&mut self.deferred, frame);
+            self.request(Divergence::plain(Cause::TableFull, Some(packet.key)));
             return;
         };
-        let Some(flow) = self.table.get_mut(id) else {
-            return;
-        };
-        let incarnation = match (&mut flow.body, &frame.packet.tcp) {
-            (Body::Tcp(stream), Some(tcp)) => stream.produced(tcp),
-            _ => 0,
-        };
-        let Deferred {
-            id: place,
-            token,
-            packet,
-            stamp,
-            at_us,
-            ..
-        } = frame;
-        flow.held.push_back(Held {
-            id: place,
-            token,
-            packet,
-            stamp,
-            at_us,
-            incarnation,
-            matched_to: None,
-        });
-        flow.pvm_sent = true;
+        if let Some(tcp) = &packet.tcp {
+            frame.incarnation = flow.stream.produced(tcp);
+        }
+        frame.flow = id;
+        self.held.push_back(&mut flow.held, frame);
+        flow.seen |= seen::PVM;
         self.pump(now_us, frames, id);
-        self.check_openers(id);
+        self.check_openers(now_us, id);
     }
 
     /// Takes a frame that the SVM sent in `epoch`, in the PVM's guest space.
@@ -400,25 +438,35 @@ impl PrimaryPath {
             // The next commit, or the takeover, decides about what it would have released.
             self.ledger.stats.svm_stale += 1;
             frames.release(token);
-        } else if self.limits.canary_equal {
+            return;
+        }
+        if self.limits.canary_equal {
             frames.release(token);
             self.ledger.report_svm(svm_seq);
-        } else if self.ledger.svm_frames >= self.limits.max_svm_frames {
+            return;
+        }
+        if self.ledger.svm.len() >= self.limits.max_svm_frames {
             // The secondary still stores it; only the comparison lacks it, so output stays held.
             self.ledger.stats.svm_overflow += 1;
             frames.release(token);
             self.request(Divergence::plain(Cause::OutputOverflow, None));
-        } else if epoch > self.comparing {
+            return;
+        }
+        let frame = SvmFrame {
+            packet: self.parse(frames, &token, Direction::FromGuest),
+            token,
+            epoch,
+            svm_seq,
+            at_us: now_us,
+            flow: DEFERRED,
+            incarnation: 0,
+            reported: false,
+        };
+        if epoch > self.comparing {
             // Only the epoch that follows the cut can send before its commit is known here.
-            self.ledger.svm_frames += 1;
-            self.deferred_svm.push_back(DeferredSvm {
-                epoch,
-                svm_seq,
-                token,
-            });
+            self.ledger.svm.push_back(&mut self.deferred_svm, frame);
         } else {
-            self.ledger.svm_frames += 1;
-            self.compare_svm(now_us, frames, svm_seq, token);
+            self.compare_svm(now_us, frames, frame);
         }
     }
 
@@ -426,39 +474,42 @@ impl PrimaryPath {
         &mut self,
         now_us: u64,
         frames: &mut F,
-        svm_seq: u64,
-        token: Token,
+        mut frame: SvmFrame,
     ) {
-        let packet = self.parse(frames, &token, Direction::FromGuest);
-        let Some(id) = self.table.place(packet.key, &mut self.ledger, frames) else {
-            self.ledger.recycle_svm(token, frames);
-            self.request(Divergence::plain(Cause::TableFull, Some(packet.key)));
+        let key = frame.packet.key;
+        let id = self.place(now_us, frames, &frame.packet, Opener::Guest);
+        let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else {
+            frames.release(frame.token);
+            self.request(Divergence::plain(Cause::TableFull, Some(key)));
             return;
         };
-        let Some(flow) = self.table.get_mut(id) else {
-            return;
-        };
-        flow.svm_sent = true;
-        let divergence = match (&mut flow.body, packet.tcp) {
-            (Body::Tcp(stream), Some(tcp)) => {
-                let output = (token, packet, tcp);
-                stream.svm_output(now_us, svm_seq, output, &mut self.ledger, frames)
+        flow.seen |= seen::SVM;
+        frame.flow = id;
+        match self.policy.action_of(flow.policy) {
+            PolicyAction::Compare | PolicyAction::IgnoreBytes { .. } => {}
+            // Nobody waits for it: the flow is not protected.
+            PolicyAction::Release => {
+                self.ledger.report_svm(frame.svm_seq);
+                frames.release(frame.token);
+                return;
             }
-            (Body::Datagram(datagrams), _) => {
-                datagrams.svm_output(now_us, svm_seq, (token, packet));
-                None
+            // The secondary keeps it until the commit.
+            PolicyAction::Hold => {
+                frames.release(frame.token);
+                return;
             }
-            // The key says TCP if and only if the view is there.
-            (Body::Tcp(_), None) => {
-                self.ledger.recycle_svm(token, frames);
-                None
-            }
+        }
+        let divergence = if frame.packet.tcp.is_some() {
+            flow.svm_segment(frame, &mut self.ledger, frames)
+        } else {
+            self.ledger.svm.push_back(&mut flow.svm, frame);
+            None
         };
         match divergence {
-            Some(divergence) => self.diverge(id, divergence),
+            Some(divergence) => self.diverge(now_us, id, divergence),
             None => self.pump(now_us, frames, id),
         }
-        self.check_openers(id);
+        self.check_openers(now_us, id);
     }
 
     /// The secondary keeps all input up to this number (rule 5).
@@ -468,9 +519,10 @@ impl PrimaryPath {
         frames: &mut F,
         up_to: u64,
     ) {
+        let up_to = up_to.saturating_add(self.session_base);
         if up_to > self.input_ack && up_to <= self.input_seq {
             self.input_ack = up_to;
-            self.pump_active(now_us, frames);
+            self.pump_waiting(now_us, frames);
         }
     }
 
@@ -478,7 +530,7 @@ impl PrimaryPath {
     pub fn set_lease<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, until_us: u64) {
         self.lease_until_us = Some(until_us);
         if self.paired && self.lease_is_fresh(now_us) {
-            self.pump_active(now_us, frames);
+            self.pump_waiting(now_us, frames);
         }
     }
 
@@ -555,10 +607,10 @@ impl PrimaryPath {
 
     /// A handshake that is learnt while a secondary follows: the flow's output waits for a commit,
     /// because a takeover before it would have to learn the same again, from the same first ACK.
-    fn note_learnt<F: Frames + ?Sized>(&mut self, frames: &mut F, key: FlowKey) {
+    fn note_learnt<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, key: FlowKey) {
         self.learnt.push((self.epoch, key));
         if self.epoch == self.comparing && !self.frozen {
-            self.hold_until_commit(frames, key);
+            self.hold_until_commit(now_us, frames, key);
         }
     }
 }

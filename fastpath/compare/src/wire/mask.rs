@@ -54,8 +54,9 @@ fn blank(bytes: &mut [u8], at: usize, len: usize) {
     }
 }
 
-/// Compares what counts of the network headers of two TCP segments that need not have the same
-/// length: addresses and ports are equal already, lengths and ECN differ with segmentation.
+/// Compares what counts of the network headers of two TCP segments, or of two fragments, that need
+/// not have the same length: addresses and ports are equal already, lengths and ECN differ with
+/// segmentation, places and identifications with fragmentation.
 pub(crate) fn header_difference(
     a: &[u8],
     a_packet: &Packet,
@@ -67,9 +68,14 @@ pub(crate) fn header_difference(
         return Some(l3 as u32);
     }
     let differs = |at: usize, mask: u8| (a[at] ^ b[at]) & mask != 0;
+    let flags = if a_packet.fragment.is_some() {
+        0xc0
+    } else {
+        0xff
+    };
     let fixed = match a_packet.network {
         // Ethernet addresses, DSCP, "do not fragment", TTL.
-        Network::V4 => [(l3 + 1, 0xfc), (l3 + 6, 0xff), (l3 + 8, 0xff)],
+        Network::V4 => [(l3 + 1, 0xfc), (l3 + 6, flags), (l3 + 8, 0xff)],
         // Traffic class without ECN, hop limit.
         _ => [(l3, 0x0f), (l3 + 1, 0xc0), (l3 + 7, 0xff)],
     };
@@ -77,6 +83,10 @@ pub(crate) fn header_difference(
         l3 + 20
     } else {
         l3 + 40
+    };
+    let options_end = match a_packet.fragment_header {
+        0 => l4,
+        at => usize::from(at),
     };
     let place = (0..12)
         .find(|at| differs(*at, 0xff))
@@ -86,6 +96,6 @@ pub(crate) fn header_difference(
                 .find(|(at, mask)| differs(*at, *mask))
                 .map(|(at, _)| at)
         })
-        .or_else(|| (options_at..l4).find(|at| differs(*at, 0xff)));
+        .or_else(|| (options_at..options_end).find(|at| differs(*at, 0xff)));
     place.map(|at| at as u32)
 }

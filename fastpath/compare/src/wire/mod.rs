@@ -57,8 +57,30 @@ pub struct Packet {
     pub fragment_header: u16,
     /// End of the packet: padding is excluded.
     pub end: u16,
+    /// Which part of an IP packet this is, when it is not all of it.
+    pub fragment: Option<Fragment>,
     /// The segment, when this is an unfragmented TCP packet.
     pub tcp: Option<Tcp>,
+}
+
+/// The place of a fragment in its packet (RFC 791 section 3.1, RFC 8200 section 4.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fragment {
+    /// What all fragments of one packet have in common.
+    pub id: u32,
+    /// In units of 8 bytes.
+    pub offset_8: u16,
+    /// Others follow.
+    pub more: bool,
+    /// The IP protocol of what is carried.
+    pub protocol: u8,
+}
+
+impl Fragment {
+    /// Where its bytes belong in the packet's payload.
+    pub const fn offset(&self) -> usize {
+        self.offset_8 as usize * 8
+    }
 }
 
 struct Ethernet {
@@ -101,6 +123,7 @@ fn raw(key: FlowKey, l3: usize, len: usize) -> Packet {
         l4: l3,
         fragment_header: 0,
         end,
+        fragment: None,
         tcp: None,
     }
 }
@@ -148,6 +171,7 @@ fn parse_arp(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> O
         l4: l3,
         fragment_header: 0,
         end,
+        fragment: None,
         tcp: None,
     })
 }
@@ -166,8 +190,14 @@ fn parse_ipv4(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
     let (guest, peer) = by_side(direction, source, destination);
     let mut key = FlowKey::bare(Protocol::Fragment, e.vlan);
     key.set_ipv4(guest, peer);
-    let fragment = be16(header, at + 6) & 0x3fff != 0;
-    let protocol = if fragment { None } else { Some(header[at + 9]) };
+    let place = be16(header, at + 6);
+    let fragment = (place & 0x3fff != 0).then(|| Fragment {
+        id: u32::from(be16(header, at + 4)),
+        offset_8: place & 0x1fff,
+        more: place & 0x2000 != 0,
+        protocol: header[at + 9],
+    });
+    let protocol = fragment.is_none().then(|| header[at + 9]);
     let packet = Packet {
         key,
         network: Network::V4,
@@ -175,6 +205,7 @@ fn parse_ipv4(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
         l4: l4 as u16,
         fragment_header: 0,
         end: end as u16,
+        fragment,
         tcp: None,
     };
     parse_transport(header, packet, protocol, direction)
@@ -194,6 +225,12 @@ fn parse_ipv6(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
     let mut key = FlowKey::bare(Protocol::Fragment, e.vlan);
     key.set_ipv6(guest, peer);
     let (protocol, l4, fragment_at) = skip_extensions(header, header[at + 6], at + 40, end)?;
+    let fragment = (fragment_at != 0).then(|| Fragment {
+        id: be32(header, fragment_at + 4),
+        offset_8: be16(header, fragment_at + 2) >> 3,
+        more: header[fragment_at + 3] & 1 != 0,
+        protocol,
+    });
     let packet = Packet {
         key,
         network: Network::V6,
@@ -201,13 +238,10 @@ fn parse_ipv6(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
         l4: l4 as u16,
         fragment_header: fragment_at as u16,
         end: end as u16,
+        fragment,
         tcp: None,
     };
-    let protocol = if fragment_at == 0 {
-        Some(protocol)
-    } else {
-        None
-    };
+    let protocol = fragment.is_none().then_some(protocol);
     parse_transport(header, packet, protocol, direction)
 }
 
