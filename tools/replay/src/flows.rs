@@ -1,0 +1,164 @@
+//! What is counted for each flow, and how the SVM's part of it maps to the PVM's.
+//!
+//! Invariant: at most [`FLOWS_MAX`] flows are told apart; beyond that the longest silent ones are
+//! added up in one row, those that wait for something or have diverged last.
+
+use std::collections::{HashMap, VecDeque};
+
+use colo_compare::wire::Packet;
+use colo_compare::{FlowKey, Opener};
+
+use crate::capture::Record;
+use crate::report::{FlowRow, Traffic};
+use crate::stream::Stream;
+
+/// Flows that are told apart at the same time.
+const FLOWS_MAX: usize = 65_536;
+/// Datagrams of a flow whose counterpart may come after the checkpoint that let them leave.
+const COVERED_MAX: usize = 64;
+
+/// One flow.
+#[derive(Debug, Default)]
+pub(crate) struct Flow<'a> {
+    /// Order of appearance.
+    serial: u64,
+    last_us: u64,
+    opener: Option<Opener>,
+    pub(crate) row: FlowRow,
+    /// PVM frames that the comparator holds.
+    pub(crate) waiting: u64,
+    pub(crate) stream: Stream<'a>,
+    /// Datagrams of the PVM that left by a checkpoint before the SVM had sent its own.
+    covered: VecDeque<(u64, &'a [u8])>,
+}
+
+impl<'a> Flow<'a> {
+    /// The first frame came from there.
+    pub(crate) fn opened_by(&mut self, opener: Opener) {
+        self.opener.get_or_insert(opener);
+    }
+
+    /// Who sent the first frame.
+    pub(crate) fn opener(&self) -> Opener {
+        self.opener.unwrap_or(Opener::Guest)
+    }
+
+    /// The PVM's datagram has left by a checkpoint.
+    pub(crate) fn cover(&mut self, now_us: u64, body: &'a [u8]) {
+        if self.covered.len() == COVERED_MAX {
+            self.covered.pop_front();
+        }
+        self.covered.push_back((now_us, body));
+    }
+
+    /// Whether the SVM's datagram is the counterpart of one that has left by a checkpoint. Those
+    /// from before `since_us` are forgotten.
+    pub(crate) fn take_covered(&mut self, body: &[u8], since_us: u64) -> bool {
+        self.covered.retain(|(at_us, _)| *at_us >= since_us);
+        let at = self.covered.iter().position(|(_, other)| *other == body);
+        at.and_then(|at| self.covered.remove(at)).is_some()
+    }
+
+    /// Takes the oldest datagram that has no counterpart yet out of the list, if there is one.
+    pub(crate) fn forget_covered(&mut self) -> bool {
+        self.covered.pop_front().is_some()
+    }
+}
+
+/// What of a frame makes it the same datagram as another one of its flow: addresses are in the
+/// flow's key, the rest of the network header and the checksum need not be equal.
+pub(crate) fn body<'a>(record: &Record<'a>, packet: &Packet) -> &'a [u8] {
+    use colo_compare::Protocol::{Icmp, Icmpv6, Udp};
+    let skipped = match packet.key.protocol() {
+        // Ports and length; type, code and checksum.
+        Udp => 8,
+        Icmp | Icmpv6 => 4,
+        _ => 0,
+    };
+    let end = usize::from(packet.end);
+    let at = (usize::from(packet.l4) + skipped).min(end);
+    &record.frame[at..end]
+}
+
+/// All flows.
+#[derive(Debug, Default)]
+pub(crate) struct Flows<'a> {
+    flows: HashMap<FlowKey, Flow<'a>>,
+    seen: u64,
+    /// The sum of those that were forgotten.
+    others: FlowRow,
+}
+
+impl<'a> Flows<'a> {
+    /// The flow, made if it is new.
+    pub(crate) fn of(&mut self, now_us: u64, key: FlowKey) -> &mut Flow<'a> {
+        if !self.flows.contains_key(&key) {
+            if self.flows.len() >= FLOWS_MAX {
+                self.make_room();
+            }
+            self.seen += 1;
+        }
+        let serial = self.seen;
+        let flow = self.flows.entry(key).or_insert_with(|| Flow {
+            serial,
+            row: FlowRow::named(key.to_string()),
+            ..Flow::default()
+        });
+        flow.last_us = now_us;
+        flow
+    }
+
+    /// The flow, if it is known.
+    pub(crate) fn get(&mut self, key: &FlowKey) -> Option<&mut Flow<'a>> {
+        self.flows.get_mut(key)
+    }
+
+    /// How many there were.
+    pub(crate) fn seen(&self) -> u64 {
+        self.seen
+    }
+
+    /// Adds an eighth of the flows up in one row.
+    fn make_room(&mut self) {
+        let order = |flow: &Flow<'_>| (flow.row.divergences > 0, flow.waiting > 0, flow.last_us);
+        let mut by_age: Vec<_> = self
+            .flows
+            .iter()
+            .map(|(key, flow)| (order(flow), *key))
+            .collect();
+        by_age.sort_unstable();
+        for (_, key) in &by_age[..FLOWS_MAX / 8] {
+            if let Some(flow) = self.flows.remove(key) {
+                self.others.add(&flow.row);
+            }
+        }
+    }
+
+    /// All that are known, in order of appearance.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (FlowKey, &mut Flow<'a>)> {
+        let mut all: Vec<_> = self.flows.iter_mut().map(|(k, f)| (*k, f)).collect();
+        all.sort_unstable_by_key(|(_, flow)| flow.serial);
+        all.into_iter()
+    }
+
+    /// The rows of the report, in order of appearance, and the sum of flows that have none.
+    pub(crate) fn into_rows(self) -> (Vec<FlowRow>, Option<FlowRow>) {
+        let told = self.flows.len() as u64;
+        let mut flows: Vec<_> = self.flows.into_values().collect();
+        flows.sort_unstable_by_key(|flow| flow.serial);
+        let rows = flows.into_iter().map(|flow| flow.row).collect();
+        let others = FlowRow {
+            flow: format!("{} others", self.seen - told),
+            ..self.others
+        };
+        (rows, (self.seen > told).then_some(others))
+    }
+}
+
+impl Traffic {
+    /// Counts a frame.
+    pub(crate) fn count(&mut self, record: &Record<'_>) {
+        self.packets += 1;
+        self.bytes += record.frame.len() as u64;
+    }
+}
