@@ -53,6 +53,12 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Input frames that the secondary can have at most: it stops to acknowledge above
+    /// `max_input_frames`, and the primary stops to send `max_unacked_inputs` later.
+    pub(crate) const fn input_capacity(&self) -> usize {
+        self.max_input_frames + self.max_unacked_inputs as usize
+    }
+
     /// Longest record that [`crate::PrimaryPath::export_client_xlate`] makes, in bytes.
     pub const fn xlate_record_max(&self) -> usize {
         record::max_len(self.max_translations)

@@ -47,8 +47,9 @@ pub enum RecordError {
     },
 }
 
-/// Appends the record.
+/// Appends the record; takes memory only when `out` has no room for [`len`] bytes.
 pub(crate) fn write(table: &ClientTable, addresses: &Addresses, out: &mut Vec<u8>) {
+    out.reserve(len(table, addresses));
     out.extend_from_slice(&VERSION.to_le_bytes());
     out.extend_from_slice(&(addresses.ips().count() as u16).to_le_bytes());
     out.extend_from_slice(&(table.len() as u32).to_le_bytes());
@@ -86,12 +87,12 @@ fn write_entry(key: &FlowKey, entry: &Entry, out: &mut Vec<u8>) {
     ] {
         out.extend_from_slice(&n.to_le_bytes());
     }
-    let handshake = entry.handshake;
+    let handshake = entry.handshake();
     let guest_ts = handshake.and_then(|h| h.guest_ts);
     let peer_isn = handshake.and_then(|h| h.peer_isn);
     let known = [
-        entry.ts_high.is_some(),
-        entry.guest_isn.is_some(),
+        entry.ts_high().is_some(),
+        entry.guest_isn().is_some(),
         handshake.is_some(),
         guest_ts.is_some(),
         peer_isn.is_some(),
@@ -102,15 +103,13 @@ fn write_entry(key: &FlowKey, entry: &Entry, out: &mut Vec<u8>) {
             .enumerate()
             .fold(0, |bits, (n, known)| bits | u8::from(*known) << n),
     );
-    out.push(entry.closed);
+    let (guest_closed, peer_closed) = entry.closed();
+    out.push(u8::from(guest_closed) | u8::from(peer_closed) << 1);
     let numbers = [
-        entry.offsets.seq,
-        entry.offsets.ts,
-        entry.ts_high.unwrap_or(0),
-        handshake
-            .map(|h| h.guest_isn)
-            .or(entry.guest_isn)
-            .unwrap_or(0),
+        entry.offsets().seq,
+        entry.offsets().ts,
+        entry.ts_high().unwrap_or(0),
+        entry.guest_isn().unwrap_or(0),
         guest_ts.unwrap_or(0),
         peer_isn.unwrap_or(0),
     ];
@@ -252,16 +251,13 @@ impl Reader<'_> {
         while self.at < end {
             self.u8()?;
         }
-        let (ts_high, guest_isn) = (when(0, ts_high), when(1, isn));
-        let entry = Entry {
-            offsets,
-            ts_high,
-            guest_isn,
-            handshake,
-            closed,
-            used_us: now_us,
+        let entry = match handshake {
+            Some(handshake) => Entry::opening(handshake),
+            None => Entry::new(offsets).with_guest_isn(when(1, isn)),
         };
-        Ok((key, entry))
+        let entry = entry.with_ts_high(when(0, ts_high));
+        let entry = entry.with_closed(closed & 1 != 0, closed & 2 != 0);
+        Ok((key, entry.used_at(now_us)))
     }
 }
 
@@ -278,28 +274,15 @@ mod tests {
             seq: 7,
             ts: u32::MAX,
         };
-        let entry = Entry {
-            offsets,
-            ts_high: Some(3),
-            guest_isn: Some(9),
-            ..Entry::default()
-        };
+        let entry = Entry::new(offsets).with_guest_isn(Some(9));
+        let entry = entry.with_ts_high(Some(3)).with_closed(false, true);
         table.insert(key, entry);
         let handshake = Handshake {
             guest_isn: 1,
             guest_ts: None,
             peer_isn: Some(8),
         };
-        let key = key.with_ports(81, 4000);
-        let (guest_isn, handshake) = (Some(1), Some(handshake));
-        table.insert(
-            key,
-            Entry {
-                guest_isn,
-                handshake,
-                ..Entry::default()
-            },
-        );
+        table.insert(key.with_ports(81, 4000), Entry::opening(handshake));
         let mut addresses = Addresses::default();
         addresses.set_mac([2, 0, 0, 0, 0, 1]);
         addresses.add("10.0.0.1".parse().unwrap());

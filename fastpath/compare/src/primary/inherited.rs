@@ -1,7 +1,8 @@
 //! Input that a new primary took over from its time as secondary: not delivered yet, or not
 //! acknowledged by the guest yet (rule 5).
 //!
-//! Invariant: undelivered input comes first and in order; all of it is in the guest's space.
+//! Invariants: undelivered input comes first and in order; all of it is in the guest's space; the
+//! memory is the secondary's, no more is taken.
 
 use alloc::collections::VecDeque;
 
@@ -9,6 +10,7 @@ use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
 use crate::limits::Limits;
 use crate::retain::Retain;
+use crate::secondary::Queued;
 use crate::stats::PrimaryStats;
 use crate::wire::tcp::{ACK, RST};
 use crate::wire::{self, Packet};
@@ -17,12 +19,12 @@ use crate::wire::{self, Packet};
 pub(crate) struct Inherited {
     /// Copies that have a kept original, or need none.
     ready: Option<Token>,
-    queue: VecDeque<Token>,
+    queue: VecDeque<Queued>,
     retain: Retain,
 }
 
 impl Inherited {
-    pub(crate) fn new(ready: Option<Token>, queue: VecDeque<Token>, retain: Retain) -> Self {
+    pub(crate) fn new(ready: Option<Token>, queue: VecDeque<Queued>, retain: Retain) -> Self {
         Self {
             ready,
             queue,
@@ -40,11 +42,17 @@ impl Inherited {
         if let Some(token) = self.ready.take() {
             return Some(token);
         }
-        let Some(token) = self.queue.pop_front() else {
-            let (_, copy) = self.retain.poll_due(now_us, limits.redeliver_us, frames)?;
+        let Some(queued) = self.queue.pop_front() else {
+            let retain = &mut self.retain;
+            let copy = retain.poll_due(now_us, limits.redeliver_us, frames)?;
             stats.redelivered += 1;
             return Some(copy);
         };
+        let Queued {
+            epoch,
+            input_seq,
+            token,
+        } = queued;
         let packet = wire::parse(
             frames.header(&token),
             frames.len(&token),
@@ -52,13 +60,21 @@ impl Inherited {
         );
         let kept = packet.tcp.filter(|tcp| tcp.takes_space() && !tcp.has(RST));
         let Some(tcp) = kept else { return Some(token) };
-        let Some(copy) = frames.duplicate(&token) else {
-            self.queue.push_front(token);
-            return None;
-        };
-        self.retain
-            .keep(packet.key, tcp.end(), token, now_us + limits.redeliver_us);
-        Some(copy)
+        let due_us = now_us + limits.redeliver_us;
+        match self
+            .retain
+            .keep(frames, packet.key, tcp.end(), token, due_us)
+        {
+            Ok(copy) => Some(copy),
+            Err(token) => {
+                self.queue.push_front(Queued {
+                    epoch,
+                    input_seq,
+                    token,
+                });
+                None
+            }
+        }
     }
 
     pub(super) fn undelivered(&mut self, token: Token) {
@@ -100,7 +116,9 @@ impl Inherited {
             .take()
             .into_iter()
             .for_each(|token| frames.release(token));
-        self.queue.drain(..).for_each(|token| frames.release(token));
+        self.queue
+            .drain(..)
+            .for_each(|queued| frames.release(queued.token));
         self.retain.clear(frames);
     }
 }

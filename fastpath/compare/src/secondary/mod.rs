@@ -4,7 +4,9 @@
 //! Invariants: input reaches the SVM in the PVM's order, none of an epoch that the SVM has not
 //! reached; a TCP segment is kept until the SVM's own ACK covers it or a commit includes it
 //! (rule 5); output is kept until the primary says that it has left (rule 9). Nothing here reaches
-//! a client before [`SecondaryPath::take_over`].
+//! a client before [`SecondaryPath::take_over`]. Nothing allocates after `new` before that, as long
+//! as the primary keeps to [`Limits::max_unacked_inputs`] and the shell asks
+//! [`SecondaryPath::room`]; who does not is served all the same.
 
 mod pair;
 
@@ -14,23 +16,25 @@ use alloc::vec::Vec;
 use crate::action::{Action, PathError, Right, SecondaryAction};
 use crate::announce::Addresses;
 use crate::cause::Cause;
-use crate::flow::Direction;
+use crate::flat::Slot;
+use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
 use crate::limits::Limits;
 use crate::primary::{Inherited, PrimaryPath};
 use crate::record::{self, RecordError};
 use crate::retain::Retain;
 use crate::stats::SecondaryStats;
-use crate::wire::tcp::{ACK, RST, SYN};
-use crate::wire::{self, Packet};
+use crate::wire::tcp::{ACK, RST, SYN, Tcp};
+use crate::wire::{self, Packet, Quoted};
 use crate::xlate::ClientTable;
 use pair::PairTable;
 
+/// Input on its way to the guest.
 #[derive(Debug)]
-struct Queued {
-    epoch: u64,
-    input_seq: u64,
-    token: Token,
+pub(crate) struct Queued {
+    pub(crate) epoch: u64,
+    pub(crate) input_seq: u64,
+    pub(crate) token: Token,
 }
 
 #[derive(Debug)]
@@ -60,6 +64,8 @@ pub struct SecondaryPath {
     /// SVM output in the PVM's space, by `svm_seq`, not reported released.
     outputs: VecDeque<Stored>,
     next_svm_seq: u64,
+    /// Output from here on has not been given to the shell for sending.
+    unsent_svm_seq: u64,
     /// Pending output of the last commit, until it is reported released (rule 12).
     pending: VecDeque<Token>,
     pending_epoch: u64,
@@ -68,34 +74,37 @@ pub struct SecondaryPath {
     addresses: Addresses,
     /// The latest epoch in which a checkpoint was requested.
     requested: Option<u64>,
-    actions: VecDeque<SecondaryAction>,
+    /// The request is still to be given to the shell.
+    request: Option<Cause>,
     stats: SecondaryStats,
 }
 
 impl SecondaryPath {
     /// A path that has joined but has no VM yet: input is kept until the first commit.
     pub fn new(limits: Limits) -> Self {
+        let (inputs, seed) = (limits.input_capacity(), limits.hash_seed);
         Self {
             limits,
             epoch: 0,
             running: false,
-            queue: VecDeque::new(),
+            queue: VecDeque::with_capacity(inputs),
             ready: None,
-            retain: Retain::default(),
+            retain: Retain::new(inputs, seed),
             received_seq: 0,
             acked_seq: 0,
             delivered_seq: 0,
             catch_up_to: None,
-            pairs: PairTable::default(),
-            outputs: VecDeque::new(),
+            pairs: PairTable::new(limits.max_flows, seed),
+            outputs: VecDeque::with_capacity(limits.max_stored_output),
             next_svm_seq: 1,
-            pending: VecDeque::new(),
+            unsent_svm_seq: 1,
+            pending: VecDeque::with_capacity(limits.max_held_frames),
             pending_epoch: 0,
             pending_released: 0,
-            client: ClientTable::new(limits.max_translations, limits.hash_seed),
+            client: ClientTable::new(limits.max_translations, seed),
             addresses: Addresses::default(),
             requested: None,
-            actions: VecDeque::new(),
+            request: None,
             stats: SecondaryStats::default(),
         }
     }
@@ -127,8 +136,13 @@ impl SecondaryPath {
 
     /// What is to be done next.
     pub fn poll_action(&mut self) -> Option<SecondaryAction> {
-        if let Some(action) = self.actions.pop_front() {
-            return Some(action);
+        if let Some(svm_seq) = self.next_unsent() {
+            self.unsent_svm_seq = svm_seq + 1;
+            let epoch = self.epoch;
+            return Some(SecondaryAction::SendOutput { epoch, svm_seq });
+        }
+        if let Some(cause) = self.request.take() {
+            return Some(SecondaryAction::RequestCheckpoint(cause));
         }
         let caught_up = self
             .catch_up_to
@@ -146,6 +160,18 @@ impl SecondaryPath {
             });
         }
         None
+    }
+
+    /// What is stored is of the present epoch: a commit drops the rest.
+    fn next_unsent(&self) -> Option<u64> {
+        let newest = self.outputs.back()?;
+        if newest.svm_seq < self.unsent_svm_seq {
+            return None;
+        }
+        let at = self
+            .outputs
+            .partition_point(|stored| stored.svm_seq < self.unsent_svm_seq);
+        self.outputs.get(at).map(|stored| stored.svm_seq)
     }
 
     /// Takes a mirrored input frame. Numbers go up by one, from 1 in each session.
@@ -205,67 +231,83 @@ impl SecondaryPath {
     }
 
     fn deliver_next<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) -> Option<Token> {
-        let queued = self.queue.pop_front()?;
-        let input_seq = queued.input_seq;
-        let packet = parse(frames, &queued.token, Direction::ToGuest);
-        let Some(tcp) = packet.tcp else {
-            self.delivered_seq = input_seq;
-            return Some(queued.token);
+        let Queued {
+            epoch,
+            input_seq,
+            token,
+        } = self.queue.pop_front()?;
+        let packet = parse(frames, &token, Direction::ToGuest);
+        let delivered = match packet.tcp {
+            Some(tcp) => self.deliver_segment(now_us, frames, token, (packet.key, &tcp)),
+            None => Ok(token),
         };
-        if !self.pairs.has_room(&packet.key, self.limits.max_flows) {
-            self.queue.push_front(queued);
+        match delivered {
+            Ok(token) => {
+                self.translate_input(frames, &token, &packet);
+                self.delivered_seq = input_seq;
+                Some(token)
+            }
+            Err(token) => {
+                self.queue.push_front(Queued {
+                    epoch,
+                    input_seq,
+                    token,
+                });
+                None
+            }
+        }
+    }
+
+    /// Takes note of a segment, and keeps it where it must be kept. Gives what is to be delivered,
+    /// or the segment back when something has no room.
+    fn deliver_segment<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        token: Token,
+        (key, tcp): (FlowKey, &Tcp),
+    ) -> Result<Token, Token> {
+        let Some(slot) = self.pairs.place(key) else {
             self.request(Cause::TableFull);
-            return None;
+            return Err(token);
+        };
+        let learnt = self.pairs.input(slot, frames.header(&token), tcp);
+        self.stats.learnt += u64::from(learnt);
+        if tcp.has(RST) {
+            self.retain.forget(&key, frames);
         }
         // What the peer sends again after the SVM's ACK needs no keeping: guests answer it late or
         // not at all. A SYN may be a new connection's.
-        let is_repeated = !tcp.has(SYN) && self.pairs.is_acknowledged(&packet.key, tcp.end());
-        let is_kept = tcp.takes_space() && !tcp.has(RST) && !is_repeated;
-        let copy = if is_kept {
-            frames.duplicate(&queued.token)
-        } else {
-            None
-        };
-        if is_kept && copy.is_none() {
-            self.queue.push_front(queued);
-            return None;
+        let is_repeated = !tcp.has(SYN) && self.pairs.is_acknowledged(slot, tcp.end());
+        if !tcp.takes_space() || tcp.has(RST) || is_repeated {
+            return Ok(token);
         }
-        self.stats.learnt += u64::from(self.pairs.input(
-            packet.key,
-            frames.header(&queued.token),
-            &tcp,
-        ));
-        if tcp.has(RST) {
-            self.retain.forget(&packet.key, frames);
+        let due_us = now_us + self.limits.redeliver_us;
+        let kept = self.retain.keep(frames, key, tcp.end(), token, due_us);
+        if kept.is_err() && self.retain.is_full() {
+            self.request(Cause::InputOverflow);
         }
-        let token = match copy {
-            Some(copy) => {
-                let due_us = now_us + self.limits.redeliver_us;
-                self.retain
-                    .keep(packet.key, tcp.end(), queued.token, due_us);
-                copy
-            }
-            None => queued.token,
-        };
-        self.translate_input(frames, &token, &packet);
-        self.delivered_seq = input_seq;
-        Some(token)
+        kept
     }
 
     fn deliver_again<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) -> Option<Token> {
-        let (_, copy) = self
-            .retain
-            .poll_due(now_us, self.limits.redeliver_us, frames)?;
+        let wait_us = self.limits.redeliver_us;
+        let copy = self.retain.poll_due(now_us, wait_us, frames)?;
         self.stats.redelivered += 1;
         let packet = parse(frames, &copy, Direction::ToGuest);
         self.translate_input(frames, &copy, &packet);
         Some(copy)
     }
 
+    /// From the PVM's space to the SVM's: a segment, or one that an ICMP error quotes.
     fn translate_input<F: Frames + ?Sized>(&self, frames: &mut F, token: &Token, packet: &Packet) {
+        let header = frames.header_mut(token);
         if let Some(mut tcp) = packet.tcp {
-            let offsets = self.pairs.offsets(&packet.key);
-            offsets.inbound(frames.header_mut(token), &mut tcp);
+            let offsets = self.pairs.offsets_of(&packet.key);
+            offsets.inbound(header, &mut tcp);
+        } else if let Some(quoted) = Quoted::parse(header, packet) {
+            let offsets = self.pairs.offsets_of(&quoted.key);
+            offsets.inbound_quoted(header, &quoted);
         }
     }
 
@@ -286,50 +328,59 @@ impl SecondaryPath {
         let packet = parse(frames, &token, Direction::FromGuest);
         self.addresses.learn(frames.header(&token), &packet);
         if let Some(mut tcp) = packet.tcp {
-            self.note_guest_tcp(now_us, frames, &token, &packet);
+            let slot = self.note_guest_tcp(now_us, frames, &token, (&packet.key, &tcp));
             if tcp.is_pure_ack() {
                 self.stats.pure_acks += 1;
                 frames.release(token);
                 return;
             }
-            let offsets = self.pairs.offsets(&packet.key);
-            offsets.outbound(frames.header_mut(&token), &mut tcp);
+            if let Some(slot) = slot {
+                let offsets = self.pairs.offsets(slot);
+                offsets.outbound(frames.header_mut(&token), &mut tcp);
+            }
         }
-        let (svm_seq, epoch) = (self.next_svm_seq, self.epoch);
+        let svm_seq = self.next_svm_seq;
         self.next_svm_seq += 1;
         self.outputs.push_back(Stored { svm_seq, token });
         self.stats.sent += 1;
-        self.actions
-            .push_back(SecondaryAction::SendOutput { epoch, svm_seq });
         if !self.room() {
             self.request(Cause::OutputOverflow);
         }
     }
 
+    /// Gives the connection's place in the pair table.
     fn note_guest_tcp<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
         frames: &mut F,
         token: &Token,
-        packet: &Packet,
-    ) {
-        let (Some(tcp), key) = (packet.tcp, packet.key) else {
-            return;
-        };
+        (key, tcp): (&FlowKey, &Tcp),
+    ) -> Option<Slot> {
         if tcp.has(ACK) {
-            self.retain
-                .covered(now_us, self.limits.redeliver_us, &key, tcp.ack, frames);
+            let wait_us = self.limits.redeliver_us;
+            self.retain.covered(now_us, wait_us, key, tcp.ack, frames);
         }
-        let new = tcp.has(SYN)
-            && self.pairs.has_room(&key, self.limits.max_flows)
-            && self.pairs.svm_syn(key, frames.header(token), &tcp);
-        if new || tcp.has(RST) {
+        let mut slot = self.pairs.find(key);
+        let mut is_over = tcp.has(RST);
+        if tcp.has(SYN) {
+            slot = self.pairs.place(*key);
+            match slot {
+                Some(slot) => is_over |= self.pairs.svm_syn(slot, frames.header(token), tcp),
+                // Without a place its numbers would not be known at a takeover.
+                None => self.request(Cause::TableFull),
+            }
+        }
+        if is_over {
             // What is still kept belongs to a connection that the SVM no longer has.
-            self.retain.forget(&key, frames);
+            self.retain.forget(key, frames);
         }
-        if tcp.has(ACK) && !tcp.has(RST) {
-            self.pairs.svm_ack(&key, tcp.ack);
+        if tcp.has(ACK)
+            && !tcp.has(RST)
+            && let Some(slot) = slot
+        {
+            self.pairs.svm_ack(slot, tcp.ack);
         }
+        slot
     }
 
     /// The stored output of that number, in the PVM's space.
@@ -399,7 +450,7 @@ impl SecondaryPath {
         self.pending
             .drain(..)
             .for_each(|token| frames.release(token));
-        self.pending = pending.into();
+        self.pending.extend(pending);
         self.pending_epoch = epoch;
         self.handle_pending_released(frames, self.pending_released);
         self.epoch = epoch + 1;
@@ -425,8 +476,6 @@ impl SecondaryPath {
         self.outputs
             .drain(..)
             .for_each(|stored| frames.release(stored.token));
-        self.actions
-            .retain(|action| !matches!(action, SecondaryAction::SendOutput { .. }));
         self.pairs.clear();
     }
 
@@ -443,43 +492,40 @@ impl SecondaryPath {
         if self.requested != Some(self.epoch) {
             self.requested = Some(self.epoch);
             self.stats.requests[cause.index()] += 1;
-            self.actions
-                .push_back(SecondaryAction::RequestCheckpoint(cause));
+            self.request = Some(cause);
         }
     }
 
     /// The SVM becomes the VM, by the arbiter's word: its translations become client-facing, what
     /// the primary did not report released is sent, and the kept input is delivered (rules 1, 3,
-    /// 5, 9, 12 and 14). Announcements are queued: [`PrimaryPath::poll_announcement`].
+    /// 5, 9, 12 and 14). Takes the memory of a [`PrimaryPath`]. Announcements are queued: [`PrimaryPath::poll_announcement`].
     pub fn take_over<F: Frames + ?Sized>(mut self, now_us: u64, frames: &mut F) -> PrimaryPath {
         let unsent = self.translate_unsent(now_us, frames);
         for queued in &self.queue {
             let packet = parse(frames, &queued.token, Direction::ToGuest);
-            if let Some(tcp) = packet.tcp {
-                self.pairs
-                    .input(packet.key, frames.header(&queued.token), &tcp);
-                self.translate_input(frames, &queued.token, &packet);
+            if let Some(tcp) = packet.tcp
+                && let Some(slot) = self.pairs.place(packet.key)
+            {
+                self.pairs.input(slot, frames.header(&queued.token), &tcp);
             }
+            self.translate_input(frames, &queued.token, &packet);
         }
-        for (_, token) in self.retain.tokens() {
+        for token in self.retain.tokens() {
             let packet = parse(frames, token, Direction::ToGuest);
             self.translate_input(frames, token, &packet);
         }
         let last_epoch = self.queue.back().map_or(self.epoch, |queued| queued.epoch);
         self.retain.hurry(now_us);
-        let queue = self.queue.into_iter().map(|queued| queued.token).collect();
-        let inherited = Inherited::new(self.ready, queue, self.retain);
-        let client = self
-            .pairs
-            .compose(self.client, now_us, self.limits.takeover_ts_slack);
+        let slack = self.limits.takeover_ts_slack;
+        self.pairs.compose(&mut self.client, now_us, slack);
         let epoch = last_epoch.max(self.epoch) + 1;
         PrimaryPath::inheriting(
             now_us,
             self.limits,
             epoch,
-            client,
+            self.client,
             self.addresses,
-            inherited,
+            Inherited::new(self.ready, self.queue, self.retain),
             unsent,
         )
     }
@@ -490,19 +536,19 @@ impl SecondaryPath {
         now_us: u64,
         frames: &mut F,
     ) -> VecDeque<Action> {
+        let mut unsent = VecDeque::with_capacity(self.pending.len() + self.outputs.len());
         let stored = self.outputs.drain(..).map(|stored| stored.token);
-        let unsent = self.pending.drain(..).chain(stored).collect::<Vec<_>>();
-        let release = |token: Token| {
+        for token in self.pending.drain(..).chain(stored) {
             let mut packet = parse(frames, &token, Direction::FromGuest);
             self.client
                 .outbound(now_us, frames.header_mut(&token), &mut packet);
-            Action::Release {
+            unsent.push_back(Action::Release {
                 token,
                 right: Right::Alone,
                 held_us: 0,
-            }
-        };
-        unsent.into_iter().map(release).collect()
+            });
+        }
+        unsent
     }
 
     /// Gives back every frame that the path owns, for a shell that ends.

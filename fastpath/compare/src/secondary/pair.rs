@@ -1,162 +1,288 @@
 //! The pair translation: the SVM's numbers relative to the PVM's, learnt from handshakes (rule 2).
 //!
 //! Invariants: it is dropped at each commit, because then both guests are the same; a connection
-//! that is not here has the same numbers on both sides.
+//! that is not here has the same numbers on both sides; only what can be learnt again at any time
+//! makes room for others; nothing allocates after `new`.
 
-use alloc::collections::BTreeMap;
-
+use crate::flat::{FlatTable, Slot};
 use crate::flow::FlowKey;
+use crate::list::{Ends, NIL};
 use crate::seq;
-use crate::wire::tcp::{ACK, SYN, Tcp};
+use crate::wire::tcp::{ACK, Tcp};
 use crate::xlate::{ClientTable, Entry, Handshake, Offsets};
 
+/// Which fields of a [`Pair`] mean something.
+const HAS_SVM_ACK: u8 = 1;
+const HAS_TSECR: u8 = 2;
+const HAS_SVM_TS: u8 = 4;
+const HAS_PEER_ISN: u8 = 8;
+
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    /// Seen in this epoch, but not opened in it: both sides have the same numbers. The neighbours
+    /// in the list of those that make room.
+    Seen { prev: Slot, next: Slot },
+    /// The SVM opened or accepted it after the last commit; the PVM's numbers are not known yet.
+    Opening {
+        svm_isn: u32,
+        svm_ts: u32,
+        peer_isn: u32,
+    },
+    /// The same, and they are known.
+    Learnt { svm_isn: u32, offsets: Offsets },
+}
+
 /// What is known of one connection since the last commit.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Pair {
-    pub(super) offsets: Offsets,
-    /// Present until the offsets are learnt.
-    handshake: Option<Handshake>,
-    /// The SVM opened or accepted it after the last commit.
-    fresh: bool,
-    svm_isn: Option<u32>,
-    peer_isn: Option<u32>,
+#[derive(Debug, Clone, Copy)]
+struct Pair {
+    stage: Stage,
     /// What the SVM has acknowledged to the peer.
-    svm_ack: Option<u32>,
+    svm_ack: u32,
     /// Highest TSecr from the client, in the PVM's space: what the PVM has sent at least.
-    tsecr_high: Option<u32>,
+    tsecr_high: u32,
+    has: u8,
+}
+
+impl Pair {
+    const SEEN: Self = Self {
+        stage: Stage::Seen {
+            prev: NIL,
+            next: NIL,
+        },
+        svm_ack: 0,
+        tsecr_high: 0,
+        has: 0,
+    };
+
+    fn svm_isn(&self) -> Option<u32> {
+        match self.stage {
+            Stage::Seen { .. } => None,
+            Stage::Opening { svm_isn, .. } | Stage::Learnt { svm_isn, .. } => Some(svm_isn),
+        }
+    }
+
+    fn offsets(&self) -> Offsets {
+        match self.stage {
+            Stage::Learnt { offsets, .. } => offsets,
+            _ => Offsets::default(),
+        }
+    }
+
+    fn handshake(&self) -> Option<Handshake> {
+        let Stage::Opening {
+            svm_isn,
+            svm_ts,
+            peer_isn,
+        } = self.stage
+        else {
+            return None;
+        };
+        Some(Handshake {
+            guest_isn: svm_isn,
+            guest_ts: self.when(HAS_SVM_TS, svm_ts),
+            peer_isn: self.when(HAS_PEER_ISN, peer_isn),
+        })
+    }
+
+    fn svm_ack(&self) -> Option<u32> {
+        self.when(HAS_SVM_ACK, self.svm_ack)
+    }
+
+    fn tsecr_high(&self) -> Option<u32> {
+        self.when(HAS_TSECR, self.tsecr_high)
+    }
+
+    fn when(&self, bit: u8, n: u32) -> Option<u32> {
+        (self.has & bit != 0).then_some(n)
+    }
+
+    /// The client-facing entry of a connection that began in this epoch.
+    fn entry(&self, ts_slack: u32) -> Entry {
+        let entry = match self.handshake() {
+            Some(handshake) => Entry::opening(handshake),
+            None => {
+                let ts = self.tsecr_high().map_or(0, |_| ts_slack);
+                let offsets = self.offsets().then(Offsets { seq: 0, ts });
+                Entry::new(offsets).with_guest_isn(self.svm_isn())
+            }
+        };
+        entry.with_ts_high(self.tsecr_high())
+    }
 }
 
 /// The connections of this epoch.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct PairTable {
-    pairs: BTreeMap<FlowKey, Pair>,
+    pairs: FlatTable<Pair>,
+    /// Those in [`Stage::Seen`], oldest first.
+    seen: Ends,
 }
 
 impl PairTable {
+    pub(super) fn new(limit: usize, seed: u64) -> Self {
+        Self {
+            pairs: FlatTable::new(limit, seed),
+            seen: Ends::EMPTY,
+        }
+    }
+
     pub(super) fn clear(&mut self) {
         self.pairs.clear();
+        self.seen = Ends::EMPTY;
     }
 
-    /// Whether `key` has a place, or gets one. What can be learnt again at any time makes room.
-    pub(super) fn has_room(&mut self, key: &FlowKey, limit: usize) -> bool {
-        if self.pairs.len() < limit || self.pairs.contains_key(key) {
-            return true;
+    /// The connection's place, made when there is none; `None` when only a commit can make room.
+    pub(super) fn place(&mut self, key: FlowKey) -> Option<Slot> {
+        let hash = self.pairs.hash(&key);
+        if let Some(slot) = self.pairs.slot_of(hash, &key) {
+            return Some(slot);
         }
-        self.pairs.retain(|_, pair| pair.fresh);
-        self.pairs.len() < limit
+        if self.pairs.is_full() {
+            let oldest = self.seen.head;
+            if oldest == NIL {
+                return None;
+            }
+            self.unlink(oldest);
+            self.pairs.remove(&self.pairs.key_at(oldest));
+        }
+        let slot = self.pairs.insert(hash, key, Pair::SEEN).ok()?;
+        self.link(slot);
+        Some(slot)
     }
 
-    pub(super) fn offsets(&self, key: &FlowKey) -> Offsets {
+    /// The place of a connection that is known.
+    pub(super) fn find(&self, key: &FlowKey) -> Option<Slot> {
+        self.pairs.slot_of(self.pairs.hash(key), key)
+    }
+
+    fn link(&mut self, slot: Slot) {
+        let prev = core::mem::replace(&mut self.seen.tail, slot);
+        if let Some(pair) = self.pairs.at_mut(slot) {
+            pair.stage = Stage::Seen { prev, next: NIL };
+        }
+        match self.pairs.at_mut(prev).map(|pair| &mut pair.stage) {
+            Some(Stage::Seen { next, .. }) => *next = slot,
+            _ => self.seen.head = slot,
+        }
+    }
+
+    /// Takes a connection out of the list, when it is in it.
+    fn unlink(&mut self, slot: Slot) {
+        let Some(Stage::Seen { prev, next }) = self.pairs.at(slot).map(|pair| pair.stage) else {
+            return;
+        };
+        match self.pairs.at_mut(prev).map(|pair| &mut pair.stage) {
+            Some(Stage::Seen { next: of_prev, .. }) => *of_prev = next,
+            _ => self.seen.head = next,
+        }
+        match self.pairs.at_mut(next).map(|pair| &mut pair.stage) {
+            Some(Stage::Seen { prev: of_next, .. }) => *of_next = prev,
+            _ => self.seen.tail = prev,
+        }
+    }
+
+    pub(super) fn offsets(&self, slot: Slot) -> Offsets {
+        self.pairs
+            .at(slot)
+            .map_or_else(Offsets::default, Pair::offsets)
+    }
+
+    pub(super) fn offsets_of(&self, key: &FlowKey) -> Offsets {
         self.pairs
             .get(key)
-            .map_or(Offsets::default(), |pair| pair.offsets)
+            .map_or_else(Offsets::default, Pair::offsets)
     }
 
     /// Takes note of a segment for the SVM, still in the PVM's space. True when that completed the
     /// translation.
-    pub(super) fn input(&mut self, key: FlowKey, header: &[u8], tcp: &Tcp) -> bool {
-        let pair = self.pairs.entry(key).or_default();
-        if !tcp.has(ACK) {
-            if tcp.has(SYN) {
-                pair.peer_isn = Some(tcp.seq);
-            }
+    pub(super) fn input(&mut self, slot: Slot, header: &[u8], tcp: &Tcp) -> bool {
+        let Some(pair) = self.pairs.at_mut(slot).filter(|_| tcp.has(ACK)) else {
             return false;
-        }
-        let learnt = pair
-            .handshake
-            .and_then(|handshake| handshake.learn(header, tcp));
-        if let Some(offsets) = learnt {
-            pair.offsets = offsets;
-            pair.handshake = None;
+        };
+        let handshake = pair.handshake();
+        let learnt = handshake.and_then(|handshake| handshake.learn(header, tcp));
+        if let (Some(Handshake { guest_isn, .. }), Some(offsets)) = (handshake, learnt) {
+            pair.stage = Stage::Learnt {
+                svm_isn: guest_isn,
+                offsets,
+            };
         }
         if let Some((_, tsecr)) = tcp.timestamps(header) {
-            pair.tsecr_high = Some(seq::max_known(tsecr, pair.tsecr_high));
+            pair.tsecr_high = seq::max_known(tsecr, pair.tsecr_high());
+            pair.has |= HAS_TSECR;
         }
         learnt.is_some()
     }
 
     /// Takes note of the SVM's acknowledgement.
-    pub(super) fn svm_ack(&mut self, key: &FlowKey, ack: u32) {
-        if let Some(pair) = self.pairs.get_mut(key) {
-            pair.svm_ack = Some(seq::max_known(ack, pair.svm_ack));
+    pub(super) fn svm_ack(&mut self, slot: Slot, ack: u32) {
+        if let Some(pair) = self.pairs.at_mut(slot) {
+            pair.svm_ack = seq::max_known(ack, pair.svm_ack());
+            pair.has |= HAS_SVM_ACK;
         }
     }
 
     /// Whether the SVM has acknowledged everything below `end` already.
-    pub(super) fn is_acknowledged(&self, key: &FlowKey, end: u32) -> bool {
-        let ack = self.pairs.get(key).and_then(|pair| pair.svm_ack);
+    pub(super) fn is_acknowledged(&self, slot: Slot, end: u32) -> bool {
+        let ack = self.pairs.at(slot).and_then(Pair::svm_ack);
         ack.is_some_and(|ack| seq::le(end, ack))
     }
 
     /// Takes note of the SVM's SYN or SYN-ACK. True when it begins a new connection.
-    pub(super) fn svm_syn(&mut self, key: FlowKey, header: &[u8], tcp: &Tcp) -> bool {
-        let pair = self.pairs.entry(key).or_default();
-        if pair.svm_isn == Some(tcp.seq) {
+    pub(super) fn svm_syn(&mut self, slot: Slot, header: &[u8], tcp: &Tcp) -> bool {
+        let is_known = |pair: &Pair| pair.svm_isn() == Some(tcp.seq);
+        if self.pairs.at(slot).is_none_or(is_known) {
             return false;
         }
-        let peer_isn = pair.peer_isn.filter(|_| tcp.has(ACK));
-        let guest_ts = tcp.timestamps(header).map(|(tsval, _)| tsval);
-        *pair = Pair {
-            handshake: Some(Handshake {
-                guest_isn: tcp.seq,
-                guest_ts,
-                peer_isn,
-            }),
-            fresh: true,
-            svm_isn: Some(tcp.seq),
-            peer_isn,
-            ..Pair::default()
-        };
+        self.unlink(slot);
+        let svm_ts = tcp.timestamps(header).map(|(tsval, _)| tsval);
+        let mut has = svm_ts.map_or(0, |_| HAS_SVM_TS);
+        // A SYN-ACK acknowledges exactly the peer's SYN.
+        has |= if tcp.has(ACK) { HAS_PEER_ISN } else { 0 };
+        if let Some(pair) = self.pairs.at_mut(slot) {
+            *pair = Pair {
+                stage: Stage::Opening {
+                    svm_isn: tcp.seq,
+                    svm_ts: svm_ts.unwrap_or(0),
+                    peer_isn: tcp.ack.wrapping_sub(1),
+                },
+                has,
+                ..Pair::SEEN
+            };
+        }
         true
     }
 
-    /// The client-facing table of the VM that the SVM becomes: the pair translation first, then
-    /// the one that the PVM had (rules 1 and 3).
-    pub(super) fn compose(
-        self,
-        mut client: ClientTable,
-        now_us: u64,
-        ts_slack: u32,
-    ) -> ClientTable {
-        for (key, pair) in self.pairs {
-            let old = client.get(&key).copied();
-            // A repeated SYN-ACK of a connection that is older than the commit is not a new one.
-            let older =
-                old.is_some_and(|old| old.guest_isn.is_some_and(|isn| pair.svm_isn == Some(isn)));
-            let mut entry = if pair.fresh && !older {
-                let has_ts = pair.tsecr_high.is_some();
-                let slack = Offsets {
-                    seq: 0,
-                    ts: if has_ts { ts_slack } else { 0 },
-                };
-                Entry {
-                    offsets: pair.offsets.then(slack),
-                    guest_isn: pair.svm_isn,
-                    handshake: pair.handshake,
-                    ts_high: pair.tsecr_high,
-                    ..Entry::default()
+    /// Makes of the client-facing table that the PVM had the one of the VM that the SVM becomes:
+    /// the pair translation first, then the PVM's (rules 1 and 3). Where that is more than there
+    /// is room for, connections that are over or silent in this epoch make room.
+    pub(super) fn compose(&self, client: &mut ClientTable, now_us: u64, ts_slack: u32) {
+        let may_go = |key: &FlowKey, entry: &Entry| entry.is_over() || self.find(key).is_none();
+        for (key, pair) in self.pairs.iter() {
+            let svm_isn = pair.svm_isn();
+            match client.get_mut(key) {
+                // A repeated SYN-ACK of a connection that is older than the commit is not a new one.
+                Some(old) if svm_isn.is_none() || old.guest_isn() == svm_isn => {
+                    old.seen_by_peer(now_us, pair.tsecr_high());
                 }
-            } else {
-                let mut entry = old.unwrap_or_default();
-                let floor = pair.tsecr_high.map(|ts| ts.wrapping_add(entry.offsets.ts));
-                entry.ts_high = match (floor, entry.ts_high) {
-                    (Some(floor), high) => Some(seq::max_known(floor, high)),
-                    (None, high) => high,
-                };
-                entry
-            };
-            entry.used_us = now_us;
-            if entry
-                == (Entry {
-                    used_us: now_us,
-                    ..Entry::default()
-                })
-            {
-                continue;
+                _ if svm_isn.is_some() => {
+                    let entry = pair.entry(ts_slack).used_at(now_us);
+                    client.insert_evicting(*key, entry, may_go);
+                }
+                _ => {}
             }
-            client.insert(key, entry);
         }
-        client.shrink();
-        client
+        // Where the numbers are the same, only the floor of the timestamps is to be remembered.
+        for (key, pair) in self
+            .pairs
+            .iter()
+            .filter(|(_, pair)| pair.svm_isn().is_none())
+        {
+            if client.get(key).is_none() && pair.tsecr_high().is_some() {
+                let mut entry = Entry::default();
+                entry.seen_by_peer(now_us, pair.tsecr_high());
+                client.insert(*key, entry);
+            }
+        }
     }
 }

@@ -8,12 +8,14 @@
 
 pub mod checksum;
 mod mask;
+mod quoted;
 mod strip;
 pub mod tcp;
 
 use crate::flow::{Direction, FlowKey, Protocol};
 use checksum::{be16, be32};
 pub(crate) use mask::{header_difference, mask_ignored};
+pub(crate) use quoted::Quoted;
 pub(crate) use strip::strip_payload;
 pub use tcp::Tcp;
 
