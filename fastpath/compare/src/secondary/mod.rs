@@ -500,7 +500,7 @@ impl SecondaryPath {
     /// the primary did not report released is sent, and the kept input is delivered (rules 1, 3,
     /// 5, 9, 12 and 14). Takes the memory of a [`PrimaryPath`]. Announcements are queued: [`PrimaryPath::poll_announcement`].
     pub fn take_over<F: Frames + ?Sized>(mut self, now_us: u64, frames: &mut F) -> PrimaryPath {
-        let unsent = self.translate_unsent(now_us, frames);
+        self.translate_unsent(now_us, frames);
         for queued in &self.queue {
             let packet = parse(frames, &queued.token, Direction::ToGuest);
             if let Some(tcp) = packet.tcp
@@ -518,6 +518,13 @@ impl SecondaryPath {
         self.retain.hurry(now_us);
         let slack = self.limits.takeover_ts_slack;
         self.pairs.compose(&mut self.client, now_us, slack);
+        let stored = self.outputs.into_iter().map(|stored| stored.token);
+        let unsent = self.pending.into_iter().chain(stored);
+        let unsent = unsent.map(|token| Action::Release {
+            token,
+            right: Right::Alone,
+            held_us: 0,
+        });
         let epoch = last_epoch.max(self.epoch) + 1;
         PrimaryPath::inheriting(
             now_us,
@@ -530,25 +537,14 @@ impl SecondaryPath {
         )
     }
 
-    /// Pending output, then stored SVM output, through the translation that the PVM had.
-    fn translate_unsent<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-    ) -> VecDeque<Action> {
-        let mut unsent = VecDeque::with_capacity(self.pending.len() + self.outputs.len());
-        let stored = self.outputs.drain(..).map(|stored| stored.token);
-        for token in self.pending.drain(..).chain(stored) {
-            let mut packet = parse(frames, &token, Direction::FromGuest);
+    /// Puts pending output, then stored SVM output, through the translation that the PVM had.
+    fn translate_unsent<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
+        let stored = self.outputs.iter().map(|stored| &stored.token);
+        for token in self.pending.iter().chain(stored) {
+            let mut packet = parse(frames, token, Direction::FromGuest);
             self.client
-                .outbound(now_us, frames.header_mut(&token), &mut packet);
-            unsent.push_back(Action::Release {
-                token,
-                right: Right::Alone,
-                held_us: 0,
-            });
+                .outbound(now_us, frames.header_mut(token), &mut packet);
         }
-        unsent
     }
 
     /// Gives back every frame that the path owns, for a shell that ends.

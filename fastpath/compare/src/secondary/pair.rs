@@ -286,3 +286,117 @@ impl PairTable {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::{Direction, Protocol};
+    use crate::testing::{Segment, Side};
+    use crate::wire::{self, tcp::SYN};
+    use alloc::vec::Vec;
+    use proptest::prelude::*;
+
+    fn key(port: u16) -> FlowKey {
+        FlowKey::bare(Protocol::Tcp, [0; 2]).with_ports(80, port)
+    }
+
+    fn open(pairs: &mut PairTable, port: u16, isn: u32) {
+        let bytes = Segment::new(Side::V4).flags(SYN | ACK).seq(isn).bytes();
+        let tcp = wire::parse(&bytes, bytes.len(), Direction::FromGuest)
+            .tcp
+            .unwrap();
+        let slot = pairs.place(key(port)).unwrap();
+        pairs.svm_syn(slot, &bytes, &tcp);
+    }
+
+    fn input(pairs: &mut PairTable, port: u16, ack: u32, tsecr: u32) -> bool {
+        let segment = Segment::new(Side::V4).to_guest().ack(ack);
+        let bytes = segment.timestamps(1, tsecr).bytes();
+        let tcp = wire::parse(&bytes, bytes.len(), Direction::ToGuest)
+            .tcp
+            .unwrap();
+        let slot = pairs.place(key(port)).unwrap();
+        pairs.input(slot, &bytes, &tcp)
+    }
+
+    #[test]
+    fn an_idle_connection_takes_80_bytes_and_its_part_of_the_index() {
+        assert_eq!(size_of::<Pair>(), 28);
+        assert_eq!(FlatTable::<Pair>::ENTRY_BYTES, 80);
+    }
+
+    #[test]
+    fn rule_1_a_full_table_of_translations_lets_go_of_silent_connections() {
+        let mut client = ClientTable::new(3, 0);
+        let offsets = Offsets { seq: 5, ts: 0 };
+        for port in [1, 2, 3] {
+            client.insert(key(port), Entry::new(offsets).with_guest_isn(Some(7)));
+        }
+        let mut pairs = PairTable::new(8, 0);
+        // The second one speaks; two new ones begin, and a third finds no place.
+        input(&mut pairs, 2, 1, 90);
+        (4..7).for_each(|port| open(&mut pairs, port, 100));
+        pairs.compose(&mut client, 0, 0);
+        let mut ports: Vec<_> = client.entries().map(|(key, _)| key.peer_port()).collect();
+        ports.sort_unstable();
+        assert_eq!((ports, client.evicted()), (Vec::from([2, 4, 5]), 3));
+        let kept = client.get(&key(2)).unwrap();
+        assert_eq!((kept.offsets(), kept.ts_high()), (offsets, Some(90)));
+    }
+
+    #[test]
+    fn rule_3_the_floor_of_timestamps_takes_no_translations_place() {
+        let mut client = ClientTable::new(2, 0);
+        client.insert(key(1), Entry::new(Offsets { seq: 5, ts: 0 }));
+        let mut pairs = PairTable::new(8, 0);
+        for port in [2, 3] {
+            input(&mut pairs, port, 1, 90);
+        }
+        pairs.compose(&mut client, 0, 0);
+        assert!(client.get(&key(1)).is_some());
+        assert_eq!((client.len(), client.evicted()), (2, 0));
+    }
+
+    proptest! {
+        /// Against a list that is searched from end to end.
+        #[test]
+        fn what_can_be_learnt_again_makes_room_oldest_first(
+            steps in proptest::collection::vec((0u8..8, 0u16..12), 1..200),
+        ) {
+            const LIMIT: usize = 6;
+            let mut pairs = PairTable::new(LIMIT, 3);
+            let mut seen = Vec::<u16>::new();
+            let mut opened = Vec::<u16>::new();
+            for (step, port) in steps {
+                let is_new = !seen.contains(&port) && !opened.contains(&port);
+                match step {
+                    0..=5 => {
+                        if is_new && seen.len() + opened.len() == LIMIT && !seen.is_empty() {
+                            seen.remove(0);
+                        }
+                        let has_room = !is_new || seen.len() + opened.len() < LIMIT;
+                        prop_assert_eq!(pairs.place(key(port)).is_some(), has_room);
+                        if is_new && has_room {
+                            seen.push(port);
+                        }
+                    }
+                    6 if seen.contains(&port) => {
+                        open(&mut pairs, port, 1);
+                        seen.retain(|other| *other != port);
+                        opened.push(port);
+                    }
+                    7 if port == 0 => {
+                        pairs.clear();
+                        seen.clear();
+                        opened.clear();
+                    }
+                    _ => {}
+                }
+                for port in 0..12 {
+                    let is_known = seen.contains(&port) || opened.contains(&port);
+                    prop_assert_eq!(pairs.find(&key(port)).is_some(), is_known);
+                }
+            }
+        }
+    }
+}
