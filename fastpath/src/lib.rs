@@ -9,6 +9,7 @@ pub mod link;
 pub mod mailbox;
 pub mod nic;
 pub mod pair;
+pub mod policy;
 pub mod ring;
 pub mod stats;
 pub mod worker;

@@ -8,7 +8,9 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use colo_compare::Policy;
 use colo_fastpath::Mac;
+use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
 use colo_fastpath::worker::PollMode;
 use serde::{Deserialize, Deserializer};
@@ -50,6 +52,14 @@ pub enum ConfigError {
         /// What to do.
         advice: &'static str,
     },
+    /// The policy file cannot be used.
+    #[error("{}: compare.policy: {source}", path.display())]
+    Policy {
+        /// The configuration.
+        path: PathBuf,
+        /// Which file, and why.
+        source: Box<PolicyError>,
+    },
     /// The guest image is larger than the RAM it is for.
     #[error("vm.kernel: {} has {bytes} bytes, more than {ram_mib} MiB of RAM", path.display())]
     KernelTooLarge {
@@ -83,9 +93,23 @@ pub struct Config {
     pub host: HostConfig,
     /// The pair; only for `colo primary` and `colo secondary`.
     pub replication: Option<ReplicationConfig>,
+    /// How the pair's output is compared.
+    #[serde(default)]
+    pub compare: CompareConfig,
     /// Mutations for tests of the tests.
     #[serde(default)]
     pub test: TestConfig,
+}
+
+/// `[compare]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CompareConfig {
+    /// Rules for single flows: see [`colo_fastpath::policy`].
+    pub policy: Option<PathBuf>,
+    /// What that file says.
+    #[serde(skip)]
+    pub rules: Policy,
 }
 
 /// `[test]`: breaks the protection on purpose, so that a test can show that it would notice.
@@ -268,6 +292,19 @@ impl VmConfig {
     }
 }
 
+impl CompareConfig {
+    fn read(&mut self, path: &Path, base: &Path) -> Result<(), ConfigError> {
+        if let Some(file) = &mut self.policy {
+            *file = base.join(&*file);
+            self.rules = policy::read(file).map_err(|source| ConfigError::Policy {
+                path: path.to_owned(),
+                source: Box::new(source),
+            })?;
+        }
+        Ok(())
+    }
+}
+
 impl Config {
     /// Reads and checks a file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
@@ -289,6 +326,7 @@ impl Config {
             config.vm.kernel = base.join(file).to_string_lossy().into_owned();
         }
         config.host.status = config.host.status.map(|status| base.join(status));
+        config.compare.read(path, base)?;
         let check = Check { path };
         check.vm(&config.vm)?;
         check.net(&config.net)?;

@@ -110,3 +110,30 @@ fn missing_and_oversized_files_are_named() {
         Err(ConfigError::KernelTooLarge { .. })
     ));
 }
+
+#[test]
+fn the_policy_is_read_from_beside_the_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = format!("{GOOD}[compare]\npolicy = \"rules/flows.toml\"\n");
+    let parse = || Config::parse(&dir.path().join("demo.toml"), &text);
+    let error = parse().unwrap_err().to_string();
+    for word in ["demo.toml: compare.policy: ", "rules/flows.toml: "] {
+        assert!(error.contains(word), "{error}");
+    }
+    let file = dir.path().join("rules/flows.toml");
+    std::fs::create_dir(dir.path().join("rules")).unwrap();
+    std::fs::write(&file, "[[rule]]\nprotocol = \"udp\"\naction = \"hold\"\n").unwrap();
+    let compare = parse().unwrap().compare;
+    assert_eq!(compare.policy, Some(file.clone()));
+    let rule = colo_compare::Rule {
+        protocol: Some(colo_compare::PolicyProtocol::Udp),
+        action: colo_compare::PolicyAction::Hold,
+        ..colo_compare::Rule::default()
+    };
+    assert_eq!(compare.rules, Policy::new(vec![rule]));
+    std::fs::write(&file, "[[rule]]\nprotocol = \"udp\"\n").unwrap();
+    let error = parse().unwrap_err().to_string();
+    assert!(error.contains("rule 1: action is missing"), "{error}");
+    let none = self::parse(GOOD).unwrap().compare;
+    assert_eq!((none.policy, none.rules), (None, Policy::default()));
+}

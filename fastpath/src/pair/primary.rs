@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::Shutdown;
 
 use colo_bpf::Mac;
-use colo_compare::{ANNOUNCEMENT_MAX, Action, Limits, PrimaryPath, PrimaryStats, Token};
+use colo_compare::{ANNOUNCEMENT_MAX, Action, Limits, Policy, PrimaryPath, PrimaryStats, Token};
 use hdrhistogram::Histogram;
 
 use super::{PairEvent, RESERVED_SLOTS, on_role};
@@ -23,6 +23,8 @@ const RELEASED_BYTES_MAX: usize = 32 << 10;
 pub struct PrimaryRoleConfig {
     /// Sizes and deadlines.
     pub limits: Limits,
+    /// Rules for single flows.
+    pub policy: Policy,
     /// Standing still for longer than this mutes the role while it has a secondary (rule 18).
     pub gap_limit_us: u64,
     /// Slots of the worker's frame pool.
@@ -81,10 +83,14 @@ impl PrimaryRole {
 
     /// Goes on with a path that was inherited.
     pub(super) fn with_path(
-        path: PrimaryPath,
+        mut path: PrimaryPath,
         config: &PrimaryRoleConfig,
         post: Post<PairEvent>,
     ) -> Self {
+        if let Err(e) = path.set_policy(config.policy.clone()) {
+            // Neither a new path nor one of a takeover has a secondary.
+            tracing::error!("{e}");
+        }
         let hold_us = Histogram::new_with_bounds(1, HOLD_MAX_US, 3);
         Self {
             path,

@@ -193,6 +193,7 @@ impl Replica {
     pub(super) fn primary_role(&self) -> PrimaryRoleConfig {
         PrimaryRoleConfig {
             limits: self.limits,
+            policy: self.config.compare.rules.clone(),
             gap_limit_us: self.timing().detection_us() / 2,
             frame_slots: self.config.host.frame_slots,
         }
