@@ -154,11 +154,11 @@ impl Replica {
             Machine::create_stopped(config, Box::new(tap), Box::new(Console::default()))?;
         Ok(Self {
             host: replication.link_listen.to_string(),
-            limits: limits(
-                &replication,
-                config.host.frame_slots,
-                config.test.always_equal,
-            ),
+            limits: Limits {
+                hash_seed: random_number()?,
+                canary_equal: config.test.always_equal,
+                ..limits(&replication, config.host.frame_slots)
+            },
             mac: config.net.mac,
             status: Status {
                 socket: status,
@@ -255,7 +255,7 @@ impl Replica {
     }
 }
 
-fn limits(replication: &ReplicationConfig, frame_slots: u32, always_equal: bool) -> Limits {
+fn limits(replication: &ReplicationConfig, frame_slots: u32) -> Limits {
     // Held output, input and SVM output each have a part of the pool, so that none starves another.
     let part = frame_slots as usize / 4;
     Limits {
@@ -265,7 +265,6 @@ fn limits(replication: &ReplicationConfig, frame_slots: u32, always_equal: bool)
         max_stored_output: part,
         compare_deadline_us: replication.compare_deadline_ms * 1000,
         ack_deadline_us: replication.ack_deadline_ms * 1000,
-        canary_equal: always_equal,
         ..Limits::default()
     }
 }
@@ -392,12 +391,16 @@ fn join(replica: &Replica) -> Result<Option<link::Channels>, ReplicaError> {
 }
 
 fn fresh_session() -> Result<u64, ReplicaError> {
+    // 0 means "no session" to the primary's core.
+    Ok(random_number()?.max(1))
+}
+
+fn random_number() -> Result<u64, ReplicaError> {
     let mut bytes = [0u8; 8];
     // SAFETY: the buffer is ours and as long as the call is told.
     let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
     match n {
-        // 0 means "no session" to the primary's core.
-        8 => Ok(u64::from_le_bytes(bytes).max(1)),
+        8 => Ok(u64::from_le_bytes(bytes)),
         _ => Err(ReplicaError::System(io::Error::last_os_error())),
     }
 }
