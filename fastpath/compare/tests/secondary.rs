@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 
-use colo_compare::testing::{Segment, Side, VecFrames, udp};
+use colo_compare::testing::{Segment, Side, VecFrames, ip_frame, udp};
 use colo_compare::wire::tcp::{ACK, RST, SYN};
 use colo_compare::{Cause, Limits, PathError, PrimaryPath, SecondaryAction, SecondaryPath, Token};
 
@@ -325,6 +325,39 @@ fn rule_2_connections_opened_by_the_guest_are_learnt_too() {
 }
 
 #[test]
+fn rule_1_a_routers_error_quotes_what_the_svm_sent() {
+    let segment = || Segment::new(Side::V6).ports(5000, 443);
+    let error = |seq| {
+        let mut message = Vec::from([2, 0, 0, 0, 0, 0, 5, 0]);
+        let quoted = segment().seq(seq).ack(10).payload(b"too long").bytes();
+        message.extend_from_slice(&quoted[14..]);
+        ip_frame(Side::V6, true, 58, 64, 0, &message)
+    };
+    let mut follower = Follower::new();
+    follower.mirror(2, &error(7001));
+    assert_eq!(follower.deliver(), Some(error(7001)), "no entry, no change");
+    follower.svm(&segment().flags(SYN).seq(1000).bytes());
+    let answer = |ack| {
+        let answer = segment().to_guest().flags(SYN | ACK);
+        answer.seq(9).ack(ack).bytes()
+    };
+    follower.mirror(2, &answer(7001));
+    assert_eq!(follower.deliver(), Some(answer(1001)));
+    follower.mirror(2, &error(7001));
+    assert_eq!(follower.deliver(), Some(error(1001)));
+    // What still waits at the takeover, too.
+    follower.mirror(2, &error(7003));
+    let Follower {
+        mut frames, path, ..
+    } = follower;
+    let mut primary = path.take_over(0, &mut frames);
+    let token = primary.poll_deliver(0, &mut frames).unwrap();
+    assert_eq!(frames.take(token), error(1003));
+    primary.close(&mut frames);
+    assert_eq!(frames.used(), 0);
+}
+
+#[test]
 fn rule_2_a_late_segment_of_the_previous_connection_teaches_nothing() {
     let mut follower = Follower::new();
     let segment = || Segment::new(Side::V4).ports(80, 5000);
@@ -369,6 +402,40 @@ fn a_full_pair_table_holds_input_until_a_checkpoint() {
     follower.mirror(3, &syn(5004));
     follower.commit(2, Vec::new());
     assert_eq!(follower.deliver(), Some(syn(5004)));
+    follower.close();
+}
+
+#[test]
+fn connections_that_can_be_learnt_again_make_room() {
+    let mut follower = Follower::with(Limits {
+        max_flows: 2,
+        ..Limits::default()
+    });
+    let client = |port| Segment::new(Side::V4).to_guest().ports(80, port).ack(5);
+    for port in 5000..5010 {
+        follower.mirror(2, &client(port).bytes());
+        assert_eq!(follower.deliver(), Some(client(port).bytes()));
+    }
+    assert_eq!(
+        follower.actions(),
+        [SecondaryAction::AckInput { up_to: 10 }]
+    );
+    follower.close();
+}
+
+#[test]
+fn a_connection_of_the_svm_without_a_place_asks_for_a_checkpoint() {
+    let mut follower = Follower::with(Limits {
+        max_flows: 1,
+        ..Limits::default()
+    });
+    let syn = |port| Segment::new(Side::V4).ports(port, 443).flags(SYN).bytes();
+    let sent = |svm_seq| SecondaryAction::SendOutput { epoch: 2, svm_seq };
+    follower.svm(&syn(5000));
+    assert_eq!(follower.actions(), [sent(1)]);
+    follower.svm(&syn(5001));
+    let full = SecondaryAction::RequestCheckpoint(Cause::TableFull);
+    assert_eq!(follower.actions(), [sent(2), full]);
     follower.close();
 }
 

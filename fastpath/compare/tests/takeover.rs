@@ -5,6 +5,7 @@ mod rig;
 
 use proptest::prelude::*;
 
+use colo_compare::testing::{Side, checksums_are_right, ip_frame};
 use colo_compare::{Limits, Mode};
 use rig::Rig;
 
@@ -321,6 +322,53 @@ fn announcements_follow_a_takeover() {
     assert_eq!(rounds, 7);
     assert!(now_us - rig.now_us > 2_000_000);
     rig.close();
+}
+
+/// "Fragmentation needed" (RFC 792) or "packet too big" (RFC 4443) about a frame of the guest's.
+fn too_big(side: Side, sent: &[u8]) -> Vec<u8> {
+    let (kind, protocol) = match side {
+        Side::V4 => (3, 1),
+        Side::V6 => (2, 58),
+    };
+    let mut message = Vec::from([kind, 4, 0, 0, 0, 0, 5, 0]);
+    message.extend_from_slice(&sent[14..]);
+    ip_frame(side, true, protocol, 64, 0, &message)
+}
+
+#[test]
+fn rule_1_a_routers_error_quotes_what_the_guest_knows_after_a_takeover() {
+    for port in [42_006, 42_007] {
+        let mut rig = Rig::new(Limits::default());
+        rig.join();
+        rig.open(port);
+        rig.send(port, b"before");
+        rig.kill_primary();
+        rig.network_up = false;
+        rig.send(port, b"too long for the path");
+        let sent = rig.nic.pop_front().expect("released");
+        // The same segment, as the guest sent it.
+        let known = rig.pvm.retransmit(rig.now_us).remove(0);
+        let (seq, known_seq) = [&sent, &known]
+            .map(|bytes| rig::tcp_of(bytes).unwrap().seq)
+            .into();
+        assert_ne!(seq, known_seq, "translated on the way out");
+        let error = too_big(rig::side(port), &sent);
+        let token = rig.frames.insert(&error).unwrap();
+        let token = rig.primary.handle_nic(rig.now_us, &mut rig.frames, token);
+        let bytes = rig.frames.take(token);
+        assert!(checksums_are_right(&bytes));
+        let quoted = bytes.len() - (sent.len() - 14);
+        let mut expected = sent.clone();
+        let tcp_at = if rig::side(port) == Side::V6 { 54 } else { 34 };
+        expected[tcp_at + 4..tcp_at + 8].copy_from_slice(&known_seq.to_be_bytes());
+        let checksum = tcp_at + 16..tcp_at + 18;
+        expected[checksum.clone()].copy_from_slice(&bytes[quoted - 14..][checksum]);
+        assert_eq!(bytes[quoted..], expected[14..]);
+        rig.network_up = true;
+        rig.retransmit_all();
+        rig.assert_all_echoed();
+        rig.close();
+    }
 }
 
 /// One random life of a pair: traffic, checkpoints, aborts, deaths of either host, lost frames.
