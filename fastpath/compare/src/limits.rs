@@ -2,27 +2,37 @@
 //!
 //! Invariant: every queue and table of the crate is bounded by a field here; reaching one means
 //! back-pressure or a checkpoint, never a drop of something that is owed to anyone.
+//!
+//! Each path takes all its memory when it is made. The bytes given here are those of one more unit
+//! at worst, when the number is just above a power of two and the index of a table is sparse; just
+//! below, a unit of a table takes 16 bytes less. Frames themselves are the shell's.
 
 use crate::record;
 
 /// The bounds. Both hosts of a pair use the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Flows in the comparator's table and in the pair translation.
+    /// Flows in the comparator's table and in the pair translation. 204 bytes each on the primary,
+    /// 116 on the secondary.
     pub max_flows: usize,
-    /// Client-facing translations.
+    /// Client-facing translations. 172 bytes each on the primary, 116 on the secondary.
     pub max_translations: usize,
-    /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false.
+    /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false. 208 bytes each
+    /// on the primary, 4 on the secondary, for the pending output of a checkpoint.
     pub max_held_frames: usize,
-    /// SVM frames kept by the comparator, history included.
+    /// SVM frames kept by the comparator, history included. 176 bytes each on the primary.
     pub max_svm_frames: usize,
-    /// Bytes of one flow's released SVM segments that are kept until the client's ACK.
+    /// Bytes of one flow's released SVM segments that are kept until the client's ACK. They stay in
+    /// their frames, of which there are `max_svm_frames` at most.
     pub max_history_bytes: usize,
-    /// Mirrored frames that the secondary has not acknowledged.
+    /// Mirrored frames that the secondary has not acknowledged. 184 bytes each on the secondary,
+    /// which may have to keep that many above `max_input_frames`.
     pub max_unacked_inputs: u64,
-    /// Input frames that the secondary keeps: undelivered and retained together.
+    /// Input frames that the secondary keeps: undelivered and retained together. Above it, it stops
+    /// to acknowledge and asks for a checkpoint. 184 bytes each on the secondary.
     pub max_input_frames: usize,
-    /// SVM output that the secondary stores until the primary reports it released.
+    /// SVM output that the secondary stores until the primary reports it released; above it
+    /// [`crate::SecondaryPath::room`] is false. 16 bytes each on the secondary.
     pub max_stored_output: usize,
     /// How late the SVM's equal output may be.
     pub compare_deadline_us: u64,

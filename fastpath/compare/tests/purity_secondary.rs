@@ -208,7 +208,11 @@ impl Life {
     }
 
     fn segment(&self, port: u64) -> Segment {
-        let side = if port % 2 == 0 { Side::V4 } else { Side::V6 };
+        let side = if port.is_multiple_of(2) {
+            Side::V4
+        } else {
+            Side::V6
+        };
         Segment::new(side).ports(80, 40_000 + port as u16)
     }
 
