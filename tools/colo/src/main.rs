@@ -3,6 +3,8 @@
 //! Exit codes: 0 the guest powered off or a signal asked for a clean stop; 1 something failed while
 //! running; 2 the configuration or the command line is wrong.
 
+mod compare;
+mod compare_sockets;
 mod demo;
 mod replica;
 mod run;
@@ -52,6 +54,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Compare what two guests sent
+    Compare(compare::CompareArgs),
     /// Build a pair on this machine, load it, kill its primary, and report
     Demo(demo::DemoArgs),
 }
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
         Command::Primary { config } => replica::run(&config, replica::Part::Primary),
         Command::Secondary { config } => replica::run(&config, replica::Part::Secondary),
         Command::Status { socket, json } => status::show(&socket, json),
+        Command::Compare(arguments) => compare::run(arguments),
         Command::Demo(arguments) => demo::run(&arguments),
     }
 }

@@ -1,0 +1,478 @@
+//! The loop: read both inputs, compare, write what may leave.
+//!
+//! Invariants: a frame leaves only by the comparator's word; an input whose frames find no room is not
+//! read, and neither is any while OUT is blocked, so nothing is ever dropped; time stands still for the
+//! comparator while OUT is blocked, because a peer that does not read makes nobody late.
+//!
+//! Does not know what a checkpoint is: the notify socket says that one was taken.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use colo_compare::{Action, Divergence, Frames, Limits, Policy, PrimaryPath};
+
+use crate::address::Socket;
+use crate::error::SocketsError;
+use crate::intake::{Filled, Intake, Next};
+use crate::notify::Notify;
+use crate::outlet::Outlet;
+use crate::ready::{Interest, wait};
+use crate::slab::{Side, Slab};
+use crate::{DIVERGENCES_KEPT, Summary};
+
+/// So many turns without a pause make up for the most that a socket's buffer holds: a frame that
+/// was there before them has been read.
+const TURNS_TO_CATCH_UP: u32 = 8;
+/// Deadlines are looked at no more often than this.
+const TIME_STEP_US: u64 = 1000;
+/// How long, after everything has ended, the word about a checkpoint that was asked for is awaited,
+/// and how long a lost notify socket is put up with: who ends everything closes one socket first.
+const LINGER_US: u64 = 1_000_000;
+
+/// Monotonic microseconds, without the times when it was stopped.
+#[derive(Debug)]
+struct Clock {
+    start: Instant,
+    stopped_us: u64,
+}
+
+impl Clock {
+    fn raw_us(&self) -> u64 {
+        self.start.elapsed().as_micros() as u64
+    }
+
+    fn now_us(&self) -> u64 {
+        self.raw_us() - self.stopped_us
+    }
+}
+
+/// One input and what is known about it.
+#[derive(Debug)]
+struct Input {
+    intake: Intake,
+    side: Side,
+    /// There may be something to read.
+    ready: bool,
+    /// There are whole frames that the comparator cannot take at present.
+    backlog: bool,
+    /// There was no block to read into, with so many slots free.
+    starved: Option<usize>,
+}
+
+impl Input {
+    fn new(socket: Socket, side: Side, vnet_hdr: bool, slab: &mut Slab) -> Self {
+        Self {
+            intake: Intake::new(socket, side, vnet_hdr, slab),
+            side,
+            ready: true,
+            backlog: false,
+            starved: None,
+        }
+    }
+
+    /// Whether a read is of use.
+    fn wants_reading(&self, slab: &Slab) -> bool {
+        let starved = self.starved == Some(slab.free_slots(self.side));
+        !self.intake.has_ended() && !self.backlog && !starved
+    }
+
+    fn read(&mut self, slab: &mut Slab) -> Result<(), SocketsError> {
+        if !self.ready || !self.wants_reading(slab) {
+            return Ok(());
+        }
+        let filled = self.intake.fill(slab)?;
+        let is_starved = filled == Filled::NoRoom;
+        self.starved = is_starved.then(|| slab.free_slots(self.side));
+        self.ready = matches!(filled, Filled::Full | Filled::NoRoom);
+        Ok(())
+    }
+}
+
+/// The sockets of a run, connected.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    pub(crate) primary: Socket,
+    pub(crate) secondary: Socket,
+    pub(crate) out: Socket,
+    pub(crate) notify: Option<Socket>,
+}
+
+/// The whole.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    path: PrimaryPath,
+    slab: Slab,
+    primary: Input,
+    secondary: Input,
+    outlet: Outlet,
+    notify: Option<Notify>,
+    checkpoint_at_once: bool,
+    clock: Clock,
+    limits: Limits,
+    svm_seq: u64,
+    turns: u32,
+    looked_at_us: u64,
+    /// A checkpoint was asked for and not taken yet.
+    awaiting: bool,
+    /// A checkpoint was taken: its commit follows when what the guests sent before it is read.
+    taken: Option<u32>,
+    stuck_since_us: Option<u64>,
+    requests: u64,
+    divergences: Vec<Divergence>,
+    checkpoints: u64,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        sockets: Sockets,
+        vnet_hdr: bool,
+        checkpoint_at_once: bool,
+        limits: Limits,
+        policy: Policy,
+    ) -> Self {
+        let mut slab = Slab::new();
+        let mut input = |socket, side| Input::new(socket, side, vnet_hdr, &mut slab);
+        let primary = input(sockets.primary, Side::Primary);
+        let secondary = input(sockets.secondary, Side::Secondary);
+        Self {
+            path: PrimaryPath::with_policy(limits, policy),
+            slab,
+            primary,
+            secondary,
+            outlet: Outlet::new(sockets.out),
+            notify: sockets.notify.map(|socket| Notify::new(socket, vnet_hdr)),
+            checkpoint_at_once,
+            clock: Clock {
+                start: Instant::now(),
+                stopped_us: 0,
+            },
+            limits,
+            svm_seq: 0,
+            turns: 0,
+            looked_at_us: 0,
+            awaiting: false,
+            taken: None,
+            stuck_since_us: None,
+            requests: 0,
+            divergences: Vec::with_capacity(DIVERGENCES_KEPT),
+            checkpoints: 0,
+        }
+    }
+
+    pub(crate) fn run(mut self) -> Result<Summary, SocketsError> {
+        // Both guests are equal now; there is no heartbeat that could ever be missed.
+        let epoch = self.path.pair(0)?;
+        self.path.commit(0, &mut self.slab, epoch)?;
+        self.path.caught_up(0, self.path.epoch());
+        self.path.set_lease(0, &mut self.slab, u64::MAX);
+        loop {
+            self.turn()?;
+            if self.is_finished() {
+                return self.finish();
+            }
+            self.wait()?;
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        self.primary.intake.is_finished() && self.secondary.intake.is_finished()
+    }
+
+    fn turn(&mut self) -> Result<(), SocketsError> {
+        let now_us = self.clock.now_us();
+        if !self.outlet.is_blocked() {
+            self.primary.read(&mut self.slab)?;
+            self.secondary.read(&mut self.slab)?;
+            self.compare(now_us)?;
+            self.pass_time(now_us);
+            self.act(now_us)?;
+        }
+        self.commit_when_caught_up(now_us)?;
+        self.outlet.flush(&mut self.slab)
+    }
+
+    /// Gives the comparator what was read, a frame of each side in turn: what belongs together
+    /// meets while it is in the cache.
+    fn compare(&mut self, now_us: u64) -> Result<(), SocketsError> {
+        loop {
+            let secondary = self.compare_secondary(now_us)?;
+            let primary = self.compare_primary(now_us)?;
+            self.act(now_us)?;
+            if !primary && !secondary {
+                return Ok(());
+            }
+        }
+    }
+
+    fn compare_secondary(&mut self, now_us: u64) -> Result<bool, SocketsError> {
+        let next = self.secondary.intake.next(&mut self.slab)?;
+        self.secondary.backlog = matches!(next, Next::NoSlot);
+        let Next::Frame(token) = next else {
+            return Ok(false);
+        };
+        self.svm_seq += 1;
+        let (epoch, seq) = (self.path.epoch(), self.svm_seq);
+        self.path
+            .handle_svm_output(now_us, &mut self.slab, epoch, seq, token);
+        Ok(true)
+    }
+
+    fn compare_primary(&mut self, now_us: u64) -> Result<bool, SocketsError> {
+        // The comparator takes a full hold queue for a reason to checkpoint; here it only means
+        // that the other guest has to be heard first.
+        if self.path.held_frames() + 1 >= self.limits.max_held_frames {
+            self.primary.backlog = true;
+            return Ok(false);
+        }
+        let next = self.primary.intake.next(&mut self.slab)?;
+        self.primary.backlog = matches!(next, Next::NoSlot);
+        let Next::Frame(token) = next else {
+            return Ok(false);
+        };
+        self.path.handle_guest_tx(now_us, &mut self.slab, token);
+        Ok(true)
+    }
+
+    fn act(&mut self, now_us: u64) -> Result<(), SocketsError> {
+        while let Some(action) = self.path.poll_action() {
+            match action {
+                Action::Release { token, .. } => self.outlet.push(token, &mut self.slab),
+                Action::Checkpoint(divergence) => self.request(now_us, &divergence)?,
+                // Nobody is told what was released, and there is no input that could be mirrored.
+                Action::Mirror { token, .. } => self.slab.release(token),
+                Action::SvmReleased { .. } | Action::PendingReleased { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn request(&mut self, now_us: u64, divergence: &Divergence) -> Result<(), SocketsError> {
+        self.requests += 1;
+        if self.divergences.len() < DIVERGENCES_KEPT {
+            self.divergences.push(*divergence);
+        }
+        log(divergence);
+        self.awaiting = true;
+        match &mut self.notify {
+            Some(notify) => notify.request_checkpoint(),
+            None if self.checkpoint_at_once => self.commit(now_us)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Whether everything that had come when this turn began has been read, as far as there is room.
+    fn has_caught_up(&self) -> bool {
+        let heard = |input: &Input| !input.ready || !input.wants_reading(&self.slab);
+        heard(&self.primary) && heard(&self.secondary)
+    }
+
+    fn pass_time(&mut self, now_us: u64) {
+        self.turns += 1;
+        let is_time = now_us >= self.looked_at_us + TIME_STEP_US;
+        if is_time && (self.has_caught_up() || self.turns >= TURNS_TO_CATCH_UP) {
+            self.turns = 0;
+            self.looked_at_us = now_us;
+            self.path.handle_timeout(now_us, &mut self.slab);
+        }
+    }
+
+    /// What the guests sent before a checkpoint belongs to the epoch that it ends.
+    fn commit_when_caught_up(&mut self, now_us: u64) -> Result<(), SocketsError> {
+        let Some(turns) = self.taken else {
+            return Ok(());
+        };
+        if !self.outlet.is_blocked() && !self.has_caught_up() && turns < TURNS_TO_CATCH_UP {
+            self.taken = Some(turns + 1);
+            return Ok(());
+        }
+        self.taken = None;
+        self.commit(now_us)?;
+        self.act(now_us)
+    }
+
+    /// Both guests are equal: what is held leaves, and a new epoch begins.
+    fn commit(&mut self, now_us: u64) -> Result<(), SocketsError> {
+        self.awaiting = false;
+        self.stuck_since_us = None;
+        self.checkpoints += 1;
+        let epoch = self.path.cut(now_us)?;
+        self.path.commit(now_us, &mut self.slab, epoch)?;
+        self.path.caught_up(now_us, self.path.epoch());
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<(), SocketsError> {
+        self.check_notify()?;
+        let timeout_us = self.sleep_us();
+        if timeout_us == Some(0) && !self.turns.is_multiple_of(TURNS_TO_CATCH_UP) {
+            // To try costs no more than to ask first.
+            (self.primary.ready, self.secondary.ready) = (true, true);
+            return Ok(());
+        }
+        let blocked = self.outlet.is_blocked();
+        let reads = |input: &Input| !blocked && input.wants_reading(&self.slab);
+        let interests = [
+            interest(self.primary.intake.socket(), reads(&self.primary), false),
+            interest(
+                self.secondary.intake.socket(),
+                reads(&self.secondary),
+                false,
+            ),
+            interest(self.outlet.socket(), false, blocked),
+            self.notify.as_ref().and_then(notify_interest),
+        ];
+        let begun_us = self.clock.raw_us();
+        let [primary, secondary, _, notify] =
+            wait(&interests, timeout_us).map_err(SocketsError::Wait)?;
+        if blocked {
+            self.clock.stopped_us += self.clock.raw_us() - begun_us;
+        }
+        self.primary.ready |= primary;
+        self.secondary.ready |= secondary;
+        if notify {
+            self.hear_notify()?;
+        }
+        Ok(())
+    }
+
+    /// How long there is nothing to do unless a socket becomes ready; `None` is for ever.
+    fn sleep_us(&self) -> Option<u64> {
+        let stuck = self.stuck_since_us.map(|_| TIME_STEP_US);
+        if self.outlet.is_blocked() {
+            return stuck;
+        }
+        if self.taken.is_some() || !self.has_caught_up() || self.has_work() {
+            return Some(0);
+        }
+        let now_us = self.clock.now_us();
+        let deadline_us = self.path.next_deadline();
+        // Not before the next look, or it would spin until then.
+        let at_us = deadline_us.map(|at_us| at_us.max(self.looked_at_us + TIME_STEP_US));
+        let sleep_us = at_us.map(|at_us| at_us.saturating_sub(now_us).max(1));
+        stuck.into_iter().chain(sleep_us).min()
+    }
+
+    /// Whether frames that found no room would find some now.
+    fn has_work(&self) -> bool {
+        let held_room = self.path.held_frames() + 1 < self.limits.max_held_frames;
+        let slots = |side| self.slab.free_slots(side) > 0;
+        (self.primary.backlog && held_room && slots(Side::Primary))
+            || (self.secondary.backlog && slots(Side::Secondary))
+    }
+
+    fn hear_notify(&mut self) -> Result<(), SocketsError> {
+        let Some(notify) = &mut self.notify else {
+            return Ok(());
+        };
+        notify.flush();
+        if notify.receive()? && self.taken.is_none() {
+            self.taken = Some(0);
+            (self.primary.ready, self.secondary.ready) = (true, true);
+        }
+        Ok(())
+    }
+
+    /// A checkpoint that is due and that nobody can take any more ends the run, unless it is
+    /// ending already.
+    fn check_notify(&mut self) -> Result<(), SocketsError> {
+        let Some(notify) = self.notify.as_ref().filter(|notify| notify.is_gone()) else {
+            return Ok(());
+        };
+        if !self.awaiting || self.taken.is_some() {
+            return Ok(());
+        }
+        let now_us = self.clock.raw_us();
+        let since_us = *self.stuck_since_us.get_or_insert(now_us);
+        if now_us - since_us < LINGER_US {
+            return Ok(());
+        }
+        Err(SocketsError::NotifyGone {
+            socket: notify.socket().name.clone(),
+        })
+    }
+
+    /// Both inputs have ended: what is still unmatched counts as if its deadline had passed.
+    fn finish(mut self) -> Result<Summary, SocketsError> {
+        let mut now_us = self.clock.now_us();
+        let mut previous = None;
+        while let Some(at_us) = self.path.next_deadline()
+            && previous != Some(at_us)
+        {
+            previous = Some(at_us);
+            now_us = now_us.max(at_us);
+            self.path.handle_timeout(now_us, &mut self.slab);
+            self.act(now_us)?;
+        }
+        self.await_last_checkpoint(now_us)?;
+        self.write_the_rest()?;
+        let summary = Summary {
+            stats: *self.path.stats(),
+            held: self.path.held_frames() as u64,
+            requests: self.requests,
+            divergences: self.divergences,
+            checkpoints: self.checkpoints,
+        };
+        self.path.close(&mut self.slab);
+        Ok(summary)
+    }
+
+    fn await_last_checkpoint(&mut self, now_us: u64) -> Result<(), SocketsError> {
+        let until_us = self.clock.raw_us() + LINGER_US;
+        while self.awaiting
+            && let Some(notify) = self.notify.as_mut().filter(|notify| !notify.is_gone())
+            && let Some(left_us) = until_us.checked_sub(self.clock.raw_us())
+        {
+            if self.taken.take().is_none() {
+                wait(&[notify_interest(notify)], Some(left_us)).map_err(SocketsError::Wait)?;
+                notify.flush();
+                if !notify.receive()? {
+                    continue;
+                }
+            }
+            self.commit(now_us)?;
+            self.act(now_us)?;
+        }
+        Ok(())
+    }
+
+    fn write_the_rest(&mut self) -> Result<(), SocketsError> {
+        loop {
+            self.outlet.flush(&mut self.slab)?;
+            if self.outlet.is_empty() {
+                return Ok(());
+            }
+            let out = interest(self.outlet.socket(), false, true);
+            wait(&[out], None).map_err(SocketsError::Wait)?;
+        }
+    }
+}
+
+fn interest(socket: &Socket, read: bool, write: bool) -> Option<Interest<'_>> {
+    let fd = socket.file.as_fd();
+    (read || write).then_some(Interest { fd, read, write })
+}
+
+fn notify_interest(notify: &Notify) -> Option<Interest<'_>> {
+    let open = !notify.is_gone();
+    interest(notify.socket(), open, open && notify.has_unsent())
+}
+
+fn log(divergence: &Divergence) {
+    let Divergence {
+        cause,
+        flow,
+        offset,
+        primary,
+        secondary,
+    } = divergence;
+    let flow = flow.map(|flow| flow.to_string()).unwrap_or_default();
+    tracing::warn!(
+        cause = cause.name(),
+        flow,
+        offset,
+        primary = format_args!("{:02x?}", primary.bytes()),
+        secondary = format_args!("{:02x?}", secondary.bytes()),
+        "diverged: a checkpoint is due"
+    );
+}
