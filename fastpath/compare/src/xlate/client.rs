@@ -511,7 +511,7 @@ mod tests {
     fn a_full_table_lets_go_only_of_what_may_go() {
         let mut table = ClientTable::new(4, 0);
         (0..4).for_each(|port| assert!(table.insert(key(port), Entry::default())));
-        let is_even = |key: &FlowKey, _: &Entry| key.peer_port() % 2 == 0;
+        let is_even = |key: &FlowKey, _: &Entry| key.peer_port().is_multiple_of(2);
         (4..7).for_each(|port| table.insert_evicting(key(port), Entry::default(), is_even));
         let mut ports: Vec<_> = table.entries().map(|(key, _)| key.peer_port()).collect();
         ports.sort_unstable();
