@@ -498,7 +498,8 @@ impl SecondaryPath {
 
     /// The SVM becomes the VM, by the arbiter's word: its translations become client-facing, what
     /// the primary did not report released is sent, and the kept input is delivered (rules 1, 3,
-    /// 5, 9, 12 and 14). Takes the memory of a [`PrimaryPath`]. Announcements are queued: [`PrimaryPath::poll_announcement`].
+    /// 5, 9, 12 and 14). Takes the memory of a [`PrimaryPath`]. Announcements are queued:
+    /// [`PrimaryPath::poll_announcement`].
     pub fn take_over<F: Frames + ?Sized>(mut self, now_us: u64, frames: &mut F) -> PrimaryPath {
         self.translate_unsent(now_us, frames);
         for queued in &self.queue {
