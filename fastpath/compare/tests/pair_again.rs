@@ -1,5 +1,5 @@
-//! A host that may not speak alone (rule 19) holds its output from the loss of one secondary to the commit of the
-//! next one.
+//! A host that may not speak alone (rule 19) holds its output from the loss of one secondary to the
+//! commit of the next one.
 #![allow(clippy::unwrap_used)] // A failed set-up is a failed test.
 
 use colo_compare::testing::{Side, VecFrames, udp};

@@ -261,7 +261,7 @@ impl PairTable {
         for (key, pair) in self.pairs.iter() {
             let svm_isn = pair.svm_isn();
             match client.get_mut(key) {
-                // A repeated SYN-ACK of a connection that is older than the commit is not a new one.
+                // A repeated SYN-ACK of a connection from before the commit is not a new one.
                 Some(old) if svm_isn.is_none() || old.guest_isn() == svm_isn => {
                     old.seen_by_peer(now_us, pair.tsecr_high());
                 }

@@ -15,14 +15,15 @@ use crate::wire::{Packet, Quoted, strip_payload};
 const LINGER_S: u32 = 120;
 /// How long an unfinished handshake may take.
 const HANDSHAKE_S: u32 = 180;
-/// How far what was sent can be ahead of the guest's timestamp clock: its lag and the slack of takeovers.
+/// How far what was sent can be ahead of the guest's timestamp clock: its lag and the slack of
+/// takeovers.
 const TS_LEAD_MAX: u32 = 1 << 21;
 /// How often expiry looks at the next entries, and at how many: 65,536 of them in two seconds.
 const SWEEP_INTERVAL_US: u64 = 1000;
 const SWEEP_SLOTS: usize = 32;
 
-/// Whether a mark in TSval space can be of the connection that sends `tsval` now: a late segment of the port
-/// pair's previous connection may have left it.
+/// Whether a mark in TSval space can be of the connection that sends `tsval` now: a late segment
+/// of the port pair's previous connection may have left it.
 fn is_near(mark: u32, tsval: u32) -> bool {
     !seq::lt(tsval, mark) || mark.wrapping_sub(tsval) <= TS_LEAD_MAX
 }

@@ -12,8 +12,8 @@ use crate::wire::Quoted;
 use crate::wire::tcp::{ACK, Tcp};
 pub(crate) use client::{ClientTable, Entry};
 
-/// How far behind its initial number the peer can be before it was acknowledged for the first time by
-/// what this host knows (rule 4 keeps the rest on both): more than an unscaled window.
+/// How far behind its initial number the peer can be before it was acknowledged for the first time
+/// by what this host knows (rule 4 keeps the rest on both): more than an unscaled window.
 const FIRST_WINDOW: u32 = 1 << 18;
 
 /// What is added to a guest's numbers on the way out, and taken off on the way in.
