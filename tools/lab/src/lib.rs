@@ -6,6 +6,7 @@
 //!
 //! Does not know how a pair works inside: it sees configuration files, status documents and packets.
 
+pub mod comparator;
 pub mod load;
 pub mod netns;
 pub mod pair;
