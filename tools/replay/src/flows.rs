@@ -28,6 +28,8 @@ pub(crate) struct Flow<'a> {
     /// PVM frames that the comparator holds.
     pub(crate) waiting: u64,
     pub(crate) stream: Stream<'a>,
+    /// When either side sent the last segment that is compared.
+    pub(crate) segment_us: u64,
     /// Datagrams of the PVM that left by a checkpoint before the SVM had sent its own.
     covered: VecDeque<(u64, &'a [u8])>,
 }

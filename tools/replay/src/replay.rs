@@ -4,15 +4,16 @@
 //! frames leave it in the order in which it says so; memory is bounded by the comparator's limits
 //! and those of [`crate::flows`], [`crate::svm`] and the sorting window, not by the captures.
 //!
-//! A checkpoint is a cut and a commit at the same instant. What the SVM had sent beyond the PVM is
-//! then given to the comparator again, because the SVM's capture does not send it twice.
+//! A checkpoint is a cut and a commit at the same instant, as soon as the flow that diverged is
+//! silent. What the SVM had sent beyond the PVM is then given to the comparator again, because the
+//! SVM's capture does not send it twice.
 
 use std::collections::HashMap;
 
 use colo_compare::wire::{self, tcp::RST};
 use colo_compare::{
     Action, Cause, Direction, Divergence, FlowKey, Frames, Limits, Offsets, Opener, Policy,
-    PolicyAction, PrimaryPath, Right, Token,
+    PolicyAction, PrimaryPath, Protocol, Right, Token, seq,
 };
 
 use crate::capture::Record;
@@ -27,10 +28,18 @@ use crate::view;
 /// A heartbeat that never gets old.
 const ALWAYS_US: u64 = u64::MAX;
 
+/// A TCP flow that diverged counts as silent after this time: both guests have finished what they
+/// were saying, so that a checkpoint finds them at the same place.
+const SILENT_US: u64 = 200;
+/// Longest time from a divergence to its checkpoint.
+const CHECKPOINT_US: u64 = 5000;
+
 /// A checkpoint that is being simulated.
 #[derive(Debug)]
 struct Checkpoint<'a> {
     divergence: Divergence,
+    /// When the divergence was found.
+    found_us: u64,
     /// The first PVM frame of each flow that left by it: only of the diverged flow, unless the
     /// captures have ended.
     heads: HashMap<FlowKey, Record<'a>>,
@@ -48,6 +57,8 @@ pub(crate) struct Replay<'a> {
     flows: Flows<'a>,
     outputs: Outputs<'a>,
     now_us: u64,
+    /// A divergence, and when it was found: a checkpoint is to be taken.
+    wanted: Option<(Divergence, u64)>,
     checkpoint: Option<Checkpoint<'a>>,
     has_ended: bool,
     report: Report,
@@ -64,6 +75,7 @@ impl<'a> Replay<'a> {
             flows: Flows::default(),
             outputs: Outputs::default(),
             now_us: 0,
+            wanted: None,
             checkpoint: None,
             has_ended: false,
             report: Report::default(),
@@ -82,20 +94,39 @@ impl<'a> Replay<'a> {
 
     /// Time goes on to `now_us`: deadlines pass.
     pub(crate) fn advance(&mut self, now_us: u64) {
-        while let Some(due_us) = self.path.next_deadline().filter(|due| *due <= now_us) {
-            self.pass(due_us);
-            if self.path.next_deadline() == Some(due_us) {
-                // Nothing to be done about it at this time.
-                break;
-            }
-        }
+        self.pass_deadlines(now_us);
         self.now_us = now_us;
     }
 
-    fn pass(&mut self, due_us: u64) {
-        self.now_us = self.now_us.max(due_us);
-        self.path.handle_timeout(self.now_us, &mut self.frames);
-        self.act();
+    /// Lets every deadline up to `until_us` pass, each at its time.
+    fn pass_deadlines(&mut self, until_us: u64) {
+        let mut not_before_us = self.now_us;
+        loop {
+            let deadline_us = self.path.next_deadline().map(|due| due.max(not_before_us));
+            let checkpoint_us = self.checkpoint_due_us();
+            let due_us = deadline_us.into_iter().chain(checkpoint_us).min();
+            let Some(due_us) = due_us.filter(|due| *due <= until_us) else {
+                break;
+            };
+            self.now_us = self.now_us.max(due_us);
+            if checkpoint_us == Some(due_us) {
+                self.take_checkpoint();
+                continue;
+            }
+            self.path.handle_timeout(self.now_us, &mut self.frames);
+            self.act();
+            // The path may look at a flow too early, but not twice at the same time.
+            not_before_us = due_us + 1;
+        }
+    }
+
+    /// When the checkpoint that is wanted is to be taken.
+    fn checkpoint_due_us(&mut self) -> Option<u64> {
+        let (divergence, found_us) = self.wanted.as_ref()?;
+        let flow = divergence.flow.and_then(|key| self.flows.get(&key));
+        let silent_us = flow.map_or(0, |flow| flow.segment_us + SILENT_US);
+        let due_us = silent_us.min(found_us + CHECKPOINT_US);
+        Some(due_us.max(*found_us))
     }
 
     /// The PVM gets a frame.
@@ -117,16 +148,19 @@ impl<'a> Replay<'a> {
         flow.opened_by(Opener::Guest);
         flow.row.primary.count(&record);
         flow.waiting += 1;
-        let awaited = match &packet.tcp {
-            Some(tcp) => flow
-                .stream
-                .pvm_sends(&record, tcp, self.path.epoch(), view::tcp_of),
-            None => Vec::new(),
-        };
+        let mut awaited = Vec::new();
+        if let Some(tcp) = &packet.tcp {
+            flow.segment_us = self.now_us;
+            let epoch = self.path.epoch();
+            awaited = flow.stream.pvm_sends(&record, tcp, epoch);
+        }
         let token = self.frames.insert(record);
         self.path
             .handle_guest_tx(self.now_us, &mut self.frames, token);
         self.act();
+        if !self.path.room() {
+            self.take_checkpoint();
+        }
         for record in awaited {
             self.judge(record, false);
         }
@@ -142,6 +176,7 @@ impl<'a> Replay<'a> {
             self.report.secondary_acks += 1;
             return;
         }
+        flow.segment_us = self.now_us;
         self.judge(record, false);
     }
 
@@ -192,10 +227,27 @@ impl<'a> Replay<'a> {
                         .handle_input_ack(self.now_us, &mut self.frames, input_seq);
                 }
                 Action::SvmReleased { svm_seq } => self.outputs.released(svm_seq),
-                Action::Checkpoint(divergence) => self.begin_checkpoint(divergence),
+                Action::Checkpoint(divergence) => {
+                    self.wanted = Some((divergence, self.now_us));
+                }
                 // The last of what a checkpoint lets go.
                 Action::PendingReleased { .. } => self.end_checkpoint(),
             }
+        }
+        let is_stream = self.wanted.is_some_and(|(divergence, _)| {
+            let protocol = divergence.flow.map(|key| key.protocol());
+            protocol == Some(Protocol::Tcp)
+        });
+        if !is_stream {
+            self.take_checkpoint();
+        }
+    }
+
+    /// Takes the checkpoint that is wanted, if one is.
+    fn take_checkpoint(&mut self) {
+        if let Some((divergence, found_us)) = self.wanted.take() {
+            self.begin_checkpoint(divergence, found_us);
+            self.act();
         }
     }
 
@@ -225,10 +277,15 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn begin_checkpoint(&mut self, divergence: Divergence) {
+    fn begin_checkpoint(&mut self, mut divergence: Divergence, found_us: u64) {
+        if divergence.cause == Cause::Policy {
+            // Asked for by a rule, not by a difference.
+            divergence.flow = None;
+        }
         self.count_checkpoint();
         self.checkpoint = Some(Checkpoint {
             divergence,
+            found_us,
             heads: HashMap::new(),
             pvm: Vec::new(),
         });
@@ -252,8 +309,10 @@ impl<'a> Replay<'a> {
             return;
         };
         let divergence = checkpoint.divergence;
-        let head = divergence.flow.and_then(|key| checkpoint.heads.get(&key));
-        self.found(&divergence, head);
+        if divergence.cause != Cause::Policy {
+            let head = divergence.flow.and_then(|key| checkpoint.heads.get(&key));
+            self.found(&divergence, checkpoint.found_us, head);
+        }
         if self.has_ended {
             self.judge_the_rest(&checkpoint.heads, divergence.flow);
         }
@@ -262,42 +321,103 @@ impl<'a> Replay<'a> {
             self.report.dropped += stored.len() as u64;
             return;
         }
-        let mut reported = divergence.cause != Cause::Deadline;
+        let (ours, others): (Vec<_>, Vec<_>) = stored
+            .into_iter()
+            .partition(|output| divergence.flow == Some(output.key));
         let mut go_on = Vec::new();
-        for output in stored {
-            let diverged = divergence.flow == Some(output.key);
-            if self.goes_on(&output, diverged, &mut reported) {
-                go_on.push(output);
+        for output in others {
+            if self.goes_on(&output, false) {
+                go_on.push(output.record);
             }
         }
-        if let Some(flow) = divergence.flow.and_then(|key| self.flows.get(&key)) {
-            flow.stream.diverged(checkpoint.pvm);
-        }
-        for output in go_on {
-            self.judge(output.record, true);
+        let is_stream = divergence
+            .flow
+            .is_some_and(|key| key.protocol() == Protocol::Tcp);
+        go_on.extend(match is_stream {
+            true => self.stream_goes_on(&checkpoint, &ours),
+            false => self.datagrams_go_on(divergence.cause, &ours),
+        });
+        for record in go_on {
+            self.judge(record, true);
         }
     }
 
+    /// What goes on, of what the SVM had sent in the TCP flow that diverged.
+    fn stream_goes_on(
+        &mut self,
+        checkpoint: &Checkpoint<'a>,
+        ours: &[Output<'a>],
+    ) -> Vec<Record<'a>> {
+        let Divergence {
+            flow,
+            cause,
+            offset,
+            ..
+        } = checkpoint.divergence;
+        let head = flow.and_then(|key| checkpoint.heads.get(&key));
+        let place = head
+            .and_then(view::tcp_of)
+            .map(|tcp| tcp.payload_seq().wrapping_add(offset));
+        // The message that differs is over; one that is late may still come.
+        let is_late = cause == Cause::Deadline;
+        let pvm = match is_late {
+            true => &checkpoint.pvm[..],
+            false => checkpoint.pvm.get(1..).unwrap_or_default(),
+        };
+        let Some(flow) = flow.and_then(|key| self.flows.get(&key)) else {
+            return Vec::new();
+        };
+        let moved = flow.stream.offsets().seq;
+        let mut svm = Vec::new();
+        for output in ours {
+            let tcp = view::tcp_of(&output.record).filter(|tcp| {
+                let is_over = |place| seq::le(tcp.payload_seq().wrapping_add(moved), place);
+                let is_new = is_late || place.is_some_and(|place| !is_over(place));
+                flow.stream.goes_on(tcp, output.incarnation, true) && is_new
+            });
+            match tcp {
+                Some(tcp) => svm.push((output.record, tcp)),
+                None => self.report.dropped += 1,
+            }
+        }
+        let waiting = flow.stream.take_waiting();
+        let waiting = waiting
+            .into_iter()
+            .filter_map(|record| Some((record, view::tcp_of(&record)?)));
+        svm.extend(waiting);
+        flow.stream.diverged(pvm.to_vec(), svm)
+    }
+
+    /// The same for datagrams.
+    fn datagrams_go_on(&mut self, cause: Cause, ours: &[Output<'a>]) -> Vec<Record<'a>> {
+        let mut go_on = Vec::new();
+        // The oldest is the one that was reported.
+        let mut is_reported = cause != Cause::Deadline;
+        for output in ours {
+            let goes_on = self.goes_on(output, true);
+            if goes_on && !output.again && !std::mem::take(&mut is_reported) {
+                go_on.push(output.record);
+            } else {
+                self.report.dropped += 1;
+            }
+        }
+        go_on
+    }
+
     /// Whether SVM output that was not matched before a checkpoint is to be given to the comparator
-    /// again: the PVM has not sent its counterpart yet. `reported` is an output that the divergence
-    /// is about and that has not been found yet.
-    fn goes_on(&mut self, output: &Output<'a>, diverged: bool, reported: &mut bool) -> bool {
+    /// again: the PVM has not sent its counterpart yet.
+    fn goes_on(&mut self, output: &Output<'a>, diverged: bool) -> bool {
         let packet = view::parse(&output.record);
         let since_us = self.covered_since_us();
         let Some(flow) = self.flows.get(&output.key) else {
             return false;
         };
-        let goes_on = match &packet.tcp {
+        match &packet.tcp {
             Some(tcp) => flow.stream.goes_on(tcp, output.incarnation, diverged),
             None if flow.take_covered(body(&output.record, &packet), since_us) => false,
             // It differs from what the PVM sent instead.
-            None if flow.forget_covered() => false,
-            // The oldest is the one that was reported.
-            None => !(diverged && std::mem::take(reported)),
-        };
-        let goes_on = goes_on && !(output.again && diverged);
-        self.report.dropped += u64::from(!goes_on && diverged);
-        goes_on
+            None => !flow.forget_covered(),
+        }
     }
 
     fn covered_since_us(&self) -> u64 {
@@ -305,13 +425,13 @@ impl<'a> Replay<'a> {
     }
 
     /// Notes a divergence, with what the captures have at its place.
-    fn found(&mut self, divergence: &Divergence, head: Option<&Record<'a>>) {
+    fn found(&mut self, divergence: &Divergence, at_us: u64, head: Option<&Record<'a>>) {
         let key = divergence.flow;
         let mut found = Found {
             cause: divergence.cause.name(),
             flow: key.map(|key| key.to_string()),
             offset: divergence.offset,
-            at_us: self.now_us,
+            at_us,
             ..Found::default()
         };
         let moved = key
@@ -333,16 +453,15 @@ impl<'a> Replay<'a> {
 
     /// Both captures have ended: whatever is unmatched is late, or superfluous.
     pub(crate) fn finish(mut self) -> Report {
+        self.take_checkpoint();
         self.has_ended = true;
         for (_, flow) in self.flows.iter_mut() {
             self.report.dropped += flow.stream.give_up_waiting() as u64;
         }
-        while let Some(due_us) = self.path.next_deadline() {
-            self.pass(due_us);
-            if self.path.next_deadline() == Some(due_us) {
-                break;
-            }
-        }
+        // Longer than any deadline.
+        let limits = &self.limits;
+        let longest_us = limits.extra_deadline_us + limits.lag_deadline_us + limits.settle_us;
+        self.pass_deadlines(self.now_us.saturating_add(longest_us.saturating_mul(2)));
         let before = self.report.divergences.len();
         self.judge_the_rest(&HashMap::new(), None);
         if self.report.divergences.len() > before {
@@ -370,12 +489,13 @@ impl<'a> Replay<'a> {
         }
         for (key, head) in late {
             let divergence = Divergence::plain(Cause::Deadline, Some(key));
-            self.found(&divergence, Some(&head));
+            self.found(&divergence, self.now_us, Some(&head));
         }
         for key in surplus {
             let of_flow = |output: &&Output<'_>| output.key == key;
             self.report.dropped += self.outputs.iter().filter(of_flow).count() as u64;
-            self.found(&Divergence::plain(Cause::Extra, Some(key)), None);
+            let divergence = Divergence::plain(Cause::Extra, Some(key));
+            self.found(&divergence, self.now_us, None);
         }
     }
 

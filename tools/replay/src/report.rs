@@ -132,6 +132,11 @@ pub struct Report {
 }
 
 impl Report {
+    /// How many frames the PVM sent.
+    pub fn primary_output(&self) -> u64 {
+        self.released + self.held
+    }
+
     /// Whether every output was the same.
     pub fn is_same(&self) -> bool {
         self.divergences.is_empty() && self.divergences_omitted == 0

@@ -2,17 +2,22 @@
 //!
 //! In reality the SVM goes on as a copy of the PVM after each checkpoint. A capture goes on from the
 //! SVM's own state, so its numbers may be off by the difference of two messages' lengths, or not
-//! at all when one side was only late. The next bytes decide: when those of the side that lags
-//! equal what the other side has sent at that place, the numbers stand; otherwise the stream of the
-//! SVM goes on where that of the PVM goes on (the PVM's next number minus the SVM's is added).
+//! at all when one side was only late. Contents decide: the next bytes of either side are looked for
+//! in what the other side has sent and a checkpoint has covered or not, at the place where they
+//! belong by number first. What is not found anywhere differs again; then the SVM's stream goes on
+//! where the PVM's goes on (the PVM's next number minus the SVM's is added).
 //!
-//! Invariant: nothing here changes what the comparator finds, only the numbers it is given.
+//! Invariants: nothing here changes what the comparator finds, only the numbers it is given; the
+//! lists are bounded.
 
 use colo_compare::seq;
 use colo_compare::wire::Tcp;
 use colo_compare::wire::tcp::FIN;
 
 use crate::capture::Record;
+
+/// Segments of a side that are looked at.
+const SEGMENTS_MAX: usize = 1024;
 
 /// Payload that lies in a capture, in the PVM's numbers.
 #[derive(Debug, Clone, Copy)]
@@ -37,122 +42,145 @@ impl<'a> Bytes<'a> {
         self.seq.wrapping_add(self.bytes.len() as u32)
     }
 
-    /// Whether the two have other contents somewhere in `from..to`.
-    fn differs_from(&self, other: &Self, from: u32, to: u32) -> bool {
-        let from = seq::max(from, seq::max(self.seq, other.seq));
-        let end = seq::min(to, seq::min(self.end(), other.end()));
+    /// The bytes of both where they overlap by number.
+    fn overlap(&self, other: &Self) -> (&'a [u8], &'a [u8]) {
+        let from = seq::max(self.seq, other.seq);
+        let end = seq::min(self.end(), other.end());
+        if !seq::lt(from, end) {
+            return (&[], &[]);
+        }
         let part = |of: &Self| {
             let at = from.wrapping_sub(of.seq) as usize;
-            let n = end.wrapping_sub(from) as usize;
-            &of.bytes[at..at + n]
+            &of.bytes[at..at + end.wrapping_sub(from) as usize]
         };
-        if seq::lt(from, end) && part(self) != part(other) {
-            return true;
+        (part(self), part(other))
+    }
+}
+
+/// Where the start of `next` is found in what the other side has sent.
+fn place_of<'a>(next: &Bytes<'a>, sent: impl Iterator<Item = Bytes<'a>> + Clone) -> Option<u32> {
+    let mut overlaps = sent
+        .clone()
+        .map(|sent| next.overlap(&sent))
+        .filter(|(part, _)| !part.is_empty())
+        .peekable();
+    if overlaps.peek().is_some() && overlaps.all(|(a, b)| a == b) {
+        return Some(next.seq);
+    }
+    if next.bytes.is_empty() {
+        return sent.filter(|sent| sent.fin).map(|sent| sent.end()).last();
+    }
+    let mut from = sent;
+    loop {
+        let start = from.clone().next()?.seq;
+        if begins(next.bytes, start, from.clone()) {
+            return Some(start);
         }
-        // One stream ends where the other goes on.
-        let ends_within = |a: &Self, b: &Self| {
-            let end = a.end();
-            a.fin && seq::le(b.seq, end) && seq::lt(end, seq::min(b.end(), to))
-        };
-        ends_within(self, other) || ends_within(other, self)
+        from.next();
     }
 }
 
-/// The two sides' next numbers at a checkpoint.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Gap {
-    /// The PVM's.
-    pub(crate) pvm: u32,
+/// Whether the stream of `sent` has these bytes at `start`, as far as it goes.
+fn begins<'a>(mut bytes: &[u8], start: u32, sent: impl Iterator<Item = Bytes<'a>>) -> bool {
+    let (mut at, whole) = (start, bytes.len());
+    for segment in sent {
+        let n = bytes.len().min(segment.bytes.len());
+        if segment.seq != at || n == 0 {
+            break;
+        }
+        if bytes[..n] != segment.bytes[..n] {
+            return false;
+        }
+        (bytes, at) = (&bytes[n..], segment.end());
+    }
+    bytes.len() < whole
+}
+
+/// A flow after a divergence, until it is known where the SVM's stream goes on.
+#[derive(Debug)]
+pub(crate) struct Resync<'a> {
+    /// The PVM's next number at the checkpoint.
+    pvm_next: u32,
     /// The SVM's, as translated so far.
-    pub(crate) svm: u32,
-}
-
-impl Gap {
-    /// What is added to the translation when the numbers do not stand.
-    fn shift(self) -> u32 {
-        self.pvm.wrapping_sub(self.svm)
-    }
-}
-
-/// A decision that the next bytes will bring.
-#[derive(Debug, Default)]
-pub(crate) enum Resync<'a> {
-    /// There is none to take.
-    #[default]
-    Settled,
-    /// The PVM had sent more, namely this.
-    Behind {
-        /// Where both were.
-        gap: Gap,
-        /// What of the PVM's output the SVM may still send.
-        pvm: Vec<Bytes<'a>>,
-    },
-    /// The SVM had sent more.
-    Ahead {
-        /// Where both were.
-        gap: Gap,
-        /// What it has sent beyond the PVM, and since.
-        svm: Vec<Record<'a>>,
-    },
+    svm_next: u32,
+    /// What the checkpoint covers of the PVM, and what it has sent since.
+    pvm: Vec<Bytes<'a>>,
+    pvm_goes_on: bool,
+    /// What the SVM has sent and the comparator has not got.
+    svm: Vec<(Record<'a>, Bytes<'a>)>,
+    /// How much of it is older than the checkpoint.
+    svm_old: usize,
 }
 
 impl<'a> Resync<'a> {
-    /// After a checkpoint that a divergence of this flow made necessary.
-    pub(crate) fn after(gap: Gap, pvm: Vec<Bytes<'a>>) -> Self {
-        if seq::lt(gap.svm, gap.pvm) {
-            Self::Behind { gap, pvm }
-        } else if seq::lt(gap.pvm, gap.svm) {
-            let svm = Vec::new();
-            Self::Ahead { gap, svm }
-        } else {
-            Self::Settled
-        }
+    /// After a checkpoint by which `pvm` left. `None` when both sides are at the same place.
+    pub(crate) fn after(pvm_next: u32, svm_next: u32, mut pvm: Vec<Bytes<'a>>) -> Option<Self> {
+        pvm.truncate(SEGMENTS_MAX);
+        (pvm_next != svm_next).then(|| Self {
+            pvm_next,
+            svm_next,
+            pvm,
+            pvm_goes_on: false,
+            svm: Vec::new(),
+            svm_old: 0,
+        })
     }
 
-    /// The SVM has sent `next`. Gives what is added to the translation, once it is decided.
-    pub(crate) fn svm_sent(&mut self, next: &Bytes<'a>) -> u32 {
-        let Self::Behind { gap, pvm } = self else {
-            return 0;
-        };
-        if seq::le(next.end(), gap.svm) && !next.fin {
-            // It says again what it has said.
-            return 0;
-        }
-        let differs = |sent: &Bytes<'_>| next.differs_from(sent, gap.svm, gap.pvm);
-        let shift = match pvm.iter().any(differs) {
-            true => gap.shift(),
-            false => 0,
-        };
-        *self = Self::Settled;
+    /// The SVM had sent this before the checkpoint; it is not matched.
+    pub(crate) fn svm_had_sent(&mut self, record: &Record<'a>, bytes: Bytes<'a>) -> Option<u32> {
+        let shift = self.svm_sends(record, bytes);
+        self.svm_old = self.svm.len();
         shift
     }
 
-    /// The PVM has sent `next`. Once it is decided, gives what is added to the translation, and
-    /// the SVM's segments that go on from there. `offset` is the translation so far.
-    pub(crate) fn pvm_sent(
-        &mut self,
-        next: &Bytes<'a>,
-        offset: u32,
-        parse: impl Fn(&Record<'a>) -> Option<Tcp>,
-    ) -> Option<(u32, Vec<Record<'a>>)> {
-        let Self::Ahead { gap, svm } = self else {
-            return None;
-        };
-        if seq::le(next.end(), gap.pvm) && !next.fin {
+    /// The SVM sends this. Gives what is added to the translation, once that is known.
+    pub(crate) fn svm_sends(&mut self, record: &Record<'a>, bytes: Bytes<'a>) -> Option<u32> {
+        let place = place_of(&bytes, self.pvm.iter().copied());
+        if let Some(place) = place {
+            return Some(place.wrapping_sub(bytes.seq));
+        }
+        if self.pvm_goes_on || self.svm.len() == SEGMENTS_MAX {
+            return Some(self.shift());
+        }
+        self.svm.push((*record, bytes));
+        None
+    }
+
+    /// The PVM sends this. Gives what is added to the translation, and the SVM's segments that go
+    /// on from there, once that is known.
+    pub(crate) fn pvm_sends(&mut self, bytes: Bytes<'a>) -> Option<(u32, Vec<Record<'a>>)> {
+        if seq::le(bytes.end(), self.pvm_next) && !bytes.fin {
+            // It says again what it has said.
             return None;
         }
-        let gap = *gap;
-        let mut early = std::mem::take(svm);
-        *self = Self::Settled;
-        let bytes = |record: &Record<'a>| Some(Bytes::of(record, &parse(record)?, offset));
-        let differs = |record: &Record<'a>| {
-            bytes(record).is_some_and(|early| next.differs_from(&early, gap.pvm, gap.svm))
-        };
-        if !early.iter().any(differs) {
-            return Some((0, early));
+        let place = place_of(&bytes, self.svm.iter().map(|(_, bytes)| *bytes));
+        if let Some(place) = place {
+            let goes_on =
+                |sent: &Bytes<'_>| seq::lt(place, sent.end()) || (sent.fin && place == sent.end());
+            let early = self.svm.iter().filter(|(_, sent)| goes_on(sent));
+            let early = early.map(|(record, _)| *record).collect();
+            return Some((bytes.seq.wrapping_sub(place), early));
         }
-        // What is left of the longer message stands for nothing.
-        early.retain(|record| bytes(record).is_some_and(|early| seq::lt(gap.svm, early.end())));
-        Some((gap.shift(), early))
+        let new = &self.svm[self.svm_old..];
+        if !new.is_empty() {
+            return Some((
+                self.shift(),
+                new.iter().map(|(record, _)| *record).collect(),
+            ));
+        }
+        self.pvm_goes_on = true;
+        if self.pvm.len() < SEGMENTS_MAX {
+            self.pvm.push(bytes);
+        }
+        None
+    }
+
+    fn shift(&self) -> u32 {
+        self.pvm_next.wrapping_sub(self.svm_next)
+    }
+
+    /// What the SVM has sent and the comparator has not got.
+    pub(crate) fn into_waiting(self) -> Vec<Record<'a>> {
+        self.svm.into_iter().map(|(record, _)| record).collect()
     }
 }

@@ -15,7 +15,7 @@ use colo_compare::wire::tcp::{ACK, RST, SYN};
 use colo_compare::{Offsets, seq};
 
 use crate::capture::Record;
-use crate::resync::{Bytes, Gap, Resync};
+use crate::resync::{Bytes, Resync};
 
 /// Connections of the PVM between the same ports that the SVM may lag behind.
 const OPENINGS_MAX: usize = 16;
@@ -67,6 +67,11 @@ pub(crate) enum Fate {
     Covered,
 }
 
+/// Payload or FIN.
+fn is_data(tcp: &Tcp) -> bool {
+    tcp.takes_space() && !tcp.has(SYN) && !tcp.has(RST)
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Stream<'a> {
@@ -77,7 +82,8 @@ pub(crate) struct Stream<'a> {
     is_learnt: bool,
     /// Segments of the SVM that came before the PVM's handshake.
     waiting: Vec<Record<'a>>,
-    resync: Resync<'a>,
+    /// After a divergence.
+    resync: Option<Box<Resync<'a>>>,
     /// Resets of the PVM that left by a checkpoint before the SVM had sent its own.
     resets_covered: u32,
 }
@@ -89,7 +95,6 @@ impl<'a> Stream<'a> {
         record: &Record<'a>,
         tcp: &Tcp,
         epoch: u64,
-        parse: impl Fn(&Record<'a>) -> Option<Tcp>,
     ) -> Vec<Record<'a>> {
         if self.pvm.note(tcp) {
             self.openings.push_back(Opening {
@@ -110,12 +115,12 @@ impl<'a> Stream<'a> {
             true => std::mem::take(&mut self.waiting),
             false => Vec::new(),
         };
-        if tcp.takes_space() && !tcp.has(SYN) {
-            let next = Bytes::of(record, tcp, 0);
-            if let Some((shift, early)) = self.resync.pvm_sent(&next, self.offset, parse) {
-                self.offset = self.offset.wrapping_add(shift);
-                awaited.extend(early);
-            }
+        if let Some(resync) = self.resync.as_mut().filter(|_| is_data(tcp))
+            && let Some((shift, early)) = resync.pvm_sends(Bytes::of(record, tcp, 0))
+        {
+            self.resync = None;
+            self.offset = self.offset.wrapping_add(shift);
+            awaited.extend(early);
         }
         awaited
     }
@@ -147,18 +152,12 @@ impl<'a> Stream<'a> {
             self.waiting.push(*record);
             return Fate::Wait;
         }
-        if tcp.takes_space() && !tcp.has(SYN) {
-            match &mut self.resync {
-                Resync::Ahead { svm, .. } if svm.len() < WAITING_MAX => {
-                    svm.push(*record);
-                    return Fate::Wait;
-                }
-                Resync::Ahead { .. } => self.resync = Resync::Settled,
-                resync => {
-                    let shift = resync.svm_sent(&Bytes::of(record, tcp, self.offset));
-                    self.offset = self.offset.wrapping_add(shift);
-                }
-            }
+        if let Some(resync) = self.resync.as_mut().filter(|_| is_data(tcp)) {
+            let Some(shift) = resync.svm_sends(record, Bytes::of(record, tcp, self.offset)) else {
+                return Fate::Wait;
+            };
+            self.resync = None;
+            self.offset = self.offset.wrapping_add(shift);
         }
         Fate::Forward(self.offsets())
     }
@@ -174,7 +173,7 @@ impl<'a> Stream<'a> {
             self.svm.incarnation = opening.incarnation;
         }
         (self.offset, self.is_learnt, self.resets_covered) = (0, false, 0);
-        self.resync = Resync::Settled;
+        self.resync = None;
         self.waiting.clear();
         self.learn();
     }
@@ -217,7 +216,8 @@ impl<'a> Stream<'a> {
     }
 
     /// Whether a segment of the SVM's connection `incarnation` that was not matched before a
-    /// checkpoint stands for something that the PVM has not sent yet.
+    /// checkpoint stands for something that the PVM has not sent yet. It was a divergence of this
+    /// flow that made the checkpoint necessary, if `diverged`: then that is not told by numbers.
     pub(crate) fn goes_on(&mut self, tcp: &Tcp, incarnation: u32, diverged: bool) -> bool {
         if incarnation < self.svm.incarnation {
             return false;
@@ -227,9 +227,10 @@ impl<'a> Stream<'a> {
             self.resets_covered -= u32::from(covered);
             return !covered && !diverged;
         }
-        let end = tcp.end().wrapping_add(self.offset);
-        let is_reported = diverged && tcp.has(SYN);
-        !is_reported && !self.pvm_has_sent(end)
+        if diverged && self.is_same() {
+            return is_data(tcp);
+        }
+        !self.pvm_has_sent(tcp.end().wrapping_add(self.offset))
     }
 
     /// A reset of the PVM has left by a checkpoint; the SVM's own will come.
@@ -237,26 +238,44 @@ impl<'a> Stream<'a> {
         self.resets_covered += 1;
     }
 
-    /// A divergence of this flow made a checkpoint necessary, by which `pvm` left.
-    pub(crate) fn diverged(&mut self, pvm: Vec<Bytes<'a>>) {
+    /// A divergence of this flow made a checkpoint necessary, by which `pvm` left. Of what the SVM
+    /// had sent, `svm` is not matched. Gives what of it goes on after the checkpoint.
+    pub(crate) fn diverged(
+        &mut self,
+        pvm: Vec<Bytes<'a>>,
+        svm: Vec<(Record<'a>, Tcp)>,
+    ) -> Vec<Record<'a>> {
+        let records = |svm: &[(Record<'a>, Tcp)]| svm.iter().map(|(record, _)| *record).collect();
         let next = (self.is_same(), self.pvm.next, self.svm.next);
-        if let (true, Some(pvm_next), Some(svm_next)) = next {
-            let gap = Gap {
-                pvm: pvm_next,
-                svm: svm_next.wrapping_add(self.offset),
-            };
-            self.resync = Resync::after(gap, pvm);
+        let (true, Some(pvm_next), Some(svm_next)) = next else {
+            // The SVM is in the next connection between these ports.
+            return records(&svm);
+        };
+        let svm_next = svm_next.wrapping_add(self.offset);
+        let Some(mut resync) = Resync::after(pvm_next, svm_next, pvm) else {
+            return Vec::new();
+        };
+        for (n, (record, tcp)) in svm.iter().enumerate() {
+            let bytes = Bytes::of(record, tcp, self.offset);
+            if let Some(shift) = resync.svm_had_sent(record, bytes) {
+                self.offset = self.offset.wrapping_add(shift);
+                return records(&svm[n..]);
+            }
         }
+        self.resync = Some(Box::new(resync));
+        Vec::new()
+    }
+
+    /// What of the SVM waits since a divergence: nothing else does, then.
+    pub(crate) fn take_waiting(&mut self) -> Vec<Record<'a>> {
+        let resync = self.resync.take();
+        resync.map_or_else(Vec::new, |resync| resync.into_waiting())
     }
 
     /// Segments of the SVM for which nothing of the PVM came, at the end of both captures; from now
     /// on nothing waits.
     pub(crate) fn give_up_waiting(&mut self) -> usize {
-        let early = match std::mem::take(&mut self.resync) {
-            Resync::Ahead { svm, .. } => svm.len(),
-            _ => 0,
-        };
-        early + std::mem::take(&mut self.waiting).len()
+        self.take_waiting().len() + std::mem::take(&mut self.waiting).len()
     }
 
     /// Whether the SVM's stream goes beyond that of the PVM.

@@ -1,21 +1,31 @@
-//! `colo compare`: two guests' output through the comparator.
+//! `colo compare`: two guests' output through the comparator, from captures or from sockets.
 //!
 //! Exit codes: 0 they sent the same; 1 they diverged; 2 the input or the command line is wrong.
 
+mod captures;
+
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use colo_compare::Policy;
+use colo_fastpath::policy::{self, PolicyError};
 use tracing::error;
 
 use crate::BAD_CONFIGURATION;
 use crate::compare_sockets::{self, SocketsArgs};
+use captures::CaptureArgs;
 
 /// What `colo compare` takes.
 #[derive(Debug, Args)]
 pub(crate) struct CompareArgs {
     #[command(flatten)]
+    captures: CaptureArgs,
+    #[command(flatten)]
     sockets: SocketsArgs,
+    /// Rules for single flows
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
     /// How late the secondary's equal frame may be
     #[arg(long, value_name = "N")]
     deadline_ms: Option<u64>,
@@ -26,17 +36,31 @@ pub(crate) struct CompareArgs {
 
 /// Compares.
 pub(crate) fn run(args: CompareArgs) -> ExitCode {
-    let policy = Policy::default();
-    match compare_sockets::run(args.sockets, policy, args.deadline_ms, args.json) {
-        Ok(Some(true)) => ExitCode::SUCCESS,
-        Ok(Some(false)) => ExitCode::FAILURE,
-        Ok(None) => {
-            error!("nothing to compare: give --sockets");
-            ExitCode::from(BAD_CONFIGURATION)
-        }
+    let policy = match read_policy(args.policy) {
+        Ok(policy) => policy,
         Err(e) => {
-            error!("{e}");
-            ExitCode::from(BAD_CONFIGURATION)
+            error!("--policy: {e}");
+            return ExitCode::from(BAD_CONFIGURATION);
         }
+    };
+    let (deadline_ms, json) = (args.deadline_ms, args.json);
+    let is_same = match args.captures.files() {
+        Some(files) => captures::run(&files, args.captures, policy, deadline_ms, json),
+        None => match compare_sockets::run(args.sockets, policy, deadline_ms, json) {
+            Ok(is_same) => is_same,
+            Err(e) => {
+                error!("{e}");
+                None
+            }
+        },
+    };
+    match is_same {
+        Some(true) => ExitCode::SUCCESS,
+        Some(false) => ExitCode::FAILURE,
+        None => ExitCode::from(BAD_CONFIGURATION),
     }
+}
+
+fn read_policy(file: Option<PathBuf>) -> Result<Policy, PolicyError> {
+    file.map_or(Ok(Policy::default()), |file| policy::read(&file))
 }
