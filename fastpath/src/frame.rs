@@ -7,6 +7,8 @@
 
 use colo_compare::{Frames, HEADER_MAX, Token};
 
+use crate::hint::prefetch;
+
 /// Bytes in front of the payload of the largest frame: Ethernet and two VLAN tags.
 pub const LINK_HEADER_MAX: usize = 14 + 8;
 
@@ -80,6 +82,7 @@ impl FramePool {
     }
 
     /// The whole frame.
+    #[inline]
     pub fn bytes(&self, token: &Token) -> &[u8] {
         let start = token.slot() as usize * self.slot_bytes;
         &self.slab[start..start + self.lengths[token.slot() as usize] as usize]
@@ -96,9 +99,16 @@ impl Frames for FramePool {
         self.lengths[token.slot() as usize] as usize
     }
 
+    #[inline]
     fn header(&self, token: &Token) -> &[u8] {
         let bytes = self.bytes(token);
         &bytes[..bytes.len().min(HEADER_MAX)]
+    }
+
+    #[inline]
+    fn view(&self, token: &Token) -> (&[u8], usize) {
+        let bytes = self.bytes(token);
+        (&bytes[..bytes.len().min(HEADER_MAX)], bytes.len())
     }
 
     fn header_mut(&mut self, token: &Token) -> &mut [u8] {
@@ -107,6 +117,7 @@ impl Frames for FramePool {
         &mut bytes[..len]
     }
 
+    #[inline]
     fn first_difference(
         &self,
         a: &Token,
@@ -118,10 +129,7 @@ impl Frames for FramePool {
         let a = &self.bytes(a)[a_at..a_at + n];
         let b = &self.bytes(b)[b_at..b_at + n];
         // memcmp first: equality is the common case and is the fast one.
-        if a == b {
-            return None;
-        }
-        a.iter().zip(b).position(|(a, b)| a != b)
+        if a == b { None } else { position(a, b) }
     }
 
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]) {
@@ -150,6 +158,16 @@ impl Frames for FramePool {
         );
         self.free.push(token.slot());
     }
+
+    #[inline]
+    fn prefetch(&self, address: *const u8) {
+        prefetch(address);
+    }
+}
+
+#[cold]
+fn position(a: &[u8], b: &[u8]) -> Option<usize> {
+    a.iter().zip(b).position(|(a, b)| a != b)
 }
 
 /// Ones' complement sum of big-endian words, folded, not inverted (RFC 1071).

@@ -5,6 +5,7 @@
 
 pub mod clock;
 pub mod frame;
+pub mod hint;
 pub mod link;
 pub mod mailbox;
 pub mod nic;

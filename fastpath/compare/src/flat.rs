@@ -1,8 +1,8 @@
 //! A hash table of flows with all its memory taken at the start: open addressing over an index of
 //! 8-byte buckets, entries in slots that do not move.
 //!
-//! Invariants: never more than `limit` entries; the index is at most half full, so that a probe is
-//! one cache line; an entry keeps its slot number until it is removed; nothing allocates after
+//! Invariants: never more than `limit` entries; the index is at most four fifths full, half where
+//! `limit` is a power of two, so that a probe mostly is one cache line; an entry keeps its slot number until it is removed; nothing allocates after
 //! `new`. The hash is keyed, because clients choose addresses and ports.
 
 use alloc::vec;
@@ -44,7 +44,7 @@ impl<V> FlatTable<V> {
 
     /// Room for `limit` entries, less than 2^31.
     pub(crate) fn new(limit: usize, seed: u64) -> Self {
-        let buckets = (limit.max(4) * 2).next_power_of_two();
+        let buckets = (limit.max(4) * 5).div_ceil(4).next_power_of_two();
         Self {
             index: vec![EMPTY; buckets],
             entries: Vec::with_capacity(limit),
@@ -68,17 +68,21 @@ impl<V> FlatTable<V> {
     }
 
     /// Folded multiplications (128-bit product, halves combined) over the key's six words.
+    #[inline]
     pub(crate) fn hash(&self, key: &FlowKey) -> Hash {
         const fn fold(a: u64, b: u64) -> u64 {
             let product = a as u128 * b as u128;
             product as u64 ^ (product >> 64) as u64
         }
         let [a, b, c, d, e, f] = *key.words();
+        // What a peer chooses of one factor, it does not choose twice: the upper halves are those
+        // of IPv6 addresses, and the other word of each pair is the guest's or constant.
         let first = fold(b ^ self.seed, d ^ MULTIPLIER);
-        let second = fold(e ^ MULTIPLIER, f ^ self.seed.rotate_left(32));
-        let third = fold(a ^ MULTIPLIER, c ^ self.seed);
-        let mixed = first ^ second.rotate_left(21) ^ third.rotate_left(42);
-        Hash(fold(mixed ^ self.seed, MULTIPLIER))
+        let second = fold(
+            e ^ a.rotate_left(32) ^ MULTIPLIER,
+            f ^ c ^ self.seed.rotate_left(32),
+        );
+        Hash(fold(first ^ second.rotate_left(21) ^ self.seed, MULTIPLIER))
     }
 
     fn tag(hash: Hash) -> u64 {
@@ -89,16 +93,31 @@ impl<V> FlatTable<V> {
         hash.0 as usize & (self.index.len() - 1)
     }
 
+    /// Start and bytes of the index and of the entries.
+    pub(crate) fn memory(&self) -> [(*const u8, usize); 2] {
+        let (index, entries) = (self.index.as_slice(), &self.entries);
+        [
+            (index.as_ptr().cast(), size_of_val(index)),
+            (
+                entries.as_ptr().cast(),
+                entries.capacity() * size_of::<Entry<V>>(),
+            ),
+        ]
+    }
+
     /// Where the bucket of a hash lies, to be fetched ahead.
     pub(crate) fn bucket_address(&self, hash: Hash) -> *const u8 {
         (&raw const self.index[self.start(hash)]).cast()
     }
 
-    /// Where the entry that a hash most likely means lies, to be fetched ahead.
-    pub(crate) fn entry_address(&self, hash: Hash) -> Option<*const u8> {
+    /// The cache lines of the entry that a hash most likely means, to be fetched ahead.
+    pub(crate) fn entry_addresses(&self, hash: Hash) -> [Option<*const u8>; 3] {
         let bucket = self.index[self.start(hash)];
-        let slot = (bucket as u32).checked_sub(1)?;
-        Some((&raw const self.entries[slot as usize]).cast())
+        let entry = (bucket as u32)
+            .checked_sub(1)
+            .map(|slot| &self.entries[slot as usize]);
+        let start = entry.map(|entry| (&raw const *entry).cast::<u8>());
+        [0, 64, size_of::<Entry<V>>() - 1].map(|at| start.map(|start| start.wrapping_add(at)))
     }
 
     fn find(&self, hash: Hash, key: &FlowKey) -> Option<(usize, Slot)> {

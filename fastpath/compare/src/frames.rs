@@ -25,6 +25,11 @@ impl Token {
     pub const fn slot(&self) -> u32 {
         self.0
     }
+
+    /// Takes the token out of a place that is forgotten next.
+    pub(crate) const fn take(&mut self) -> Self {
+        core::mem::replace(self, Self(u32::MAX))
+    }
 }
 
 /// Access to frame bytes. Offsets count from the first byte of the Ethernet header; ranges outside
@@ -35,6 +40,12 @@ pub trait Frames {
 
     /// The first `min(len, HEADER_MAX)` bytes, in host memory.
     fn header(&self, token: &Token) -> &[u8];
+
+    /// Both at once.
+    #[inline]
+    fn view(&self, token: &Token) -> (&[u8], usize) {
+        (self.header(token), self.len(token))
+    }
 
     /// The same bytes, to be rewritten before the frame leaves.
     fn header_mut(&mut self, token: &Token) -> &mut [u8];
@@ -62,4 +73,10 @@ pub trait Frames {
 
     /// Gives the slot back.
     fn release(&mut self, token: Token);
+
+    /// Asks the processor to fetch the cache line at `address`, which is only a hint: whatever the
+    /// address is, nothing is read. The cores have no instruction for it, because they have no
+    /// unsafe code; without an implementation everything is only slower.
+    #[inline]
+    fn prefetch(&self, _address: *const u8) {}
 }

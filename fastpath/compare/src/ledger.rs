@@ -167,8 +167,9 @@ impl Ledger {
         at: u32,
         frames: &mut F,
     ) {
-        if let Some(frame) = self.svm.remove(ends, at) {
-            frames.release(frame.token);
+        if let Some(frame) = self.svm.get_mut(at) {
+            frames.release(frame.token.take());
+            self.svm.discard(ends, at);
         }
     }
 
@@ -179,9 +180,9 @@ impl Ledger {
         at: u32,
         frames: &mut F,
     ) {
-        if let Some(frame) = self.svm.remove(ends, at) {
+        if let Some(frame) = self.svm.get(at) {
             self.report_svm(frame.svm_seq);
-            frames.release(frame.token);
+            self.recycle_svm(ends, at, frames);
         }
     }
 

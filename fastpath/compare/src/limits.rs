@@ -4,18 +4,18 @@
 //! back-pressure or a checkpoint, never a drop of something that is owed to anyone.
 //!
 //! Each path takes all its memory when it is made. The bytes given here are those of one more unit
-//! at worst, when the number is just above a power of two and the index of a table is sparse; just
-//! below, a unit of a table takes 16 bytes less. Frames themselves are the shell's.
+//! at worst, when the number is just above four fifths of a power of two and the index of a table is
+//! sparse; just below, a unit of a table takes 10 bytes less. Frames themselves are the shell's.
 
 use crate::record;
 
 /// The bounds. Both hosts of a pair use the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Flows in the comparator's table and in the pair translation. 204 bytes each on the primary,
-    /// 116 on the secondary.
+    /// Flows in the comparator's table and in the pair translation. 192 bytes each on the primary,
+    /// 104 on the secondary.
     pub max_flows: usize,
-    /// Client-facing translations. 172 bytes each on the primary, 116 on the secondary.
+    /// Client-facing translations. 160 bytes each on the primary, 104 on the secondary.
     pub max_translations: usize,
     /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false. 208 bytes each
     /// on the primary, 4 on the secondary, for the pending output of a checkpoint.

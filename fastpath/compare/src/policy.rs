@@ -177,6 +177,11 @@ impl Policy {
         rule.map_or(PolicyAction::Compare, |rule| rule.action)
     }
 
+    /// Without rules, everything is compared.
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
     /// What is done with the flow.
     pub fn action(&self, key: &FlowKey, opener: Opener) -> PolicyAction {
         let rule = self.rules.iter().find(|rule| rule.matches(key, opener));

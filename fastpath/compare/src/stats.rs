@@ -2,6 +2,7 @@
 //!
 //! Invariant: every frame that is dropped or given back unsent is counted somewhere here.
 
+use crate::action::Right;
 use crate::cause::Cause;
 
 /// What a [`crate::PrimaryPath`] has done.
@@ -51,6 +52,25 @@ pub struct PrimaryStats {
     pub stripped: u64,
     /// Inherited input put to the guest again.
     pub redelivered: u64,
+}
+
+impl PrimaryStats {
+    /// A frame has left; `is_data` when it carries TCP payload or is a datagram.
+    pub(crate) fn count_release(&mut self, right: Right, is_data: bool) {
+        match right {
+            Right::Match => {
+                self.released_by_match += 1;
+                self.released_data_by_match += u64::from(is_data);
+            }
+            Right::Checkpoint => {
+                self.released_by_checkpoint += 1;
+                self.released_data_by_checkpoint += u64::from(is_data);
+            }
+            Right::Free => self.released_free += 1,
+            Right::Policy => self.released_by_policy += 1,
+            Right::Alone => self.released_alone += 1,
+        }
+    }
 }
 
 /// What a `SecondaryPath` has done.

@@ -37,6 +37,8 @@ pub(crate) enum Content {
 enum Mark {
     PvmIsn,
     SvmIsn,
+    /// Initial number of the connection that is judged.
+    JudgedIsn,
     /// Below it everything is covered by a commit.
     Base,
     /// Below it the client has acknowledged everything.
@@ -53,7 +55,7 @@ enum Mark {
 /// goes up on each side with each new initial sequence number.
 #[derive(Debug, Default)]
 pub(crate) struct Stream {
-    marks: [u32; 7],
+    marks: [u32; 8],
     known: u8,
     /// The judged incarnation's SYN or SYN-ACK has left.
     syn_left: bool,
@@ -107,6 +109,40 @@ impl Stream {
             .is_some_and(|high| seq::le(end, high))
     }
 
+    /// Whether `at` is not before anything that is marked.
+    #[inline]
+    fn is_beyond(&self, mark: Mark, at: u32) -> bool {
+        self.get(mark).is_none_or(|high| seq::le(high, at))
+    }
+
+    /// The connection that is judged now.
+    pub(crate) fn incarnation(&self) -> u32 {
+        self.incarnation
+    }
+
+    /// Whether plain new data of both sides' connection may begin here, and nothing of the SVM's
+    /// lies beyond.
+    #[inline]
+    pub(crate) fn expects(&self, incarnation: u32, tcp: &Tcp) -> bool {
+        tcp.is_plain_data()
+            && incarnation == self.incarnation
+            && incarnation == self.svm_incarnation
+            && !self.svm_fin
+            && self.is_beyond(Mark::LeftHigh, tcp.seq)
+            && self.is_beyond(Mark::SvmHigh, tcp.seq)
+            && self.is_beyond(Mark::Base, tcp.seq)
+            && self.is_beyond(Mark::Una, tcp.seq)
+    }
+
+    /// Both sides have sent this segment, and it has left.
+    #[inline]
+    pub(crate) fn left_exactly(&mut self, tcp: &Tcp) {
+        let end = tcp.payload_end();
+        self.set(Mark::LeftHigh, Some(end));
+        self.set(Mark::SvmHigh, Some(end));
+        self.history_bytes += u32::from(tcp.payload_len);
+    }
+
     /// A commit covers everything that the PVM has produced (rule 8).
     pub(crate) fn rebase(&mut self) {
         if self.incarnation != self.pvm_incarnation {
@@ -115,6 +151,7 @@ impl Stream {
         self.incarnation = self.pvm_incarnation;
         self.svm_incarnation = self.pvm_incarnation;
         self.set(Mark::SvmIsn, self.get(Mark::PvmIsn));
+        self.set(Mark::JudgedIsn, self.get(Mark::PvmIsn));
         self.syn_left = self.get(Mark::PvmIsn).is_some();
         self.set(Mark::Base, self.get(Mark::PvmHigh));
         self.set(Mark::LeftHigh, self.get(Mark::PvmHigh));
@@ -126,7 +163,7 @@ impl Stream {
     /// The bytes that a policy leaves out, as they lie in the sequence space of this connection.
     /// Unknown, and so nothing, where its start has not been seen.
     pub(crate) fn ignored(&self, span: Option<Span>) -> Option<IgnoredBytes> {
-        let start = self.get(Mark::PvmIsn)?.wrapping_add(1);
+        let start = self.get(Mark::JudgedIsn)?.wrapping_add(1);
         span.map(|span| IgnoredBytes { start, span })
     }
 }
@@ -145,11 +182,11 @@ fn tcp_of(frame: &SvmFrame) -> &Tcp {
     }
 }
 
+/// Guests choose the numbers, and comparisons mean little when they are far apart: whether a byte
+/// is in a segment is asked by distance.
 fn holds(frame: &SvmFrame, incarnation: u32, at: u32) -> bool {
     let tcp = tcp_of(frame);
-    frame.incarnation == incarnation
-        && seq::le(tcp.payload_seq(), at)
-        && seq::lt(at, tcp.payload_end())
+    frame.incarnation == incarnation && tcp.payload_offset(at) < u32::from(tcp.payload_len)
 }
 
 /// TCP judgement of one flow.
@@ -162,7 +199,9 @@ impl Flow {
         frames: &mut F,
     ) {
         let stream = &mut self.stream;
-        let is_new = stream.get(Mark::Una).is_none_or(|una| seq::lt(una, ack));
+        // Below the base the client may say what it likes: the commit covers it.
+        let is_new = stream.get(Mark::Una).is_none_or(|una| seq::lt(una, ack))
+            && stream.is_beyond(Mark::Base, ack);
         if is_new && stream.has_left(ack) {
             stream.set(Mark::Una, Some(ack));
             self.prune(u32::MAX, ledger, frames);
@@ -178,12 +217,17 @@ impl Flow {
         ledger: &mut Ledger,
         frames: &mut F,
     ) -> Content {
+        if tcp.flags & (SYN | RST) != 0 && self.is_answered_otherwise(tcp, ledger) {
+            let key = Some(head.packet.key);
+            return Content::Differs(Divergence::plain(Cause::Flags, key));
+        }
         if head.incarnation != self.stream.incarnation {
             self.enter(head.incarnation, ledger, frames);
         }
         if tcp.has(RST) {
             self.judge_reset(head, tcp, ledger, frames)
         } else if tcp.has(SYN) {
+            self.stream.set(Mark::JudgedIsn, Some(tcp.seq));
             self.judge_syn(head, tcp, ledger, frames)
         } else if tcp.takes_space() {
             let ignored = self.stream.ignored(ignored);
@@ -225,6 +269,17 @@ impl Flow {
         same_message(head, tcp, other, frames)
     }
 
+    /// One VM accepts a connection and the other refuses it: their answers to the peer's SYN, a
+    /// SYN-ACK and a reset, acknowledge the same number.
+    fn is_answered_otherwise(&self, tcp: &Tcp, ledger: &Ledger) -> bool {
+        let opposite = if tcp.has(RST) { SYN } else { RST };
+        tcp.has(ACK)
+            && ledger.svm.iter(&self.control).any(|(_, other)| {
+                let other = tcp_of(other);
+                other.has(opposite | ACK) && other.ack == tcp.ack
+            })
+    }
+
     fn svm_goes_on(&self, incarnation: u32, ledger: &Ledger) -> bool {
         ledger
             .svm
@@ -255,7 +310,8 @@ impl Flow {
         if tcp.flags & COUNTED != other_tcp.flags & COUNTED {
             return flags;
         }
-        if tcp.options != other_tcp.options {
+        let options = tcp.syn_options(frames.header(&head.token));
+        if options != other_tcp.syn_options(frames.header(&other.token)) {
             return Content::Differs(Divergence::plain(Cause::SynOptions, Some(head.packet.key)));
         }
         same_message(head, tcp, other, frames)
@@ -274,7 +330,11 @@ impl Flow {
             return Content::Free;
         }
         at = seq::max_known(at, head.matched_to);
-        while seq::lt(at, tcp.payload_end()) {
+        let len = u32::from(tcp.payload_len);
+        if tcp.payload_offset(at) > len {
+            at = tcp.payload_seq();
+        }
+        while tcp.payload_offset(at) < len {
             let Some(other) = self.holder(head.incarnation, at, &ledger.svm) else {
                 head.matched_to = Some(at);
                 return self.missing_byte(head, tcp, at, ledger, frames);
@@ -283,7 +343,8 @@ impl Flow {
                 return Content::Differs(divergence);
             }
             let other_tcp = tcp_of(other);
-            let end = seq::min(tcp.payload_end(), other_tcp.payload_end());
+            let left = |tcp: &Tcp| u32::from(tcp.payload_len) - tcp.payload_offset(at);
+            let end = at.wrapping_add(left(tcp).min(left(other_tcp)));
             let sides = ((&head.token, tcp), (&other.token, other_tcp));
             let key = &head.packet.key;
             if let Some(divergence) = compare_bytes(key, sides, at, end, ignored, frames) {
@@ -292,12 +353,13 @@ impl Flow {
             at = end;
         }
         head.matched_to = Some(at);
-        if tcp.has(FIN) && !self.has_fin_at(head.incarnation, at, ledger) {
-            return if self.holder(head.incarnation, at, &ledger.svm).is_some() {
-                Content::Differs(Divergence::plain(Cause::Length, Some(head.packet.key)))
-            } else {
-                self.wait_unless_reset(head, ledger)
+        if tcp.has(FIN) {
+            let Some(other) = self.fin_at(head.incarnation, at, ledger) else {
+                return self.missing_fin(head, at, ledger);
             };
+            if let Some(divergence) = different_headers(head, tcp, other, frames) {
+                return Content::Differs(divergence);
+            }
         }
         if self.stream.has_left(tcp.end()) {
             Content::Free
@@ -339,13 +401,24 @@ impl Flow {
             .find(|s| holds(s, incarnation, at))
     }
 
-    fn has_fin_at(&self, incarnation: u32, at: u32, ledger: &Ledger) -> bool {
+    fn missing_fin(&self, head: &Held, at: u32, ledger: &Ledger) -> Content {
+        if self.holder(head.incarnation, at, &ledger.svm).is_some() {
+            Content::Differs(Divergence::plain(Cause::Length, Some(head.packet.key)))
+        } else {
+            self.wait_unless_reset(head, ledger)
+        }
+    }
+
+    fn fin_at<'a>(&self, incarnation: u32, at: u32, ledger: &'a Ledger) -> Option<&'a SvmFrame> {
+        if !self.stream.svm_fin && incarnation == self.stream.svm_incarnation {
+            return None;
+        }
         let is_fin = |s: &SvmFrame| {
             let tcp = tcp_of(s);
             s.incarnation == incarnation && tcp.has(FIN) && tcp.payload_end() == at
         };
-        (self.stream.svm_fin || incarnation != self.stream.svm_incarnation)
-            && ledger.svm.iter(&self.svm).any(|(_, s)| is_fin(s))
+        let mut all = ledger.svm.iter(&self.svm).map(|(_, frame)| frame);
+        all.find(|frame| is_fin(frame))
     }
 
     /// The SVM has no byte at `at`: perhaps not yet, perhaps its stream ends there.
@@ -357,10 +430,10 @@ impl Flow {
         ledger: &Ledger,
         frames: &F,
     ) -> Content {
-        if !self.has_fin_at(head.incarnation, at, ledger) {
+        if self.fin_at(head.incarnation, at, ledger).is_none() {
             return self.wait_unless_reset(head, ledger);
         }
-        let offset = at.wrapping_sub(tcp.payload_seq());
+        let offset = tcp.payload_offset(at);
         let from = usize::from(tcp.payload_at) + offset as usize;
         let left = usize::from(tcp.payload_len) - offset as usize;
         let primary = Shown::read(left, |out| frames.copy_out(&head.token, from, out));
@@ -408,9 +481,26 @@ impl Flow {
         }
         self.stream.raise(Mark::LeftHigh, tcp.end());
         self.report_left(ledger);
+        self.limit_history(max_history_bytes, ledger, frames);
+    }
+
+    #[inline]
+    pub(crate) fn limit_history<F: Frames + ?Sized>(
+        &mut self,
+        max_history_bytes: u32,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
         if self.stream.history_bytes > max_history_bytes {
             self.prune(max_history_bytes, ledger, frames);
         }
+    }
+
+    /// Whether the segment, the flow's next one, has to wait: it is plain new data, and the SVM has
+    /// sent nothing beyond what has left.
+    #[inline]
+    pub(crate) fn must_wait(&self, incarnation: u32, tcp: &Tcp) -> bool {
+        self.mark == NIL && self.control.is_empty() && self.stream.expects(incarnation, tcp)
     }
 
     /// One reset stands for one; all SYNs of a connection are the same.
@@ -492,12 +582,26 @@ impl Flow {
         }
     }
 
+    /// Gives up one reported segment, whether the client has acknowledged it or not.
+    pub(crate) fn drop_history<F: Frames + ?Sized>(
+        &mut self,
+        at: u32,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        if let Some(frame) = ledger.svm.get(at).filter(|frame| frame.reported) {
+            self.stream.history_bytes -= u32::from(tcp_of(frame).payload_len);
+            ledger.stats.history_dropped += 1;
+            ledger.recycle_svm(&mut self.svm, at, frames);
+        }
+    }
+
     /// The PVM's next connection between the same ports begins to be judged.
     fn enter<F: Frames + ?Sized>(&mut self, incarnation: u32, ledger: &mut Ledger, frames: &mut F) {
         let stream = &mut self.stream;
         stream.incarnation = incarnation;
         stream.syn_left = false;
-        for mark in [Mark::Base, Mark::Una, Mark::LeftHigh] {
+        for mark in [Mark::JudgedIsn, Mark::Base, Mark::Una, Mark::LeftHigh] {
             stream.set(mark, None);
         }
         stream.history_bytes = 0;
@@ -536,7 +640,9 @@ impl Flow {
         frame.incarnation = stream.svm_incarnation;
         let is_current = frame.incarnation == stream.incarnation;
         let is_repeated_syn = tcp.has(SYN) && stream.syn_left && is_current;
-        let is_old = frame.incarnation < stream.incarnation;
+        // A refusal begins no connection: it belongs to the one that the PVM is opening.
+        let may_refuse = tcp.has(RST | ACK) && !stream.syn_left;
+        let is_old = frame.incarnation < stream.incarnation && !may_refuse;
         if is_old || !(tcp.takes_space() || tcp.has(RST)) || is_repeated_syn {
             settle_new(frame, ledger, frames);
         } else if tcp.flags & (RST | SYN) != 0 {
@@ -606,9 +712,7 @@ impl Flow {
             .filter(|old| old.incarnation == new.incarnation)
             .find_map(|old| {
                 let old_tcp = tcp_of(old);
-                let from = seq::max(new_tcp.payload_seq(), old_tcp.payload_seq());
-                let end = seq::min(new_tcp.payload_end(), old_tcp.payload_end());
-                seq::lt(from, end).then_some(())?;
+                let (from, end) = old_tcp.overlap(new_tcp)?;
                 let sides = ((&old.token, old_tcp), (&new.token, new_tcp));
                 compare_bytes(&new.packet.key, sides, from, end, None, frames)
             })

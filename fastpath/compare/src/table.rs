@@ -12,7 +12,7 @@ use crate::ledger::Ledger;
 use crate::limits::Limits;
 use crate::list::{Ends, NIL};
 use crate::stream::Stream;
-use crate::wheel::{Timer, Timers};
+use crate::wheel::{Timer, Timers, Wheel};
 use crate::wire::Packet;
 
 /// Flows looked at for one that can be forgotten before the table counts as full.
@@ -44,6 +44,8 @@ pub(crate) struct Held {
     pub(crate) flow: FlowId,
     /// TCP: which connection between these ports.
     pub(crate) incarnation: u32,
+    /// TCP: its flow knows that the PVM has produced it.
+    pub(crate) is_counted: bool,
     /// TCP: below it the bytes have been found equal.
     pub(crate) matched_to: Option<u32>,
     /// Why it may leave, when it only waits for the end of muteness.
@@ -83,6 +85,10 @@ pub(crate) mod seen {
     /// TCP: the guest has closed its side; TCP: the peer has.
     pub(crate) const GUEST_CLOSED: u8 = 8;
     pub(crate) const PEER_CLOSED: u8 = 16;
+    /// It is a TCP flow.
+    pub(crate) const TCP: u8 = 32;
+    /// It is in the list of those that wait for the secondary's word.
+    pub(crate) const WAITING: u8 = 64;
 }
 
 /// Neighbours in the list of flows that wait for the secondary's word.
@@ -90,13 +96,11 @@ pub(crate) mod seen {
 struct Links {
     prev: u32,
     next: u32,
-    linked: bool,
 }
 
 const UNLINKED: Links = Links {
     prev: NIL,
     next: NIL,
-    linked: false,
 };
 
 #[derive(Debug)]
@@ -121,7 +125,12 @@ pub(crate) struct Flow {
 }
 
 impl Flow {
-    fn new(generation: u32, policy: u16) -> Self {
+    fn new(generation: u32, protocol: Protocol, policy: u16) -> Self {
+        let tcp = if protocol == Protocol::Tcp {
+            seen::TCP
+        } else {
+            0
+        };
         Self {
             last_input_seq: 0,
             generation,
@@ -134,9 +143,16 @@ impl Flow {
             timer: Timer::OFF,
             waiting: UNLINKED,
             wait: Wait::Peer,
-            seen: seen::USE,
+            seen: seen::USE | tcp,
             policy,
         }
+    }
+
+    /// A frame has come; `what` says of whom.
+    #[inline]
+    pub(crate) fn use_now(&mut self, now_us: u64, what: u8) {
+        self.seen |= seen::USE | what;
+        self.used_s = (now_us / 1_000_000) as u32;
     }
 
     pub(crate) fn has_seen(&self, what: u8) -> bool {
@@ -148,9 +164,28 @@ impl Flow {
         self.has_seen(seen::PVM) != self.has_seen(seen::SVM)
     }
 
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.has_seen(seen::TCP)
+    }
+
+    /// It is in the list of those that wait for the secondary's word.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.has_seen(seen::WAITING)
+    }
+
+    /// Whether time can bring something about.
+    pub(crate) fn has_deadlines(&self) -> bool {
+        let has_surplus = if self.is_tcp() {
+            !self.control.is_empty()
+        } else {
+            !self.svm.is_empty()
+        };
+        !self.held.is_empty() || has_surplus
+    }
+
     /// SVM output that has had no PVM counterpart.
-    pub(crate) fn has_unmatched_svm(&self, is_tcp: bool) -> bool {
-        if is_tcp {
+    pub(crate) fn has_unmatched_svm(&self) -> bool {
+        if self.is_tcp() {
             self.mark != NIL || !self.control.is_empty()
         } else {
             !self.svm.is_empty()
@@ -165,7 +200,7 @@ impl Flow {
         self.timer = Timer::OFF;
         self.waiting = UNLINKED;
         self.wait = Wait::Peer;
-        self.seen &= !(seen::PVM | seen::SVM);
+        self.seen &= !(seen::PVM | seen::SVM | seen::WAITING);
         self.stream.rebase();
     }
 }
@@ -174,6 +209,7 @@ impl Flow {
 #[derive(Debug)]
 pub(crate) struct Flows {
     table: FlatTable<Flow>,
+    wheel: Wheel,
     generation: u32,
     hand: usize,
     waiting: u32,
@@ -185,6 +221,7 @@ impl Flows {
     pub(crate) fn new(limits: &Limits) -> Self {
         Self {
             table: FlatTable::new(limits.max_flows, limits.hash_seed),
+            wheel: Wheel::new(),
             generation: 0,
             hand: 0,
             waiting: NIL,
@@ -201,11 +238,24 @@ impl Flows {
         self.table.hash(key)
     }
 
+    pub(crate) fn memory(&self) -> [(*const u8, usize); 2] {
+        self.table.memory()
+    }
+
+    pub(crate) fn bucket_address(&self, hash: Hash) -> *const u8 {
+        self.table.bucket_address(hash)
+    }
+
+    pub(crate) fn entry_addresses(&self, hash: Hash) -> [Option<*const u8>; 3] {
+        self.table.entry_addresses(hash)
+    }
+
     pub(crate) fn key(&self, id: FlowId) -> FlowKey {
         self.table.key_at(id)
     }
 
     /// The flow, up to date; `None` when no such flow is known.
+    #[inline]
     pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut Flow> {
         let generation = self.generation;
         let flow = self.table.at_mut(id)?;
@@ -249,7 +299,7 @@ impl Flows {
         if self.table.is_full() {
             self.evict(ledger, frames)?;
         }
-        let flow = Flow::new(self.generation, policy);
+        let flow = Flow::new(self.generation, key.protocol(), policy);
         self.table.insert(hash, key, flow).ok()
     }
 
@@ -295,9 +345,8 @@ impl Flows {
     }
 
     fn is_idle(&self, id: FlowId) -> bool {
-        let is_tcp = self.key(id).protocol() == Protocol::Tcp;
         self.get(id).is_none_or(|flow| {
-            flow.held.is_empty() && !flow.has_unmatched_svm(is_tcp) && flow.wait != Wait::Commit
+            flow.held.is_empty() && !flow.has_unmatched_svm() && flow.wait != Wait::Commit
         })
     }
 
@@ -310,20 +359,50 @@ impl Flows {
             let first = ends.head;
             ledger.recycle_svm(&mut ends, first, frames);
         }
+        self.wheel.disarm(&mut self.table, id);
         let key = self.key(id);
         self.table.remove(&key);
+    }
+
+    /// The flow has to be looked at when it is `due_us`. Looking too early does no harm, so nothing
+    /// is disarmed when a flow has no deadline any more: most flows have one again soon.
+    #[inline]
+    pub(crate) fn arm(&mut self, id: FlowId, now_us: u64, due_us: u64) {
+        let Some(flow) = self.table.at(id) else {
+            return;
+        };
+        if !self.wheel.covers(&flow.timer, due_us) {
+            self.wheel.arm(&mut self.table, id, now_us, due_us);
+        }
+    }
+
+    /// No flow is due before.
+    pub(crate) fn next_due_us(&self) -> Option<u64> {
+        self.wheel.next_due_us()
+    }
+
+    /// Finds the flows that may be due.
+    pub(crate) fn expire(&mut self, now_us: u64) {
+        self.wheel.expire(&mut self.table, now_us);
+    }
+
+    /// The next of them; it is no longer armed.
+    pub(crate) fn pop_expired(&mut self) -> Option<FlowId> {
+        self.wheel.pop_expired(&mut self.table)
     }
 
     /// A new epoch is compared; its caller has emptied all lists.
     pub(crate) fn next_generation(&mut self) {
         self.generation = self.generation.wrapping_add(1);
         self.waiting = NIL;
+        self.wheel.clear();
     }
 
     /// Forgets all flows; its caller has emptied all lists.
     pub(crate) fn clear(&mut self) {
         self.table.clear();
         self.waiting = NIL;
+        self.wheel.clear();
     }
 
     fn links(&mut self, id: u32) -> Option<&mut Links> {
@@ -333,15 +412,17 @@ impl Flows {
     /// Puts a flow in the list of those that wait for the secondary's word, or takes it out.
     pub(crate) fn set_waiting(&mut self, id: FlowId, is_waiting: bool) {
         let head = self.waiting;
-        let Some(links) = self.links(id) else { return };
-        if links.linked == is_waiting {
+        let Some(flow) = self.table.at_mut(id) else {
+            return;
+        };
+        if flow.is_waiting() == is_waiting {
             return;
         }
+        flow.seen ^= seen::WAITING;
         if is_waiting {
-            *links = Links {
+            flow.waiting = Links {
                 prev: NIL,
                 next: head,
-                linked: true,
             };
             self.waiting = id;
             if let Some(next) = self.links(head) {
@@ -349,7 +430,7 @@ impl Flows {
             }
             return;
         }
-        let Links { prev, next, .. } = core::mem::replace(links, UNLINKED);
+        let Links { prev, next } = core::mem::replace(&mut flow.waiting, UNLINKED);
         if let Some(next) = self.links(next) {
             next.prev = prev;
         }
@@ -369,9 +450,9 @@ impl Flows {
     }
 }
 
-impl Timers for Flows {
+impl Timers for FlatTable<Flow> {
     fn timer(&mut self, id: u32) -> &mut Timer {
-        match self.table.at_mut(id) {
+        match self.at_mut(id) {
             Some(flow) => &mut flow.timer,
             None => unreachable!("an armed flow is in the table"),
         }

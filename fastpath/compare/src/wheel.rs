@@ -11,21 +11,24 @@ const TICK_BITS: u32 = 12;
 const BUCKETS: usize = 512;
 /// The list of what [`Wheel::expire`] has found.
 const EXPIRED: usize = BUCKETS;
-const NO_BUCKET: u16 = u16::MAX;
+/// Instead of a tick: in the list of the expired, in no list.
+const IN_EXPIRED: u32 = u32::MAX - 1;
+const OFF: u32 = u32::MAX;
 
 /// A flow's place in the wheel.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timer {
     prev: u32,
     next: u32,
-    bucket: u16,
+    /// The low bits of its tick; which bucket that is.
+    tick: u32,
 }
 
 impl Timer {
     pub(crate) const OFF: Self = Self {
         prev: NIL,
         next: NIL,
-        bucket: NO_BUCKET,
+        tick: OFF,
     };
 }
 
@@ -33,6 +36,17 @@ impl Timer {
 pub(crate) trait Timers {
     /// The timer of flow `id`, which is armed.
     fn timer(&mut self, id: u32) -> &mut Timer;
+}
+
+/// A tick as timers store it: the two largest numbers mean something else. They come once in months,
+/// and a flow is then looked at a tick early.
+const fn tick_number(tick: u64) -> u32 {
+    let low = tick as u32;
+    if low >= IN_EXPIRED {
+        low - BUCKETS as u32
+    } else {
+        low
+    }
 }
 
 /// See the module.
@@ -64,29 +78,37 @@ impl Wheel {
         }
     }
 
+    /// Whether a flow with this timer is looked at when it is due at `due_us`, or before.
+    #[inline]
+    pub(crate) fn covers(&self, timer: &Timer, due_us: u64) -> bool {
+        if timer.tick >= IN_EXPIRED {
+            return false;
+        }
+        let ahead = tick_number(due_us >> TICK_BITS).wrapping_sub(timer.tick) as i32;
+        ahead > 0 || ahead == 0 && self.due_us[timer.tick as usize % BUCKETS] <= due_us
+    }
+
     /// Arms a flow, or changes when it is due.
     pub(crate) fn arm(&mut self, timers: &mut impl Timers, id: u32, now_us: u64, due_us: u64) {
         if self.armed == 0 {
             self.base = now_us >> TICK_BITS;
         }
         let last = self.base + BUCKETS as u64 - 1;
-        let tick = (due_us >> TICK_BITS).clamp(self.base, last);
+        let due_tick = due_us >> TICK_BITS;
+        let tick = due_tick.clamp(self.base, last);
         let bucket = tick as usize % BUCKETS;
-        let look_us = if due_us >> TICK_BITS > last {
+        let look_us = if due_tick > last {
             last << TICK_BITS
         } else {
             due_us
         };
-        self.due_us[bucket] = self.due_us[bucket].min(look_us);
-        if usize::from(timers.timer(id).bucket) == bucket {
-            return;
-        }
         self.disarm(timers, id);
-        self.push(timers, id, bucket);
+        self.due_us[bucket] = self.due_us[bucket].min(look_us);
+        self.push(timers, id, bucket, tick_number(tick));
         self.armed += 1;
     }
 
-    fn push(&mut self, timers: &mut impl Timers, id: u32, bucket: usize) {
+    fn push(&mut self, timers: &mut impl Timers, id: u32, bucket: usize, tick: u32) {
         let next = core::mem::replace(&mut self.heads[bucket], id);
         if next != NIL {
             timers.timer(next).prev = id;
@@ -94,7 +116,7 @@ impl Wheel {
         *timers.timer(id) = Timer {
             prev: NIL,
             next,
-            bucket: bucket as u16,
+            tick,
         };
         if bucket < BUCKETS {
             self.occupied[bucket / 64] |= 1 << (bucket % 64);
@@ -102,8 +124,8 @@ impl Wheel {
     }
 
     pub(crate) fn disarm(&mut self, timers: &mut impl Timers, id: u32) {
-        let Timer { prev, next, bucket } = core::mem::replace(timers.timer(id), Timer::OFF);
-        if bucket == NO_BUCKET {
+        let Timer { prev, next, tick } = core::mem::replace(timers.timer(id), Timer::OFF);
+        if tick == OFF {
             return;
         }
         self.armed -= 1;
@@ -114,7 +136,10 @@ impl Wheel {
             timers.timer(prev).next = next;
             return;
         }
-        let bucket = usize::from(bucket);
+        let bucket = match tick {
+            IN_EXPIRED => EXPIRED,
+            tick => tick as usize % BUCKETS,
+        };
         self.heads[bucket] = next;
         if next == NIL && bucket < BUCKETS {
             self.empty(bucket);
@@ -167,7 +192,7 @@ impl Wheel {
             self.empty(bucket);
             while id != NIL {
                 let next = timers.timer(id).next;
-                self.push(timers, id, EXPIRED);
+                self.push(timers, id, EXPIRED, IN_EXPIRED);
                 id = next;
             }
         }

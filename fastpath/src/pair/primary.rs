@@ -9,6 +9,7 @@ use hdrhistogram::Histogram;
 
 use super::{PairEvent, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
+use crate::hint::use_huge_pages;
 use crate::link::{PacketLink, PacketLinkError, PacketMsg};
 use crate::mailbox::Post;
 use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
@@ -62,6 +63,9 @@ pub struct PrimaryRole {
     link: Option<PacketLink>,
     post: Post<PairEvent>,
     unsent: VecDeque<Token>,
+    /// Frames of one look at a ring, and at the link with their epochs and numbers.
+    batch: Vec<Token>,
+    output_batch: Vec<(u64, u64, Token)>,
     hold_us: Histogram<u64>,
     released_seqs: Vec<u8>,
     released_pending: Option<u64>,
@@ -91,12 +95,15 @@ impl PrimaryRole {
             // Neither a new path nor one of a takeover has a secondary.
             tracing::error!("{e}");
         }
+        use_huge_pages(&path);
         let hold_us = Histogram::new_with_bounds(1, HOLD_MAX_US, 3);
         Self {
             path,
             link: None,
             post,
             unsent: VecDeque::with_capacity(config.frame_slots as usize),
+            batch: Vec::with_capacity(BATCH),
+            output_batch: Vec::with_capacity(BATCH),
             hold_us: hold_us.expect("constant bounds"),
             released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
             released_pending: None,
@@ -262,24 +269,41 @@ impl PrimaryRole {
         edge: &mut Edge,
         now_us: u64,
     ) -> Result<usize, PacketLinkError> {
-        let mut n = 0;
         link.fill()?;
+        let read = self.read_link(link, edge, now_us);
+        self.compare_batch(edge, now_us);
+        read
+    }
+
+    fn read_link(
+        &mut self,
+        link: &mut PacketLink,
+        edge: &mut Edge,
+        now_us: u64,
+    ) -> Result<usize, PacketLinkError> {
+        let mut n = 0;
         while n < 4 * BATCH && edge.frames.free_slots() > 0 {
             let Some(msg) = link.next_msg()? else { break };
             n += 1;
-            match msg {
-                PacketMsg::Output { epoch, seq, frame } => {
-                    if let Some(token) = edge.frames.from_bytes(frame) {
-                        self.path
-                            .handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
-                    }
+            if let PacketMsg::Output { epoch, seq, frame } = msg {
+                if let Some(token) = edge.frames.from_bytes(frame) {
+                    self.output_batch.push((epoch, seq, token));
                 }
+                if self.output_batch.len() == BATCH {
+                    self.compare_batch(edge, now_us);
+                }
+                continue;
+            }
+            // Messages keep their order.
+            self.compare_batch(edge, now_us);
+            match msg {
                 PacketMsg::InputAck { up_to } => {
                     self.path.handle_input_ack(now_us, &mut edge.frames, up_to);
                 }
                 PacketMsg::CaughtUp { epoch } => self.path.caught_up(now_us, epoch),
                 PacketMsg::CheckpointWanted => self.post.send(PairEvent::PeerWantsCheckpoint),
-                PacketMsg::Input { .. }
+                PacketMsg::Output { .. }
+                | PacketMsg::Input { .. }
                 | PacketMsg::Released { .. }
                 | PacketMsg::PendingReleased { .. } => {}
             }
@@ -287,14 +311,29 @@ impl PrimaryRole {
         Ok(n)
     }
 
+    fn compare_batch(&mut self, edge: &mut Edge, now_us: u64) {
+        let tokens = self.output_batch.iter().map(|(_, _, token)| token);
+        self.path.expect(&edge.frames, tokens);
+        for (epoch, seq, token) in self.output_batch.drain(..) {
+            self.path
+                .handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
+        }
+    }
+
     fn take_output(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let mut n = 0;
-        while n < BATCH && self.path.room() && edge.frames.free_slots() > RESERVED_SLOTS {
+        // What is taken must find room, however much of it has to wait.
+        let room = self.path.room_frames().min(BATCH);
+        while n < room && edge.frames.free_slots() > RESERVED_SLOTS {
             let Some(token) = edge.guest_take() else {
                 break;
             };
-            self.path.handle_guest_tx(now_us, &mut edge.frames, token);
+            self.batch.push(token);
             n += 1;
+        }
+        self.path.expect(&edge.frames, self.batch.iter());
+        for token in self.batch.drain(..) {
+            self.path.handle_guest_tx(now_us, &mut edge.frames, token);
         }
         n
     }

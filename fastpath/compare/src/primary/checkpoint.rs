@@ -82,7 +82,6 @@ impl PrimaryPath {
         });
         self.leave_pending(epoch);
         self.flows.next_generation();
-        self.wheel.clear();
         self.openers.clear();
         (self.frozen, self.table_full) = (false, false);
         self.comparing = self.epoch;
@@ -98,9 +97,11 @@ impl PrimaryPath {
     fn note_covered<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, epoch: u64) {
         let mut at = self.deferred.head;
         while let Some(frame) = self.held.get(at).filter(|frame| frame.epoch <= epoch) {
-            let packet = frame.packet;
+            let (packet, is_counted) = (frame.packet, frame.is_counted);
             at = self.held.next(at);
-            let Some(tcp) = packet.tcp else { continue };
+            let Some(tcp) = packet.tcp.filter(|_| !is_counted) else {
+                continue;
+            };
             let id = self.place(now_us, frames, &packet, Opener::Guest);
             if let Some(flow) = id.and_then(|id| self.flows.get_mut(id)) {
                 flow.stream.produced(&tcp);
@@ -161,7 +162,14 @@ impl PrimaryPath {
         }
         let mut svm = core::mem::take(&mut self.deferred_svm);
         while let Some(frame) = self.ledger.svm.pop_front(&mut svm) {
-            self.compare_svm(now_us, frames, frame);
+            if frame.epoch != epoch {
+                self.ledger.stats.svm_stale += 1;
+                frames.release(frame.token);
+                continue;
+            }
+            let hash = self.flows.hash(&frame.packet.key);
+            let id = self.flows.id_of_hashed(hash, &frame.packet.key);
+            self.compare_svm(now_us, frames, (hash, id), frame);
         }
         if !self.room() {
             self.request(Divergence::plain(Cause::HoldFull, None));
@@ -199,7 +207,6 @@ impl PrimaryPath {
         }
         self.deferred = deferred;
         self.flows.next_generation();
-        self.wheel.clear();
     }
 
     /// The SVM has consumed the input that came before its resume: comparison deadlines of the
@@ -218,6 +225,9 @@ impl PrimaryPath {
     pub fn pair(&mut self, now_us: u64) -> Result<u64, PathError> {
         if self.paired {
             return Err(PathError::AlreadyPaired { epoch: self.epoch });
+        }
+        if let Some(epoch) = self.cut {
+            return Err(PathError::CheckpointInFlight { epoch });
         }
         self.paired = true;
         // Input is numbered from 1 in each session.
@@ -255,7 +265,6 @@ impl PrimaryPath {
         self.deferred_svm = Ends::EMPTY;
         self.release_all(now_us, frames, Right::Alone, |_| true);
         self.flows.clear();
-        self.wheel.clear();
         self.openers.clear();
         self.learnt.clear();
         (self.paired, self.frozen, self.table_full) = (false, false, false);

@@ -16,38 +16,83 @@ use crate::wire::tcp::{ACK, SYN};
 impl PrimaryPath {
     /// Lets everything leave that may, in one flow.
     pub(super) fn pump<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, id: FlowId) {
-        while !self.muted && !self.frozen {
-            let Some((content, stamp, policy)) = self.judge_head(id, frames) else {
-                break;
-            };
-            let right = match (policy, content) {
-                (PolicyAction::Release, _) => Right::Policy,
-                (_, Content::Matched) => Right::Match,
-                _ => Right::Free,
-            };
-            let wait = match content {
-                Content::Differs(divergence) => {
-                    self.ledger.stats.compared += 1;
-                    self.diverge(now_us, id, divergence);
-                    break;
-                }
-                Content::Wait if policy == PolicyAction::Hold => Some(Wait::Policy),
-                Content::Wait => Some(Wait::Peer),
-                Content::Matched | Content::Free if stamp > self.input_ack => Some(Wait::InputAck),
-                Content::Free if !self.lease_is_fresh(now_us) => Some(Wait::Lease),
-                Content::Matched | Content::Free => None,
-            };
-            if let Some(wait) = wait {
-                if let Some(flow) = self.flows.get_mut(id) {
-                    flow.wait = wait;
-                }
-                let is_waiting = matches!(wait, Wait::InputAck | Wait::Lease);
-                self.flows.set_waiting(id, is_waiting);
-                break;
-            }
-            self.release_head(now_us, frames, id, right);
+        if !self.muted && !self.frozen {
+            while self.release_next(now_us, frames, id) {}
         }
         self.rearm(now_us, id);
+    }
+
+    /// Judges the flow's next frame; gives whether it has left.
+    #[inline]
+    fn release_next<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        id: FlowId,
+    ) -> bool {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return false;
+        };
+        let at = flow.held.head;
+        let Some(head) = self.held.get_mut(at) else {
+            return false;
+        };
+        if flow.wait == Wait::Commit {
+            return false;
+        }
+        let stamp = head.stamp;
+        let policy = self.policy.action_of(flow.policy);
+        let content = match (policy, head.packet.tcp) {
+            _ if self.limits.canary_equal => Content::Matched,
+            (PolicyAction::Release, _) => Content::Free,
+            (PolicyAction::Hold, _) => Content::Wait,
+            (_, Some(tcp)) => {
+                let ignored = policy.ignored();
+                flow.judge_segment(head, &tcp, ignored, &mut self.ledger, frames)
+            }
+            (_, None) => {
+                let rules = rules(&self.limits, policy);
+                let svm = &mut self.ledger.svm;
+                flow.judge_datagram(at, &mut self.held, rules, svm, frames)
+            }
+        };
+        let wait = match content {
+            Content::Matched if stamp <= self.input_ack => {
+                self.ledger.stats.compared += 1;
+                self.release_head(now_us, frames, id, Right::Match);
+                return true;
+            }
+            Content::Free if stamp <= self.input_ack && self.lease_is_fresh(now_us) => {
+                let right = match policy {
+                    PolicyAction::Release => Right::Policy,
+                    _ => Right::Free,
+                };
+                self.release_head(now_us, frames, id, right);
+                return true;
+            }
+            Content::Differs(divergence) => {
+                self.ledger.stats.compared += 1;
+                self.diverge(id, divergence);
+                return false;
+            }
+            Content::Wait if policy == PolicyAction::Hold => Wait::Policy,
+            Content::Wait => Wait::Peer,
+            Content::Matched | Content::Free if stamp > self.input_ack => Wait::InputAck,
+            Content::Matched | Content::Free => Wait::Lease,
+        };
+        self.wait_for(id, wait);
+        false
+    }
+
+    fn wait_for(&mut self, id: FlowId, wait: Wait) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.wait = wait;
+        let is_waiting = matches!(wait, Wait::InputAck | Wait::Lease);
+        if flow.is_waiting() != is_waiting {
+            self.flows.set_waiting(id, is_waiting);
+        }
     }
 
     /// The secondary has said something that many flows may wait for.
@@ -82,54 +127,16 @@ impl PrimaryPath {
     }
 
     /// Arms the flow's timer, if time can bring something about there.
-    fn rearm(&mut self, now_us: u64, id: FlowId) {
-        let due_us = self.flows.get(id).and_then(|flow| {
-            let is_idle = flow.held.is_empty() && flow.svm.is_empty() && flow.control.is_empty();
-            if is_idle {
-                return None;
-            }
-            let key = self.flows.key(id);
-            let deadlines = [self.deadline(flow, &key), self.surplus_deadline(flow, &key)];
-            let times = deadlines.into_iter().flatten().map(|(at_us, _)| at_us);
-            times.min()
-        });
-        match due_us {
-            Some(due_us) => self.wheel.arm(&mut self.flows, id, now_us, due_us),
-            None if self.flows.get(id).is_some() => self.wheel.disarm(&mut self.flows, id),
-            None => {}
-        }
-    }
-
-    /// What the flow's next frame's contents allow, which input must be acknowledged first, and
-    /// what the policy says.
-    fn judge_head<F: Frames + ?Sized>(
-        &mut self,
-        id: FlowId,
-        frames: &mut F,
-    ) -> Option<(Content, u64, PolicyAction)> {
-        let flow = self.flows.get_mut(id)?;
-        if flow.wait == Wait::Commit {
-            return None;
-        }
-        let at = flow.held.head;
-        let head = self.held.get_mut(at)?;
-        let stamp = head.stamp;
-        let policy = self.policy.action_of(flow.policy);
-        let content = match (policy, head.packet.tcp) {
-            _ if self.limits.canary_equal => Content::Matched,
-            (PolicyAction::Release, _) => Content::Free,
-            (PolicyAction::Hold, _) => Content::Wait,
-            (_, Some(tcp)) => {
-                let ignored = policy.ignored();
-                flow.judge_segment(head, &tcp, ignored, &mut self.ledger, frames)
-            }
-            (_, None) => {
-                let rules = rules(&self.limits, policy);
-                let svm = &mut self.ledger.svm;
-                flow.judge_datagram(at, &mut self.held, rules, svm, frames)
-            }
+    #[inline]
+    pub(super) fn rearm(&mut self, now_us: u64, id: FlowId) {
+        let Some(flow) = self.flows.get(id).filter(|flow| flow.has_deadlines()) else {
+            return;
         };
-        Some((content, stamp, policy))
+        let deadlines = [self.deadline(flow), self.surplus_deadline(flow)];
+        let times = deadlines.into_iter().flatten().map(|(at_us, _)| at_us);
+        if let Some(due_us) = times.min() {
+            self.flows.arm(id, now_us, due_us);
+        }
     }
 
     fn release_head<F: Frames + ?Sized>(
@@ -142,20 +149,28 @@ impl PrimaryPath {
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
-        let Some(mut head) = self.held.pop_front(&mut flow.held) else {
+        let at = flow.held.head;
+        let Some(head) = self.held.get_mut(at) else {
             return;
         };
+        let (token, incarnation, at_us) = (head.token.take(), head.incarnation, head.at_us);
+        let (tcp, fragment) = (head.packet.tcp, head.packet.fragment);
+        if self.client.len() > 0 {
+            let header = frames.header_mut(&token);
+            let stripped = self.client.outbound(now_us, header, &mut head.packet);
+            self.ledger.stats.stripped += u64::from(stripped);
+        }
+        let is_data = head.packet.tcp.is_none_or(|tcp| tcp.payload_len > 0);
+        self.held.discard(&mut flow.held, at);
         flow.wait = Wait::Peer;
-        self.flows.set_waiting(id, false);
-        self.ledger.stats.compared += u64::from(right == Right::Match);
-        let (packet, incarnation) = (head.packet, head.incarnation);
-        head.right = right;
+        self.ledger.stats.count_release(right, is_data);
+        self.ledger.act(Action::Release {
+            token,
+            right,
+            held_us: now_us.saturating_sub(at_us),
+        });
         // The report to the secondary must follow the release: released, not merely judged.
-        self.leave(now_us, frames, head);
-        let Some(flow) = self.flows.get_mut(id) else {
-            return;
-        };
-        match (packet.tcp, packet.fragment) {
+        match (tcp, fragment) {
             (Some(tcp), _) => {
                 let history = self.limits.max_history_bytes.min(u32::MAX as usize) as u32;
                 flow.segment_left(incarnation, &tcp, history, &mut self.ledger, frames);
@@ -164,6 +179,9 @@ impl PrimaryPath {
                 flow.fragment_left(fragment.id, &self.held, &mut self.ledger, frames);
             }
             (None, _) => flow.datagram_left(&mut self.ledger, frames),
+        }
+        if flow.is_waiting() {
+            self.flows.set_waiting(id, false);
         }
     }
 
@@ -191,7 +209,8 @@ impl PrimaryPath {
             let stripped = self.client.outbound(now_us, header, &mut packet);
             self.ledger.stats.stripped += u64::from(stripped);
         }
-        self.count(right, packet.tcp.is_none_or(|tcp| tcp.payload_len > 0));
+        let is_data = packet.tcp.is_none_or(|tcp| tcp.payload_len > 0);
+        self.ledger.stats.count_release(right, is_data);
         self.ledger.act(Action::Release {
             token,
             right,
@@ -199,35 +218,19 @@ impl PrimaryPath {
         });
     }
 
-    fn count(&mut self, right: Right, data: bool) {
-        let stats = &mut self.ledger.stats;
-        match right {
-            Right::Match => {
-                stats.released_by_match += 1;
-                stats.released_data_by_match += u64::from(data);
-            }
-            Right::Checkpoint => {
-                stats.released_by_checkpoint += 1;
-                stats.released_data_by_checkpoint += u64::from(data);
-            }
-            Right::Free => stats.released_free += 1,
-            Right::Policy => stats.released_by_policy += 1,
-            Right::Alone => stats.released_alone += 1,
-        }
-    }
-
     /// The flow's output waits for a commit from now on.
-    pub(super) fn diverge(&mut self, now_us: u64, id: FlowId, divergence: Divergence) {
+    pub(super) fn diverge(&mut self, id: FlowId, divergence: Divergence) {
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
         if flow.wait != Wait::Commit {
             flow.wait = Wait::Commit;
-            self.flows.set_waiting(id, false);
+            if flow.is_waiting() {
+                self.flows.set_waiting(id, false);
+            }
             self.ledger.stats.divergences[divergence.cause.index()] += 1;
             self.request(divergence);
         }
-        self.rearm(now_us, id);
     }
 
     pub(super) fn hold_until_commit<F: Frames + ?Sized>(
@@ -240,7 +243,7 @@ impl PrimaryPath {
         let hash = self.flows.hash(&key);
         let place = (hash, self.flows.id_of_hashed(hash, &key));
         match self.place_hashed(now_us, frames, place, (&key, None), Opener::Peer) {
-            Some(id) => self.diverge(now_us, id, divergence),
+            Some(id) => self.diverge(id, divergence),
             None => self.request(divergence),
         }
     }
@@ -258,7 +261,7 @@ impl PrimaryPath {
 
     /// Rule 2: a flow that the guest opened and that has output on one side only, while the other
     /// side opened one to the same peer from another port.
-    pub(super) fn check_openers(&mut self, now_us: u64, id: FlowId) {
+    pub(super) fn check_openers(&mut self, id: FlowId) {
         let Some(flow) = self.flows.get(id) else {
             return;
         };
@@ -288,7 +291,7 @@ impl PrimaryPath {
             let divergence = Divergence::plain(Cause::OutboundTuple, Some(key));
             // The PVM's flow is the one whose output must wait.
             let held = if pvm_sent { id } else { other };
-            self.diverge(now_us, held, divergence);
+            self.diverge(held, divergence);
         } else if self.openers.len() < MAX_OPENERS && !self.openers.contains(&key) {
             self.openers.push(key);
         }
@@ -300,7 +303,7 @@ impl PrimaryPath {
 
     /// When [`PrimaryPath::handle_timeout`] may have something to do; never later than it has.
     pub fn next_deadline(&self) -> Option<u64> {
-        let of_flows = self.wheel.next_due_us().filter(|_| self.time_runs());
+        let of_flows = self.flows.next_due_us().filter(|_| self.time_runs());
         let all = [
             self.inherited.next_due_us(),
             self.announce_again.due_us(),
@@ -317,8 +320,8 @@ impl PrimaryPath {
         if !self.time_runs() {
             return;
         }
-        self.wheel.expire(&mut self.flows, now_us);
-        while let Some(id) = self.wheel.pop_expired(&mut self.flows) {
+        self.flows.expire(now_us);
+        while let Some(id) = self.flows.pop_expired() {
             self.time_out(now_us, frames, id);
         }
     }
@@ -333,10 +336,10 @@ impl PrimaryPath {
                 .filter(|(at_us, _)| *at_us <= now_us)
                 .map(|(_, cause)| cause)
         };
-        let surplus = due(self.surplus_deadline(flow, &key));
-        if let Some(cause) = due(self.deadline(flow, &key)) {
+        let surplus = due(self.surplus_deadline(flow));
+        if let Some(cause) = due(self.deadline(flow)) {
             let divergence = self.late_divergence(flow, &key, cause, frames);
-            self.diverge(now_us, id, divergence);
+            self.diverge(id, divergence);
         } else if let Some(cause) = surplus {
             if surplus_is_harmless(&key)
                 && let Some(flow) = self.flows.get_mut(id)
@@ -344,7 +347,7 @@ impl PrimaryPath {
                 flow.drop_surplus(&mut self.ledger, frames);
                 self.pump(now_us, frames, id);
             } else {
-                self.diverge(now_us, id, Divergence::plain(cause, Some(key)));
+                self.diverge(id, Divergence::plain(cause, Some(key)));
             }
         } else {
             self.rearm(now_us, id);
@@ -353,7 +356,7 @@ impl PrimaryPath {
 
     /// Until when the flow's next frame may wait, and what it is then. Comparison deadlines start
     /// when the SVM has consumed its backlog (rule 9).
-    fn deadline(&self, flow: &Flow, key: &FlowKey) -> Option<(u64, Cause)> {
+    fn deadline(&self, flow: &Flow) -> Option<(u64, Cause)> {
         let head = self.held.get(flow.held.head)?;
         let limits = &self.limits;
         match (flow.wait, self.caught_up_us) {
@@ -372,17 +375,14 @@ impl PrimaryPath {
                 let from_us = head.at_us.max(self.epoch_start_us);
                 Some((from_us + limits.compare_deadline_us, Cause::Policy))
             }
-            (Wait::Peer, None) => {
-                let from_us = head.at_us.max(self.epoch_start_us);
-                Some((from_us + limits.lag_deadline_us, Cause::Lag))
-            }
+            (Wait::Peer, None) => Some(self.peer_deadline(head.at_us)),
             (Wait::Peer, Some(caught_up_us)) => {
                 let from_us = head.at_us.max(caught_up_us);
-                let late = (from_us + limits.compare_deadline_us, Cause::Deadline);
+                let late = self.peer_deadline(head.at_us);
                 // Both have sent something, and it differs.
-                let other_us = match key.protocol() {
-                    Protocol::Tcp => None,
-                    _ => flow.surplus_since_us(&self.ledger.svm),
+                let other_us = match flow.is_tcp() {
+                    true => None,
+                    false => flow.surplus_since_us(&self.ledger.svm),
                 };
                 let settled = other_us
                     .map(|other_us| (from_us.max(other_us) + limits.settle_us, Cause::Payload));
@@ -394,20 +394,36 @@ impl PrimaryPath {
         }
     }
 
+    /// Until when a frame may wait for the SVM's output.
+    #[inline]
+    pub(super) fn peer_deadline(&self, at_us: u64) -> (u64, Cause) {
+        let limits = &self.limits;
+        match self.caught_up_us {
+            Some(caught_up_us) => {
+                let from_us = at_us.max(caught_up_us);
+                (from_us + limits.compare_deadline_us, Cause::Deadline)
+            }
+            None => {
+                let from_us = at_us.max(self.epoch_start_us);
+                (from_us + limits.lag_deadline_us, Cause::Lag)
+            }
+        }
+    }
+
     /// Until when SVM output may have no counterpart.
-    fn surplus_deadline(&self, flow: &Flow, key: &FlowKey) -> Option<(u64, Cause)> {
+    fn surplus_deadline(&self, flow: &Flow) -> Option<(u64, Cause)> {
         if flow.wait == Wait::Commit {
             return None;
         }
         let svm = &self.ledger.svm;
-        let (since_us, wait_us, cause) = match key.protocol() {
+        let (since_us, wait_us, cause) = match flow.is_tcp() {
             // A SYN or a reset: one VM has a connection that the other has not.
-            Protocol::Tcp => (
+            true => (
                 flow.control_since_us(svm)?,
                 self.limits.compare_deadline_us,
                 Cause::Flags,
             ),
-            _ => (
+            false => (
                 flow.surplus_since_us(svm)?,
                 self.limits.extra_deadline_us,
                 Cause::Extra,

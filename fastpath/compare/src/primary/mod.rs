@@ -9,6 +9,7 @@
 //! Does not do I/O and keeps no time: the shell gives `now_us` and carries out actions in order.
 
 mod checkpoint;
+mod exact;
 mod inherited;
 mod judge;
 
@@ -27,7 +28,6 @@ use crate::policy::{Opener, Policy, PolicyAction};
 use crate::record::{self, RecordError};
 use crate::stats::PrimaryStats;
 use crate::table::{DEFERRED, FlowId, Flows, Held, seen};
-use crate::wheel::Wheel;
 use crate::wire::tcp::{ACK, FIN, RST, SYN};
 use crate::wire::{self, Packet};
 use crate::xlate::ClientTable;
@@ -36,6 +36,10 @@ pub(crate) use inherited::Inherited;
 
 /// Most flows that are watched for another port on the other side (rule 2).
 const MAX_OPENERS: usize = 64;
+/// Most flows that [`PrimaryPath::expect`] fetches ahead.
+const EXPECTED_MAX: usize = 64;
+/// Flows that the caches keep anyway.
+const EXPECT_FROM_FLOWS: usize = 4096;
 
 /// What a [`PrimaryPath`] does with output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +78,6 @@ pub struct PrimaryPath {
     session_base: u64,
     next_id: u64,
     flows: Flows,
-    wheel: Wheel,
     /// Every PVM frame that has not left, in its flow's list or in one of the two below.
     held: Lists<Held>,
     /// Frames of an epoch that is not compared yet, or for which the flow table had no room, in
@@ -89,6 +92,10 @@ pub struct PrimaryPath {
     table_full: bool,
     /// SVM output of the epoch that follows the cut.
     deferred_svm: Ends,
+    /// Where [`PrimaryPath::drop_history`] looked last.
+    history_hand: u32,
+    /// Hashes of the flows that are needed next.
+    expected: Vec<Hash>,
     /// Room to put frames of many flows in order.
     order: Vec<(u64, u32)>,
     /// Flows that a guest opened and that have output on one side only.
@@ -131,13 +138,14 @@ impl PrimaryPath {
             session_base: 0,
             next_id: 0,
             flows: Flows::new(&limits),
-            wheel: Wheel::new(),
             held: Lists::with_capacity(limits.max_held_frames),
             deferred: Ends::EMPTY,
             cleared: Ends::EMPTY,
             cleared_pending: None,
             table_full: false,
             deferred_svm: Ends::EMPTY,
+            history_hand: 0,
+            expected: Vec::with_capacity(EXPECTED_MAX),
             order: Vec::with_capacity(limits.max_held_frames),
             openers: Vec::with_capacity(MAX_OPENERS),
             requested: None,
@@ -220,6 +228,17 @@ impl PrimaryPath {
         self.held.len() < self.limits.max_held_frames
     }
 
+    /// Where the large tables lie, and how many bytes they take: for a shell that wants huge pages
+    /// behind them.
+    pub fn table_memory(&self) -> [(*const u8, usize); 2] {
+        self.flows.memory()
+    }
+
+    /// How many frames the shell may read from guest_tx.
+    pub fn room_frames(&self) -> usize {
+        self.limits.max_held_frames.saturating_sub(self.held.len())
+    }
+
     /// Whether the shell may read another frame from the NIC.
     pub fn nic_room(&self) -> bool {
         !self.paired || self.input_seq - self.input_ack < self.limits.max_unacked_inputs
@@ -288,6 +307,7 @@ impl PrimaryPath {
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
+        flow.use_now(now_us, 0);
         flow.last_input_seq = self.input_seq;
         let Some(tcp) = packet.tcp else { return };
         if tcp.flags & (FIN | RST) != 0 {
@@ -297,6 +317,31 @@ impl PrimaryPath {
             flow.acknowledged(tcp.ack, &mut self.ledger, frames);
             if !flow.held.is_empty() {
                 self.pump(now_us, frames, id);
+            }
+        }
+    }
+
+    /// Says which frames come next, up to a batch, so that their flows are on their way from memory
+    /// when [`PrimaryPath::handle_guest_tx`] or [`PrimaryPath::handle_svm_output`] need them. With
+    /// few flows, which stay in the cache, this does nothing.
+    pub fn expect<'a, F: Frames + ?Sized>(
+        &mut self,
+        frames: &F,
+        tokens: impl Iterator<Item = &'a Token>,
+    ) {
+        if !self.paired || self.flows.len() < EXPECT_FROM_FLOWS {
+            return;
+        }
+        self.expected.clear();
+        for token in tokens.take(EXPECTED_MAX) {
+            let packet = self.parse(frames, token, Direction::FromGuest);
+            let hash = self.flows.hash(&packet.key);
+            frames.prefetch(self.flows.bucket_address(hash));
+            self.expected.push(hash);
+        }
+        for hash in &self.expected {
+            for address in self.flows.entry_addresses(*hash).into_iter().flatten() {
+                frames.prefetch(address);
             }
         }
     }
@@ -315,25 +360,15 @@ impl PrimaryPath {
             .guest_sent(now_us, &self.limits, &packet, frames);
         self.ledger.stats.produced += 1;
         self.next_id += 1;
-        let mut frame = Held {
-            id: self.next_id,
-            epoch: self.epoch,
-            token,
-            packet,
-            stamp: 0,
-            at_us: now_us,
-            flow: DEFERRED,
-            incarnation: 0,
-            matched_to: None,
-            right: Right::Alone,
-        };
         if !self.paired {
+            let frame = self.undecided(now_us, token, packet, 0);
             self.leave(now_us, frames, frame);
             return;
         }
         let hash = self.flows.hash(&packet.key);
         let id = self.flows.id_of_hashed(hash, &packet.key);
-        frame.stamp = self.stamp(&packet, id);
+        let stamp = self.stamp(&packet, id);
+        let frame = self.undecided(now_us, token, packet, stamp);
         if self.epoch == self.comparing && !self.frozen {
             self.hold(now_us, frames, (hash, id), frame);
         } else {
@@ -344,11 +379,29 @@ impl PrimaryPath {
         }
     }
 
+    #[inline(always)]
+    fn undecided(&self, now_us: u64, token: Token, packet: Packet, stamp: u64) -> Held {
+        Held {
+            id: self.next_id,
+            epoch: self.epoch,
+            token,
+            packet,
+            stamp,
+            at_us: now_us,
+            flow: DEFERRED,
+            incarnation: 0,
+            is_counted: false,
+            matched_to: None,
+            right: Right::Alone,
+        }
+    }
+
     /// The input that a frame may acknowledge: that of its flow, or all (rule 5).
     fn stamp(&self, packet: &Packet, id: Option<FlowId>) -> u64 {
         let of_flow = id.and_then(|id| self.flows.last_input_seq(id));
         match of_flow {
-            Some(seq) if packet.tcp.is_some() => seq,
+            // A flow without known input may have had some before it was known.
+            Some(seq) if packet.tcp.is_some() && seq != 0 => seq,
             _ => self.input_seq,
         }
     }
@@ -376,9 +429,9 @@ impl PrimaryPath {
         (key, tcp_flags): (&FlowKey, Option<u8>),
         first: Opener,
     ) -> Option<FlowId> {
-        let id = match id {
-            Some(id) => id,
-            None if self.table_full => return None,
+        match id {
+            Some(id) => Some(id),
+            None if self.table_full => None,
             None => {
                 let opener = match tcp_flags {
                     // Of a connection that is under way nobody knows; most guests serve.
@@ -388,16 +441,12 @@ impl PrimaryPath {
                 let rule = self.policy.rule_number(key, opener);
                 let name = (hash, *key);
                 self.flows
-                    .insert(name, rule, now_us, &mut self.ledger, frames)?
+                    .insert(name, rule, now_us, &mut self.ledger, frames)
             }
-        };
-        if let Some(flow) = self.flows.get_mut(id) {
-            flow.seen |= seen::USE;
-            flow.used_s = (now_us / 1_000_000) as u32;
         }
-        Some(id)
     }
 
+    #[inline]
     fn hold<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
@@ -405,23 +454,41 @@ impl PrimaryPath {
         place: (Hash, Option<FlowId>),
         mut frame: Held,
     ) {
-        let packet = frame.packet;
-        let name = (&packet.key, packet.tcp.map(|tcp| tcp.flags));
+        let tcp = frame.packet.tcp;
+        let name = (&frame.packet.key, tcp.map(|tcp| tcp.flags));
         let id = self.place_hashed(now_us, frames, place, name, Opener::Guest);
         let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else {
+            let key = frame.packet.key;
             self.table_full = true;
             self.held.push_back(&mut self.deferred, frame);
-            self.request(Divergence::plain(Cause::TableFull, Some(packet.key)));
+            self.request(Divergence::plain(Cause::TableFull, Some(key)));
             return;
         };
-        if let Some(tcp) = &packet.tcp {
+        // A datagram has nothing to be compared with before the SVM has sent one.
+        let mut must_wait = flow.svm.is_empty();
+        let is_first = flow.held.is_empty();
+        if let Some(tcp) = &tcp {
             frame.incarnation = flow.stream.produced(tcp);
+            frame.is_counted = true;
+            // Behind another one, or before the SVM has sent anything, there is nothing to judge.
+            must_wait = !is_first || flow.must_wait(frame.incarnation, tcp);
         }
         frame.flow = id;
         self.held.push_back(&mut flow.held, frame);
-        flow.seen |= seen::PVM;
-        self.pump(now_us, frames, id);
-        self.check_openers(now_us, id);
+        flow.use_now(now_us, seen::PVM);
+        let may_be_opener = flow.last_input_seq == 0;
+        if must_wait && self.policy.is_empty() && !self.limits.canary_equal {
+            // Behind another frame the timer is armed already.
+            if is_first {
+                let (due_us, _) = self.peer_deadline(now_us);
+                self.flows.arm(id, now_us, due_us);
+            }
+        } else {
+            self.pump(now_us, frames, id);
+        }
+        if may_be_opener {
+            self.check_openers(id);
+        }
     }
 
     /// Takes a frame that the SVM sent in `epoch`, in the PVM's guest space.
@@ -445,15 +512,26 @@ impl PrimaryPath {
             self.ledger.report_svm(svm_seq);
             return;
         }
-        if self.ledger.svm.len() >= self.limits.max_svm_frames {
+        let is_full = self.ledger.svm.len() >= self.limits.max_svm_frames;
+        if is_full && !self.drop_history(frames) {
             // The secondary still stores it; only the comparison lacks it, so output stays held.
             self.ledger.stats.svm_overflow += 1;
             frames.release(token);
             self.request(Divergence::plain(Cause::OutputOverflow, None));
             return;
         }
+        let packet = self.parse(frames, &token, Direction::FromGuest);
+        let hash = self.flows.hash(&packet.key);
+        let id = self.flows.id_of_hashed(hash, &packet.key);
+        let mut token = token;
+        if epoch == self.comparing
+            && let Some(id) = id
+            && self.match_exactly(now_us, frames, id, &packet, (svm_seq, &mut token))
+        {
+            return;
+        }
         let frame = SvmFrame {
-            packet: self.parse(frames, &token, Direction::FromGuest),
+            packet,
             token,
             epoch,
             svm_seq,
@@ -466,24 +544,46 @@ impl PrimaryPath {
             // Only the epoch that follows the cut can send before its commit is known here.
             self.ledger.svm.push_back(&mut self.deferred_svm, frame);
         } else {
-            self.compare_svm(now_us, frames, frame);
+            self.compare_svm(now_us, frames, (hash, id), frame);
         }
+    }
+
+    /// Gives up one segment that has left long ago, so that new output of the SVM finds room: a
+    /// retransmission of it is then held rather than compared. False when there is none.
+    fn drop_history<F: Frames + ?Sized>(&mut self, frames: &mut F) -> bool {
+        let nodes = self.ledger.svm.nodes();
+        for _ in 0..nodes {
+            self.history_hand = (self.history_hand + 1) % nodes;
+            let at = self.history_hand;
+            let Some(frame) = self.ledger.svm.get(at).filter(|frame| frame.reported) else {
+                continue;
+            };
+            let flow = self.flows.get_mut(frame.flow);
+            if let Some(flow) = flow.filter(|flow| flow.is_tcp()) {
+                flow.drop_history(at, &mut self.ledger, frames);
+                return true;
+            }
+        }
+        false
     }
 
     fn compare_svm<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
         frames: &mut F,
+        place: (Hash, Option<FlowId>),
         mut frame: SvmFrame,
     ) {
         let key = frame.packet.key;
-        let id = self.place(now_us, frames, &frame.packet, Opener::Guest);
+        let name = (&key, frame.packet.tcp.map(|tcp| tcp.flags));
+        let id = self.place_hashed(now_us, frames, place, name, Opener::Guest);
         let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else {
             frames.release(frame.token);
             self.request(Divergence::plain(Cause::TableFull, Some(key)));
             return;
         };
-        flow.seen |= seen::SVM;
+        flow.use_now(now_us, seen::SVM);
+        let may_be_opener = flow.last_input_seq == 0;
         frame.flow = id;
         match self.policy.action_of(flow.policy) {
             PolicyAction::Compare | PolicyAction::IgnoreBytes { .. } => {}
@@ -506,10 +606,12 @@ impl PrimaryPath {
             None
         };
         match divergence {
-            Some(divergence) => self.diverge(now_us, id, divergence),
+            Some(divergence) => self.diverge(id, divergence),
             None => self.pump(now_us, frames, id),
         }
-        self.check_openers(now_us, id);
+        if may_be_opener {
+            self.check_openers(id);
+        }
     }
 
     /// The secondary keeps all input up to this number (rule 5).
@@ -601,8 +703,10 @@ impl PrimaryPath {
         self.inherited.undelivered(token);
     }
 
+    #[inline(always)]
     fn parse<F: Frames + ?Sized>(&self, frames: &F, token: &Token, direction: Direction) -> Packet {
-        wire::parse(frames.header(token), frames.len(token), direction)
+        let (header, len) = frames.view(token);
+        wire::parse(header, len, direction)
     }
 
     /// A handshake that is learnt while a secondary follows: the flow's output waits for a commit,

@@ -34,15 +34,13 @@ pub struct SynOptions {
     pub timestamps: bool,
 }
 
-/// A checked TCP segment.
+/// A checked TCP segment. Options are read when somebody asks for them: few segments need it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tcp {
     /// Sequence number.
     pub seq: u32,
     /// Acknowledgement number; meaningful with [`ACK`].
     pub ack: u32,
-    /// The flags octet.
-    pub flags: u8,
     /// Urgent pointer.
     pub urgent: u16,
     /// Offset of the TCP header in the frame.
@@ -51,73 +49,99 @@ pub struct Tcp {
     pub payload_at: u16,
     /// Bytes of payload.
     pub payload_len: u16,
-    /// Binding options.
-    pub options: SynOptions,
-    timestamps_at: u16,
-    sack_at: u16,
-    sack_blocks: u8,
+    /// The flags octet.
+    pub flags: u8,
+}
+
+/// One option: its kind, where its value is, and how long that is.
+struct TcpOption {
+    kind: u8,
+    at: usize,
+    len: usize,
+}
+
+/// The options between `at` and `end`; ends early where they make no sense (RFC 9293 section 3.2).
+fn options(header: &[u8], mut at: usize, end: usize) -> impl Iterator<Item = TcpOption> + '_ {
+    let header = header.get(..end).unwrap_or_default();
+    core::iter::from_fn(move || {
+        while header.get(at) == Some(&1) {
+            at += 1;
+        }
+        let (kind, len) = (*header.get(at)?, usize::from(*header.get(at + 1)?));
+        if kind == 0 || len < 2 || at + len > header.len() {
+            return None;
+        }
+        let option = TcpOption {
+            kind,
+            at: at + 2,
+            len: len - 2,
+        };
+        at += len;
+        Some(option)
+    })
 }
 
 impl Tcp {
     /// Checks the segment whose header starts at `at` and whose packet ends at `end`.
     pub(super) fn parse(header: &[u8], at: usize, end: usize) -> Option<Self> {
-        if at + 20 > header.len() || at + 20 > end {
-            return None;
-        }
-        let payload_at = at + usize::from(header[at + 12] >> 4) * 4;
+        let fixed: &[u8; 20] = header.get(at..)?.first_chunk()?;
+        let payload_at = at + usize::from(fixed[12] >> 4) * 4;
         if payload_at < at + 20 || payload_at > end || payload_at > header.len() {
             return None;
         }
-        let mut tcp = Self {
-            seq: be32(header, at + 4),
-            ack: be32(header, at + 8),
-            flags: header[at + 13],
-            urgent: be16(header, at + 18),
+        Some(Self {
+            seq: be32(fixed, 4),
+            ack: be32(fixed, 8),
+            flags: fixed[13],
+            urgent: be16(fixed, 18),
             at: at as u16,
             payload_at: payload_at as u16,
             payload_len: (end - payload_at) as u16,
-            options: SynOptions::default(),
-            timestamps_at: 0,
-            sack_at: 0,
-            sack_blocks: 0,
-        };
-        tcp.read_options(header, at + 20, payload_at)?;
-        Some(tcp)
+        })
     }
 
-    fn read_options(&mut self, header: &[u8], mut at: usize, end: usize) -> Option<()> {
-        while at < end {
-            match header[at] {
-                0 => break,
-                1 => at += 1,
-                kind => {
-                    let len = usize::from(*header[..end].get(at + 1)?);
-                    if len < 2 || at + len > end {
-                        return None;
-                    }
-                    self.read_option(header, kind, at, len);
-                    at += len;
-                }
-            }
-        }
-        Some(())
+    fn options<'a>(&self, header: &'a [u8]) -> impl Iterator<Item = TcpOption> + 'a {
+        options(
+            header,
+            usize::from(self.at) + 20,
+            usize::from(self.payload_at),
+        )
     }
 
-    fn read_option(&mut self, header: &[u8], kind: u8, at: usize, len: usize) {
-        match (kind, len) {
-            (2, 4) => self.options.mss = Some(be16(header, at + 2)),
-            (3, 3) => self.options.window_scale = Some(header[at + 2]),
-            (4, 2) => self.options.sack_permitted = true,
-            (5, 10 | 18 | 26 | 34) => {
-                self.sack_at = (at + 2) as u16;
-                self.sack_blocks = ((len - 2) / 8) as u8;
-            }
-            (8, 10) => {
-                self.options.timestamps = true;
-                self.timestamps_at = (at + 2) as u16;
-            }
-            _ => {}
+    /// Where the value of an option with this kind and length is.
+    fn option_at(&self, header: &[u8], kind: u8, len: usize) -> Option<usize> {
+        if self.payload_at == self.at + 20 {
+            return None;
         }
+        self.options(header)
+            .find(|option| option.kind == kind && option.len == len)
+            .map(|option| option.at)
+    }
+
+    fn timestamps_at(&self, header: &[u8]) -> Option<usize> {
+        self.option_at(header, 8, 8)
+    }
+
+    /// Where the SACK blocks are, and how many.
+    fn sack_at(&self, header: &[u8]) -> Option<(usize, usize)> {
+        self.options(header)
+            .find(|option| option.kind == 5 && matches!(option.len, 8 | 16 | 24 | 32))
+            .map(|option| (option.at, option.len / 8))
+    }
+
+    /// The options that bind the connection, for SYN and SYN-ACK.
+    pub fn syn_options(&self, header: &[u8]) -> SynOptions {
+        let mut found = SynOptions::default();
+        for TcpOption { kind, at, len } in self.options(header) {
+            match (kind, len) {
+                (2, 2) => found.mss = Some(be16(header, at)),
+                (3, 1) => found.window_scale = Some(header[at]),
+                (4, 0) => found.sack_permitted = true,
+                (8, 8) => found.timestamps = true,
+                _ => {}
+            }
+        }
+        found
     }
 
     /// Whether all of `flags` are set.
@@ -128,6 +152,26 @@ impl Tcp {
     /// Sequence number of the first payload byte.
     pub const fn payload_seq(&self) -> u32 {
         self.seq.wrapping_add(self.has(SYN) as u32)
+    }
+
+    /// How far `at` is behind the first payload byte; large when it is before.
+    pub(crate) const fn payload_offset(&self, at: u32) -> u32 {
+        at.wrapping_sub(self.payload_seq())
+    }
+
+    /// The first payload byte that both segments have, and the one after the last.
+    pub(crate) fn overlap(&self, other: &Self) -> Option<(u32, u32)> {
+        let (a, b) = (self.payload_seq(), other.payload_seq());
+        let from = if self.payload_offset(b) < u32::from(self.payload_len) {
+            b
+        } else if other.payload_offset(a) < u32::from(other.payload_len) {
+            a
+        } else {
+            return None;
+        };
+        let left = |tcp: &Self| u32::from(tcp.payload_len) - tcp.payload_offset(from);
+        let n = left(self).min(left(other));
+        (n > 0).then(|| (from, from.wrapping_add(n)))
     }
 
     /// Sequence number after the payload: where a FIN sits.
@@ -145,6 +189,12 @@ impl Tcp {
         self.seq != self.end()
     }
 
+    /// Payload, and no flag that a comparison looks at.
+    #[inline]
+    pub(crate) const fn is_plain_data(&self) -> bool {
+        self.payload_len > 0 && self.flags & (SYN | FIN | RST | URG) == 0
+    }
+
     /// Neither SYN, FIN, RST nor payload: an ACK, a window update or an empty probe.
     pub const fn is_pure_ack(&self) -> bool {
         self.flags & (SYN | FIN | RST) == 0 && self.payload_len == 0
@@ -152,15 +202,14 @@ impl Tcp {
 
     /// TSval and TSecr, where the option is there.
     pub fn timestamps(&self, header: &[u8]) -> Option<(u32, u32)> {
-        let at = usize::from(self.timestamps_at);
-        (at != 0).then(|| (be32(header, at), be32(header, at + 4)))
+        let at = self.timestamps_at(header)?;
+        Some((be32(header, at), be32(header, at + 4)))
     }
 
     /// SACK blocks, as (left, right) pairs.
     pub fn sack_blocks<'a>(&self, header: &'a [u8]) -> impl Iterator<Item = (u32, u32)> + 'a {
-        let at = usize::from(self.sack_at);
-        (0..usize::from(self.sack_blocks))
-            .map(move |n| (be32(header, at + 8 * n), be32(header, at + 8 * n + 4)))
+        let (at, blocks) = self.sack_at(header).unwrap_or_default();
+        (0..blocks).map(move |n| (be32(header, at + 8 * n), be32(header, at + 8 * n + 4)))
     }
 
     fn replace(&self, header: &mut [u8], at: usize, new: u32) {
@@ -182,23 +231,24 @@ impl Tcp {
 
     /// Moves all SACK blocks back by `offset`.
     pub(crate) fn move_sack_back(&self, header: &mut [u8], offset: u32) {
-        for n in 0..usize::from(self.sack_blocks) * 2 {
-            let at = usize::from(self.sack_at) + 4 * n;
+        let (at, blocks) = self.sack_at(header).unwrap_or_default();
+        for n in 0..blocks * 2 {
+            let at = at + 4 * n;
             self.replace(header, at, be32(header, at).wrapping_sub(offset));
         }
     }
 
     /// Rewrites TSval; nothing happens without the option.
     pub(crate) fn set_tsval(&self, header: &mut [u8], tsval: u32) {
-        if self.timestamps_at != 0 {
-            self.replace(header, usize::from(self.timestamps_at), tsval);
+        if let Some(at) = self.timestamps_at(header) {
+            self.replace(header, at, tsval);
         }
     }
 
     /// Rewrites TSecr; nothing happens without the option.
     pub(crate) fn set_tsecr(&self, header: &mut [u8], tsecr: u32) {
-        if self.timestamps_at != 0 {
-            self.replace(header, usize::from(self.timestamps_at) + 4, tsecr);
+        if let Some(at) = self.timestamps_at(header) {
+            self.replace(header, at + 4, tsecr);
         }
     }
 }
