@@ -1,9 +1,9 @@
 //! Fragments of one IP packet, compared as what they make up together.
 //!
 //! Invariants: nothing is copied and no memory is taken: the two sides' pieces are walked side by
-//! side. A packet counts as equal only when both sides have sent all of it, and every byte of every
-//! piece of either side equals the other side's byte at that place: pieces that overlap must agree.
-//! The SVM's pieces are reported when the last of the PVM's has left.
+//! side. Pieces count as equal only when every byte of every piece of either side equals the other
+//! side's byte at that place, and both know where the packet ends or neither: pieces that overlap
+//! must agree. The SVM's pieces are reported when the last of the PVM's has left.
 //!
 //! Does not put packets together for delivery: fragments leave as the guest cut them. A packet that
 //! one side cut and the other did not is a divergence.
@@ -59,14 +59,10 @@ trait Side {
         self.pieces().find(|piece| piece.holds(at))
     }
 
-    /// Payload bytes of the whole packet; `None` while a piece is missing.
-    fn whole_len(&self) -> Option<usize> {
-        let len = self.pieces().find(|piece| !piece.fragment.more)?.end();
-        let mut at = 0;
-        while at < len {
-            at = self.holder(at)?.end();
-        }
-        Some(len)
+    /// Where the packet ends, once its last piece is here.
+    fn last_end(&self) -> Option<usize> {
+        let last = self.pieces().find(|piece| !piece.fragment.more);
+        last.map(|piece| piece.end())
     }
 }
 
@@ -98,6 +94,15 @@ impl Side for Svm<'_> {
     }
 }
 
+/// How the undecided pieces of a packet compare with those of one of the SVM's.
+enum Verdict {
+    /// Each byte of either side has an equal one.
+    Equal,
+    /// Something is missing on one side.
+    Open,
+    Differs(Divergence),
+}
+
 /// Judges the packet that the flow's next fragment is part of: the SVM's identification of an equal
 /// one, or what is different when `window` packets of the SVM are. `None` while that is open.
 fn judge<F: Frames + ?Sized>(
@@ -107,7 +112,6 @@ fn judge<F: Frames + ?Sized>(
     window: usize,
     frames: &F,
 ) -> Option<Result<u32, Divergence>> {
-    let len = pvm.whole_len()?;
     let (mut seen, mut first, mut tried) = (0, None, None);
     for (_, frame) in svm.iter(&flow.svm).take(PIECES_MAX) {
         let id = match frame.packet.fragment {
@@ -117,56 +121,65 @@ fn judge<F: Frames + ?Sized>(
         };
         tried = Some(id);
         let other = Svm { svm, flow, id };
-        let Some(other_len) = other.whole_len() else {
-            continue;
-        };
-        let divergence = if len == other_len {
-            difference(pvm, &other, frames).or_else(|| difference(&other, pvm, frames))
-        } else {
-            Some(Divergence::plain(Cause::Length, None))
-        };
-        let Some(divergence) = divergence else {
-            return Some(Ok(id));
-        };
-        first = first.or(Some(divergence));
-        seen += 1;
+        match compare_both(pvm, &other, frames) {
+            Verdict::Equal => return Some(Ok(id)),
+            Verdict::Open => {}
+            Verdict::Differs(divergence) => {
+                first = first.or(Some(divergence));
+                seen += 1;
+            }
+        }
     }
     first.filter(|_| seen >= window).map(Err)
 }
 
+fn compare_both<F: Frames + ?Sized>(pvm: &Pvm<'_>, svm: &Svm<'_>, frames: &F) -> Verdict {
+    match (compare(pvm, svm, frames), compare(svm, pvm, frames)) {
+        (Verdict::Equal, Verdict::Equal) if pvm.last_end() == svm.last_end() => Verdict::Equal,
+        (Verdict::Differs(divergence), _) | (_, Verdict::Differs(divergence)) => {
+            Verdict::Differs(divergence)
+        }
+        _ => Verdict::Open,
+    }
+}
+
 /// Compares each byte of each piece of `a` with the byte of `b` at that place.
-fn difference<F: Frames + ?Sized>(a: &impl Side, b: &impl Side, frames: &F) -> Option<Divergence> {
-    let plain = |cause| Divergence::plain(cause, None);
-    let first = b.pieces().next()?;
+fn compare<F: Frames + ?Sized>(a: &impl Side, b: &impl Side, frames: &F) -> Verdict {
+    let differs = |cause, offset| {
+        Verdict::Differs(Divergence {
+            offset,
+            ..Divergence::plain(cause, None)
+        })
+    };
+    let mut verdict = Verdict::Equal;
+    let Some(first) = b.pieces().next() else {
+        return Verdict::Open;
+    };
     for piece in a.pieces() {
         let headers = (frames.header(piece.token), frames.header(first.token));
         let header = header_difference(headers.0, piece.packet, headers.1, first.packet);
         if header.is_some() || piece.fragment.protocol != first.fragment.protocol {
-            return Some(plain(Cause::Header));
+            return differs(Cause::Header, header.unwrap_or(0));
         }
         let mut at = piece.fragment.offset();
         while at < piece.end() {
             let Some(other) = b.holder(at) else {
-                return Some(plain(Cause::Length));
+                verdict = Verdict::Open;
+                break;
             };
             let n = piece.end().min(other.end()) - at;
             let (x, y) = (piece.place(at), other.place(at));
             if let Some(offset) = frames.first_difference(piece.token, x, other.token, y, n) {
-                let offset = (at + offset) as u32;
-                return Some(Divergence {
-                    offset,
-                    ..plain(Cause::Payload)
-                });
+                return differs(Cause::Payload, (at + offset) as u32);
             }
             at += n;
         }
     }
-    None
+    verdict
 }
 
 impl Flow {
-    /// Judges the flow's next frame as part of its packet. `None` while that is not whole on both
-    /// sides.
+    /// Judges the flow's next frame as part of its packet. `None` while something is missing.
     pub(crate) fn judge_fragment<F: Frames + ?Sized>(
         &self,
         head: u32,

@@ -182,6 +182,11 @@ fn tcp_of(frame: &SvmFrame) -> &Tcp {
     }
 }
 
+/// What a segment counts for in the history: a FIN without payload takes a frame too.
+fn size(tcp: &Tcp) -> u32 {
+    u32::from(tcp.payload_len) + u32::from(tcp.has(FIN))
+}
+
 /// Guests choose the numbers, and comparisons mean little when they are far apart: whether a byte
 /// is in a segment is asked by distance.
 fn holds(frame: &SvmFrame, incarnation: u32, at: u32) -> bool {
@@ -334,10 +339,15 @@ impl Flow {
         if tcp.payload_offset(at) > len {
             at = tcp.payload_seq();
         }
+        let svm_end = self.svm_end(head.incarnation, ledger);
         while tcp.payload_offset(at) < len {
+            // Where the SVM's stream ends, whatever it sends behind its FIN counts for nothing.
+            if svm_end.is_some_and(|end| seq::le(end, at)) {
+                return Content::Differs(self.too_long(head, tcp, at, frames));
+            }
             let Some(other) = self.holder(head.incarnation, at, &ledger.svm) else {
                 head.matched_to = Some(at);
-                return self.missing_byte(head, tcp, at, ledger, frames);
+                return self.wait_unless_reset(head, ledger);
             };
             if let Some(divergence) = different_headers(head, tcp, other, frames) {
                 return Content::Differs(divergence);
@@ -345,6 +355,7 @@ impl Flow {
             let other_tcp = tcp_of(other);
             let left = |tcp: &Tcp| u32::from(tcp.payload_len) - tcp.payload_offset(at);
             let end = at.wrapping_add(left(tcp).min(left(other_tcp)));
+            let end = svm_end.map_or(end, |svm_end| seq::min(end, svm_end));
             let sides = ((&head.token, tcp), (&other.token, other_tcp));
             let key = &head.packet.key;
             if let Some(divergence) = compare_bytes(key, sides, at, end, ignored, frames) {
@@ -421,28 +432,34 @@ impl Flow {
         all.find(|frame| is_fin(frame))
     }
 
-    /// The SVM has no byte at `at`: perhaps not yet, perhaps its stream ends there.
-    fn missing_byte<F: Frames + ?Sized>(
+    /// Where the SVM's stream ends, once that is known.
+    fn svm_end(&self, incarnation: u32, ledger: &Ledger) -> Option<u32> {
+        if !self.stream.svm_fin && incarnation == self.stream.svm_incarnation {
+            return None;
+        }
+        let all = ledger.svm.iter(&self.svm).map(|(_, frame)| frame);
+        let of_this = all.filter(|frame| frame.incarnation == incarnation);
+        let mut ends = of_this.map(tcp_of).filter(|tcp| tcp.has(FIN));
+        ends.next().map(Tcp::payload_end)
+    }
+
+    /// The PVM's stream goes on at `at`, where the SVM's has ended.
+    fn too_long<F: Frames + ?Sized>(
         &self,
         head: &Held,
         tcp: &Tcp,
         at: u32,
-        ledger: &Ledger,
         frames: &F,
-    ) -> Content {
-        if self.fin_at(head.incarnation, at, ledger).is_none() {
-            return self.wait_unless_reset(head, ledger);
-        }
+    ) -> Divergence {
         let offset = tcp.payload_offset(at);
         let from = usize::from(tcp.payload_at) + offset as usize;
         let left = usize::from(tcp.payload_len) - offset as usize;
         let primary = Shown::read(left, |out| frames.copy_out(&head.token, from, out));
-        let plain = Divergence::plain(Cause::Length, Some(head.packet.key));
-        Content::Differs(Divergence {
+        Divergence {
             offset,
             primary,
-            ..plain
-        })
+            ..Divergence::plain(Cause::Length, Some(head.packet.key))
+        }
     }
 
     /// An SVM that has reset the connection will not send what is missing.
@@ -546,7 +563,7 @@ impl Flow {
             if !frame.reported && frame.incarnation == incarnation && seq::le(tcp.end(), high) {
                 frame.reported = true;
                 let svm_seq = frame.svm_seq;
-                self.stream.history_bytes += u32::from(tcp.payload_len);
+                self.stream.history_bytes += size(&tcp);
                 ledger.report_svm(svm_seq);
             } else if !frame.reported && first_unreported == NIL {
                 first_unreported = at;
@@ -574,7 +591,7 @@ impl Flow {
             let next = ledger.svm.next(at);
             let is_covered = below(tcp.end());
             if is_covered || is_surplus {
-                self.stream.history_bytes -= u32::from(tcp.payload_len);
+                self.stream.history_bytes -= size(tcp);
                 ledger.stats.history_dropped += u64::from(!is_covered);
                 ledger.recycle_svm(&mut self.svm, at, frames);
             }
@@ -590,7 +607,7 @@ impl Flow {
         frames: &mut F,
     ) {
         if let Some(frame) = ledger.svm.get(at).filter(|frame| frame.reported) {
-            self.stream.history_bytes -= u32::from(tcp_of(frame).payload_len);
+            self.stream.history_bytes -= size(tcp_of(frame));
             ledger.stats.history_dropped += 1;
             ledger.recycle_svm(&mut self.svm, at, frames);
         }
