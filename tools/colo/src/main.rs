@@ -11,9 +11,11 @@ mod run;
 mod status;
 mod stop;
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -56,6 +58,13 @@ enum Command {
     },
     /// Compare what two guests sent
     Compare(compare::CompareArgs),
+    /// Measure: runs colo-bench, which is beside this program
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// What colo-bench is given
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Build a pair on this machine, load it, kill its primary, and report
     Demo(demo::DemoArgs),
 }
@@ -67,9 +76,25 @@ fn main() -> ExitCode {
         Command::Primary { config } => replica::run(&config, replica::Part::Primary),
         Command::Secondary { config } => replica::run(&config, replica::Part::Secondary),
         Command::Status { socket, json } => status::show(&socket, json),
+        Command::Bench { arguments } => bench(&arguments),
         Command::Compare(arguments) => compare::run(arguments),
         Command::Demo(arguments) => demo::run(&arguments),
     }
+}
+
+/// Becomes colo-bench.
+fn bench(arguments: &[OsString]) -> ExitCode {
+    let program = match std::env::current_exe() {
+        Ok(colo) => colo.with_file_name("colo-bench"),
+        Err(error) => {
+            eprintln!("colo: where this program is cannot be told: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let error = process::Command::new(&program).args(arguments).exec();
+    let program = program.display();
+    eprintln!("colo: {program}: {error}; build it with `cargo build --release -p colo-bench`");
+    ExitCode::FAILURE
 }
 
 /// `COLO_LOG` chooses what is logged, in the syntax of `RUST_LOG`.
