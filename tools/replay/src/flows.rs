@@ -86,7 +86,10 @@ pub(crate) fn body<'a>(record: &Record<'a>, packet: &Packet) -> &'a [u8] {
 #[derive(Debug, Default)]
 pub(crate) struct Flows<'a> {
     flows: HashMap<FlowKey, Flow<'a>>,
-    seen: u64,
+    /// Serial of the next one.
+    next: u64,
+    /// Flows that are not told apart any more.
+    forgotten: u64,
     /// The sum of those that were forgotten.
     others: FlowRow,
 }
@@ -98,9 +101,9 @@ impl<'a> Flows<'a> {
             if self.flows.len() >= FLOWS_MAX {
                 self.make_room();
             }
-            self.seen += 1;
+            self.next += 1;
         }
-        let serial = self.seen;
+        let serial = self.next;
         let flow = self.flows.entry(key).or_insert_with(|| Flow {
             serial,
             row: FlowRow::named(key.to_string()),
@@ -115,11 +118,6 @@ impl<'a> Flows<'a> {
         self.flows.get_mut(key)
     }
 
-    /// How many there were.
-    pub(crate) fn seen(&self) -> u64 {
-        self.seen
-    }
-
     /// Adds an eighth of the flows up in one row.
     fn make_room(&mut self) {
         let order = |flow: &Flow<'_>| (flow.row.divergences > 0, flow.waiting > 0, flow.last_us);
@@ -130,8 +128,11 @@ impl<'a> Flows<'a> {
             .collect();
         by_age.sort_unstable();
         for (_, key) in &by_age[..FLOWS_MAX / 8] {
-            if let Some(flow) = self.flows.remove(key) {
+            if let Some(flow) = self.flows.remove(key)
+                && flow.row.has_output()
+            {
                 self.others.add(&flow.row);
+                self.forgotten += 1;
             }
         }
     }
@@ -143,17 +144,21 @@ impl<'a> Flows<'a> {
         all.into_iter()
     }
 
-    /// The rows of the report, in order of appearance, and the sum of flows that have none.
-    pub(crate) fn into_rows(self) -> (Vec<FlowRow>, Option<FlowRow>) {
-        let told = self.flows.len() as u64;
+    /// Rows of the flows in which a guest has sent something, in order of appearance, and the sum
+    /// and number of those that have no row.
+    pub(crate) fn into_rows(self) -> (Vec<FlowRow>, Option<(u64, FlowRow)>) {
         let mut flows: Vec<_> = self.flows.into_values().collect();
         flows.sort_unstable_by_key(|flow| flow.serial);
-        let rows = flows.into_iter().map(|flow| flow.row).collect();
+        let rows = flows.into_iter().map(|flow| flow.row);
         let others = FlowRow {
-            flow: format!("{} others", self.seen - told),
+            flow: format!("{} others", self.forgotten),
             ..self.others
         };
-        (rows, (self.seen > told).then_some(others))
+        let rows = rows.filter(FlowRow::has_output).collect();
+        (
+            rows,
+            (self.forgotten > 0).then_some((self.forgotten, others)),
+        )
     }
 }
 

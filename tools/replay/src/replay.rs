@@ -506,8 +506,13 @@ impl<'a> Replay<'a> {
             flow.row.held += std::mem::take(&mut flow.waiting);
         }
         let mut report = self.report;
-        report.flows = self.flows.seen();
-        (report.flow_table, report.other_flows) = self.flows.into_rows();
+        let (rows, others) = self.flows.into_rows();
+        report.flows = rows.len() as u64;
+        report.flow_table = rows;
+        if let Some((forgotten, row)) = others {
+            report.flows += forgotten;
+            report.other_flows = Some(row);
+        }
         for row in report.flow_table.iter().chain(&report.other_flows) {
             report.released += row.released;
             report.held += row.held;

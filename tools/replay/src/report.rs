@@ -43,6 +43,11 @@ impl FlowRow {
         }
     }
 
+    /// Whether a guest has sent something.
+    pub(crate) fn has_output(&self) -> bool {
+        self.primary.packets + self.secondary.packets > 0
+    }
+
     /// Adds another row's numbers.
     pub(crate) fn add(&mut self, other: &Self) {
         for (sum, part) in [
@@ -107,7 +112,7 @@ pub struct Report {
     pub divergences_omitted: u64,
     /// How many checkpoints COLO would have taken.
     pub checkpoints: u64,
-    /// How many flows there are.
+    /// How many flows there are in which a guest sent something.
     pub flows: u64,
     /// Each of them, in order of appearance.
     pub flow_table: Vec<FlowRow>,
