@@ -3,6 +3,7 @@
 //! Invariant: the names are stable; they appear in logs, counters and reports.
 
 use crate::flow::FlowKey;
+use crate::frames::{Frames, Token};
 
 /// Why a checkpoint is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -136,7 +137,8 @@ pub struct Divergence {
     pub cause: Cause,
     /// The flow, where there is one.
     pub flow: Option<FlowKey>,
-    /// TCP: bytes from the start of the PVM's segment payload; otherwise from the Ethernet header.
+    /// Where: for payload and length of TCP, bytes from the start of the PVM's segment payload; of
+    /// fragments, from the start of their packet's payload; otherwise from the Ethernet header.
     pub offset: u32,
     /// The PVM's bytes there.
     pub primary: Shown,
@@ -156,7 +158,33 @@ impl Divergence {
             secondary: none,
         }
     }
+
+    /// The same at `offset`, with the bytes of both sides from these places in their frames on.
+    pub(crate) fn showing<F: Frames + ?Sized>(
+        self,
+        frames: &F,
+        offset: usize,
+        primary: Option<Place<'_>>,
+        secondary: Option<Place<'_>>,
+    ) -> Self {
+        let show = |place: Option<Place<'_>>| match place {
+            Some((token, end, at)) => {
+                let left = usize::from(end).saturating_sub(at);
+                Shown::read(left, |out| frames.copy_out(token, at, out))
+            }
+            None => Shown::default(),
+        };
+        Self {
+            offset: offset as u32,
+            primary: show(primary),
+            secondary: show(secondary),
+            ..self
+        }
+    }
 }
+
+/// A frame, where its packet ends, and a place in it.
+pub(crate) type Place<'a> = (&'a Token, u16, usize);
 
 #[cfg(test)]
 mod tests {

@@ -145,11 +145,9 @@ fn compare_both<F: Frames + ?Sized>(pvm: &Pvm<'_>, svm: &Svm<'_>, frames: &F) ->
 
 /// Compares each byte of each piece of `a` with the byte of `b` at that place.
 fn compare<F: Frames + ?Sized>(a: &impl Side, b: &impl Side, frames: &F) -> Verdict {
-    let differs = |cause, offset| {
-        Verdict::Differs(Divergence {
-            offset,
-            ..Divergence::plain(cause, None)
-        })
+    let differs = |cause, offset, x: (&Token, u16, usize), y: (&Token, u16, usize)| {
+        let plain = Divergence::plain(cause, None);
+        Verdict::Differs(plain.showing(frames, offset, Some(x), Some(y)))
     };
     let mut verdict = Verdict::Equal;
     let Some(first) = b.pieces().next() else {
@@ -159,7 +157,10 @@ fn compare<F: Frames + ?Sized>(a: &impl Side, b: &impl Side, frames: &F) -> Verd
         let headers = (frames.header(piece.token), frames.header(first.token));
         let header = header_difference(headers.0, piece.packet, headers.1, first.packet);
         if header.is_some() || piece.fragment.protocol != first.fragment.protocol {
-            return differs(Cause::Header, header.unwrap_or(0));
+            let at = header.unwrap_or(0) as usize;
+            let (x, y) = (piece.packet.end, first.packet.end);
+            let sides = ((piece.token, x, at), (first.token, y, at));
+            return differs(Cause::Header, at, sides.0, sides.1);
         }
         let mut at = piece.fragment.offset();
         while at < piece.end() {
@@ -170,7 +171,9 @@ fn compare<F: Frames + ?Sized>(a: &impl Side, b: &impl Side, frames: &F) -> Verd
             let n = piece.end().min(other.end()) - at;
             let (x, y) = (piece.place(at), other.place(at));
             if let Some(offset) = frames.first_difference(piece.token, x, other.token, y, n) {
-                return differs(Cause::Payload, (at + offset) as u32);
+                let x = (piece.token, piece.packet.end, x + offset);
+                let y = (other.token, other.packet.end, y + offset);
+                return differs(Cause::Payload, at + offset, x, y);
             }
             at += n;
         }

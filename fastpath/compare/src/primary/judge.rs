@@ -448,7 +448,15 @@ impl PrimaryPath {
             (_, Cause::Deadline) if key.protocol() == Protocol::Unparseable => {
                 Divergence::plain(Cause::Unparseable, Some(*key))
             }
-            _ => Divergence::plain(cause, Some(*key)),
+            (Some(head), _) => {
+                // What nobody has sent yet is shown from its payload on.
+                let tcp = head.packet.tcp.map(|tcp| tcp.payload_at);
+                let at = usize::from(tcp.unwrap_or(head.packet.l4));
+                let primary = (&head.token, head.packet.end, at);
+                let plain = Divergence::plain(cause, Some(*key));
+                plain.showing(frames, if is_tcp { 0 } else { at }, Some(primary), None)
+            }
+            (None, _) => Divergence::plain(cause, Some(*key)),
         }
     }
 }

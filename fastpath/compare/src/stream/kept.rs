@@ -1,0 +1,313 @@
+//! What the SVM has sent in a TCP flow: kept by place until it is reported, and as history until
+//! the client has acknowledged it.
+//!
+//! Invariants: `svm` is sorted by connection, then place; `mark` is its first segment that is not
+//! reported, so nothing before it is looked at for bytes that have not left.
+
+use super::segments::compare_bytes;
+use super::{Mark, size, tcp_of};
+use crate::cause::Divergence;
+use crate::frames::Frames;
+use crate::ledger::{Ledger, SvmFrame};
+use crate::list::{Lists, NIL};
+use crate::seq;
+use crate::table::{Flow, seen};
+use crate::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
+
+impl Flow {
+    /// The client acknowledged `ack`. What was never sent cannot be acknowledged.
+    pub(crate) fn acknowledged<F: Frames + ?Sized>(
+        &mut self,
+        ack: u32,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        let stream = &mut self.stream;
+        // Below the base the client may say what it likes: the commit covers it.
+        let is_new = stream.get(Mark::Una).is_none_or(|una| seq::lt(una, ack))
+            && stream.is_beyond(Mark::Base, ack);
+        if is_new && stream.has_left(ack) {
+            stream.set(Mark::Una, Some(ack));
+            self.prune(u32::MAX, ledger, frames);
+        }
+    }
+
+    /// The frame that was judged has left.
+    pub(crate) fn segment_left<F: Frames + ?Sized>(
+        &mut self,
+        incarnation: u32,
+        tcp: &Tcp,
+        max_history_bytes: u32,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        if tcp.flags & (FIN | RST) != 0 {
+            self.seen |= seen::GUEST_CLOSED;
+        }
+        if tcp.has(RST) {
+            self.settle_control(incarnation, RST, ledger, frames);
+            return;
+        }
+        if !tcp.takes_space() {
+            return;
+        }
+        if tcp.has(SYN) {
+            self.seen &= !(seen::GUEST_CLOSED | seen::PEER_CLOSED);
+            self.stream.syn_left = true;
+            self.stream.raise(Mark::Base, tcp.end());
+            self.settle_control(incarnation, SYN, ledger, frames);
+        }
+        self.stream.raise(Mark::LeftHigh, tcp.end());
+        self.report_left(ledger);
+        self.limit_history(max_history_bytes, ledger, frames);
+    }
+
+    #[inline]
+    pub(crate) fn limit_history<F: Frames + ?Sized>(
+        &mut self,
+        max_history_bytes: u32,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        if self.stream.history_bytes > max_history_bytes {
+            self.prune(max_history_bytes, ledger, frames);
+        }
+    }
+
+    /// Whether the segment, the flow's next one, has to wait: it is plain new data, and the SVM has
+    /// sent nothing beyond what has left.
+    #[inline]
+    pub(crate) fn must_wait(&self, incarnation: u32, tcp: &Tcp) -> bool {
+        self.mark == NIL && self.control.is_empty() && self.stream.expects(incarnation, tcp)
+    }
+
+    /// One reset stands for one; all SYNs of a connection are the same.
+    fn settle_control<F: Frames + ?Sized>(
+        &mut self,
+        incarnation: u32,
+        flag: u8,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        let mut at = self.control.head;
+        while let Some(frame) = ledger.svm.get(at) {
+            let next = ledger.svm.next(at);
+            if frame.incarnation == incarnation && tcp_of(frame).has(flag) {
+                ledger.settle_svm(&mut self.control, at, frames);
+                if flag == RST {
+                    break;
+                }
+            }
+            at = next;
+        }
+    }
+
+    /// Reports the SVM's segments all of whose bytes have left (rule 9), and moves the mark to the
+    /// first that is not reported.
+    fn report_left(&mut self, ledger: &mut Ledger) {
+        let Some(high) = self.stream.get(Mark::LeftHigh) else {
+            return;
+        };
+        let incarnation = self.stream.incarnation;
+        let mut first_unreported = NIL;
+        let mut at = self.mark;
+        while let Some(frame) = ledger.svm.get_mut(at) {
+            let tcp = *tcp_of(frame);
+            let can_have_left = frame.incarnation <= incarnation
+                && (seq::lt(tcp.payload_seq(), high) || seq::le(tcp.end(), high));
+            if !can_have_left {
+                if !frame.reported && first_unreported == NIL {
+                    first_unreported = at;
+                }
+                break;
+            }
+            if !frame.reported && frame.incarnation == incarnation && seq::le(tcp.end(), high) {
+                frame.reported = true;
+                let svm_seq = frame.svm_seq;
+                self.stream.history_bytes += size(&tcp);
+                ledger.report_svm(svm_seq);
+            } else if !frame.reported && first_unreported == NIL {
+                first_unreported = at;
+            }
+            at = ledger.svm.next(at);
+        }
+        self.mark = first_unreported;
+    }
+
+    /// Gives up history that the client has acknowledged, and the oldest above `max_bytes`.
+    fn prune<F: Frames + ?Sized>(&mut self, max_bytes: u32, ledger: &mut Ledger, frames: &mut F) {
+        let stream = &self.stream;
+        let floor = match (stream.get(Mark::Una), stream.get(Mark::Base)) {
+            (Some(una), base) => Some(seq::max_known(una, base)),
+            (None, base) => base,
+        };
+        let mut at = self.svm.head;
+        while let Some(frame) = ledger.svm.get(at) {
+            let tcp = tcp_of(frame);
+            let below = |number| floor.is_some_and(|floor| seq::le(number, floor));
+            let is_surplus = self.stream.history_bytes > max_bytes;
+            if !frame.reported || !(is_surplus || below(tcp.payload_seq())) {
+                break;
+            }
+            let next = ledger.svm.next(at);
+            let is_covered = below(tcp.end());
+            if is_covered || is_surplus {
+                self.stream.history_bytes -= size(tcp);
+                ledger.stats.history_dropped += u64::from(!is_covered);
+                ledger.recycle_svm(&mut self.svm, at, frames);
+            }
+            at = next;
+        }
+    }
+
+    /// Gives up one reported segment, whether the client has acknowledged it or not.
+    pub(crate) fn drop_history<F: Frames + ?Sized>(
+        &mut self,
+        at: u32,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        if let Some(frame) = ledger.svm.get(at).filter(|frame| frame.reported) {
+            self.stream.history_bytes -= size(tcp_of(frame));
+            ledger.stats.history_dropped += 1;
+            ledger.recycle_svm(&mut self.svm, at, frames);
+        }
+    }
+
+    /// The PVM's next connection between the same ports begins to be judged.
+    pub(super) fn enter<F: Frames + ?Sized>(
+        &mut self,
+        incarnation: u32,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        let stream = &mut self.stream;
+        stream.incarnation = incarnation;
+        stream.syn_left = false;
+        for mark in [Mark::JudgedIsn, Mark::Base, Mark::Una, Mark::LeftHigh] {
+            stream.set(mark, None);
+        }
+        stream.history_bytes = 0;
+        for ends in [&mut self.svm, &mut self.control] {
+            let mut at = ends.head;
+            while let Some(frame) = ledger.svm.get(at) {
+                let next = ledger.svm.next(at);
+                if frame.incarnation < incarnation {
+                    ledger.recycle_svm(ends, at, frames);
+                }
+                at = next;
+            }
+        }
+        self.mark = self.svm.head;
+    }
+
+    /// Takes a segment of the SVM. Gives a divergence when the SVM contradicts itself.
+    pub(crate) fn svm_segment<F: Frames + ?Sized>(
+        &mut self,
+        mut frame: SvmFrame,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) -> Option<Divergence> {
+        let tcp = *tcp_of(&frame);
+        let stream = &mut self.stream;
+        // After learning, the secondary translates a repeated SYN to the PVM's number.
+        let is_known = stream.get(Mark::SvmIsn) == Some(tcp.seq)
+            || (stream.get(Mark::PvmIsn) == Some(tcp.seq)
+                && stream.svm_incarnation == stream.pvm_incarnation);
+        if tcp.has(SYN) && !is_known {
+            stream.svm_incarnation += 1;
+            stream.set(Mark::SvmIsn, Some(tcp.seq));
+            stream.set(Mark::SvmHigh, None);
+            stream.svm_fin = false;
+        }
+        frame.incarnation = stream.svm_incarnation;
+        let is_current = frame.incarnation == stream.incarnation;
+        let is_repeated_syn = tcp.has(SYN) && stream.syn_left && is_current;
+        // A refusal begins no connection: it belongs to the one that the PVM is opening.
+        let may_refuse = tcp.has(RST | ACK) && !stream.syn_left;
+        let is_old = frame.incarnation < stream.incarnation && !may_refuse;
+        if is_old || !(tcp.takes_space() || tcp.has(RST)) || is_repeated_syn {
+            settle_new(frame, ledger, frames);
+        } else if tcp.flags & (RST | SYN) != 0 {
+            ledger.svm.push_back(&mut self.control, frame);
+        } else if is_current && seq::le(tcp.end(), stream.floor(tcp.payload_seq())) {
+            settle_new(frame, ledger, frames);
+        } else {
+            return self.insert(frame, &tcp, ledger, frames);
+        }
+        None
+    }
+
+    fn insert<F: Frames + ?Sized>(
+        &mut self,
+        frame: SvmFrame,
+        tcp: &Tcp,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) -> Option<Divergence> {
+        let (incarnation, from) = (frame.incarnation, tcp.payload_seq());
+        let stream = &mut self.stream;
+        stream.svm_fin |= tcp.has(FIN);
+        // Beyond everything that the SVM has sent: nothing to compare with, and the place is known.
+        let is_next = stream
+            .get(Mark::SvmHigh)
+            .is_none_or(|high| seq::le(high, from));
+        stream.raise(Mark::SvmHigh, tcp.payload_end());
+        let has_left = incarnation == stream.incarnation && stream.has_left(tcp.end());
+        let divergence = if is_next {
+            None
+        } else {
+            self.contradiction(&frame, tcp, &ledger.svm, frames)
+        };
+        let is_before = |old: &SvmFrame| {
+            old.incarnation < incarnation
+                || (old.incarnation == incarnation && seq::le(tcp_of(old).payload_seq(), from))
+        };
+        let mut prev = self.svm.tail;
+        let mut passed_mark = false;
+        while let Some(old) = ledger.svm.get(prev)
+            && !is_before(old)
+        {
+            passed_mark |= prev == self.mark;
+            prev = ledger.svm.prev(prev);
+        }
+        let at = ledger.svm.insert_after(&mut self.svm, prev, frame);
+        // Everything behind the mark may be unreported; before it nothing is.
+        if self.mark == NIL || passed_mark {
+            self.mark = at;
+        }
+        if has_left {
+            self.report_left(ledger);
+        }
+        divergence
+    }
+
+    /// Compares a new SVM segment with what the SVM sent before at the same place.
+    fn contradiction<F: Frames + ?Sized>(
+        &self,
+        new: &SvmFrame,
+        new_tcp: &Tcp,
+        svm: &Lists<SvmFrame>,
+        frames: &F,
+    ) -> Option<Divergence> {
+        svm.iter(&self.svm)
+            .map(|(_, old)| old)
+            .filter(|old| old.incarnation == new.incarnation)
+            .find_map(|old| {
+                let old_tcp = tcp_of(old);
+                let (from, end) = old_tcp.overlap(new_tcp)?;
+                let sides = ((&old.token, old_tcp), (&new.token, new_tcp));
+                compare_bytes(&new.packet.key, sides, from, end, None, frames)
+            })
+    }
+
+    /// Since when the SVM's reset or SYN has had no PVM counterpart.
+    pub(crate) fn control_since_us(&self, svm: &Lists<SvmFrame>) -> Option<u64> {
+        svm.iter(&self.control).map(|(_, s)| s.at_us).min()
+    }
+}
+
+fn settle_new<F: Frames + ?Sized>(frame: SvmFrame, ledger: &mut Ledger, frames: &mut F) {
+    ledger.report_svm(frame.svm_seq);
+    frames.release(frame.token);
+}

@@ -1,0 +1,196 @@
+//! One TCP flow as two byte streams: what the PVM holds against what the SVM has sent.
+//!
+//! Invariants: a PVM segment counts as equal only when every byte that the client does not have
+//! yet, by commit (base) or by its own ACK (una), equals a byte that the SVM put at the same
+//! place; SVM segments stay as history until the client's ACK passes them, so that retransmissions
+//! and overlaps are compared too (rule 8). Segmentation, order and repetition do not matter. All
+//! numbers are in the PVM's guest space.
+//!
+//! The numbers are here, the judgement of what the PVM holds is in `judge`, what the SVM has sent
+//! is kept by `kept`, and `segments` puts two segments side by side. Does not know epochs, the ACK
+//! rule, deadlines or leases: the path does.
+
+mod judge;
+mod kept;
+mod segments;
+
+use crate::cause::Divergence;
+use crate::ledger::SvmFrame;
+use crate::seq;
+use crate::span::Span;
+use crate::wire::tcp::{FIN, RST, SYN, Tcp};
+
+/// What the contents of the next frame allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// The SVM has sent the same.
+    Matched,
+    /// Nothing in it needs a counterpart.
+    Free,
+    /// The SVM has not sent enough yet.
+    Wait,
+    /// The SVM has sent something else.
+    Differs(Divergence),
+}
+
+/// A sequence number that may be unknown.
+#[derive(Debug, Clone, Copy)]
+enum Mark {
+    PvmIsn,
+    SvmIsn,
+    /// Initial number of the connection that is judged.
+    JudgedIsn,
+    /// Below it everything is covered by a commit.
+    Base,
+    /// Below it the client has acknowledged everything.
+    Una,
+    /// Highest end of what has left.
+    LeftHigh,
+    /// Highest end of what the PVM has produced.
+    PvmHigh,
+    /// Highest end of the SVM's payload in its latest incarnation.
+    SvmHigh,
+}
+
+/// The numbers of one TCP flow. An *incarnation* counts the connections between the same ports: it
+/// goes up on each side with each new initial sequence number.
+#[derive(Debug, Default)]
+pub(crate) struct Stream {
+    marks: [u32; 8],
+    known: u8,
+    /// The judged incarnation's SYN or SYN-ACK has left.
+    syn_left: bool,
+    /// The SVM's latest incarnation has sent a FIN.
+    svm_fin: bool,
+    /// Incarnation of the latest PVM frame, of the latest SVM frame, of what is judged now.
+    pvm_incarnation: u32,
+    svm_incarnation: u32,
+    incarnation: u32,
+    history_bytes: u32,
+}
+
+impl Stream {
+    fn get(&self, mark: Mark) -> Option<u32> {
+        (self.known >> mark as u8 & 1 != 0).then(|| self.marks[mark as usize])
+    }
+
+    fn set(&mut self, mark: Mark, value: Option<u32>) {
+        self.known &= !(1 << mark as u8);
+        if let Some(value) = value {
+            self.marks[mark as usize] = value;
+            self.known |= 1 << mark as u8;
+        }
+    }
+
+    fn raise(&mut self, mark: Mark, value: u32) {
+        self.set(mark, Some(seq::max_known(value, self.get(mark))));
+    }
+
+    /// Takes note of a segment that the PVM produced; gives its incarnation.
+    pub(crate) fn produced(&mut self, tcp: &Tcp) -> u32 {
+        if tcp.has(SYN) && self.get(Mark::PvmIsn) != Some(tcp.seq) {
+            self.pvm_incarnation += 1;
+            self.set(Mark::PvmIsn, Some(tcp.seq));
+            self.set(Mark::PvmHigh, None);
+        }
+        if !tcp.has(RST) {
+            self.raise(Mark::PvmHigh, tcp.end());
+        }
+        self.pvm_incarnation
+    }
+
+    /// Where bytes begin to need a counterpart.
+    fn floor(&self, from: u32) -> u32 {
+        let from = seq::max_known(from, self.get(Mark::Base));
+        seq::max_known(from, self.get(Mark::Una))
+    }
+
+    fn has_left(&self, end: u32) -> bool {
+        self.get(Mark::LeftHigh)
+            .is_some_and(|high| seq::le(end, high))
+    }
+
+    /// Whether `at` is not before anything that is marked.
+    #[inline]
+    fn is_beyond(&self, mark: Mark, at: u32) -> bool {
+        self.get(mark).is_none_or(|high| seq::le(high, at))
+    }
+
+    /// The connection that is judged now.
+    pub(crate) fn incarnation(&self) -> u32 {
+        self.incarnation
+    }
+
+    /// Whether plain new data of both sides' connection may begin here, and nothing of the SVM's
+    /// lies beyond.
+    #[inline]
+    pub(crate) fn expects(&self, incarnation: u32, tcp: &Tcp) -> bool {
+        tcp.is_plain_data()
+            && incarnation == self.incarnation
+            && incarnation == self.svm_incarnation
+            && !self.svm_fin
+            && self.is_beyond(Mark::LeftHigh, tcp.seq)
+            && self.is_beyond(Mark::SvmHigh, tcp.seq)
+            && self.is_beyond(Mark::Base, tcp.seq)
+            && self.is_beyond(Mark::Una, tcp.seq)
+    }
+
+    /// Both sides have sent this segment, and it has left.
+    #[inline]
+    pub(crate) fn left_exactly(&mut self, tcp: &Tcp) {
+        let end = tcp.payload_end();
+        self.set(Mark::LeftHigh, Some(end));
+        self.set(Mark::SvmHigh, Some(end));
+        self.history_bytes += u32::from(tcp.payload_len);
+    }
+
+    /// A commit covers everything that the PVM has produced (rule 8).
+    pub(crate) fn rebase(&mut self) {
+        if self.incarnation != self.pvm_incarnation {
+            self.set(Mark::Una, None);
+        }
+        self.incarnation = self.pvm_incarnation;
+        self.svm_incarnation = self.pvm_incarnation;
+        self.set(Mark::SvmIsn, self.get(Mark::PvmIsn));
+        self.set(Mark::JudgedIsn, self.get(Mark::PvmIsn));
+        self.syn_left = self.get(Mark::PvmIsn).is_some();
+        self.set(Mark::Base, self.get(Mark::PvmHigh));
+        self.set(Mark::LeftHigh, self.get(Mark::PvmHigh));
+        self.set(Mark::SvmHigh, None);
+        self.svm_fin = false;
+        self.history_bytes = 0;
+    }
+
+    /// The bytes that a policy leaves out, as they lie in the sequence space of this connection.
+    /// Unknown, and so nothing, where its start has not been seen.
+    pub(crate) fn ignored(&self, span: Option<Span>) -> Option<IgnoredBytes> {
+        let start = self.get(Mark::JudgedIsn)?.wrapping_add(1);
+        span.map(|span| IgnoredBytes { start, span })
+    }
+}
+
+/// A span of the guest's stream whose bytes count as equal.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct IgnoredBytes {
+    pub(crate) start: u32,
+    pub(crate) span: Span,
+}
+
+fn tcp_of(frame: &SvmFrame) -> &Tcp {
+    match &frame.packet.tcp {
+        Some(tcp) => tcp,
+        None => unreachable!("a TCP flow holds segments only"),
+    }
+}
+
+/// What a segment counts for in the history: a FIN without payload takes a frame too.
+fn size(tcp: &Tcp) -> u32 {
+    u32::from(tcp.payload_len) + u32::from(tcp.has(FIN))
+}
+
+/// Guests choose the numbers, and comparisons mean little when they are far apart: whether a byte
+/// is in a segment is asked by distance.
+fn holds(frame: &SvmFrame, incarnation: u32, at: u32) -> bool {
+    let tcp = tcp_of(frame);
+    frame.incarnation == incarnation && tcp.payload_offset(at) < u32::from(tcp.payload_len)
+}
