@@ -2,7 +2,7 @@
 #![allow(dead_code, missing_docs, reason = "each test file uses a part of it")]
 
 use colo_compare::testing::{Segment, Side, VecFrames};
-use colo_compare::{Action, Cause, Limits, PrimaryPath, Right};
+use colo_compare::{Action, Cause, Limits, Policy, PrimaryPath, Right};
 
 pub const SIDES: [Side; 2] = [Side::V4, Side::V6];
 
@@ -26,9 +26,13 @@ impl Pair {
     }
 
     pub fn with(limits: Limits) -> Self {
+        Self::with_policy(limits, Policy::default())
+    }
+
+    pub fn with_policy(limits: Limits, policy: Policy) -> Self {
         let mut pair = Self {
             frames: VecFrames::new(10_000),
-            path: PrimaryPath::new(limits),
+            path: PrimaryPath::with_policy(limits, policy),
             now_us: 1000,
             epoch: 0,
             svm_seq: 0,
