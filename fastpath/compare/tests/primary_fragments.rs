@@ -245,8 +245,6 @@ fn one_differing_byte_or_length_is_held() {
     for side in SIDES {
         let pvm = pieces(side, 7, &good, &[(0, 4), (4, ALL)]);
         let cuts = [(0, 2), (2, 6), (6, ALL)];
-        // Every byte but the checksum's: that of the whole packet counts like any other, and must
-        // be right on both sides.
         let mut others: Vec<_> = (0..good.len())
             .map(|at| {
                 let mut bad = good.clone();
@@ -256,6 +254,8 @@ fn one_differing_byte_or_length_is_held() {
             .collect();
         others.push(pieces(side, 9, &message(LEN - 1), &cuts));
         others.push(pieces(side, 9, &message(LEN + 1), &cuts));
+        // It ends where the PVM's first piece does.
+        others.push(pieces(side, 9, &good[..32], &cuts[..2]));
         let mut ttl = pieces(side, 9, &good, &cuts);
         ttl[1][if side == Side::V4 { 22 } else { 21 }] -= 1;
         others.push(ttl);
