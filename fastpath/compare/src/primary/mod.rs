@@ -11,7 +11,9 @@
 mod checkpoint;
 mod exact;
 mod inherited;
+mod input;
 mod judge;
+mod svm;
 
 use alloc::vec::Vec;
 
@@ -21,14 +23,14 @@ use crate::cause::{Cause, Divergence};
 use crate::flat::Hash;
 use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
-use crate::ledger::{Ledger, SvmFrame};
+use crate::ledger::Ledger;
 use crate::limits::Limits;
 use crate::list::{Ends, Lists};
-use crate::policy::{Opener, Policy, PolicyAction};
+use crate::policy::{Opener, Policy};
 use crate::record::{self, RecordError};
 use crate::stats::PrimaryStats;
 use crate::table::{DEFERRED, FlowId, Flows, Held, seen};
-use crate::wire::tcp::{ACK, FIN, RST, SYN};
+use crate::wire::tcp::{ACK, SYN};
 use crate::wire::{self, Packet};
 use crate::xlate::ClientTable;
 pub use checkpoint::Pending;
@@ -249,78 +251,6 @@ impl PrimaryPath {
         self.ledger.next_action()
     }
 
-    /// Takes a frame from the NIC and gives it back in the guest's space, to be put in guest_rx.
-    pub fn handle_nic<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-        token: Token,
-    ) -> Token {
-        if self.client.len() == 0 {
-            return token;
-        }
-        self.client.expire(now_us);
-        let mut packet = self.parse(frames, &token, Direction::ToGuest);
-        let header = frames.header_mut(&token);
-        let learnt = self.client.inbound(now_us, header, &mut packet);
-        if learnt && self.paired {
-            self.note_learnt(now_us, frames, packet.key);
-        }
-        token
-    }
-
-    /// The frame has been put in guest_rx: in a pair it is mirrored, in this order (rule 4).
-    /// Frames that the full ring did not take are the shell's to release.
-    pub fn handle_delivered<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-        token: Token,
-    ) {
-        let packet = self.parse(frames, &token, Direction::ToGuest);
-        if packet.tcp.is_some_and(|tcp| tcp.has(RST)) {
-            self.inherited.forget(&packet.key, frames);
-        }
-        if !self.paired {
-            frames.release(token);
-            return;
-        }
-        self.input_seq += 1;
-        if let Some(id) = self.place(now_us, frames, &packet, Opener::Peer) {
-            self.note_input(now_us, frames, id, &packet);
-        }
-        self.ledger.stats.mirrored += 1;
-        self.ledger.act(Action::Mirror {
-            epoch: self.epoch,
-            input_seq: self.input_seq - self.session_base,
-            token,
-        });
-    }
-
-    fn note_input<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-        id: FlowId,
-        packet: &Packet,
-    ) {
-        let Some(flow) = self.flows.get_mut(id) else {
-            return;
-        };
-        flow.use_now(now_us, 0);
-        flow.last_input_seq = self.input_seq;
-        let Some(tcp) = packet.tcp else { return };
-        if tcp.flags & (FIN | RST) != 0 {
-            flow.seen |= seen::PEER_CLOSED;
-        }
-        if tcp.has(ACK) {
-            flow.acknowledged(tcp.ack, &mut self.ledger, frames);
-            if !flow.held.is_empty() {
-                self.pump(now_us, frames, id);
-            }
-        }
-    }
-
     /// Says which frames come next, up to a batch, so that their flows are on their way from memory
     /// when [`PrimaryPath::handle_guest_tx`] or [`PrimaryPath::handle_svm_output`] need them. With
     /// few flows, which stay in the cache, this does nothing.
@@ -491,143 +421,6 @@ impl PrimaryPath {
         }
     }
 
-    /// Takes a frame that the SVM sent in `epoch`, in the PVM's guest space.
-    pub fn handle_svm_output<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-        epoch: u64,
-        svm_seq: u64,
-        token: Token,
-    ) {
-        self.ledger.stats.svm_output += 1;
-        if !self.paired || epoch < self.comparing || (self.frozen && epoch == self.comparing) {
-            // The next commit, or the takeover, decides about what it would have released.
-            self.ledger.stats.svm_stale += 1;
-            frames.release(token);
-            return;
-        }
-        if self.limits.canary_equal {
-            frames.release(token);
-            self.ledger.report_svm(svm_seq);
-            return;
-        }
-        let is_full = self.ledger.svm.len() >= self.limits.max_svm_frames;
-        if is_full && !self.drop_history(frames) {
-            // The secondary still stores it; only the comparison lacks it, so output stays held.
-            self.ledger.stats.svm_overflow += 1;
-            frames.release(token);
-            self.request(Divergence::plain(Cause::OutputOverflow, None));
-            return;
-        }
-        let packet = self.parse(frames, &token, Direction::FromGuest);
-        let hash = self.flows.hash(&packet.key);
-        let id = self.flows.id_of_hashed(hash, &packet.key);
-        let mut token = token;
-        if epoch == self.comparing
-            && let Some(id) = id
-            && self.match_exactly(now_us, frames, id, &packet, (svm_seq, &mut token))
-        {
-            return;
-        }
-        let frame = SvmFrame {
-            packet,
-            token,
-            epoch,
-            svm_seq,
-            at_us: now_us,
-            flow: DEFERRED,
-            incarnation: 0,
-            reported: false,
-        };
-        if epoch > self.comparing {
-            // Only the epoch that follows the cut can send before its commit is known here.
-            self.ledger.svm.push_back(&mut self.deferred_svm, frame);
-        } else {
-            self.compare_svm(now_us, frames, (hash, id), frame);
-        }
-    }
-
-    /// Gives up one segment that has left long ago, so that new output of the SVM finds room: a
-    /// retransmission of it is then held rather than compared. False when there is none.
-    fn drop_history<F: Frames + ?Sized>(&mut self, frames: &mut F) -> bool {
-        let nodes = self.ledger.svm.nodes();
-        for _ in 0..nodes {
-            self.history_hand = (self.history_hand + 1) % nodes;
-            let at = self.history_hand;
-            let Some(frame) = self.ledger.svm.get(at).filter(|frame| frame.reported) else {
-                continue;
-            };
-            let flow = self.flows.get_mut(frame.flow);
-            if let Some(flow) = flow.filter(|flow| flow.is_tcp()) {
-                flow.drop_history(at, &mut self.ledger, frames);
-                return true;
-            }
-        }
-        false
-    }
-
-    fn compare_svm<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-        place: (Hash, Option<FlowId>),
-        mut frame: SvmFrame,
-    ) {
-        let key = frame.packet.key;
-        let name = (&key, frame.packet.tcp.map(|tcp| tcp.flags));
-        let id = self.place_hashed(now_us, frames, place, name, Opener::Guest);
-        let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else {
-            frames.release(frame.token);
-            self.request(Divergence::plain(Cause::TableFull, Some(key)));
-            return;
-        };
-        flow.use_now(now_us, seen::SVM);
-        let may_be_opener = flow.last_input_seq == 0;
-        frame.flow = id;
-        match self.policy.action_of(flow.policy) {
-            PolicyAction::Compare | PolicyAction::IgnoreBytes { .. } => {}
-            // Nobody waits for it: the flow is not protected.
-            PolicyAction::Release => {
-                self.ledger.report_svm(frame.svm_seq);
-                frames.release(frame.token);
-                return;
-            }
-            // The secondary keeps it until the commit.
-            PolicyAction::Hold => {
-                frames.release(frame.token);
-                return;
-            }
-        }
-        let divergence = if frame.packet.tcp.is_some() {
-            flow.svm_segment(frame, &mut self.ledger, frames)
-        } else {
-            self.ledger.svm.push_back(&mut flow.svm, frame);
-            None
-        };
-        match divergence {
-            Some(divergence) => self.diverge(id, divergence),
-            None => self.pump(now_us, frames, id),
-        }
-        if may_be_opener {
-            self.check_openers(id);
-        }
-    }
-
-    /// The secondary keeps all input up to this number (rule 5).
-    pub fn handle_input_ack<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-        up_to: u64,
-    ) {
-        let up_to = up_to.saturating_add(self.session_base);
-        if up_to > self.input_ack && up_to <= self.input_seq {
-            self.input_ack = up_to;
-            self.pump_waiting(now_us, frames);
-        }
-    }
-
     /// The heartbeat is fresh until then: what needs no counterpart may leave (rule 18).
     pub fn set_lease<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, until_us: u64) {
         self.lease_until_us = Some(until_us);
@@ -687,34 +480,9 @@ impl PrimaryPath {
         len
     }
 
-    /// Input that this host inherited at its takeover, to be put in guest_rx before anything from
-    /// the NIC; afterwards [`PrimaryPath::handle_delivered`] or [`PrimaryPath::undelivered`].
-    pub fn poll_deliver<F: Frames + ?Sized>(
-        &mut self,
-        now_us: u64,
-        frames: &mut F,
-    ) -> Option<Token> {
-        self.inherited
-            .poll_deliver(now_us, &self.limits, &mut self.ledger.stats, frames)
-    }
-
-    /// The full guest_rx did not take what [`PrimaryPath::poll_deliver`] gave.
-    pub fn undelivered(&mut self, token: Token) {
-        self.inherited.undelivered(token);
-    }
-
     #[inline(always)]
     fn parse<F: Frames + ?Sized>(&self, frames: &F, token: &Token, direction: Direction) -> Packet {
         let (header, len) = frames.view(token);
         wire::parse(header, len, direction)
-    }
-
-    /// A handshake that is learnt while a secondary follows: the flow's output waits for a commit,
-    /// because a takeover before it would have to learn the same again, from the same first ACK.
-    fn note_learnt<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, key: FlowKey) {
-        self.learnt.push((self.epoch, key));
-        if self.epoch == self.comparing && !self.frozen {
-            self.hold_until_commit(now_us, frames, key);
-        }
     }
 }
