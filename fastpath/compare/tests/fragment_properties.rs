@@ -40,7 +40,7 @@ fn fragment(side: Side, id: u16, message: &[u8], from: usize, end: usize) -> Vec
     frame.truncate(34);
     frame.extend_from_slice(data);
     frame[16..18].copy_from_slice(&(20 + data.len() as u16).to_be_bytes());
-    frame[20..22].copy_from_slice(&(from as u16 / 8 | (u16::from(more) << 13)).to_be_bytes());
+    frame[20..22].copy_from_slice(&((from as u16 / 8) | (u16::from(more) << 13)).to_be_bytes());
     frame[24..26].fill(0);
     let sum = !ones_sum(&frame[14..34]);
     frame[24..26].copy_from_slice(&sum.to_be_bytes());
