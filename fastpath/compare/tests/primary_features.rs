@@ -4,10 +4,11 @@
 
 mod pair;
 
-use colo_compare::testing::{Segment, Side, echo, udp};
+use colo_compare::testing::{Segment, Side, VecFrames, echo, udp};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN, URG};
 use colo_compare::{
-    Cause, Direction, Limits, Opener, Policy, PolicyAction, PolicyProtocol, Right, Rule, wire,
+    Cause, Direction, Limits, Opener, Policy, PolicyAction, PolicyProtocol, PrimaryPath, Right,
+    Rule, SecondaryPath, wire,
 };
 use pair::{Pair, SIDES, data};
 
@@ -556,6 +557,57 @@ fn a_flow_that_found_no_place_waits_for_the_input_that_came_before() {
         pair.ack_input(up_to);
         assert_eq!(pair.rights(), [Right::Match]);
         pair.close();
+    }
+}
+
+/// What a host hands on that took over while the guest's SYN-ACK was on its way.
+fn record_of_an_open_handshake(side: Side, isn: u32) -> Vec<u8> {
+    let mut frames = VecFrames::new(10);
+    let mut record = Vec::new();
+    PrimaryPath::new(Limits::default()).export_client_xlate(&mut record);
+    let mut secondary = SecondaryPath::new(Limits::default());
+    let commit = secondary.commit(0, &mut frames, 1, Vec::new(), &record);
+    commit.unwrap();
+    let token = frames.insert(&syn(side, 7)).unwrap();
+    let epoch = secondary.epoch();
+    let mirrored = secondary.handle_mirror(0, &mut frames, epoch, 1, token);
+    mirrored.unwrap();
+    let token = secondary.poll_deliver(0, &mut frames).unwrap();
+    frames.take(token);
+    let token = frames.insert(&syn_ack(side, isn, 8)).unwrap();
+    secondary.handle_guest_tx(0, &mut frames, token);
+    let primary = secondary.take_over(0, &mut frames);
+    record.clear();
+    primary.export_client_xlate(&mut record);
+    primary.close(&mut frames);
+    record
+}
+
+#[test]
+fn what_a_translation_learnt_waits_for_a_commit_even_where_no_flow_found_a_place() {
+    for side in SIDES {
+        for busy in [0, 2] {
+            let mut pair = Pair::with(Limits {
+                max_flows: 2,
+                ..Limits::default()
+            });
+            let record = record_of_an_open_handshake(side, 99);
+            pair.path.import_client_xlate(pair.now_us, &record).unwrap();
+            (0..busy).for_each(|n| pair.pvm(&of_flow(n)));
+            let client = Segment::new(side).to_guest().seq(8).ack(1100);
+            pair.input(&client.bytes());
+            assert_eq!(pair.causes, [Cause::Translation]);
+            (0..busy).for_each(|n| pair.svm(&of_flow(n)));
+            assert_eq!(pair.rights().len(), usize::from(busy));
+            both_send(&mut pair, &data(side, 100, b"answer"));
+            assert_eq!(pair.rights(), [], "{busy} places were taken");
+            let epoch = pair.cut();
+            pair.commit(epoch);
+            assert_eq!(pair.rights(), [Right::Checkpoint]);
+            both_send(&mut pair, &data(side, 106, b"more"));
+            assert_eq!(pair.rights(), [Right::Match]);
+            pair.close();
+        }
     }
 }
 

@@ -244,7 +244,11 @@ impl PrimaryPath {
         let place = (hash, self.flows.id_of_hashed(hash, &key));
         match self.place_hashed(now_us, frames, place, (&key, None), Opener::Peer) {
             Some(id) => self.diverge(id, divergence),
-            None => self.request(divergence),
+            None => {
+                // When there is a place again, its output must not take it before the commit.
+                self.table_full = true;
+                self.request(divergence);
+            }
         }
     }
 
