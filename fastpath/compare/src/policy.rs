@@ -128,14 +128,15 @@ pub struct Rule {
     pub guest_ports: Option<(u16, u16)>,
     /// The other end's port, first to last.
     pub peer_ports: Option<(u16, u16)>,
-    /// Who opened the flow.
+    /// Who opened the flow: who sent its SYN, or its first datagram. A TCP flow that was met half
+    /// way, or forgotten in between, has no direction.
     pub direction: Option<Opener>,
     /// What is done.
     pub action: PolicyAction,
 }
 
 impl Rule {
-    fn matches(&self, key: &FlowKey, opener: Opener) -> bool {
+    fn matches(&self, key: &FlowKey, opener: Option<Opener>) -> bool {
         let port_is_in = |range: Option<(u16, u16)>, port: u16| {
             let has_ports = matches!(key.protocol(), Protocol::Tcp | Protocol::Udp);
             range.is_none_or(|(first, last)| has_ports && (first..=last).contains(&port))
@@ -144,7 +145,7 @@ impl Rule {
             prefix.is_none_or(|prefix| key.has_addresses() && prefix.contains(address))
         };
         self.protocol.is_none_or(|p| p.matches(key.protocol()))
-            && self.direction.is_none_or(|direction| direction == opener)
+            && (self.direction.is_none() || self.direction == opener)
             && port_is_in(self.guest_ports, key.guest_port())
             && port_is_in(self.peer_ports, key.peer_port())
             && address_is_in(&self.guest, key.guest())
@@ -165,7 +166,7 @@ impl Policy {
     }
 
     /// The number of the rule that decides, which a flow keeps; one past the last for none.
-    pub(crate) fn rule_number(&self, key: &FlowKey, opener: Opener) -> u16 {
+    pub(crate) fn rule_number(&self, key: &FlowKey, opener: Option<Opener>) -> u16 {
         let number = self.rules.iter().position(|rule| rule.matches(key, opener));
         number
             .unwrap_or(self.rules.len())
@@ -182,8 +183,10 @@ impl Policy {
         self.rules.is_empty()
     }
 
-    /// What is done with the flow.
-    pub fn action(&self, key: &FlowKey, opener: Opener) -> PolicyAction {
+    /// What is done with the flow. A rule that names a direction is not for a flow of which nobody
+    /// knows who opened it.
+    pub fn action(&self, key: &FlowKey, opener: impl Into<Option<Opener>>) -> PolicyAction {
+        let opener = opener.into();
         let rule = self.rules.iter().find(|rule| rule.matches(key, opener));
         rule.map_or(PolicyAction::Compare, |rule| rule.action)
     }
@@ -244,6 +247,18 @@ mod tests {
         for other in others {
             assert_eq!(decide(other), PolicyAction::Compare, "{other:?}");
         }
+    }
+
+    #[test]
+    fn a_rule_with_a_direction_is_not_for_a_flow_that_was_met_half_way() {
+        let inbound = Rule {
+            direction: Some(Opener::Peer),
+            action: PolicyAction::Release,
+            ..Rule::default()
+        };
+        let policy = Policy::new(Vec::from([inbound]));
+        assert_eq!(policy.action(&key(), Opener::Peer), PolicyAction::Release);
+        assert_eq!(policy.action(&key(), None), PolicyAction::Compare);
     }
 
     #[test]

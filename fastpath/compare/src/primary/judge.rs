@@ -242,7 +242,7 @@ impl PrimaryPath {
         let divergence = Divergence::plain(Cause::Translation, Some(key));
         let hash = self.flows.hash(&key);
         let place = (hash, self.flows.id_of_hashed(hash, &key));
-        match self.place_hashed(now_us, frames, place, (&key, None), Opener::Peer) {
+        match self.place_hashed(now_us, frames, place, (&key, Some(0)), Opener::Peer) {
             Some(id) => self.diverge(id, divergence),
             None => {
                 // When there is a place again, its output must not take it before the commit.

@@ -343,12 +343,12 @@ impl PrimaryPath {
         now_us: u64,
         frames: &mut F,
         packet: &Packet,
-        first: Opener,
+        sender: Opener,
     ) -> Option<FlowId> {
         let hash = self.flows.hash(&packet.key);
         let id = self.flows.id_of_hashed(hash, &packet.key);
         let name = (&packet.key, packet.tcp.map(|tcp| tcp.flags));
-        self.place_hashed(now_us, frames, (hash, id), name, first)
+        self.place_hashed(now_us, frames, (hash, id), name, sender)
     }
 
     fn place_hashed<F: Frames + ?Sized>(
@@ -357,17 +357,13 @@ impl PrimaryPath {
         frames: &mut F,
         (hash, id): (Hash, Option<FlowId>),
         (key, tcp_flags): (&FlowKey, Option<u8>),
-        first: Opener,
+        sender: Opener,
     ) -> Option<FlowId> {
         match id {
             Some(id) => Some(id),
             None if self.table_full => None,
             None => {
-                let opener = match tcp_flags {
-                    // Of a connection that is under way nobody knows; most guests serve.
-                    Some(flags) if flags & (SYN | ACK) != SYN => Opener::Peer,
-                    _ => first,
-                };
+                let opener = opener_of(tcp_flags, sender);
                 let rule = self.policy.rule_number(key, opener);
                 let name = (hash, *key);
                 self.flows
@@ -484,5 +480,18 @@ impl PrimaryPath {
     fn parse<F: Frames + ?Sized>(&self, frames: &F, token: &Token, direction: Direction) -> Packet {
         let (header, len) = frames.view(token);
         wire::parse(header, len, direction)
+    }
+}
+
+/// Who opened a flow whose first known frame is this; unknown in the middle of a connection.
+fn opener_of(tcp_flags: Option<u8>, sender: Opener) -> Option<Opener> {
+    let other = match sender {
+        Opener::Guest => Opener::Peer,
+        Opener::Peer => Opener::Guest,
+    };
+    match tcp_flags.map(|flags| flags & (SYN | ACK)) {
+        None | Some(SYN) => Some(sender),
+        Some(flags) if flags == SYN | ACK => Some(other),
+        Some(_) => None,
     }
 }
