@@ -4,8 +4,9 @@
 //! Invariants: system tests take turns ([`bench::Bench`]), across processes too; a test that cannot run says
 //! `SKIPPED: why` on standard output.
 //!
-//! The simulation shares nothing with this: see `sim/`.
+//! The simulation shares nothing with this: see `sim/`. [`fuzz`] holds the bodies of the fuzz targets.
 
 pub mod bench;
 pub mod clients;
+pub mod fuzz;
 pub mod streams;

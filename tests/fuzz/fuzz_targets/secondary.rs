@@ -1,0 +1,4 @@
+//! See `colo_tests::fuzz::secondary`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| colo_tests::fuzz::secondary(input));
