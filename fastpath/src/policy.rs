@@ -4,7 +4,7 @@
 //! [[rule]]                  # the first rule that matches a flow decides; none: compare
 //! protocol = "udp"          # tcp udp icmp icmpv6 arp, ip:132, ether:0x88cc
 //! guest = "10.0.0.0/8"      # the guest's address or prefix
-//! peer = "fd00::/16"        # the other end's
+//! peer = "10.1.2.3"         # the other end's
 //! guest_port = 123          # a port, or a range: "1000-2000"
 //! peer_port = "32768-60999"
 //! direction = "inbound"     # opened by the other end; or "outbound", by the guest
@@ -388,6 +388,16 @@ mod tests {
         ]);
         assert_eq!(policy, Ok(expected));
         assert_eq!(rules(""), Ok(Policy::default()));
+    }
+
+    #[test]
+    fn the_example_in_the_manual_is_a_policy() {
+        let manual = include_str!("../../README.md");
+        let from = manual.find("[[rule]]").expect("an example");
+        let example = &manual[from..];
+        let end = example.find("```").expect("the end of the example");
+        let policy = rules(&example[..end]).unwrap();
+        assert_ne!(policy, Policy::default());
     }
 
     #[test]

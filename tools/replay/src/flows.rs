@@ -13,7 +13,7 @@ use crate::report::{FlowRow, Traffic};
 use crate::stream::Stream;
 
 /// Flows that are told apart at the same time.
-const FLOWS_MAX: usize = 65_536;
+pub const FLOWS_MAX: usize = 262_144;
 /// Datagrams of a flow whose counterpart may come after the checkpoint that let them leave.
 const COVERED_MAX: usize = 64;
 

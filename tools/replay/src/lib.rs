@@ -12,12 +12,14 @@
 //!   or SYN-ACK of both, which is what production learns through the client's first
 //!   acknowledgement, so the client's side need not be in the captures. A connection whose
 //!   handshake a capture lacks is taken as it is: its numbers must agree by themselves.
-//! - A checkpoint is a cut and a commit at the same instant. In reality the SVM then goes on as a
-//!   copy of the PVM; its capture goes on from its own state. What it sends later and the PVM had
-//!   sent before is covered by the checkpoint; what it had sent before and the PVM has not sent yet
-//!   is compared once more. In the flow that diverged the SVM's stream goes on where the PVM's does
-//!   (the PVM's next number minus the SVM's is added to the translation), unless the next bytes
-//!   show that one of them was only late.
+//! - A checkpoint is a cut and a commit at the same instant: at once, or for TCP as soon as neither
+//!   guest has said anything in the flow for 200 us, at most 5 ms later. In reality the SVM then
+//!   goes on as a copy of the PVM; its capture goes on from its own state. So what it sends later
+//!   and the PVM had sent before is covered by the checkpoint, and what it had sent before and the
+//!   PVM has not sent yet is compared once more. In a TCP flow that diverged, the next bytes tell
+//!   whether one side was only late; otherwise the SVM's stream goes on where the PVM's does (the
+//!   PVM's next number minus the SVM's is added to the translation). A flow that both guests opened
+//!   from different ports is one flow from then on.
 //! - At the end, what is unmatched counts as late (PVM) or superfluous (SVM), and one checkpoint
 //!   covers it.
 //!
@@ -36,14 +38,21 @@
 //! give them a longer deadline. Checksums are not verified: captures of a sending host often hold
 //! frames whose checksums the NIC fills in.
 //!
+//! After a divergence a replay guesses how the SVM goes on. It guesses well for answers to requests;
+//! a stream that differs in every message may count a few divergences more or fewer than a pair
+//! would. The first divergence of each flow is exact.
+//!
 //! Memory does not grow with the captures: they are mapped, times are sorted within a window of
-//! [`capture::SORT_WINDOW`] frames, and everything else has a limit.
+//! [`capture::SORT_WINDOW`] frames, and everything else has a limit. Flows beyond [`FLOWS_MAX`] at
+//! the same time diverge with cause `table_full`, as they would in a pair, and count again when
+//! they come back.
 
 pub mod capture;
 mod clocks;
 mod flows;
 mod frames;
 mod mac;
+mod openers;
 mod replay;
 mod report;
 mod resync;
@@ -60,17 +69,20 @@ use colo_compare::{Limits, Policy};
 
 use capture::{CaptureFile, Fault, OpenError};
 pub use clocks::Align;
+pub use flows::FLOWS_MAX;
 pub use mac::{MacError, parse_mac};
 pub use report::{FlowRow, Found, LISTED_MAX, Report, Shown, Traffic};
 pub use table::table;
 
 /// How long the SVM may lag, where nothing else is said: the default of a pair.
 pub const DEADLINE_MS: u64 = 20;
+/// The longest deadline: a day.
+pub const DEADLINE_MS_MAX: u64 = 86_400_000;
 
 /// How to compare.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// How late the SVM's equal output may be.
+    /// How late the SVM's equal output may be; 1 to [`DEADLINE_MS_MAX`].
     pub deadline_ms: u64,
     /// Rules for single flows.
     pub policy: Policy,
@@ -96,8 +108,9 @@ impl Settings {
     /// Those of a pair, with more room: there is no back-pressure on a capture.
     fn limits(&self) -> Limits {
         let default = Limits::default();
-        let compare_deadline_us = self.deadline_ms.saturating_mul(1000).max(1);
+        let compare_deadline_us = self.deadline_ms.clamp(1, DEADLINE_MS_MAX) * 1000;
         Limits {
+            max_flows: FLOWS_MAX,
             max_held_frames: 16_384,
             max_svm_frames: 32_768,
             compare_deadline_us,

@@ -189,6 +189,40 @@ fn the_guest_is_who_sent_the_first_frame_or_who_it_is_said_to_be() {
 }
 
 #[test]
+fn datagrams_from_other_ports_are_one_difference_for_each_port() {
+    let each = [(5000, 0), (6000, 400)].map(|(port, skew_us)| {
+        let frame = |n: u32| {
+            let port = port + (n / 5) as u16;
+            let payload = n.to_be_bytes();
+            let at_us = 30_000 * u64::from(n) + skew_us;
+            (at_us, udp(Side::V4, false, port, 53, &payload))
+        };
+        Frames((0..10).map(frame).collect())
+    });
+    let report = compare(&each[0], &each[1]);
+    assert_eq!(causes(&report), ["outbound_tuple"; 2], "{report:#?}");
+    assert_eq!((report.checkpoints, report.held), (2, 2));
+}
+
+#[test]
+fn a_policy_that_holds_asks_for_checkpoints_but_nothing_differs() {
+    let pvm = numbered(0..10, 30_000);
+    let settings = Settings {
+        policy: Policy::new(vec![Rule {
+            action: PolicyAction::Hold,
+            ..Rule::default()
+        }]),
+        ..Settings::default()
+    };
+    let report = compare_with(&pvm, &pvm.clone().later(100), &settings);
+    assert!(report.is_same(), "{report:#?}");
+    assert_eq!(
+        (report.checkpoints, report.held, report.released),
+        (10, 10, 0)
+    );
+}
+
+#[test]
 fn a_policy_says_what_is_not_compared() {
     let pvm = numbered(0..5, 1000);
     let mut svm = pvm.clone().later(10);

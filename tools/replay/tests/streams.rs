@@ -286,6 +286,30 @@ fn connections_that_the_guest_opens_are_translated_too() {
 }
 
 #[test]
+fn a_connection_that_the_guests_open_from_other_ports_is_one_difference() {
+    let each = [(ISN[0], 5000, 0), (ISN[1], 6000, 400)].map(|(isn, port, skew_us)| {
+        let mut frames = Frames::default();
+        let segment = |seq: u32| Segment::new(Side::V4).ports(port, 443).seq(seq);
+        frames.push(skew_us, segment(isn).flags(SYN).bytes());
+        for n in 0..10u32 {
+            let at_us = 30_000 * u64::from(n + 1) + skew_us;
+            let seq = isn.wrapping_add(1 + 5 * n);
+            frames.push(at_us, segment(seq).payload(b"hello").bytes());
+        }
+        frames
+    });
+    let report = compare(&each[0], &each[1]);
+    assert_eq!(causes(&report), ["outbound_tuple"], "{report:#?}");
+    assert_eq!((report.checkpoints, report.held), (1, 1));
+    // In a flow of their own there are the SVM's first frames only.
+    let rows: Vec<_> = report.flow_table.iter().collect();
+    assert_eq!(
+        (rows[0].secondary.packets, rows[1].secondary.packets),
+        (10, 1)
+    );
+}
+
+#[test]
 fn options_of_the_handshake_are_compared() {
     let mut each = pair(Side::V4).map(|connection| connection.frames);
     let syn = Segment::new(Side::V4).ports(80, 40_000).seq(ISN[1]);

@@ -56,6 +56,7 @@ pub(crate) fn run(
         guest_mac: args.guest_mac,
         align: args.align,
     };
+    let is_guess = settings.guest_mac.is_none();
     let compared = colo_replay::compare(primary, secondary, &settings);
     let report = compared.inspect_err(|e| error!("{e}")).ok()?;
     if report.primary_output() == 0 {
@@ -63,6 +64,13 @@ pub(crate) fn run(
         warn!(
             "{file}: no frame of {}: nothing was compared",
             report.guest_mac
+        );
+    }
+    if is_guess && report.primary_input.packets > 0 {
+        let (file, mac) = (primary.display(), &report.guest_mac);
+        warn!(
+            "{file}: {mac} sent the first frame and is taken for the guest, but others send to it; \
+             if the guest is one of them, give --guest-mac"
         );
     }
     let text = match json {

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::Args;
 use colo_compare::Policy;
 use colo_fastpath::policy::{self, PolicyError};
+use colo_replay::DEADLINE_MS_MAX;
 use tracing::error;
 
 use crate::BAD_CONFIGURATION;
@@ -26,8 +27,8 @@ pub(crate) struct CompareArgs {
     /// Rules for single flows
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
-    /// How late the secondary's equal frame may be
-    #[arg(long, value_name = "N")]
+    /// How late the secondary's equal frame may be [default: 20; with --sockets: 200]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=DEADLINE_MS_MAX))]
     deadline_ms: Option<u64>,
     /// Print the result as JSON
     #[arg(long)]
