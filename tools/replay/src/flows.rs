@@ -5,7 +5,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use colo_compare::wire::Packet;
+use colo_compare::wire::tcp::{ACK, SYN};
+use colo_compare::wire::{Packet, Tcp};
 use colo_compare::{FlowKey, Opener};
 
 use crate::capture::Record;
@@ -23,7 +24,8 @@ pub(crate) struct Flow<'a> {
     /// Order of appearance.
     serial: u64,
     last_us: u64,
-    opener: Option<Opener>,
+    /// Unknown until the first frame, and perhaps afterwards.
+    opener: Option<Option<Opener>>,
     pub(crate) row: FlowRow,
     /// PVM frames that the comparator holds.
     pub(crate) waiting: u64,
@@ -35,14 +37,24 @@ pub(crate) struct Flow<'a> {
 }
 
 impl<'a> Flow<'a> {
-    /// The first frame came from there.
-    pub(crate) fn opened_by(&mut self, opener: Opener) {
-        self.opener.get_or_insert(opener);
+    /// A frame of the primary's capture. The first one tells who opened the flow, as it does to the
+    /// comparator: a TCP flow that the capture has from the middle on has no opener.
+    pub(crate) fn note_opener(&mut self, tcp: Option<&Tcp>, sender: Opener) {
+        let other = match sender {
+            Opener::Guest => Opener::Peer,
+            Opener::Peer => Opener::Guest,
+        };
+        self.opener.get_or_insert(match tcp {
+            None => Some(sender),
+            Some(tcp) if !tcp.has(SYN) => None,
+            Some(tcp) if tcp.has(ACK) => Some(other),
+            Some(_) => Some(sender),
+        });
     }
 
-    /// Who sent the first frame.
-    pub(crate) fn opener(&self) -> Opener {
-        self.opener.unwrap_or(Opener::Guest)
+    /// Who opened the flow, where that is known.
+    pub(crate) fn opener(&self) -> Option<Opener> {
+        self.opener.flatten()
     }
 
     /// The PVM's datagram has left by a checkpoint.
@@ -167,5 +179,46 @@ impl Traffic {
     pub(crate) fn count(&mut self, record: &Record<'_>) {
         self.packets += 1;
         self.bytes += record.frame.len() as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use colo_compare::Protocol;
+
+    #[test]
+    fn flows_beyond_the_limit_are_added_up_the_silent_ones_first() {
+        let key = |n: u32| {
+            let peer = std::net::Ipv4Addr::from_bits(n).into();
+            let guest = std::net::Ipv4Addr::LOCALHOST.into();
+            FlowKey::new(Protocol::Udp, [0; 2], guest, peer).with_ports(53, 9)
+        };
+        let mut flows = Flows::default();
+        let count = FLOWS_MAX as u32 + 10;
+        for n in 0..count {
+            let flow = flows.of(u64::from(n), key(n));
+            flow.row.primary.packets += 1;
+            // The first one waits for something.
+            flow.waiting = u64::from(n == 0);
+        }
+        assert!(flows.get(&key(0)).is_some() && flows.get(&key(1)).is_none());
+        assert!(flows.get(&key(count - 1)).is_some());
+        let (rows, others) = flows.into_rows();
+        let (forgotten, others) = others.unwrap();
+        assert_eq!(rows.len() as u64 + forgotten, u64::from(count));
+        assert_eq!(others.primary.packets, forgotten);
+        assert_eq!(rows[0].flow, key(0).to_string());
+    }
+
+    #[test]
+    fn a_datagram_that_left_by_a_checkpoint_has_one_counterpart_for_a_while() {
+        let mut flow = Flow::default();
+        flow.cover(100, b"one");
+        flow.cover(200, b"two");
+        assert!(flow.take_covered(b"two", 100));
+        assert!(!flow.take_covered(b"two", 100));
+        assert!(!flow.take_covered(b"one", 101), "it is too old");
+        assert!(!flow.forget_covered());
     }
 }

@@ -6,6 +6,7 @@ mod rig;
 
 use colo_compare::testing::{Segment, Side};
 use colo_compare::wire::tcp::{ACK, SYN};
+use colo_compare::{Opener, Policy, PolicyAction, Rule};
 use colo_replay::{Settings, table};
 use rig::*;
 
@@ -317,6 +318,31 @@ fn options_of_the_handshake_are_compared() {
     each[1].0[0].1 = syn.option(&[2, 4, 5, 0xa0]).bytes();
     let report = compare(&each[0], &each[1]);
     assert_eq!(causes(&report), ["syn_options"], "{report:#?}");
+}
+
+#[test]
+fn a_policy_with_a_direction_is_for_flows_whose_opening_is_seen() {
+    let [pvm, svm] = answers([&[b"one", b"two"], &[b"one", b"TWO"]]);
+    let with = |direction| {
+        let rule = Rule {
+            direction: Some(direction),
+            action: PolicyAction::Release,
+            ..Rule::default()
+        };
+        Settings {
+            policy: Policy::new(vec![rule]),
+            ..Settings::default()
+        }
+    };
+    let inbound = compare_with(&pvm.frames, &svm.frames, &with(Opener::Peer));
+    assert!(inbound.is_same(), "{inbound:#?}");
+    assert_eq!((inbound.released, inbound.pairs), (5, 0));
+    for (opener, from) in [(Opener::Guest, 0), (Opener::Peer, 1)] {
+        let part = |frames: &Frames| Frames(frames.0[from..].to_vec());
+        let settings = with(opener);
+        let report = compare_with(&part(&pvm.frames), &part(&svm.frames), &settings);
+        assert!(!report.is_same(), "{report:#?}");
+    }
 }
 
 #[test]

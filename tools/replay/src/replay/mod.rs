@@ -128,7 +128,7 @@ impl<'a> Replay<'a> {
     pub(crate) fn input(&mut self, record: Record<'a>) {
         let packet = wire::parse(record.frame, record.frame.len(), Direction::ToGuest);
         let flow = self.flows.of(self.now_us, packet.key);
-        flow.opened_by(Opener::Peer);
+        flow.note_opener(packet.tcp.as_ref(), Opener::Peer);
         let token = self.frames.insert(record);
         let token = self.path.handle_nic(self.now_us, &mut self.frames, token);
         self.path
@@ -141,7 +141,7 @@ impl<'a> Replay<'a> {
         let packet = view::parse(&record);
         self.note_opener(Side::Primary, &packet);
         let flow = self.flows.of(self.now_us, packet.key);
-        flow.opened_by(Opener::Guest);
+        flow.note_opener(packet.tcp.as_ref(), Opener::Guest);
         flow.row.primary.count(&record);
         flow.waiting += 1;
         let mut awaited = Vec::new();
