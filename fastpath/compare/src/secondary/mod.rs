@@ -215,6 +215,7 @@ impl SecondaryPath {
             return None;
         }
         if let Some(token) = self.ready.take() {
+            self.stats.delivered += 1;
             return Some(token);
         }
         let token = if self
