@@ -122,12 +122,10 @@ fn fill_message(
     (pvm, packet): (&Record<'_>, &Packet),
     svm: Option<&Record<'_>>,
 ) {
-    let at = found.view_at.max(u32::from(packet.l4));
     let at = match packet.tcp {
         // Flags and options: the whole TCP header.
-        Some(_) if found.primary.bytes.is_empty() => u32::from(packet.l4),
-        _ if found.view_at < u32::from(packet.l4) => view_start(found.view_at),
-        _ => view_start(at),
+        Some(_) if found.cause != Cause::Header.name() => u32::from(packet.l4),
+        _ => view_start(found.view_at),
     };
     found.view_at = at;
     found.primary = from_frame(pvm, i64::from(at));

@@ -346,6 +346,19 @@ fn a_policy_with_a_direction_is_for_flows_whose_opening_is_seen() {
 }
 
 #[test]
+fn a_header_that_differs_is_shown() {
+    let [pvm, mut svm] = answers([&[b"one"], &[b"one"]]);
+    // The TTL.
+    svm.frames.0[1].1[22] = 63;
+    let report = compare(&pvm.frames, &svm.frames);
+    assert_eq!(causes(&report), ["header"], "{report:#?}");
+    let found = &report.divergences[0];
+    let at = (found.offset - found.view_at) as usize;
+    assert_eq!((found.offset, found.primary.bytes[at]), (22, 64));
+    assert_eq!(found.secondary.bytes[at], 63);
+}
+
+#[test]
 fn input_of_the_primary_is_given_to_the_comparator() {
     let [mut pvm, svm] = answers([&[b"one", b"two"], &[b"one", b"two"]]);
     let guest = pvm.clone();
