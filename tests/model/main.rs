@@ -60,6 +60,9 @@ fn both_comparators_decide_the_same() {
         "{seeds} seeds: {} events, {} matched, {} free, {} commits, divergences {:?}, {open} ended open",
         total.events, total.matched, total.free, total.commits, total.divergences
     );
+    if seeds < SEEDS {
+        return;
+    }
     assert!(open * 10 < seeds, "too many runs end early: {open}");
     assert!(
         total.matched > seeds * 5 && total.divergences.len() >= 9,

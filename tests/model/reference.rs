@@ -274,28 +274,15 @@ impl Reference {
 
     pub fn commit(&mut self) {
         let Some(epoch) = self.cut.take() else { return };
-        for at in 0..self.held.len() {
-            // What was not put in a flow yet raises its base, too.
-            let held = &self.held[at];
-            let is_new = self.frozen || held.epoch > self.comparing;
-            if held.epoch <= epoch && is_new {
-                let flow = &mut self.flows[held.message.flow];
-                if let Contents::Stream(stream) = &mut flow.contents {
-                    stream.produced(&held.message);
-                }
-            }
-        }
+        self.note_covered(epoch);
         for held in self.held.iter_mut().filter(|held| held.epoch <= epoch) {
             held.cleared = held.cleared.or(Some(Right::Checkpoint));
         }
         self.leave_cleared();
         self.pending_cleared = Some(epoch);
         self.leave_pending();
+        self.forget_svm();
         for flow in &mut self.flows {
-            match &mut flow.contents {
-                Contents::Stream(stream) => stream.rebase(),
-                Contents::Datagrams(datagrams) => datagrams.rebase(),
-            }
             flow.has_diverged = false;
             (flow.pvm_sent, flow.svm_sent) = (false, false);
             flow.is_open = false;
@@ -305,12 +292,7 @@ impl Reference {
         self.epoch_start_us = self.now_us;
         let early = self.early_caught_up.take() == Some(self.comparing);
         self.caught_up_us = early.then_some(self.now_us);
-        for at in 0..self.held.len() {
-            if self.held.get(at).is_some_and(|held| held.cleared.is_none()) {
-                self.replay_production();
-                break;
-            }
-        }
+        self.replay_production();
         for (epoch, said) in std::mem::take(&mut self.early) {
             if epoch == self.comparing {
                 self.compare(said);
@@ -321,20 +303,34 @@ impl Reference {
         }
     }
 
-    /// What the PVM sent since the cut begins to be compared, in its order.
+    /// What was not put in a flow yet raises its base, too.
+    fn note_covered(&mut self, epoch: u64) {
+        for held in self.held.iter().filter(|held| held.epoch <= epoch) {
+            let flow = &mut self.flows[held.message.flow];
+            if let Contents::Stream(stream) = &mut flow.contents
+                && (self.frozen || held.epoch > self.comparing)
+            {
+                stream.produced(&held.message);
+            }
+        }
+    }
+
+    /// What the SVM said counts no more; for what the PVM said a commit stands.
+    fn forget_svm(&mut self) {
+        for flow in &mut self.flows {
+            match &mut flow.contents {
+                Contents::Stream(stream) => stream.rebase(),
+                Contents::Datagrams(datagrams) => datagrams.rebase(),
+            }
+        }
+    }
+
+    /// What the PVM sent since the cut begins to be compared, in its order: one after the other, as
+    /// if it were sent now; the rest does not exist yet.
     fn replay_production(&mut self) {
-        let ids: Vec<u64> = self
-            .held
-            .iter()
-            .filter(|held| held.cleared.is_none())
-            .map(|held| held.id)
-            .collect();
-        // One after the other, as if it were sent now; the rest does not exist yet.
-        let later = self.held.iter().position(|held| held.cleared.is_none());
-        let mut later = self.held.split_off(later.unwrap_or(self.held.len()));
-        for id in ids {
-            let held = later.remove(0);
-            debug_assert_eq!(held.id, id);
+        let is_waiting = |held: &Held| held.cleared.is_none();
+        let later = self.held.iter().position(is_waiting);
+        for held in self.held.split_off(later.unwrap_or(self.held.len())) {
             self.held.push(held);
             self.produced(self.held.len() - 1);
         }
@@ -347,12 +343,7 @@ impl Reference {
         if self.flaw != Flaw::AbortIgnored {
             self.frozen = true;
             self.early.clear();
-            for flow in &mut self.flows {
-                match &mut flow.contents {
-                    Contents::Stream(stream) => stream.rebase(),
-                    Contents::Datagrams(datagrams) => datagrams.rebase(),
-                }
-            }
+            self.forget_svm();
         }
         self.request(Class::Aborted);
     }

@@ -373,10 +373,19 @@ impl Stream {
         let contradicts = self.contradicts(&message);
         let contradicts_above = self.contradicts_above(&message);
         self.is_open |= contradicts && !contradicts_above;
+        // Whether bytes count that were found equal before the SVM said that it has ended there.
+        self.is_open |= message.is_fin && self.has_said_from(&message, message.end() - 1);
         self.store(&message);
         self.unreported.push(said);
         self.report(notes);
         contradicts_above.then_some(Class::Contents)
+    }
+
+    fn has_said_from(&self, message: &Message, at: i64) -> bool {
+        let from = (message.connection, self.place(message, at));
+        let to = (message.connection, i64::MAX);
+        let mut all = self.units.range(from..=to);
+        all.any(|(_, units)| units.iter().any(|unit| unit.byte.is_some()))
     }
 
     fn store(&mut self, message: &Message) {

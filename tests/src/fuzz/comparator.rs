@@ -1,6 +1,7 @@
 //! Target `comparator`: a life of [`PrimaryPath`] as a program of bytes.
 //!
-//! Input: two bytes of choices (sizes of tables), then instructions: one byte that names what
+//! Input: two bytes of choices (sizes of tables, a policy or a life before as a secondary), then
+//! instructions: one byte that names what
 //! happens, then its arguments (see [`World::step`]). Both guests' frames are built from few
 //! flows, places and contents, so that equal, unequal, late and repeated output all happen often.
 //! Checked after every step: see [`Checker`]. At the end two commits release all that is held.
@@ -8,6 +9,7 @@
 use colo_compare::testing::VecFrames;
 use colo_compare::{
     Action, Direction, Limits, PathError, Policy, PolicyAction, PolicyProtocol, PrimaryPath, Rule,
+    Token,
 };
 
 use super::bytes::Bytes;
@@ -19,7 +21,10 @@ use super::trace;
 pub fn comparator(input: &[u8]) {
     let mut bytes = Bytes::new(input);
     let (a, b) = (bytes.u8(), bytes.u8());
-    let mut world = World::new(limits(a, b), policy(b >> 4));
+    let mut world = match b >> 4 {
+        15 => World::after_takeover(limits(a, b)),
+        choice => World::new(limits(a, b), policy(choice)),
+    };
     while !bytes.is_empty() {
         world.step(&mut bytes);
     }
@@ -88,19 +93,39 @@ struct World {
 
 impl World {
     fn new(limits: Limits, policy: Policy) -> Self {
-        let mut world = Self {
-            path: PrimaryPath::with_policy(limits, policy.clone()),
-            frames: VecFrames::new(4096),
+        let path = PrimaryPath::with_policy(limits, policy.clone());
+        Self::with_path(limits, path, VecFrames::new(4096), Checker::new(policy))
+    }
+
+    /// A host that has taken over, with one connection whose translation is learnt and one whose
+    /// handshake is not acknowledged yet.
+    fn after_takeover(limits: Limits) -> Self {
+        let mut frames = VecFrames::new(4096);
+        let mut path = guest::former_secondary(limits, &mut frames);
+        while let Some(action) = path.poll_action() {
+            if let Action::Release { token, .. } = action {
+                frames.take(token);
+            }
+        }
+        Self::with_path(limits, path, frames, Checker::translated())
+    }
+
+    fn with_path(limits: Limits, path: PrimaryPath, frames: VecFrames, checker: Checker) -> Self {
+        let now = Now {
+            epoch: path.epoch(),
+            is_alone: true,
+            ..Now::default()
+        };
+        Self {
+            path,
+            frames,
             limits,
-            now: Now::default(),
-            checker: Checker::new(policy),
+            now,
+            checker,
             svm_seq: 0,
             input_seq: 0,
             svm_epoch: 0,
-        };
-        world.now.epoch = world.path.epoch();
-        world.now.is_alone = true;
-        world
+        }
     }
 
     /// Carries out one instruction.
@@ -196,14 +221,27 @@ impl World {
         }
         let token = self.frames.insert(frame.bytes()).expect("bounded");
         let token = self.path.handle_nic(self.now.us, &mut self.frames, token);
-        assert_eq!(
-            self.frames.bytes(&token),
-            frame.bytes(),
+        let is_same = self.frames.bytes(&token) == frame.bytes();
+        assert!(
+            is_same || self.checker.is_translated(),
             "no entry means identity"
         );
+        self.deliver(token);
+    }
+
+    /// Input that is inherited from the time as a secondary.
+    fn inherited(&mut self) {
+        while self.path.nic_room()
+            && let Some(token) = self.path.poll_deliver(self.now.us, &mut self.frames)
+        {
+            self.deliver(token);
+        }
+    }
+
+    fn deliver(&mut self, token: Token) {
         if !self.now.is_alone {
             self.input_seq += 1;
-            let packet = frame.parse(Direction::ToGuest);
+            let packet = guest::parse(self.frames.bytes(&token), Direction::ToGuest);
             self.checker.input(packet, self.input_seq);
         }
         self.path
@@ -225,6 +263,10 @@ impl World {
         loop {
             self.path.handle_timeout(self.now.us, &mut self.frames);
             self.act();
+            self.inherited();
+            if !self.path.nic_room() {
+                return;
+            }
             let due = self.path.next_deadline();
             if due.is_none_or(|due_us| due_us > self.now.us) {
                 return;
@@ -380,7 +422,9 @@ impl World {
         );
         assert_eq!(self.path.epoch(), self.now.epoch);
         assert!(self.path.held_frames() <= self.limits.max_held_frames);
-        let most = self.limits.max_held_frames + self.limits.max_svm_frames;
+        // What is inherited from the time as a secondary comes on top.
+        let inherited = if self.checker.is_translated() { 8 } else { 0 };
+        let most = self.limits.max_held_frames + self.limits.max_svm_frames + inherited;
         assert!(
             self.frames.used() <= most,
             "{} frames in use",

@@ -5,10 +5,10 @@
 
 use std::fmt;
 
-use colo_compare::testing::{Segment, Side, echo, ip_frame, udp};
+use colo_compare::testing::{Segment, Side, VecFrames, echo, ip_frame, udp};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN};
 use colo_compare::wire::{self, Packet};
-use colo_compare::{Direction, HEADER_MAX};
+use colo_compare::{Direction, HEADER_MAX, Limits, PrimaryPath, SecondaryPath};
 
 use super::bytes::Bytes;
 
@@ -214,4 +214,36 @@ pub fn input(bytes: &mut Bytes<'_>) -> Frame {
         4 => segment.ack(ack).payload(b"request").bytes(),
         _ => segment.ack(ack).bytes(),
     })
+}
+
+/// The path of a host that takes over while one connection is open and another one half open.
+pub fn former_secondary(limits: Limits, frames: &mut VecFrames) -> PrimaryPath {
+    let mut path = SecondaryPath::new(limits);
+    let mut record = Vec::new();
+    PrimaryPath::new(limits).export_client_xlate(&mut record);
+    let joined = path.commit(0, frames, 1, Vec::new(), &record);
+    assert_eq!(joined, Ok(()));
+    let mut input_seq = 0;
+    for (side, peer_port, is_open) in [(Side::V4, 40_000, true), (Side::V6, 40_001, false)] {
+        let segment = || Segment::new(side).ports(80, peer_port);
+        let mut input = |path: &mut SecondaryPath, frames: &mut VecFrames, frame: &[u8]| {
+            input_seq += 1;
+            let token = frames.insert(frame).expect("a slot");
+            let taken = path.handle_mirror(0, frames, 2, input_seq, token);
+            assert_eq!(taken, Ok(()));
+            let delivered = path.poll_deliver(0, frames).expect("it runs");
+            frames.take(delivered);
+        };
+        let syn = segment().to_guest().flags(SYN).seq(7);
+        input(&mut path, frames, &syn.bytes());
+        let answer = segment().flags(SYN | ACK).seq(isn(0)).ack(8);
+        let token = frames.insert(&answer.bytes()).expect("a slot");
+        path.handle_guest_tx(0, frames, token);
+        if is_open {
+            // The client has seen another number.
+            let ack = segment().to_guest().seq(8).ack(isn(0).wrapping_add(5001));
+            input(&mut path, frames, &ack.bytes());
+        }
+    }
+    path.take_over(0, frames)
 }
