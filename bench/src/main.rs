@@ -7,6 +7,12 @@
 
 mod checkpoint;
 mod clients;
+mod compare;
+mod compare_core;
+mod compare_instructions;
+mod compare_load;
+mod compare_path;
+mod compare_row;
 mod failover;
 mod figures;
 mod place;
@@ -41,6 +47,8 @@ enum Benchmark {
     Failover(failover::FailoverArgs),
     /// How long a checkpoint stops the guest, beside a memcpy of as many pages
     Checkpoint(checkpoint::CheckpointArgs),
+    /// What a comparison costs, beside a memcmp and QEMU's comparator
+    Compare(compare::CompareArgs),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +71,7 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
         Benchmark::Service(args) => service::run(args, &place)?,
         Benchmark::Failover(args) => failover::run(args, &place)?,
         Benchmark::Checkpoint(args) => checkpoint::run(args, &place)?,
+        Benchmark::Compare(args) => compare::run(args, &place)?,
     };
     print!("{}", outcome.text);
     if let Some(file) = &arguments.json {

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use colo_lab::comparator::ComparatorError;
 use colo_lab::netns::NetError;
 use colo_lab::pair::{PairError, Settings};
 use colo_lab::process::ProcessError;
@@ -16,6 +17,8 @@ use tempfile::TempDir;
 pub(crate) enum BenchError {
     #[error(transparent)]
     Pair(#[from] PairError),
+    #[error(transparent)]
+    Comparator(#[from] ComparatorError),
     #[error(transparent)]
     Net(#[from] NetError),
     #[error(transparent)]
@@ -33,6 +36,10 @@ pub(crate) enum BenchError {
         what: &'static str,
         output: String,
     },
+    #[error("colo compare --sockets asked for {requests} checkpoints though all frames were equal")]
+    Compared { requests: u64 },
+    #[error("the measurement failed: {0}")]
+    Failed(String),
     #[error("the pair lost its protection during the measurement; primary's status: {0}")]
     Unprotected(Value),
 }
@@ -91,6 +98,11 @@ impl Place {
         Settings::new(&self.colo)
     }
 
+    /// The binary under test.
+    pub(crate) fn colo(&self) -> &Path {
+        &self.colo
+    }
+
     /// A new scratch directory.
     pub(crate) fn scratch(&self) -> Result<TempDir, BenchError> {
         tempfile::Builder::new()
@@ -113,7 +125,10 @@ impl Place {
 
     /// Writes a benchmark's document, with the machine added.
     pub(crate) fn write_json(&self, file: &Path, mut document: Value) -> Result<(), BenchError> {
-        document["machine"] = self.machine.clone();
+        // A list has no place for it.
+        if let Value::Object(fields) = &mut document {
+            fields.insert("machine".to_owned(), self.machine.clone());
+        }
         let what = format!("write {}", file.display());
         std::fs::write(file, format!("{document:#}\n")).map_err(BenchError::io(what))
     }

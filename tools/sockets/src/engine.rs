@@ -9,7 +9,7 @@
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use colo_compare::{Action, Divergence, Frames, Limits, Policy, PrimaryPath};
+use colo_compare::{Action, Divergence, Frames, Limits, Policy, PrimaryPath, Token};
 
 use crate::address::Socket;
 use crate::error::SocketsError;
@@ -20,6 +20,8 @@ use crate::ready::{Interest, wait};
 use crate::slab::{Side, Slab};
 use crate::{DIVERGENCES_KEPT, Summary};
 
+/// Frames of each input that are given to the comparator at once.
+const BATCH: usize = 64;
 /// So many turns without a pause make up for the most that a socket's buffer holds: a frame that
 /// was there before them has been read.
 const TURNS_TO_CATCH_UP: u32 = 8;
@@ -53,7 +55,9 @@ struct Input {
     side: Side,
     /// There may be something to read.
     ready: bool,
-    /// There are whole frames that the comparator cannot take at present.
+    /// Frames on their way to the comparator.
+    batch: Vec<Token>,
+    /// There may be whole frames that the comparator cannot take at present.
     backlog: bool,
     /// There was no block to read into, with so many slots free.
     starved: Option<usize>,
@@ -65,6 +69,7 @@ impl Input {
             intake: Intake::new(socket, side, vnet_hdr, slab),
             side,
             ready: true,
+            batch: Vec::with_capacity(BATCH),
             backlog: false,
             starved: None,
         }
@@ -84,6 +89,22 @@ impl Input {
         let is_starved = filled == Filled::NoRoom;
         self.starved = is_starved.then(|| slab.free_slots(self.side));
         self.ready = matches!(filled, Filled::Full | Filled::NoRoom);
+        Ok(())
+    }
+
+    /// Cuts up to a batch of frames off, but no more than `room`.
+    fn take(&mut self, room: usize, slab: &mut Slab) -> Result<(), SocketsError> {
+        self.backlog = room == 0;
+        while self.batch.len() < room.min(BATCH) {
+            match self.intake.next(slab)? {
+                Next::Frame(token) => self.batch.push(token),
+                Next::Partial => break,
+                Next::NoSlot => {
+                    self.backlog = true;
+                    break;
+                }
+            }
+        }
         Ok(())
     }
 }
@@ -109,7 +130,9 @@ pub(crate) struct Engine {
     checkpoint_at_once: bool,
     clock: Clock,
     limits: Limits,
+    /// Frames of the secondary that the comparator was given, and those that it has settled.
     svm_seq: u64,
+    svm_settled: u64,
     turns: u32,
     looked_at_us: u64,
     /// A checkpoint was asked for and not taken yet.
@@ -148,6 +171,7 @@ impl Engine {
             },
             limits,
             svm_seq: 0,
+            svm_settled: 0,
             turns: 0,
             looked_at_us: 0,
             awaiting: false,
@@ -192,45 +216,52 @@ impl Engine {
     }
 
     /// Gives the comparator what was read, a frame of each side in turn: what belongs together
-    /// meets while it is in the cache.
+    /// meets while it is in the cache, the primary's first, because then nothing is stored twice.
     fn compare(&mut self, now_us: u64) -> Result<(), SocketsError> {
         loop {
-            let secondary = self.compare_secondary(now_us)?;
-            let primary = self.compare_primary(now_us)?;
-            self.act(now_us)?;
-            if !primary && !secondary {
+            self.take_primary()?;
+            self.take_secondary()?;
+            let (primary, secondary) = (&mut self.primary.batch, &mut self.secondary.batch);
+            if primary.is_empty() && secondary.is_empty() {
                 return Ok(());
             }
+            self.path.expect(&self.slab, primary.iter());
+            self.path.expect(&self.slab, secondary.iter());
+            let epoch = self.path.epoch();
+            let (mut primary, mut secondary) = (primary.drain(..), secondary.drain(..));
+            loop {
+                let (held, output) = (primary.next(), secondary.next());
+                if held.is_none() && output.is_none() {
+                    break;
+                }
+                if let Some(token) = held {
+                    self.path.handle_guest_tx(now_us, &mut self.slab, token);
+                }
+                if let Some(token) = output {
+                    self.svm_seq += 1;
+                    let frames = &mut self.slab;
+                    self.path
+                        .handle_svm_output(now_us, frames, epoch, self.svm_seq, token);
+                }
+            }
+            drop((primary, secondary));
+            self.act(now_us)?;
         }
     }
 
-    fn compare_secondary(&mut self, now_us: u64) -> Result<bool, SocketsError> {
-        let next = self.secondary.intake.next(&mut self.slab)?;
-        self.secondary.backlog = matches!(next, Next::NoSlot);
-        let Next::Frame(token) = next else {
-            return Ok(false);
-        };
-        self.svm_seq += 1;
-        let (epoch, seq) = (self.path.epoch(), self.svm_seq);
-        self.path
-            .handle_svm_output(now_us, &mut self.slab, epoch, seq, token);
-        Ok(true)
+    /// The comparator takes a full hold queue for a reason to checkpoint; here it only means that
+    /// the other guest has to be heard first.
+    fn take_primary(&mut self) -> Result<(), SocketsError> {
+        let room = self.limits.max_held_frames - 1;
+        let room = room.saturating_sub(self.path.held_frames());
+        self.primary.take(room, &mut self.slab)
     }
 
-    fn compare_primary(&mut self, now_us: u64) -> Result<bool, SocketsError> {
-        // The comparator takes a full hold queue for a reason to checkpoint; here it only means
-        // that the other guest has to be heard first.
-        if self.path.held_frames() + 1 >= self.limits.max_held_frames {
-            self.primary.backlog = true;
-            return Ok(false);
-        }
-        let next = self.primary.intake.next(&mut self.slab)?;
-        self.primary.backlog = matches!(next, Next::NoSlot);
-        let Next::Frame(token) = next else {
-            return Ok(false);
-        };
-        self.path.handle_guest_tx(now_us, &mut self.slab, token);
-        Ok(true)
+    /// Room that history takes is given up for new output, that of unmatched output is not.
+    fn take_secondary(&mut self) -> Result<(), SocketsError> {
+        let room = self.limits.max_svm_frames as u64;
+        let room = room.saturating_sub(self.svm_seq - self.svm_settled);
+        self.secondary.take(room as usize, &mut self.slab)
     }
 
     fn act(&mut self, now_us: u64) -> Result<(), SocketsError> {
@@ -240,7 +271,8 @@ impl Engine {
                 Action::Checkpoint(divergence) => self.request(now_us, &divergence)?,
                 // Nobody is told what was released, and there is no input that could be mirrored.
                 Action::Mirror { token, .. } => self.slab.release(token),
-                Action::SvmReleased { .. } | Action::PendingReleased { .. } => {}
+                Action::SvmReleased { .. } => self.svm_settled += 1,
+                Action::PendingReleased { .. } => {}
             }
         }
         Ok(())
@@ -299,6 +331,8 @@ impl Engine {
         let epoch = self.path.cut(now_us)?;
         self.path.commit(now_us, &mut self.slab, epoch)?;
         self.path.caught_up(now_us, self.path.epoch());
+        // A commit forgets all output of the secondary.
+        self.svm_settled = self.svm_seq;
         Ok(())
     }
 
@@ -355,10 +389,12 @@ impl Engine {
 
     /// Whether frames that found no room would find some now.
     fn has_work(&self) -> bool {
-        let held_room = self.path.held_frames() + 1 < self.limits.max_held_frames;
         let slots = |side| self.slab.free_slots(side) > 0;
-        (self.primary.backlog && held_room && slots(Side::Primary))
-            || (self.secondary.backlog && slots(Side::Secondary))
+        let held = self.path.held_frames() + 1 < self.limits.max_held_frames;
+        let unmatched = self.svm_seq - self.svm_settled;
+        let output = unmatched < self.limits.max_svm_frames as u64;
+        (self.primary.backlog && held && slots(Side::Primary))
+            || (self.secondary.backlog && output && slots(Side::Secondary))
     }
 
     fn hear_notify(&mut self) -> Result<(), SocketsError> {

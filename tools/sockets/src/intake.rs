@@ -149,6 +149,7 @@ impl Intake {
     }
 
     /// Cuts the next frame off.
+    #[inline]
     pub(crate) fn next(&mut self, slab: &mut Slab) -> Result<Next, SocketsError> {
         let have = self.filled - self.parsed;
         let Some((lead, len)) = self.message(slab.bytes(self.parsed..self.filled))? else {
@@ -168,6 +169,7 @@ impl Intake {
 
     /// The length of everything before the frame and of the whole message; `None` until they are
     /// there.
+    #[inline]
     fn message(&self, bytes: &[u8]) -> Result<Option<(usize, usize)>, SocketsError> {
         let Some((length, rest)) = bytes.split_first_chunk::<4>() else {
             return Ok(None);
@@ -199,6 +201,7 @@ impl Intake {
         Ok(Some((8 + header as usize, 8 + found as usize)))
     }
 
+    #[cold]
     fn partial(&self, have: usize) -> Result<Next, SocketsError> {
         if self.ended && have > 0 {
             return Err(SocketsError::Truncated {

@@ -21,6 +21,7 @@
 mod address;
 mod engine;
 mod error;
+mod hint;
 mod intake;
 mod notify;
 mod outlet;
@@ -136,10 +137,10 @@ fn limits(deadline_us: u64) -> Limits {
     let defaults = Limits::default();
     Limits {
         max_held_frames: slab::SLOTS,
-        // Never reached: an input without slots is not read.
-        max_svm_frames: slab::SLOTS + 1,
-        // No client is seen to acknowledge anything, so history would only pile up.
-        max_history_bytes: 0,
+        // Below the slots, so that history makes room before they run out.
+        max_svm_frames: slab::SLOTS / 2,
+        // No client is seen to acknowledge anything, so all of it is always kept.
+        max_history_bytes: 8 << 10,
         compare_deadline_us: deadline_us,
         lag_deadline_us: defaults.lag_deadline_us.max(deadline_us),
         extra_deadline_us: defaults.extra_deadline_us.max(deadline_us),

@@ -56,6 +56,7 @@ impl Outlet {
     }
 
     /// Takes a released frame.
+    #[inline]
     pub(crate) fn push(&mut self, token: Token, slab: &mut Slab) {
         let (block, range) = slab.take_out(token);
         match self.spans.back_mut() {

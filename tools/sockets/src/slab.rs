@@ -11,6 +11,8 @@ use std::ops::Range;
 
 use colo_compare::{Frames, HEADER_MAX, Token};
 
+use crate::hint::prefetch;
+
 /// Bytes of a block: what one read can give at most.
 pub(crate) const BLOCK_BYTES: usize = 256 << 10;
 const BLOCK_SHIFT: u32 = BLOCK_BYTES.trailing_zeros();
@@ -112,15 +114,18 @@ impl Slab {
         frames == 0 && pins == 1
     }
 
+    #[inline]
     pub(crate) fn pin(&mut self, block: BlockId) {
         self.blocks[block as usize].pins += 1;
     }
 
+    #[inline]
     pub(crate) fn unpin(&mut self, block: BlockId) {
         self.blocks[block as usize].pins -= 1;
         self.reuse_if_empty(block);
     }
 
+    #[inline]
     fn reuse_if_empty(&mut self, block: BlockId) {
         let Block { frames, pins } = self.blocks[block as usize];
         if frames == 0 && pins == 0 {
@@ -149,6 +154,7 @@ impl Slab {
 
     /// Makes a frame of bytes that lie in a block, `lead` bytes before it included in `range`.
     /// `None` when the side has no free slot.
+    #[inline]
     pub(crate) fn insert(&mut self, side: Side, range: Range<usize>, lead: usize) -> Option<Token> {
         let slot = self.regions[side as usize].free_slots.pop()?;
         self.blocks[range.start >> BLOCK_SHIFT].frames += 1;
@@ -162,6 +168,7 @@ impl Slab {
 
     /// Ends the frame and gives its bytes, lead included. They stay until their block, which is
     /// pinned once for this, is unpinned.
+    #[inline]
     pub(crate) fn take_out(&mut self, token: Token) -> (BlockId, Range<usize>) {
         let range = self.slots[token.slot() as usize].range();
         let block = (range.start >> BLOCK_SHIFT) as BlockId;
@@ -170,6 +177,7 @@ impl Slab {
         (block, range)
     }
 
+    #[inline]
     fn free(&mut self, token: Token) {
         let slot = &mut self.slots[token.slot() as usize];
         debug_assert_ne!(slot.len, 0, "slot {} freed twice", token.slot());
@@ -247,31 +255,43 @@ impl Slab {
         (count >= 2).then_some(chosen)
     }
 
+    #[inline]
     fn frame(&self, token: &Token) -> Range<usize> {
         let Slot { start, len, .. } = self.slots[token.slot() as usize];
         start as usize..(start + len) as usize
     }
 
+    #[inline]
     fn part(&self, token: &Token, at: usize, n: usize) -> &[u8] {
         &self.bytes[self.frame(token)][at..at + n]
     }
 }
 
 impl Frames for Slab {
+    #[inline]
     fn len(&self, token: &Token) -> usize {
         self.slots[token.slot() as usize].len as usize
     }
 
+    #[inline]
     fn header(&self, token: &Token) -> &[u8] {
         let frame = self.frame(token);
         &self.bytes[frame.start..frame.end.min(frame.start + HEADER_MAX)]
     }
 
+    #[inline]
+    fn view(&self, token: &Token) -> (&[u8], usize) {
+        let frame = &self.bytes[self.frame(token)];
+        (&frame[..frame.len().min(HEADER_MAX)], frame.len())
+    }
+
+    #[inline]
     fn header_mut(&mut self, token: &Token) -> &mut [u8] {
         let frame = self.frame(token);
         &mut self.bytes[frame.start..frame.end.min(frame.start + HEADER_MAX)]
     }
 
+    #[inline]
     fn first_difference(
         &self,
         a: &Token,
@@ -282,10 +302,7 @@ impl Frames for Slab {
     ) -> Option<usize> {
         let (a, b) = (self.part(a, a_at, n), self.part(b, b_at, n));
         // memcmp first: equality is the common case and is the fast one.
-        if a == b {
-            return None;
-        }
-        a.iter().zip(b).position(|(a, b)| a != b)
+        if a == b { None } else { position(a, b) }
     }
 
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]) {
@@ -301,9 +318,20 @@ impl Frames for Slab {
         None
     }
 
+    #[inline]
     fn release(&mut self, token: Token) {
         self.free(token);
     }
+
+    #[inline]
+    fn prefetch(&self, address: *const u8) {
+        prefetch(address);
+    }
+}
+
+#[cold]
+fn position(a: &[u8], b: &[u8]) -> Option<usize> {
+    a.iter().zip(b).position(|(a, b)| a != b)
 }
 
 #[cfg(test)]
