@@ -17,7 +17,7 @@ use crate::{compare_core, compare_instructions, compare_path};
 enum Kind {
     /// In memory, beside a memcmp of as many bytes
     Core,
-    /// Instructions that callgrind counts, beside QEMU's object
+    /// Instructions that callgrind counts in `colo compare --sockets`
     Instructions,
     /// CPU time of `colo compare --sockets` beside QEMU's object
     Path,
@@ -74,8 +74,9 @@ pub(crate) fn run(args: &CompareArgs, place: &Place) -> Result<Outcome, BenchErr
             rows.extend(compare_core::run(shape, args.rounds as usize)?);
         }
         let peer_can = shape.flows <= PEER_FLOWS_MAX;
-        if measures(Kind::Instructions) && args.peer.is_some() && peer_can {
-            rows.push(compare_instructions::run(place, shape)?);
+        if measures(Kind::Instructions) && peer_can {
+            let has_peer = args.peer.is_some();
+            rows.push(compare_instructions::run(place, shape, has_peer)?);
         }
         if measures(Kind::Path) && args.peer.is_some() && peer_can {
             rows.push(compare_path::run(place, shape, args.rounds as usize)?);
