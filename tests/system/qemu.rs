@@ -345,6 +345,20 @@ impl Random {
 }
 
 #[test]
+fn a_retransmission_by_the_primary_alone_is_the_same() {
+    let (first, next) = (segment(0, b"abc"), segment(3, b"def"));
+    let Some(judges) = patient() else { return };
+    for mut judge in judges {
+        judge.both(&first);
+        judge.assert_released(std::slice::from_ref(&first));
+        judge.primary(&first);
+        judge.both(&next);
+        judge.assert_released(&[first.clone(), next.clone()]);
+        judge.assert_no_checkpoint();
+    }
+}
+
+#[test]
 fn connections_do_not_disturb_each_other() {
     let of = |port, payload: &[u8]| {
         let ports = Segment::new(Side::V4).ports(80, port);

@@ -225,8 +225,13 @@ impl Engine {
             if primary.is_empty() && secondary.is_empty() {
                 return Ok(());
             }
-            self.path.expect(&self.slab, primary.iter());
-            self.path.expect(&self.slab, secondary.iter());
+            // Most often both are of the same flows.
+            let ahead = if primary.is_empty() {
+                &secondary
+            } else {
+                &primary
+            };
+            self.path.expect(&self.slab, ahead.iter());
             let epoch = self.path.epoch();
             let (mut primary, mut secondary) = (primary.drain(..), secondary.drain(..));
             loop {

@@ -137,10 +137,10 @@ fn limits(deadline_us: u64) -> Limits {
     let defaults = Limits::default();
     Limits {
         max_held_frames: slab::SLOTS,
-        // Below the slots, so that history makes room before they run out.
-        max_svm_frames: slab::SLOTS / 2,
-        // No client is seen to acknowledge anything, so all of it is always kept.
-        max_history_bytes: 8 << 10,
+        // No client is seen to acknowledge anything, so as much history is always kept as there may
+        // be: enough for what is under way, little enough to stay in the cache.
+        max_svm_frames: 1024,
+        max_history_bytes: 16 << 10,
         compare_deadline_us: deadline_us,
         lag_deadline_us: defaults.lag_deadline_us.max(deadline_us),
         extra_deadline_us: defaults.extra_deadline_us.max(deadline_us),

@@ -12,6 +12,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 
 use colo_compare::testing::{Segment, Side, udp};
+use colo_compare::wire::tcp::{ACK, FIN, SYN};
 use colo_sockets::SocketsError;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -45,6 +46,53 @@ fn a_stream_that_is_cut_differently_leaves_whole() {
     }
     assert_eq!(rig.released(), segment(0, b"abcdef"));
     assert_eq!(rig.released(), segment(6, b"gh"));
+    assert!(rig.finish().1.unwrap().is_same());
+}
+
+#[test]
+fn one_side_may_send_again_what_has_left() {
+    let mut rig = Rig::start(Choice::PATIENT);
+    rig.both_send(&segment(0, b"abcdef"));
+    assert_eq!(rig.released(), segment(0, b"abcdef"));
+    rig.secondary_sends(&segment(0, b"abcdef"));
+    for again in [segment(0, b"abcdef"), segment(2, b"cd")] {
+        rig.primary_sends(&again);
+        assert_eq!(rig.released(), again);
+    }
+    rig.primary_sends(&segment(2, b"cX"));
+    assert_eq!(rig.notified(), "DO_CHECKPOINT");
+    let (released, summary) = rig.finish();
+    assert!(released.is_empty() && !summary.unwrap().is_same());
+}
+
+/// More connections that end than there is room for.
+#[test]
+fn connections_come_and_go_without_end() {
+    const CONNECTIONS: u16 = 20_000;
+    let mut rig = Rig::start(Choice::PATIENT);
+    let frames = |n: u16| {
+        let of = |seq| Segment::new(Side::V4).ports(80, n).seq(seq);
+        let fin = of(4).flags(ACK | FIN);
+        [
+            of(0).flags(SYN | ACK).bytes(),
+            of(1).payload(b"abc").bytes(),
+            fin.bytes(),
+        ]
+    };
+    let streams = writers(&rig);
+    let threads = streams.map(|mut stream| {
+        thread::spawn(move || {
+            for frame in (0..CONNECTIONS).flat_map(frames) {
+                stream.write_all(&message(&frame, None)).unwrap();
+            }
+        })
+    });
+    for frame in (0..CONNECTIONS).flat_map(frames) {
+        assert_eq!(rig.released(), frame);
+    }
+    for thread in threads {
+        thread.join().unwrap();
+    }
     assert!(rig.finish().1.unwrap().is_same());
 }
 
