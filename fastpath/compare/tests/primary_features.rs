@@ -873,3 +873,37 @@ fn everything_else_in_the_headers_counts() {
         }
     }
 }
+
+#[test]
+fn a_repeated_syn_that_carries_something_is_not_free() {
+    for side in SIDES {
+        let again = |segment: Segment| segment.seq(100).ack(8).bytes();
+        let bare = again(Segment::new(side).flags(SYN | ACK));
+        let mut pair = Pair::new();
+        pair.pvm(&bare);
+        pair.svm(&bare);
+        pair.pvm(&bare);
+        assert_eq!(pair.rights(), [Right::Match, Right::Free]);
+        pair.pvm(&again(
+            Segment::new(side).flags(SYN | ACK).payload(b"secret"),
+        ));
+        assert_eq!(pair.rights(), []);
+        pair.advance(Limits::default().compare_deadline_us);
+        assert_eq!(pair.causes, [Cause::Deadline]);
+        pair.close();
+        let mut pair = Pair::new();
+        pair.pvm(&bare);
+        pair.svm(&bare);
+        pair.pvm(&again(Segment::new(side).flags(SYN | ACK | FIN)));
+        assert_eq!(pair.rights(), [Right::Match]);
+        // Bytes that a first SYN carried are compared again when they come again.
+        pair.close();
+        let with_data = again(Segment::new(side).flags(SYN | ACK).payload(b"ab"));
+        let mut pair = Pair::new();
+        pair.pvm(&with_data);
+        pair.svm(&with_data);
+        pair.pvm(&data(side, 101, b"ax"));
+        assert_eq!(pair.rights(), [Right::Match]);
+        pair.close();
+    }
+}

@@ -97,7 +97,14 @@ impl Flow {
         frames: &F,
     ) -> Content {
         if self.stream.syn_left {
-            return Content::Free;
+            // Repeated. What it may carry beside (RFC 7413) is compared the first time only, so
+            // then a commit has to cover it.
+            let is_bare = tcp.payload_len == 0 && !tcp.has(FIN);
+            return if is_bare {
+                Content::Free
+            } else {
+                Content::Wait
+            };
         }
         let Some(other) = self.counterpart(head, SYN, ledger) else {
             return self.wait_unless_reset(head, ledger, frames);

@@ -54,7 +54,7 @@ impl Flow {
         if tcp.has(SYN) {
             self.seen &= !(seen::GUEST_CLOSED | seen::PEER_CLOSED);
             self.stream.syn_left = true;
-            self.stream.raise(Mark::Base, tcp.end());
+            self.stream.raise(Mark::Base, tcp.payload_seq());
             self.settle_control(incarnation, SYN, ledger, frames);
         }
         self.stream.raise(Mark::LeftHigh, tcp.end());
