@@ -13,7 +13,7 @@ use colo_compare::{Action, Divergence, Frames, Limits, Policy, PrimaryPath, Toke
 
 use crate::address::Socket;
 use crate::error::SocketsError;
-use crate::intake::{Filled, Intake, Next};
+use crate::intake::{Filled, Intake, Taken};
 use crate::notify::Notify;
 use crate::outlet::Outlet;
 use crate::ready::{Interest, wait};
@@ -94,17 +94,9 @@ impl Input {
 
     /// Cuts up to a batch of frames off, but no more than `room`.
     fn take(&mut self, room: usize, slab: &mut Slab) -> Result<(), SocketsError> {
-        self.backlog = room == 0;
-        while self.batch.len() < room.min(BATCH) {
-            match self.intake.next(slab)? {
-                Next::Frame(token) => self.batch.push(token),
-                Next::Partial => break,
-                Next::NoSlot => {
-                    self.backlog = true;
-                    break;
-                }
-            }
-        }
+        let most = room.min(BATCH);
+        let taken = self.intake.take(most, &mut self.batch, slab)?;
+        self.backlog = room == 0 || taken == Taken::NoSlot;
         Ok(())
     }
 }

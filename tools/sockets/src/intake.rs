@@ -36,10 +36,11 @@ pub(crate) enum Filled {
     NoRoom,
 }
 
-/// What [`Intake::next`] found.
-#[derive(Debug)]
-pub(crate) enum Next {
-    Frame(Token),
+/// Why [`Intake::take`] stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// The batch is full.
+    Enough,
     /// The next message is not whole yet.
     Partial,
     /// Every slot of this side is taken.
@@ -148,40 +149,41 @@ impl Intake {
         true
     }
 
-    /// Cuts the next frame off.
-    #[inline]
-    pub(crate) fn next(&mut self, slab: &mut Slab) -> Result<Next, SocketsError> {
-        let have = self.filled - self.parsed;
-        let Some((lead, len)) = self.message(slab.bytes(self.parsed..self.filled))? else {
-            return self.partial(have);
-        };
-        if have < len {
-            return self.partial(have);
+    /// Cuts frames off until `batch` has `most`.
+    pub(crate) fn take(
+        &mut self,
+        most: usize,
+        batch: &mut Vec<Token>,
+        slab: &mut Slab,
+    ) -> Result<Taken, SocketsError> {
+        while batch.len() < most {
+            let Some((lead, len)) = self.message(slab.bytes(self.parsed..self.filled))? else {
+                return self.partial();
+            };
+            let end = self.parsed + len;
+            if end > self.filled {
+                return self.partial();
+            }
+            let Some(token) = slab.insert(self.side, self.parsed..end, lead) else {
+                return Ok(Taken::NoSlot);
+            };
+            batch.push(token);
+            self.parsed = end;
+            self.position += len as u64;
         }
-        let range = self.parsed..self.parsed + len;
-        let Some(token) = slab.insert(self.side, range, lead) else {
-            return Ok(Next::NoSlot);
-        };
-        self.parsed += len;
-        self.position += len as u64;
-        Ok(Next::Frame(token))
+        Ok(Taken::Enough)
     }
 
     /// The length of everything before the frame and of the whole message; `None` until they are
     /// there.
-    #[inline]
+    #[inline(always)]
     fn message(&self, bytes: &[u8]) -> Result<Option<(usize, usize)>, SocketsError> {
         let Some((length, rest)) = bytes.split_first_chunk::<4>() else {
             return Ok(None);
         };
         let found = u32::from_be_bytes(*length);
         if found == 0 || found as usize > MESSAGE_MAX {
-            return Err(SocketsError::Length {
-                socket: self.socket.name.clone(),
-                at: self.position,
-                found,
-                most: MESSAGE_MAX as u32,
-            });
+            return Err(self.wrong_length(found));
         }
         if !self.vnet_hdr {
             return Ok(Some((4, 4 + found as usize)));
@@ -202,7 +204,18 @@ impl Intake {
     }
 
     #[cold]
-    fn partial(&self, have: usize) -> Result<Next, SocketsError> {
+    fn wrong_length(&self, found: u32) -> SocketsError {
+        SocketsError::Length {
+            socket: self.socket.name.clone(),
+            at: self.position,
+            found,
+            most: MESSAGE_MAX as u32,
+        }
+    }
+
+    #[cold]
+    fn partial(&self) -> Result<Taken, SocketsError> {
+        let have = self.filled - self.parsed;
         if self.ended && have > 0 {
             return Err(SocketsError::Truncated {
                 socket: self.socket.name.clone(),
@@ -210,6 +223,6 @@ impl Intake {
                 have,
             });
         }
-        Ok(Next::Partial)
+        Ok(Taken::Partial)
     }
 }

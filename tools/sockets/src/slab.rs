@@ -31,11 +31,16 @@ pub(crate) enum Side {
 /// The number of a block.
 pub(crate) type BlockId = u32;
 
+/// No slot.
+const NONE: u32 = u32::MAX;
+
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     start: u32,
     len: u32,
     lead: u32,
+    /// Of a free slot: the next free one.
+    next: u32,
 }
 
 impl Slot {
@@ -55,7 +60,8 @@ struct Block {
 
 #[derive(Debug)]
 struct Region {
-    free_slots: Vec<u32>,
+    free_slot: u32,
+    free_slots: usize,
     free_blocks: Vec<BlockId>,
     /// Never given out: compaction needs somewhere to copy to.
     reserve: BlockId,
@@ -66,7 +72,8 @@ impl Region {
         let first = |each: usize| (side as usize * each) as u32;
         let upwards = |each: usize| first(each)..first(each) + each as u32;
         Self {
-            free_slots: upwards(SLOTS).rev().collect(),
+            free_slot: first(SLOTS),
+            free_slots: SLOTS,
             free_blocks: upwards(BLOCKS).skip(1).rev().collect(),
             reserve: first(BLOCKS),
         }
@@ -77,17 +84,36 @@ impl Region {
 #[derive(Debug)]
 pub(crate) struct Slab {
     bytes: Box<[u8]>,
-    slots: Box<[Slot]>,
-    blocks: Box<[Block]>,
+    /// Arrays, because their lengths are powers of two: an index that is masked needs no check.
+    slots: Box<[Slot; 2 * SLOTS]>,
+    blocks: [Block; 2 * BLOCKS],
     regions: [Region; 2],
+}
+
+#[inline(always)]
+fn slot_at(token: &Token) -> usize {
+    token.slot() as usize % (2 * SLOTS)
+}
+
+#[inline(always)]
+fn block_of(at: usize) -> usize {
+    (at >> BLOCK_SHIFT) % (2 * BLOCKS)
 }
 
 impl Slab {
     pub(crate) fn new() -> Self {
+        let slot = |at: u32| Slot {
+            next: if (at + 1).is_multiple_of(SLOTS as u32) {
+                NONE
+            } else {
+                at + 1
+            },
+            ..Slot::default()
+        };
         Self {
             bytes: vec![0; 2 * BLOCKS * BLOCK_BYTES].into_boxed_slice(),
-            slots: vec![Slot::default(); 2 * SLOTS].into_boxed_slice(),
-            blocks: vec![Block::default(); 2 * BLOCKS].into_boxed_slice(),
+            slots: Box::new(std::array::from_fn(|at| slot(at as u32))),
+            blocks: [Block::default(); 2 * BLOCKS],
             regions: [Region::new(Side::Primary), Region::new(Side::Secondary)],
         }
     }
@@ -104,35 +130,34 @@ impl Slab {
             self.compact(side);
         }
         let block = self.regions[side as usize].free_blocks.pop()?;
-        self.blocks[block as usize].pins = 1;
+        self.blocks[block as usize % (2 * BLOCKS)].pins = 1;
         Some(block)
     }
 
     /// Whether nothing is in the block but the reader's own pin.
     pub(crate) fn is_empty_but_for_reader(&self, block: BlockId) -> bool {
-        let Block { frames, pins } = self.blocks[block as usize];
+        let Block { frames, pins } = self.blocks[block as usize % (2 * BLOCKS)];
         frames == 0 && pins == 1
     }
 
     #[inline]
     pub(crate) fn pin(&mut self, block: BlockId) {
-        self.blocks[block as usize].pins += 1;
+        self.blocks[block as usize % (2 * BLOCKS)].pins += 1;
     }
 
     #[inline]
     pub(crate) fn unpin(&mut self, block: BlockId) {
-        self.blocks[block as usize].pins -= 1;
-        self.reuse_if_empty(block);
+        let at = block as usize % (2 * BLOCKS);
+        self.blocks[at].pins -= 1;
+        if self.blocks[at].frames == 0 && self.blocks[at].pins == 0 {
+            self.reuse(block);
+        }
     }
 
-    #[inline]
-    fn reuse_if_empty(&mut self, block: BlockId) {
-        let Block { frames, pins } = self.blocks[block as usize];
-        if frames == 0 && pins == 0 {
-            self.regions[block as usize / BLOCKS]
-                .free_blocks
-                .push(block);
-        }
+    #[cold]
+    fn reuse(&mut self, block: BlockId) {
+        let region = &mut self.regions[block as usize / BLOCKS];
+        region.free_blocks.push(block);
     }
 
     pub(crate) fn bytes(&self, range: Range<usize>) -> &[u8] {
@@ -149,29 +174,34 @@ impl Slab {
 
     /// How many more frames of this side there may be.
     pub(crate) fn free_slots(&self, side: Side) -> usize {
-        self.regions[side as usize].free_slots.len()
+        self.regions[side as usize].free_slots
     }
 
     /// Makes a frame of bytes that lie in a block, `lead` bytes before it included in `range`.
     /// `None` when the side has no free slot.
     #[inline]
     pub(crate) fn insert(&mut self, side: Side, range: Range<usize>, lead: usize) -> Option<Token> {
-        let slot = self.regions[side as usize].free_slots.pop()?;
-        self.blocks[range.start >> BLOCK_SHIFT].frames += 1;
-        self.slots[slot as usize] = Slot {
-            start: (range.start + lead) as u32,
-            len: (range.len() - lead) as u32,
-            lead: lead as u32,
-        };
-        Some(Token::new(slot))
+        let region = &mut self.regions[side as usize];
+        let number = region.free_slot;
+        if number == NONE {
+            return None;
+        }
+        let slot = &mut self.slots[number as usize % (2 * SLOTS)];
+        region.free_slot = slot.next;
+        region.free_slots -= 1;
+        slot.start = (range.start + lead) as u32;
+        slot.len = (range.len() - lead) as u32;
+        slot.lead = lead as u32;
+        self.blocks[block_of(range.start)].frames += 1;
+        Some(Token::new(number))
     }
 
     /// Ends the frame and gives its bytes, lead included. They stay until their block, which is
     /// pinned once for this, is unpinned.
     #[inline]
     pub(crate) fn take_out(&mut self, token: Token) -> (BlockId, Range<usize>) {
-        let range = self.slots[token.slot() as usize].range();
-        let block = (range.start >> BLOCK_SHIFT) as BlockId;
+        let range = self.slots[slot_at(&token)].range();
+        let block = block_of(range.start) as BlockId;
         self.pin(block);
         self.free(token);
         (block, range)
@@ -179,15 +209,18 @@ impl Slab {
 
     #[inline]
     fn free(&mut self, token: Token) {
-        let slot = &mut self.slots[token.slot() as usize];
+        let slot = &mut self.slots[slot_at(&token)];
         debug_assert_ne!(slot.len, 0, "slot {} freed twice", token.slot());
-        let block = slot.start >> BLOCK_SHIFT;
+        let region = &mut self.regions[(token.slot() as usize / SLOTS) & 1];
         slot.len = 0;
-        self.regions[token.slot() as usize / SLOTS]
-            .free_slots
-            .push(token.slot());
-        self.blocks[block as usize].frames -= 1;
-        self.reuse_if_empty(block);
+        slot.next = region.free_slot;
+        region.free_slot = token.slot();
+        region.free_slots += 1;
+        let at = block_of(slot.start as usize);
+        self.blocks[at].frames -= 1;
+        if self.blocks[at].frames == 0 && self.blocks[at].pins == 0 {
+            self.reuse(at as BlockId);
+        }
     }
 
     fn slots_of(side: Side) -> Range<usize> {
@@ -257,7 +290,7 @@ impl Slab {
 
     #[inline]
     fn frame(&self, token: &Token) -> Range<usize> {
-        let Slot { start, len, .. } = self.slots[token.slot() as usize];
+        let Slot { start, len, .. } = self.slots[slot_at(token)];
         start as usize..(start + len) as usize
     }
 
@@ -270,7 +303,7 @@ impl Slab {
 impl Frames for Slab {
     #[inline]
     fn len(&self, token: &Token) -> usize {
-        self.slots[token.slot() as usize].len as usize
+        self.slots[slot_at(token)].len as usize
     }
 
     #[inline]
@@ -362,9 +395,8 @@ mod tests {
     }
 
     fn is_as_new(slab: &Slab) -> bool {
-        let is_free = |region: &Region| {
-            region.free_slots.len() == SLOTS && region.free_blocks.len() == BLOCKS - 1
-        };
+        let is_free =
+            |region: &Region| region.free_slots == SLOTS && region.free_blocks.len() == BLOCKS - 1;
         slab.regions.iter().all(is_free)
     }
 
