@@ -44,12 +44,15 @@ struct End {
 pub struct Guest {
     ends: Vec<End>,
     is_svm: bool,
+    /// Both guests cut their streams in the same way, as equal machines mostly do.
+    cuts_alike: bool,
 }
 
 /// The flows of a run.
 pub fn plans(prng: &mut Prng) -> Vec<FlowPlan> {
     let mut plans = Vec::new();
     let isns = [u32::MAX - 100, 0x7fff_ff80, 0, 123_456_789];
+    let has_rules = prng.chance(300);
     let tcp = 1 + prng.below(3);
     for n in 0..tcp {
         plans.push(FlowPlan {
@@ -58,7 +61,7 @@ pub fn plans(prng: &mut Prng) -> Vec<FlowPlan> {
             tags: prng.below(3) as u16,
             guest_port: 80,
             peer_port: 40_000 + n as u16,
-            policy: policy(prng),
+            policy: policy(prng, has_rules),
             isn: isns[prng.below(4) as usize].wrapping_add(prng.below(90) as u32),
             is_older: prng.chance(300),
             twin: None,
@@ -80,7 +83,7 @@ pub fn plans(prng: &mut Prng) -> Vec<FlowPlan> {
                 guest_port: 53,
                 peer_port: 5000 + n as u16,
                 policy: if carried == Carried::Udp {
-                    policy(prng)
+                    policy(prng, has_rules)
                 } else {
                     PolicyAction::Compare
                 },
@@ -124,8 +127,9 @@ fn side(prng: &mut Prng) -> Side {
     if prng.chance(500) { Side::V4 } else { Side::V6 }
 }
 
-fn policy(prng: &mut Prng) -> PolicyAction {
-    match prng.below(12) {
+fn policy(prng: &mut Prng, has_rules: bool) -> PolicyAction {
+    match prng.below(6) {
+        _ if !has_rules => PolicyAction::Compare,
         0 => PolicyAction::Hold,
         1 => PolicyAction::Release,
         2 => PolicyAction::IgnoreBytes { from: 5, end: 40 },
@@ -150,7 +154,7 @@ fn length(flow: usize, connection: u32) -> i64 {
 }
 
 impl Guest {
-    pub fn new(plans: &[FlowPlan]) -> Self {
+    pub fn new(plans: &[FlowPlan], cuts_alike: bool) -> Self {
         let end = |plan: &FlowPlan| End {
             is_open: plan.is_older,
             ttl: 64,
@@ -159,6 +163,7 @@ impl Guest {
         Self {
             ends: plans.iter().map(end).collect(),
             is_svm: false,
+            cuts_alike,
         }
     }
 
@@ -179,7 +184,7 @@ impl Guest {
     pub fn twist(&mut self, prng: &mut Prng, flow: usize) {
         let end = &mut self.ends[flow];
         match prng.below(8) {
-            0 => end.options = 1,
+            0 => end.options = 1 + prng.below(2) as u8,
             1 => end.ttl = 63,
             n => {
                 let twists = [Twist::Flip, Twist::Insert, Twist::Delete, Twist::End];
@@ -268,7 +273,11 @@ impl Guest {
             });
         }
         if end.is_reset {
-            return None;
+            // Each segment that comes afterwards may be answered by one more reset.
+            return prng.chance(200).then(|| Message {
+                kind: Kind::Reset,
+                ..self.message(prng, flow)
+            });
         }
         match prng.below(100) {
             0 => Some(self.open(prng, plan, flow)),
@@ -289,15 +298,21 @@ impl Guest {
     fn data(&mut self, prng: &mut Prng, flow: usize) -> Message {
         let (end, mut message) = (&self.ends[flow], self.message(prng, flow));
         let length = self.length(flow);
+        let again = if self.cuts_alike { 5 } else { 30 };
         let from = match prng.below(100) {
-            0..=24 => prng.below(end.sent as u64 + 1) as i64,
-            25..=30 => 0,
-            _ => end.sent,
+            n if n >= again => end.sent,
+            n if n % 5 == 0 => 0,
+            _ => prng.below(end.sent as u64 + 1) as i64,
         };
-        let to = (from + 1 + prng.below(30) as i64).min(length);
+        let step = if self.cuts_alike {
+            (from * 7 + i64::from(end.connection)) % 30
+        } else {
+            prng.below(30) as i64
+        };
+        let to = (from + 1 + step).min(length);
         message.at = from;
         message.payload = (from..to).map(|at| self.byte(flow, at)).collect();
-        message.is_fin = to == length && (from == length || prng.chance(500));
+        message.is_fin = to == length && (from == length || self.cuts_alike || prng.chance(500));
         if !self.is_svm && from < end.sent && prng.chance(60) {
             // A guest whose memory of what it sent is bad.
             let at = prng.below(message.payload.len() as u64) as usize;

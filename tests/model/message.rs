@@ -4,7 +4,7 @@
 //! Invariant: two flows never make frames with the same flow key.
 
 use colo_compare::testing::{GUEST_MAC, PEER_MAC, Segment, Side, echo, ip_frame, udp};
-use colo_compare::wire::tcp::{ACK, FIN, RST, SYN};
+use colo_compare::wire::tcp::{ACK, ECE, FIN, RST, SYN};
 use colo_compare::{PolicyAction, PolicyProtocol};
 
 /// What a flow carries.
@@ -77,7 +77,7 @@ pub struct Message {
     pub own_isn: Option<u32>,
     /// Which of the peer's SYNs it acknowledges; a refused one begins no connection.
     pub attempt: u32,
-    /// Varies the options that bind the connection.
+    /// 1 varies the options that bind the connection, 2 the flags of its SYN.
     pub options: u8,
     /// Payload, of datagrams too.
     pub payload: Vec<u8>,
@@ -119,15 +119,16 @@ impl Message {
             .ports(plan.guest_port, plan.peer_port)
             .ttl(self.ttl);
         let fin = if self.is_fin { FIN } else { 0 };
+        let ecn = if self.options == 2 { ECE } else { 0 };
         let ack = 8 + self.attempt * 1000;
         let segment = match self.kind {
-            Kind::Open if plan.twin.is_some() => segment.flags(SYN).seq(isn),
-            Kind::Open => segment.flags(SYN).seq(isn).ack(ack),
+            Kind::Open if plan.twin.is_some() => segment.flags(SYN | ecn).seq(isn),
+            Kind::Open => segment.flags(SYN | ecn).seq(isn).ack(ack),
             Kind::Data => segment.flags(fin).seq(place).ack(ack),
             Kind::Reset => segment.flags(RST).seq(place).ack(ack),
         };
         let segment = match self.kind {
-            Kind::Open => segment.option(&[2, 4, 5, 180 + self.options, 1, 3, 3, 7]),
+            Kind::Open => segment.option(&[2, 4, 5, 180 + (self.options & 1), 1, 3, 3, 7]),
             _ => segment,
         };
         segment

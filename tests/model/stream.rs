@@ -185,7 +185,10 @@ impl Stream {
             };
         };
         let other = &self.control[at].message;
-        if message.options != other.options && self.flaw != Flaw::NoSynOptions {
+        let differing = message.options ^ other.options;
+        if differing & 2 != 0 {
+            Verdict::Differs(Class::Flags)
+        } else if differing & 1 != 0 && self.flaw != Flaw::NoSynOptions {
             Verdict::Differs(Class::SynOptions)
         } else if self.has_same_header(message, other) {
             Verdict::Matched

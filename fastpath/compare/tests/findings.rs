@@ -243,3 +243,30 @@ fn nothing_counts_behind_the_end_of_the_svms_stream() {
         pair.close();
     }
 }
+
+#[test]
+fn what_a_repeated_syn_carries_is_compared() {
+    for side in SIDES {
+        let open = Segment::new(side).flags(SYN | ACK).seq(100).ack(8);
+        let early = open.clone().payload(b"secret");
+        let end = open.clone().flags(SYN | FIN | ACK);
+        for odd in [early.bytes(), end.bytes()] {
+            let mut pair = Pair::with(limits());
+            pair.svm(&open.bytes());
+            pair.pvm(&open.bytes());
+            pair.pvm(&open.bytes());
+            assert_eq!(pair.rights(), [Right::Match, Right::Free]);
+            pair.pvm(&odd);
+            assert!(pair.released.is_empty(), "output commit");
+            pair.close();
+        }
+        // Data on a SYN that both sent is no more covered than any other.
+        let mut pair = Pair::with(limits());
+        pair.svm(&early.bytes());
+        pair.pvm(&early.bytes());
+        assert_eq!(pair.rights(), [Right::Match]);
+        pair.pvm(&data(side, 101, b"SECRET"));
+        assert!(pair.released.is_empty(), "rule 8");
+        pair.close();
+    }
+}

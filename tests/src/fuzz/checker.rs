@@ -399,12 +399,13 @@ impl FlowState {
             self.isn = Some(tcp.seq);
             (self.base, self.una, self.left_high) = (None, None, None);
         }
-        if tcp.has(SYN) || matches!(right, Right::Checkpoint | Right::Alone) {
-            // The SYN itself has been judged; its number is not the SVM's.
-            let end = if tcp.has(SYN) {
-                tcp.payload_seq()
-            } else {
+        let is_covered = matches!(right, Right::Checkpoint | Right::Alone);
+        if tcp.has(SYN) || is_covered {
+            // A SYN's number is not the SVM's; its data is compared like any other.
+            let end = if is_covered {
                 tcp.end()
+            } else {
+                tcp.payload_seq()
             };
             self.base = Some(seq::max_known(end, self.base));
         }

@@ -122,7 +122,13 @@ fn segment(choice: u8, bytes: &mut Bytes<'_>) -> Vec<u8> {
         .map(content)
         .collect();
     let segment = match what >> 4 {
-        0 => segment.flags(SYN | ACK).seq(isn).option(&[2, 4, 5, 0xb4]),
+        0 => {
+            // Now and then with data, as TCP Fast Open allows.
+            let n = usize::from(what & 15).saturating_sub(12);
+            let data: Vec<u8> = (0..n).map(content).collect();
+            let segment = segment.flags(SYN | ACK).seq(isn).payload(&data);
+            segment.option(&[2, 4, 5, 0xb4])
+        }
         1 => segment.flags(SYN).seq(isn),
         2 => segment.flags(RST | ACK).seq(at),
         3 => segment.flags(FIN | ACK).seq(at).payload(&payload),

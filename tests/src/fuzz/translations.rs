@@ -10,8 +10,10 @@
 //!   right checksums, and its acknowledgement comes back to the number that the guest used.
 //! - 3, `pair`: two initial sequence numbers and timestamps, then segments that the SVM sends. What
 //!   goes to the comparator carries the numbers of the PVM.
+//! - 4, `errors`: ICMP errors for a guest whose connections are translated, with quotations of any
+//!   kind. Their checksums stay right, and a quoted segment gets the guest's own number.
 
-use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right};
+use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right, ip_frame};
 use colo_compare::wire::Packet;
 use colo_compare::wire::tcp::{ACK, SYN};
 use colo_compare::{
@@ -20,16 +22,17 @@ use colo_compare::{
 
 use super::bytes::Bytes;
 use super::checksums::{network_residue, tcp_residue};
-use super::guest::parse;
+use super::guest::{self, parse};
 
 /// The body of the target.
 pub fn translations(input: &[u8]) {
     let mut bytes = Bytes::new(input);
-    match bytes.below(4) {
+    match bytes.below(5) {
         0 => offsets(bytes),
         1 => drop(record(bytes.rest())),
         2 => edge(bytes),
-        _ => pair(bytes),
+        3 => pair(bytes),
+        _ => errors(bytes),
     }
 }
 
@@ -284,6 +287,63 @@ fn pair(mut bytes: Bytes<'_>) {
     }
     path.close(&mut frames);
     assert_eq!(frames.used(), 0, "a slot leaked");
+}
+
+fn errors(mut bytes: Bytes<'_>) {
+    let mut frames = VecFrames::new(64);
+    let mut path = guest::former_secondary(limits(), &mut frames);
+    while let Some(action) = path.poll_action() {
+        if let Action::Release { token, .. } = action {
+            frames.take(token);
+        }
+    }
+    while !bytes.is_empty() {
+        let choice = bytes.u8();
+        let (side, protocol) = if choice & 1 == 0 {
+            (Side::V4, 1)
+        } else {
+            (Side::V6, 58)
+        };
+        let kind = [1, 2, 3, 4, 11, 12, 0, 128][usize::from(choice >> 1 & 7)];
+        let len = usize::from(bytes.u8());
+        let is_quotation = choice & 16 == 0;
+        let quoted = if is_quotation {
+            let segment = Segment::new(side).ports(80, 40_000 + u16::from(choice >> 5 & 1));
+            let segment = segment.seq(bytes.u32()).payload(&[choice; 40]).bytes();
+            segment[14..][..len.min(segment.len() - 14)].to_vec()
+        } else {
+            bytes.take(len).to_vec()
+        };
+        let body = [&[kind, 0, 0, 0, 0, 0, 0, 0], &quoted[..]].concat();
+        let error = ip_frame(side, true, protocol, 64, 0, &body);
+        let token = frames.insert(&error).expect("a slot");
+        let token = path.handle_nic(0, &mut frames, token);
+        let told = frames.bytes(&token).to_vec();
+        path.handle_delivered(0, &mut frames, token);
+        assert!(checksums_are_right(&told), "the error's checksum");
+        check_quotation(&error, &told, side);
+    }
+    path.close(&mut frames);
+    assert_eq!(frames.used(), 0, "a slot leaked");
+}
+
+/// Only the sequence number and the checksums may change.
+fn check_quotation(error: &[u8], told: &[u8], side: Side) {
+    assert_eq!(error.len(), told.len());
+    let (icmp, ip) = if side == Side::V4 { (34, 20) } else { (54, 40) };
+    let quoted = icmp + 8;
+    // Of a quoted header with options or extensions the place is not known here.
+    let has_options = error.get(quoted).is_some_and(|byte| *byte & 15 != 5) || side == Side::V6;
+    let tcp = quoted + ip;
+    let may_change = |at: usize| {
+        let in_tcp = (tcp + 4..tcp + 8).contains(&at) || (tcp + 16..tcp + 18).contains(&at);
+        let may_be_tcp = at > tcp && has_options;
+        (icmp + 2..icmp + 4).contains(&at) || in_tcp || may_be_tcp
+    };
+    let changed = (0..error.len()).filter(|at| error[*at] != told[*at]);
+    for at in changed {
+        assert!(may_change(at), "byte {at} changed");
+    }
 }
 
 /// A secondary whose SVM runs in epoch 1.
