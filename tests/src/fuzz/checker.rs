@@ -356,8 +356,13 @@ impl FlowState {
             return;
         }
         if tcp.has(SYN) && self.isn != Some(tcp.seq) {
-            let own = stream_bytes(&frame.bytes, &frame.packet);
-            let is_same = |other: &SvmFrame| stream_bytes(&other.bytes, &other.packet).eq(&own);
+            // Each guest has a number of its own; the data behind it is the same.
+            let units = |bytes: &[u8], packet: &Packet| -> Vec<Unit> {
+                let places = stream_bytes(bytes, packet);
+                places.into_iter().map(|(_, unit)| unit).collect()
+            };
+            let own = units(&frame.bytes, &frame.packet);
+            let is_same = |other: &SvmFrame| units(&other.bytes, &other.packet) == own;
             let flags = SYN | ACK | FIN;
             let same = |other: &&SvmFrame| {
                 let its = other.packet.tcp.map_or(0, |its| its.flags & flags);
