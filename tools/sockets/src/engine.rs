@@ -122,8 +122,10 @@ pub(crate) struct Engine {
     checkpoint_at_once: bool,
     clock: Clock,
     limits: Limits,
-    /// Frames of the secondary that the comparator was given, and those that it has settled.
+    /// Frames of the secondary that the comparator was given: in all, when it last forgot them,
+    /// and how many of those since then it has settled.
     svm_seq: u64,
+    svm_forgotten: u64,
     svm_settled: u64,
     turns: u32,
     looked_at_us: u64,
@@ -163,6 +165,7 @@ impl Engine {
             },
             limits,
             svm_seq: 0,
+            svm_forgotten: 0,
             svm_settled: 0,
             turns: 0,
             looked_at_us: 0,
@@ -257,8 +260,12 @@ impl Engine {
     /// Room that history takes is given up for new output, that of unmatched output is not.
     fn take_secondary(&mut self) -> Result<(), SocketsError> {
         let room = self.limits.max_svm_frames as u64;
-        let room = room.saturating_sub(self.svm_seq - self.svm_settled);
+        let room = room.saturating_sub(self.svm_unmatched());
         self.secondary.take(room as usize, &mut self.slab)
+    }
+
+    fn svm_unmatched(&self) -> u64 {
+        self.svm_seq - self.svm_forgotten - self.svm_settled
     }
 
     fn act(&mut self, now_us: u64) -> Result<(), SocketsError> {
@@ -268,7 +275,9 @@ impl Engine {
                 Action::Checkpoint(divergence) => self.request(now_us, &divergence)?,
                 // Nobody is told what was released, and there is no input that could be mirrored.
                 Action::Mirror { token, .. } => self.slab.release(token),
-                Action::SvmReleased { .. } => self.svm_settled += 1,
+                Action::SvmReleased { svm_seq } => {
+                    self.svm_settled += u64::from(svm_seq > self.svm_forgotten);
+                }
                 Action::PendingReleased { .. } => {}
             }
         }
@@ -329,7 +338,7 @@ impl Engine {
         self.path.commit(now_us, &mut self.slab, epoch)?;
         self.path.caught_up(now_us, self.path.epoch());
         // A commit forgets all output of the secondary.
-        self.svm_settled = self.svm_seq;
+        (self.svm_forgotten, self.svm_settled) = (self.svm_seq, 0);
         Ok(())
     }
 
@@ -388,8 +397,7 @@ impl Engine {
     fn has_work(&self) -> bool {
         let slots = |side| self.slab.free_slots(side) > 0;
         let held = self.path.held_frames() + 1 < self.limits.max_held_frames;
-        let unmatched = self.svm_seq - self.svm_settled;
-        let output = unmatched < self.limits.max_svm_frames as u64;
+        let output = self.svm_unmatched() < self.limits.max_svm_frames as u64;
         (self.primary.backlog && held && slots(Side::Primary))
             || (self.secondary.backlog && output && slots(Side::Secondary))
     }

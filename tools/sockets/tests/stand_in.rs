@@ -4,12 +4,12 @@
 
 mod rig;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use colo_compare::testing::{Segment, Side, udp};
 use colo_compare::wire::tcp::{ACK, FIN, SYN};
@@ -292,7 +292,7 @@ fn write_in_pieces(mut stream: UnixStream, bytes: &[u8], pieces: &[usize]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(24) })]
     #[test]
     fn messages_are_found_wherever_the_writes_are_cut(
         vnet_hdr: bool,
@@ -324,6 +324,89 @@ proptest! {
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         prop_assert!(rig.finish().1.unwrap().is_same());
     }
+}
+
+/// A frame that may be anything: of a few flows and places, so that much of it meets, with bytes
+/// changed.
+fn any_frame() -> impl Strategy<Value = Vec<u8>> {
+    let shape = (0u16..3, 0u32..40, 0usize..40, 0u8..64, 0usize..6);
+    let changes = vec((any::<prop::sample::Index>(), any::<u8>()), 0..3);
+    (shape, changes, 0usize..4).prop_map(|((port, seq, len, flags, kind), changes, cut)| {
+        let payload = std::vec::from_elem(b'x', len);
+        let side = if kind % 2 == 0 { Side::V4 } else { Side::V6 };
+        let mut frame = match kind {
+            0..=3 => {
+                let segment = Segment::new(side).ports(80, port).seq(seq).ack(1);
+                segment.flags(flags).payload(&payload).bytes()
+            }
+            4 => udp(side, false, 53, port, &payload),
+            _ => payload,
+        };
+        for (at, byte) in changes {
+            if !frame.is_empty() {
+                let at = at.index(frame.len());
+                frame[at] = byte;
+            }
+        }
+        if cut == 0 {
+            frame.truncate(frame.len() / 2);
+        }
+        if frame.is_empty() {
+            b"?".to_vec()
+        } else {
+            frame
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+    #[test]
+    fn whatever_comes_in_each_frame_of_the_primary_leaves_once(
+        frames in vec((any_frame(), any_frame(), 0u8..4), 1..120),
+        notify: bool,
+    ) {
+        // What diverges leaves at once or when it is answered, what is late leaves at the end.
+        let mut rig = Rig::start(Choice { notify, at_once: !notify, ..Choice::PATIENT });
+        let answers = rig.notify.take().map(answer_every_request);
+        let mut sent = Vec::new();
+        for (primary, secondary, kind) in frames {
+            match kind {
+                0 => rig.both_send(&primary),
+                1 => rig.primary_sends(&primary),
+                2 => rig.secondary_sends(&secondary),
+                _ => {
+                    rig.primary_sends(&primary);
+                    rig.secondary_sends(&secondary);
+                }
+            }
+            if kind != 2 {
+                sent.push(primary);
+            }
+        }
+        let (mut released, summary) = rig.finish();
+        let summary = summary.unwrap();
+        released.sort_unstable();
+        sent.sort_unstable();
+        prop_assert_eq!(released, sent);
+        prop_assert_eq!(summary.held, 0);
+        let answers = answers.map(|thread| thread.join().unwrap());
+        prop_assert_eq!(answers.unwrap_or(summary.requests), summary.requests);
+    }
+}
+
+/// Says at once that each checkpoint that is asked for was taken. Gives their number.
+fn answer_every_request(mut notify: UnixStream) -> JoinHandle<u64> {
+    thread::spawn(move || {
+        let mut request = message(b"DO_CHECKPOINT", None);
+        let mut answered = 0;
+        while notify.read_exact(&mut request).is_ok() {
+            // Whoever has ended needs no answer.
+            notify.write_all(&message(b"COLO_CHECKPOINT", None)).ok();
+            answered += 1;
+        }
+        answered
+    })
 }
 
 /// Ends a run by raw bytes on the primary's socket, and gives its error.
