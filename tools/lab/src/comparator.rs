@@ -46,6 +46,8 @@ pub struct ComparatorOptions {
     pub max_queue_size: u32,
     /// A command that runs it, such as a profiler with its options.
     pub under: Vec<String>,
+    /// Further arguments of the process.
+    pub arguments: Vec<String>,
 }
 
 impl Default for ComparatorOptions {
@@ -56,6 +58,7 @@ impl Default for ComparatorOptions {
             vnet_hdr: false,
             max_queue_size: 1024,
             under: Vec::new(),
+            arguments: Vec::new(),
         }
     }
 }
@@ -107,10 +110,11 @@ impl Comparator {
             });
             listeners.push(bind.map_err(|source| ComparatorError::Socket { part, source })?);
         }
-        let (name, command) = match kind {
+        let (name, mut command) = match kind {
             Kind::Qemu => ("qemu", qemu(options, dir)),
             Kind::Colo(binary) => ("colo-compare", colo(binary, options, dir)),
         };
+        command.args(&options.arguments);
         let mut process = Process::spawn(name, under(&options.under, command), dir)?;
         let mut accept = |at: usize| accept(PARTS[at], &listeners[at], &mut process);
         let (primary, secondary) = (accept(0)?, accept(1)?);
