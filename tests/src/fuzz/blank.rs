@@ -75,7 +75,8 @@ pub fn header_signature(frame: &[u8], packet: &Packet) -> (Vec<u8>, Option<u32>)
             bytes[l3 + 1] &= 0xcf;
             zero(&mut bytes, l3 + 4, 2);
             if packet.fragment_header != 0 {
-                zero(&mut bytes, usize::from(packet.fragment_header) + 2, 2);
+                // Place and flag, and the reserved byte before them, which receivers ignore.
+                zero(&mut bytes, usize::from(packet.fragment_header) + 1, 3);
             }
         }
         Network::Arp | Network::Other => {}
