@@ -162,6 +162,11 @@ fn compare<F: Frames + ?Sized>(a: &impl Side, b: &impl Side, frames: &F) -> Verd
             let sides = ((piece.token, x, at), (first.token, y, at));
             return differs(Cause::Header, at, sides.0, sides.1);
         }
+        if let Some(b_end) = b.last_end()
+            && (piece.end() > b_end || (!piece.fragment.more && piece.end() != b_end))
+        {
+            return Verdict::Differs(Divergence::plain(Cause::Length, None));
+        }
         let mut at = piece.fragment.offset();
         while at < piece.end() {
             let Some(other) = b.holder(at) else {

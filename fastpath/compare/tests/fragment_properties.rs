@@ -164,6 +164,38 @@ proptest! {
     }
 
     #[test]
+    fn where_a_packet_ends_counts(seed in 1u64..) {
+        let mut dice = Dice(seed);
+        let (side, tags) = (dice.side(), dice.below(3));
+        let mut pair = paired(&mut dice);
+        let n = 100 + dice.below(400);
+        let message = message(&mut dice, side, n);
+        let mut pvm = pieces(&mut dice, side, tags, &message, false);
+        let mut svm = pieces(&mut dice, side, tags, &message, false);
+        // One piece of one side says "others follow" where the truth is the opposite.
+        let of_pvm = dice.chance(50);
+        let liar = if of_pvm { &mut pvm } else { &mut svm };
+        let odd = dice.below(liar.len());
+        let (from, end) = (liar[odd].from, liar[odd].end);
+        let flag_at = if side == Side::V4 { (20, 0x20) } else { (57, 1) };
+        liar[odd].frame[flag_at.0 + 4 * tags] ^= flag_at.1;
+        let lie = liar[odd].frame.clone();
+        play(&mut dice, &mut pair, &pvm, &svm);
+        for frame in pair.frames_out() {
+            prop_assert!(!of_pvm || frame != lie, "the lie left");
+            let piece = pvm.iter().find(|piece| piece.frame == frame).unwrap();
+            let overlaps = piece.from < end && from < piece.end;
+            prop_assert!(of_pvm || !overlaps, "what the SVM lied about left");
+        }
+        prop_assert!(pair.path.held_frames() > 0);
+        pair.advance(1_000_000);
+        let epoch = pair.cut();
+        pair.commit(epoch);
+        prop_assert_eq!(pair.path.held_frames(), 0);
+        pair.close();
+    }
+
+    #[test]
     fn pieces_of_one_side_that_contradict_each_other_never_leave(seed in 1u64..) {
         let mut dice = Dice(seed);
         let (side, tags) = (dice.side(), dice.below(3));
