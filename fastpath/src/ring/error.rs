@@ -19,13 +19,16 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The memory file could not be mapped.
-    #[error("vm.ram_mib = {}: guest RAM cannot be mapped: {reason}; lower it", bytes >> 20)]
+    #[error("vm.ram_mib = {}: guest RAM cannot be mapped: {source}; lower it", bytes >> 20)]
     Map {
         /// Size that was asked for.
         bytes: u64,
         /// Why.
-        reason: String,
+        source: io::Error,
     },
+    /// Two regions share addresses, or one ends beyond the last.
+    #[error("the memory region at guest address {0:#x} overlaps another one or has no end")]
+    Overlap(u64),
     /// The range is not inside guest RAM.
     #[error("guest address {gpa:#x}, {len} bytes, is outside RAM")]
     Outside {

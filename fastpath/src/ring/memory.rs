@@ -1,4 +1,4 @@
-//! Guest RAM: one shared memory file, mapped once, at guest physical address 0.
+//! Guest RAM: shared memory, mapped once, in one region or a few.
 //!
 //! Invariants: every write of the host to guest RAM goes through [`GuestRam::write`] or a sibling
 //! here, which mark the page when tracking is on (rule 15); no reference to guest bytes exists, all
@@ -9,11 +9,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, compiler_fence};
 
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
+use super::area::{ALIGN_BYTES, Area};
 use super::error::MemoryError;
+
+/// Addresses kept free behind guest RAM for the frame slots; costs no memory.
+const SLOT_ROOM_BYTES: usize = 32 << 30;
 
 /// The page that dirty tracking counts in.
 pub const PAGE_BYTES: usize = 4096;
@@ -27,46 +32,136 @@ pub enum Pages {
     HugeIfReserved,
 }
 
+/// A piece of guest RAM that somebody else made (a vhost-user front-end).
+#[derive(Debug)]
+pub struct RegionSource {
+    /// Guest physical address of its first byte.
+    pub gpa: u64,
+    /// Length; a multiple of 4096.
+    pub bytes: u64,
+    /// The memory, to be mapped shared.
+    pub file: File,
+    /// Where in the file it starts; a multiple of the file's page size.
+    pub offset: u64,
+}
+
+#[derive(Debug)]
+struct Region {
+    gpa: u64,
+    first_page: usize,
+    memory: MmapRegion,
+}
+
+impl Region {
+    /// Where a range of the guest lies in this region, if it does.
+    #[inline]
+    fn offset_of(&self, gpa: u64, len: u64) -> Option<usize> {
+        let at = gpa.wrapping_sub(self.gpa);
+        let bytes = self.memory.size() as u64;
+        (at <= bytes && len <= bytes - at).then_some(at as usize)
+    }
+}
+
 /// The RAM of one guest. Shared by the threads that serve it.
 #[derive(Debug)]
 pub struct GuestRam {
-    region: MmapRegion,
+    // Dropped before the area that they lie in.
+    regions: Box<[Region]>,
+    area: Arc<Area>,
     tracking: AtomicBool,
     host_dirty: Box<[AtomicU64]>,
 }
 
 impl GuestRam {
-    /// Makes zeroed RAM of `bytes` (a multiple of 4096).
+    /// Makes zeroed RAM of `bytes` (a multiple of 4096) at guest physical address 0.
     pub fn new(bytes: u64, pages: Pages) -> Result<Self, MemoryError> {
-        let size = usize::try_from(bytes).map_err(|_| MemoryError::BadSize(bytes))?;
-        if size == 0 || !size.is_multiple_of(PAGE_BYTES) {
-            return Err(MemoryError::BadSize(bytes));
-        }
+        let size = whole_pages(bytes)?;
         let huge = match pages {
-            Pages::HugeIfReserved => map(bytes, size, libc::MFD_HUGETLB).ok(),
+            Pages::HugeIfReserved => Self::with_file(bytes, size, libc::MFD_HUGETLB).ok(),
             Pages::Small => None,
         };
-        let region = match huge {
-            Some(region) => region,
-            None => map(bytes, size, 0)?,
+        match huge {
+            Some(ram) => Ok(ram),
+            None => Self::with_file(bytes, size, 0),
+        }
+    }
+
+    fn with_file(bytes: u64, size: usize, flags: libc::c_uint) -> Result<Self, MemoryError> {
+        // A huge page is never cut.
+        let file_bytes = match flags {
+            0 => bytes,
+            _ => size.next_multiple_of(ALIGN_BYTES) as u64,
         };
+        let file =
+            memory_file(file_bytes, flags).map_err(|source| MemoryError::File { bytes, source })?;
+        Self::from_regions(vec![RegionSource {
+            gpa: 0,
+            bytes,
+            file,
+            offset: 0,
+        }])
+    }
+
+    /// RAM that lies where `sources` say, in any order, without overlaps.
+    pub fn from_regions(mut sources: Vec<RegionSource>) -> Result<Self, MemoryError> {
+        sources.sort_by_key(|source| source.gpa);
+        let total: u64 = sources.iter().map(|source| source.bytes).sum();
+        let refused = |source| MemoryError::Map {
+            bytes: total,
+            source,
+        };
+        let room = usize::try_from(total)
+            .ok()
+            .and_then(|bytes| bytes.checked_add(sources.len() * ALIGN_BYTES + SLOT_ROOM_BYTES))
+            .ok_or(MemoryError::BadSize(total))?;
+        let area = Area::reserve(room).map_err(refused)?;
+        let mut regions: Vec<Region> = Vec::with_capacity(sources.len());
+        let mut pages = 0;
+        for source in &sources {
+            let size = whole_pages(source.bytes)?;
+            let end_of_last = regions
+                .last()
+                .map_or(0, |last| last.gpa + last.memory.size() as u64);
+            if source.gpa < end_of_last || source.gpa.checked_add(source.bytes).is_none() {
+                return Err(MemoryError::Overlap(source.gpa));
+            }
+            let at = area
+                .map_file(&source.file, source.offset, size)
+                .map_err(refused)?;
+            regions.push(Region {
+                gpa: source.gpa,
+                first_page: pages,
+                memory: view(&area, at, size).map_err(refused)?,
+            });
+            pages += size / PAGE_BYTES;
+        }
+        if regions.is_empty() {
+            return Err(MemoryError::BadSize(0));
+        }
         register_barrier();
-        let words = (size / PAGE_BYTES).div_ceil(64);
+        let words = pages.div_ceil(64);
         Ok(Self {
-            region,
+            regions: regions.into_boxed_slice(),
+            area: Arc::new(area),
             tracking: AtomicBool::new(false),
             host_dirty: (0..words).map(|_| AtomicU64::new(0)).collect(),
         })
     }
 
+    /// The range of host addresses that RAM lies in, with room for frame slots behind it.
+    pub fn area(&self) -> &Arc<Area> {
+        &self.area
+    }
+
     /// Size in bytes.
     pub fn bytes(&self) -> u64 {
-        self.region.size() as u64
+        self.page_count() as u64 * PAGE_BYTES as u64
     }
 
     /// Size in 4 KiB pages.
     pub fn page_count(&self) -> usize {
-        self.region.size() / PAGE_BYTES
+        let pages = |region: &Region| region.memory.size() / PAGE_BYTES;
+        self.regions.iter().map(pages).sum()
     }
 
     /// Words of a bitmap with one bit a page.
@@ -74,14 +169,34 @@ impl GuestRam {
         self.host_dirty.len()
     }
 
-    /// Where the mapping starts, for the memory slot. The mapping lives as long as `self`.
+    /// Where the first region's mapping starts, for the memory slot. The mapping lives as long as
+    /// `self`.
     pub fn host_address(&self) -> u64 {
-        self.region.as_ptr() as u64
+        self.regions[0].memory.as_ptr() as u64
+    }
+
+    /// The host addresses of `len` bytes at `gpa`, which stay valid as long as `self`. The guest
+    /// may write them at any time: no reference may be made of them.
+    pub fn host_range(&self, gpa: u64, len: usize) -> Result<*mut u8, MemoryError> {
+        let (region, at) = self.find(gpa, len)?;
+        Ok(region.memory.as_ptr().wrapping_add(at))
     }
 
     /// Whether `len` bytes at `gpa` are RAM.
+    #[inline]
     pub fn contains(&self, gpa: u64, len: u64) -> bool {
-        gpa.checked_add(len).is_some_and(|end| end <= self.bytes())
+        let holds = |region: &Region| region.offset_of(gpa, len).is_some();
+        self.regions.iter().any(holds)
+    }
+
+    /// Whether the bytes at `gpa` are these. They are read once.
+    pub fn equals(&self, gpa: u64, bytes: &[u8]) -> Result<bool, MemoryError> {
+        let guest = self.host_range(gpa, bytes.len())?;
+        // SAFETY: `host_range` has checked the range, and `self` keeps it mapped. The guest may
+        // write it meanwhile: then the answer is that of some mixture, and the caller sends `bytes`,
+        // never what lies in the guest.
+        let order = unsafe { libc::memcmp(guest.cast(), bytes.as_ptr().cast(), bytes.len()) };
+        Ok(order == 0)
     }
 
     /// Copies `out.len()` bytes at `gpa` into host memory.
@@ -115,12 +230,12 @@ impl GuestRam {
         page: usize,
         out: &mut [u8; PAGE_BYTES],
     ) -> Result<(), MemoryError> {
-        self.read(page as u64 * PAGE_BYTES as u64, out)
+        self.read(self.gpa_of(page)?, out)
     }
 
     /// Replaces one page. `page` below [`GuestRam::page_count`].
     pub fn write_page(&self, page: usize, bytes: &[u8; PAGE_BYTES]) -> Result<(), MemoryError> {
-        self.write(page as u64 * PAGE_BYTES as u64, bytes)
+        self.write(self.gpa_of(page)?, bytes)
     }
 
     /// Switches the tracking of host writes. After `set_tracking(true)` returns, every write that a
@@ -147,23 +262,40 @@ impl GuestRam {
         }
     }
 
+    #[inline]
+    fn find(&self, gpa: u64, len: usize) -> Result<(&Region, usize), MemoryError> {
+        for region in &self.regions {
+            if let Some(at) = region.offset_of(gpa, len as u64) {
+                return Ok((region, at));
+            }
+        }
+        Err(MemoryError::Outside { gpa, len })
+    }
+
     fn slice(&self, gpa: u64, len: usize) -> Result<VolatileSlice<'_>, MemoryError> {
-        let outside = MemoryError::Outside { gpa, len };
-        let Ok(offset) = usize::try_from(gpa) else {
-            return Err(outside);
-        };
-        self.region.get_slice(offset, len).map_err(|_| outside)
+        let (region, at) = self.find(gpa, len)?;
+        let outside = |_| MemoryError::Outside { gpa, len };
+        region.memory.get_slice(at, len).map_err(outside)
     }
 
     fn atomic_u16(&self, gpa: u64) -> Result<&AtomicU16, MemoryError> {
         if !gpa.is_multiple_of(2) {
             return Err(MemoryError::Unaligned(gpa));
         }
-        let outside = MemoryError::Outside { gpa, len: 2 };
-        let Ok(offset) = usize::try_from(gpa) else {
-            return Err(outside);
+        let (region, at) = self.find(gpa, 2)?;
+        let outside = |_| MemoryError::Outside { gpa, len: 2 };
+        region.memory.get_atomic_ref(at).map_err(outside)
+    }
+
+    /// Guest physical address of a page.
+    fn gpa_of(&self, page: usize) -> Result<u64, MemoryError> {
+        let region = self.regions.iter().rev().find(|r| r.first_page <= page);
+        let at = |region: &Region| region.gpa + ((page - region.first_page) * PAGE_BYTES) as u64;
+        let outside = MemoryError::Outside {
+            gpa: page as u64 * PAGE_BYTES as u64,
+            len: PAGE_BYTES,
         };
-        self.region.get_atomic_ref(offset).map_err(|_| outside)
+        region.map(at).ok_or(outside)
     }
 
     /// Marks after the bytes are written: a copier takes the bitmap first and copies then, so a page
@@ -172,30 +304,40 @@ impl GuestRam {
     fn mark_written(&self, gpa: u64, len: usize) {
         compiler_fence(Ordering::SeqCst);
         if self.tracking.load(Ordering::Relaxed) && len > 0 {
-            self.mark_range(gpa as usize, len);
+            self.mark_range(gpa, len);
         }
     }
 
     #[cold]
-    fn mark_range(&self, start: usize, len: usize) {
-        for page in start / PAGE_BYTES..=(start + len - 1) / PAGE_BYTES {
+    fn mark_range(&self, gpa: u64, len: usize) {
+        let Ok((region, at)) = self.find(gpa, len) else {
+            return;
+        };
+        let (first, last) = (at / PAGE_BYTES, (at + len - 1) / PAGE_BYTES);
+        for page in region.first_page + first..=region.first_page + last {
             self.host_dirty[page / 64].fetch_or(1 << (page % 64), Ordering::Release);
         }
     }
 }
 
-fn map(bytes: u64, size: usize, flags: libc::c_uint) -> Result<MmapRegion, MemoryError> {
-    let file = memory_file(bytes, flags).map_err(|source| MemoryError::File { bytes, source })?;
-    MmapRegion::build(
-        Some(FileOffset::new(file, 0)),
-        size,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_SHARED,
-    )
-    .map_err(|e| MemoryError::Map {
-        bytes,
-        reason: e.to_string(),
-    })
+fn whole_pages(bytes: u64) -> Result<usize, MemoryError> {
+    let size = usize::try_from(bytes).map_err(|_| MemoryError::BadSize(bytes))?;
+    if size == 0 || !size.is_multiple_of(PAGE_BYTES) {
+        return Err(MemoryError::BadSize(bytes));
+    }
+    Ok(size)
+}
+
+/// Volatile access to a piece of the area.
+fn view(area: &Area, at: usize, size: usize) -> io::Result<MmapRegion> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the area has just mapped `size` bytes at `at`, and whoever holds the view holds the
+    // area as well (`GuestRam`).
+    let view = unsafe {
+        let start = area.base().add(at);
+        MmapRegion::build_raw(start, size, protection, libc::MAP_SHARED)
+    };
+    view.map_err(io::Error::other)
 }
 
 fn memory_file(bytes: u64, flags: libc::c_uint) -> io::Result<File> {
@@ -285,6 +427,41 @@ mod tests {
         ));
         assert!(GuestRam::new(4097, Pages::Small).is_err());
         assert!(GuestRam::new(1 << 62, Pages::Small).is_err());
+    }
+
+    #[test]
+    fn regions_are_one_memory() {
+        let source = |gpa, bytes, offset| RegionSource {
+            gpa,
+            bytes,
+            file: memory_file(1 << 20, 0).unwrap(),
+            offset,
+        };
+        let ram = GuestRam::from_regions(vec![
+            source(0x10_0000, 0x8000, 0x4000),
+            source(0, 0x4000, 0),
+        ])
+        .unwrap();
+        assert_eq!((ram.bytes(), ram.page_count()), (0xc000, 12));
+        assert!(ram.contains(0x3fff, 1) && ram.contains(0x10_7ffe, 2));
+        assert!(
+            !ram.contains(0x3fff, 2) && !ram.contains(0x10_7fff, 2) && !ram.contains(0x8000, 1)
+        );
+        ram.set_tracking(true);
+        ram.write(0x10_1000, b"high").unwrap();
+        ram.write(0x3ffc, b"low!").unwrap();
+        assert!(ram.write(0x3ffd, b"over").is_err());
+        let mut dirty = [0];
+        ram.take_host_dirty(&mut dirty);
+        assert_eq!(dirty, [1 << 3 | 1 << 5]);
+        let mut page = [0; PAGE_BYTES];
+        ram.copy_page_out(5, &mut page).unwrap();
+        assert_eq!(&page[..4], b"high");
+        assert!(ram.equals(0x3ffc, b"low!").unwrap() && !ram.equals(0x3ffc, b"low?").unwrap());
+        assert!(ram.copy_page_out(12, &mut page).is_err());
+        let overlap = GuestRam::from_regions(vec![source(0, 0x4000, 0), source(0x3000, 0x1000, 0)]);
+        assert!(matches!(overlap, Err(MemoryError::Overlap(0x3000))));
+        assert!(GuestRam::from_regions(Vec::new()).is_err());
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! The guest's side of the packet path: its memory, its queues, its notifications.
 
+mod area;
 mod call;
 pub mod driver_mock;
 mod error;
 mod memory;
 mod virtqueue;
 
+pub use area::Area;
 pub use call::Call;
 pub use error::{MemoryError, RingError};
-pub use memory::{GuestRam, PAGE_BYTES, Pages};
+pub use memory::{GuestRam, PAGE_BYTES, Pages, RegionSource};
 pub use virtqueue::{Chain, QUEUE_SIZE_MAX, QueueState, Segment, Virtqueue};
