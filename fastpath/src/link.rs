@@ -9,57 +9,14 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 
-const HEAD: usize = 24;
-/// Longest body in bytes: a jumbo frame, or a list of sequence numbers.
-const BODY_MAX: usize = 64 << 10;
+mod msg;
+
+use msg::{BODY_MAX, HEAD_BYTES, Head};
+pub use msg::{Malformed, PacketMsg};
+
 /// Unsent bytes above which no more work is taken in.
 const OUT_HIGH: usize = 4 << 20;
 const IN_CAPACITY: usize = 256 << 10;
-
-/// A message of the packet channel.
-#[derive(Debug, PartialEq, Eq)]
-pub enum PacketMsg<'a> {
-    /// Primary to secondary: a frame the PVM got (rule 4).
-    Input {
-        /// Epoch it was delivered in.
-        epoch: u64,
-        /// Its place in the order of delivery.
-        seq: u64,
-        /// From the Ethernet header on.
-        frame: &'a [u8],
-    },
-    /// Secondary to primary: all input up to here is kept (rule 5).
-    InputAck {
-        /// The last sequence number covered.
-        up_to: u64,
-    },
-    /// Secondary to primary: a frame the SVM sent, in the PVM's space.
-    Output {
-        /// The SVM's epoch.
-        epoch: u64,
-        /// Names it in `Released`.
-        seq: u64,
-        /// From the Ethernet header on.
-        frame: &'a [u8],
-    },
-    /// Primary to secondary: these outputs have left (rule 9).
-    Released {
-        /// Sequence numbers of outputs, 8 bytes each, little-endian.
-        seqs: &'a [u8],
-    },
-    /// Primary to secondary: the pending output of this checkpoint has left (rule 12).
-    PendingReleased {
-        /// The checkpoint's epoch.
-        epoch: u64,
-    },
-    /// Secondary to primary: the SVM has consumed its backlog (rule 9).
-    CaughtUp {
-        /// The SVM's epoch.
-        epoch: u64,
-    },
-    /// Secondary to primary: a limit here needs a checkpoint.
-    CheckpointWanted,
-}
 
 /// Why the packet channel is unusable.
 #[derive(Debug, thiserror::Error)]
@@ -71,15 +28,8 @@ pub enum PacketLinkError {
     #[error("packet channel: {0}")]
     Io(#[from] io::Error),
     /// The bytes are no message.
-    #[error(
-        "packet channel: message kind {kind} with {len} bytes makes no sense; versions differ or data is damaged"
-    )]
-    Malformed {
-        /// Kind field.
-        kind: u8,
-        /// Length field.
-        len: usize,
-    },
+    #[error("packet channel: {0}")]
+    Malformed(#[from] Malformed),
 }
 
 /// One end of the packet channel.
@@ -141,22 +91,9 @@ impl PacketLink {
 
     /// Appends a message to what is to be sent; [`Self::flush`] sends it.
     pub fn push(&mut self, msg: &PacketMsg<'_>) {
-        let (kind, epoch, seq, body): (u8, u64, u64, &[u8]) = match *msg {
-            PacketMsg::Input { epoch, seq, frame } => (1, epoch, seq, frame),
-            PacketMsg::InputAck { up_to } => (2, 0, up_to, &[]),
-            PacketMsg::Output { epoch, seq, frame } => (3, epoch, seq, frame),
-            PacketMsg::Released { seqs } => (4, 0, 0, seqs),
-            PacketMsg::PendingReleased { epoch } => (5, epoch, 0, &[]),
-            PacketMsg::CaughtUp { epoch } => (6, epoch, 0, &[]),
-            PacketMsg::CheckpointWanted => (7, 0, 0, &[]),
-        };
-        let mut head = [0u8; HEAD];
-        head[..4].copy_from_slice(&(body.len() as u32).to_le_bytes());
-        head[4] = kind;
-        head[8..16].copy_from_slice(&epoch.to_le_bytes());
-        head[16..24].copy_from_slice(&seq.to_le_bytes());
-        self.out.extend_from_slice(&head);
-        self.out.extend_from_slice(body);
+        let encoded = msg.encode();
+        self.out.extend_from_slice(encoded.head());
+        self.out.extend_from_slice(encoded.body);
     }
 
     /// Sends what the socket takes.
@@ -187,7 +124,7 @@ impl PacketLink {
     pub fn fill(&mut self) -> Result<bool, PacketLinkError> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-        } else if self.input.len() - self.end < HEAD + BODY_MAX {
+        } else if self.input.len() - self.end < HEAD_BYTES + BODY_MAX {
             self.input.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
@@ -217,50 +154,18 @@ impl PacketLink {
     pub fn next_msg(&mut self) -> Result<Option<PacketMsg<'_>>, PacketLinkError> {
         loop {
             let have = &self.input[self.start..self.end];
-            let Some(head) = have.get(..HEAD) else {
+            let Some(head) = Head::read(have)?.filter(|h| have.len() >= HEAD_BYTES + h.len) else {
                 return Ok(None);
             };
-            let len = u32_at(head, 0) as usize;
-            let (kind, epoch, seq) = (head[4], u64_at(head, 8), u64_at(head, 16));
-            if len > BODY_MAX {
-                return Err(PacketLinkError::Malformed { kind, len });
+            let at = self.start + HEAD_BYTES;
+            self.start = at + head.len;
+            // Twice: a loop cannot return what it borrowed when it may also skip it.
+            let known = PacketMsg::decode(head, &self.input[at..at + head.len])?.is_some();
+            if known {
+                return Ok(PacketMsg::decode(head, &self.input[at..at + head.len])?);
             }
-            if have.len() < HEAD + len {
-                return Ok(None);
-            }
-            let at = self.start + HEAD;
-            self.start = at + len;
-            let body = &self.input[at..at + len];
-            return Ok(Some(match kind {
-                1 if len >= 14 => PacketMsg::Input {
-                    epoch,
-                    seq,
-                    frame: body,
-                },
-                2 => PacketMsg::InputAck { up_to: seq },
-                3 if len >= 14 => PacketMsg::Output {
-                    epoch,
-                    seq,
-                    frame: body,
-                },
-                4 if len.is_multiple_of(8) => PacketMsg::Released { seqs: body },
-                5 => PacketMsg::PendingReleased { epoch },
-                6 => PacketMsg::CaughtUp { epoch },
-                7 => PacketMsg::CheckpointWanted,
-                // A kind of a later version (rule 22).
-                8.. => continue,
-                _ => return Err(PacketLinkError::Malformed { kind, len }),
-            }));
         }
     }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
 #[cfg(test)]
@@ -326,11 +231,11 @@ mod tests {
     #[test]
     fn garbage_is_an_error_and_later_kinds_are_skipped() {
         let (mut link, mut peer) = pair();
-        let mut later = [0u8; HEAD + 5];
+        let mut later = [0u8; HEAD_BYTES + 5];
         later[0] = 5;
         later[4] = 200;
         peer.write_all(&later).unwrap();
-        let mut ack = [0u8; HEAD];
+        let mut ack = [0u8; HEAD_BYTES];
         ack[4] = 2;
         ack[16] = 9;
         peer.write_all(&ack).unwrap();
@@ -347,7 +252,7 @@ mod tests {
                 Err(e) => break e,
             }
         };
-        assert!(matches!(e, PacketLinkError::Malformed { .. }), "{e}");
+        assert!(matches!(e, PacketLinkError::Malformed(_)), "{e}");
     }
 
     #[test]

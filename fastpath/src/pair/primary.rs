@@ -305,7 +305,9 @@ impl PrimaryRole {
                 PacketMsg::Output { .. }
                 | PacketMsg::Input { .. }
                 | PacketMsg::Released { .. }
-                | PacketMsg::PendingReleased { .. } => {}
+                | PacketMsg::PendingReleased { .. }
+                | PacketMsg::Digest { .. }
+                | PacketMsg::Fetch { .. } => {}
             }
         }
         Ok(n)
