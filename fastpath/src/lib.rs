@@ -8,11 +8,13 @@ pub mod frame;
 pub mod hint;
 pub mod link;
 pub mod mailbox;
+pub mod net_offer;
 pub mod nic;
 pub mod pair;
 pub mod policy;
 pub mod ring;
 pub mod stats;
+pub mod vhost_user;
 pub mod worker;
 
 pub use colo_bpf::Mac;

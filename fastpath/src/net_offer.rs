@@ -1,0 +1,39 @@
+//! What a network device offers its driver, whatever the transport between them.
+//!
+//! Invariants: only features that the worker's port serves are offered; the configuration space is
+//! that of virtio 1.3 section 5.1.4.
+//!
+//! Does not negotiate; the transports do.
+
+use colo_bpf::Mac;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+
+/// `virtio_net_config` up to `mtu`: mac, status, max_virtqueue_pairs, mtu.
+pub const NET_CONFIG_BYTES: usize = 12;
+
+/// A network device as its driver sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetOffer {
+    /// The guest's address.
+    pub mac: Mac,
+    /// Largest payload of a frame.
+    pub mtu: u16,
+}
+
+impl NetOffer {
+    /// Features besides those of rings and transport.
+    pub const FEATURES: u64 =
+        1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_MTU | 1 << VIRTIO_NET_F_STATUS;
+
+    /// The configuration space while the link is up.
+    pub fn config(&self) -> [u8; NET_CONFIG_BYTES] {
+        let mut config = [0; NET_CONFIG_BYTES];
+        config[..6].copy_from_slice(&self.mac);
+        config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config[8..10].copy_from_slice(&1_u16.to_le_bytes());
+        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
+        config
+    }
+}
