@@ -301,7 +301,7 @@ impl GuestRam {
     /// Marks after the bytes are written: a copier takes the bitmap first and copies then, so a page
     /// it copied too early has its mark in the next round. Off, this is one relaxed load.
     #[inline]
-    fn mark_written(&self, gpa: u64, len: usize) {
+    pub(super) fn mark_written(&self, gpa: u64, len: usize) {
         compiler_fence(Ordering::SeqCst);
         if self.tracking.load(Ordering::Relaxed) && len > 0 {
             self.mark_range(gpa, len);

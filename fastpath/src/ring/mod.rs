@@ -5,6 +5,7 @@ mod call;
 pub mod driver_mock;
 mod error;
 mod memory;
+mod split;
 mod virtqueue;
 
 pub use area::Area;

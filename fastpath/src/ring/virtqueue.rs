@@ -9,18 +9,26 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use crate::hint::prefetch;
+
 use super::error::RingError;
 use super::memory::GuestRam;
+use super::split::{DESCRIPTOR_BYTES, Descriptor, SplitRing};
 
 /// The largest queue that a device offers.
 pub const QUEUE_SIZE_MAX: u16 = 256;
 
-const DESCRIPTOR_BYTES: u64 = 16;
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
 const DESC_F_INDIRECT: u16 = 4;
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
+
+/// How many chains ahead descriptors are fetched.
+const DESCRIPTORS_AHEAD: u16 = 16;
+/// How many chains ahead the start of a buffer is fetched.
+const BUFFERS_AHEAD: u16 = 8;
+const CACHE_LINE_BYTES: usize = 64;
 
 /// All that a queue is: where it lies, what was negotiated, how far it has come. Part of the
 /// device record; at a packet boundary `next_avail` of an idle queue equals the used index.
@@ -109,17 +117,10 @@ impl Chain {
     }
 }
 
-struct Descriptor {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
 /// A live queue.
 #[derive(Debug)]
 pub struct Virtqueue {
-    ram: Arc<GuestRam>,
+    ring: SplitRing,
     state: QueueState,
     avail_seen: u16,
     unpublished: u16,
@@ -132,24 +133,8 @@ impl Virtqueue {
         if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
             return Err(RingError::BadSize(size));
         }
-        let entries = u64::from(size);
-        let parts = [
-            (
-                "descriptor table",
-                state.descriptors,
-                DESCRIPTOR_BYTES * entries,
-                16,
-            ),
-            ("available ring", state.avail, 6 + 2 * entries, 2),
-            ("used ring", state.used, 6 + 8 * entries, 4),
-        ];
-        for (part, gpa, bytes, align) in parts {
-            if !gpa.is_multiple_of(align) || !ram.contains(gpa, bytes) {
-                return Err(RingError::BadLayout { part, gpa });
-            }
-        }
         Ok(Self {
-            ram,
+            ring: SplitRing::new(ram, &state)?,
             avail_seen: state.next_avail,
             unpublished: 0,
             state,
@@ -163,6 +148,7 @@ impl Virtqueue {
     }
 
     /// Whether a chain is waiting.
+    #[inline]
     pub fn has_available(&mut self) -> Result<bool, RingError> {
         if self.avail_seen == self.state.next_avail {
             self.look_at_avail()?;
@@ -171,14 +157,13 @@ impl Virtqueue {
     }
 
     /// Takes the next chain; `false` when there is none.
+    #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if !self.has_available()? {
             return Ok(false);
         }
-        let slot = u64::from(self.state.next_avail & (self.state.size - 1));
-        let head = self
-            .ram
-            .load_u16(self.state.avail + 4 + 2 * slot, Ordering::Relaxed)?;
+        self.fetch_ahead();
+        let head = self.ring.avail_entry(self.state.next_avail);
         self.walk(head, chain)?;
         self.state.next_avail = self.state.next_avail.wrapping_add(1);
         Ok(true)
@@ -193,14 +178,10 @@ impl Virtqueue {
     /// [`Virtqueue::publish`].
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         let index = self.state.next_used.wrapping_add(self.unpublished);
-        let slot = u64::from(index & (self.state.size - 1));
-        let mut entry = [0; 8];
-        entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-        entry[4..].copy_from_slice(&written.to_le_bytes());
-        self.ram.write(self.state.used + 4 + 8 * slot, &entry)?;
+        self.ring.write_used(index, head, written);
         self.unpublished += 1;
         if self.unpublished >= self.state.size {
-            self.publish_index()?;
+            self.publish_index();
         }
         Ok(())
     }
@@ -209,7 +190,7 @@ impl Virtqueue {
     /// section 2.7.7.2).
     pub fn publish(&mut self) -> Result<bool, RingError> {
         if self.unpublished > 0 {
-            self.publish_index()?;
+            self.publish_index();
         }
         if self.state.called_at == self.state.next_used {
             return Ok(false);
@@ -220,21 +201,16 @@ impl Virtqueue {
         // then looks at the used index again.
         fence(Ordering::SeqCst);
         if self.state.event_idx {
-            let used_event = self
-                .ram
-                .load_u16(self.used_event_gpa(), Ordering::Relaxed)?;
-            return Ok(event_passed(used_event, new, old));
+            return Ok(event_passed(self.ring.used_event(), new, old));
         }
-        let flags = self.ram.load_u16(self.state.avail, Ordering::Relaxed)?;
-        Ok(flags & AVAIL_F_NO_INTERRUPT == 0)
+        Ok(self.ring.avail_flags() & AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Asks the guest not to ring while the device polls. With `EVENT_IDX` there is nothing to do:
     /// avail_event stays behind.
     pub fn disable_notifications(&mut self) -> Result<(), RingError> {
         if !self.state.event_idx {
-            self.ram
-                .store_u16(self.state.used, USED_F_NO_NOTIFY, Ordering::Relaxed)?;
+            self.ring.write_used_flags(USED_F_NO_NOTIFY);
         }
         Ok(())
     }
@@ -243,11 +219,9 @@ impl Virtqueue {
     /// that: then the device must not sleep.
     pub fn enable_notifications(&mut self) -> Result<bool, RingError> {
         if self.state.event_idx {
-            let gpa = self.state.used + 4 + 8 * u64::from(self.state.size);
-            self.ram
-                .store_u16(gpa, self.state.next_avail, Ordering::Relaxed)?;
+            self.ring.write_avail_event(self.state.next_avail);
         } else {
-            self.ram.store_u16(self.state.used, 0, Ordering::Relaxed)?;
+            self.ring.write_used_flags(0);
         }
         // The wish must be visible before the available index is read again.
         fence(Ordering::SeqCst);
@@ -255,22 +229,15 @@ impl Virtqueue {
         Ok(self.avail_seen != self.state.next_avail)
     }
 
-    fn publish_index(&mut self) -> Result<(), RingError> {
+    #[inline]
+    fn publish_index(&mut self) {
         self.state.next_used = self.state.next_used.wrapping_add(self.unpublished);
         self.unpublished = 0;
-        // Release: the entries come first.
-        self.ram
-            .store_u16(self.state.used + 2, self.state.next_used, Ordering::Release)?;
-        Ok(())
-    }
-
-    fn used_event_gpa(&self) -> u64 {
-        self.state.avail + 4 + 2 * u64::from(self.state.size)
+        self.ring.publish_used(self.state.next_used);
     }
 
     fn look_at_avail(&mut self) -> Result<(), RingError> {
-        // Acquire: entries and descriptors are read after the index that covers them.
-        let avail = self.ram.load_u16(self.state.avail + 2, Ordering::Acquire)?;
+        let avail = self.ring.avail_idx();
         let (next, size) = (self.state.next_avail, self.state.size);
         if avail.wrapping_sub(next) > size {
             return Err(RingError::AvailJump { avail, next, size });
@@ -279,15 +246,36 @@ impl Virtqueue {
         Ok(())
     }
 
+    /// Asks for what later pops will read: the descriptor of a chain some way ahead and the buffer of
+    /// one nearer. The guest's core has written both, so each is a trip to its cache.
+    #[inline]
+    fn fetch_ahead(&self) {
+        let waiting = self.avail_seen.wrapping_sub(self.state.next_avail);
+        if waiting > DESCRIPTORS_AHEAD {
+            let ahead = self.state.next_avail.wrapping_add(DESCRIPTORS_AHEAD);
+            prefetch(self.ring.descriptor_address(self.ring.avail_entry(ahead)));
+        }
+        if waiting > BUFFERS_AHEAD {
+            let ahead = self.state.next_avail.wrapping_add(BUFFERS_AHEAD);
+            // Read for a hint only; what is used is read again when its turn comes.
+            if let Some(descriptor) = self.ring.descriptor(self.ring.avail_entry(ahead))
+                && let Ok(at) = self.ring.ram().host_range(descriptor.addr, 1)
+            {
+                prefetch(at);
+                prefetch(at.wrapping_add(CACHE_LINE_BYTES));
+            }
+        }
+    }
+
     fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.head = head;
         chain.segments.clear();
         chain.readable = 0;
-        let first = self.descriptor(self.state.descriptors, head, self.state.size)?;
+        let first = self.table_entry(head)?;
         if first.flags & DESC_F_INDIRECT != 0 {
             return self.walk_indirect(&first, chain);
         }
-        self.walk_table(self.state.descriptors, self.state.size, first, chain)
+        self.walk_table(self.state.size, first, chain, |next| self.table_entry(next))
     }
 
     fn walk_indirect(&self, table: &Descriptor, chain: &mut Chain) -> Result<(), RingError> {
@@ -297,23 +285,24 @@ impl Virtqueue {
         if !self.state.indirect || !whole || !fits || table.flags & DESC_F_NEXT != 0 {
             return Err(RingError::BadIndirect(table.len));
         }
-        if !self.ram.contains(table.addr, u64::from(table.len)) {
+        if !self.ring.ram().contains(table.addr, u64::from(table.len)) {
             return Err(RingError::OutsideRam {
                 gpa: table.addr,
                 len: table.len,
             });
         }
         let entries = entries as u16;
-        let first = self.descriptor(table.addr, 0, entries)?;
-        self.walk_table(table.addr, entries, first, chain)
+        let entry = |index| self.indirect_entry(table.addr, index, entries);
+        self.walk_table(entries, entry(0)?, chain, entry)
     }
 
+    #[inline]
     fn walk_table(
         &self,
-        table: u64,
         entries: u16,
         first: Descriptor,
         chain: &mut Chain,
+        entry: impl Fn(u16) -> Result<Descriptor, RingError>,
     ) -> Result<(), RingError> {
         let mut descriptor = first;
         for _ in 0..entries {
@@ -321,11 +310,12 @@ impl Virtqueue {
             if descriptor.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
-            descriptor = self.descriptor(table, descriptor.next, entries)?;
+            descriptor = entry(descriptor.next)?;
         }
         Err(RingError::Loop)
     }
 
+    #[inline]
     fn push_buffer(&self, descriptor: &Descriptor, chain: &mut Chain) -> Result<(), RingError> {
         let (gpa, len) = (descriptor.addr, descriptor.len);
         if descriptor.flags & DESC_F_INDIRECT != 0 {
@@ -334,43 +324,29 @@ impl Virtqueue {
         if len == 0 {
             return Err(RingError::ZeroLength);
         }
-        if !self.ram.contains(gpa, u64::from(len)) {
+        if !self.ring.ram().contains(gpa, u64::from(len)) {
             return Err(RingError::OutsideRam { gpa, len });
         }
         chain.push(Segment { gpa, len }, descriptor.flags & DESC_F_WRITE != 0)
     }
 
-    fn descriptor(&self, table: u64, index: u16, size: u16) -> Result<Descriptor, RingError> {
+    #[inline]
+    fn table_entry(&self, index: u16) -> Result<Descriptor, RingError> {
+        let size = self.state.size;
+        let found = self.ring.descriptor(index);
+        found.ok_or(RingError::BadDescriptor { index, size })
+    }
+
+    fn indirect_entry(&self, table: u64, index: u16, size: u16) -> Result<Descriptor, RingError> {
         if index >= size {
             return Err(RingError::BadDescriptor { index, size });
         }
-        let mut raw = [0; 16];
-        self.ram
-            .read(table + DESCRIPTOR_BYTES * u64::from(index), &mut raw)?;
-        let [
-            a0,
-            a1,
-            a2,
-            a3,
-            a4,
-            a5,
-            a6,
-            a7,
-            l0,
-            l1,
-            l2,
-            l3,
-            f0,
-            f1,
-            n0,
-            n1,
-        ] = raw;
-        Ok(Descriptor {
-            addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
-        })
+        // Nothing says that an indirect table is aligned.
+        let mut halves = [[0; 8]; 2];
+        let at = table + DESCRIPTOR_BYTES * u64::from(index);
+        self.ring.ram().read(at, halves.as_flattened_mut())?;
+        let [addr, rest] = halves.map(u64::from_ne_bytes);
+        Ok(Descriptor::from_halves(addr, rest))
     }
 }
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::super::driver_mock::DriverMock;
-use super::super::memory::Pages;
+use super::super::memory::{Pages, RegionSource};
 use super::*;
 
 const BASE: u64 = 0x10000;
@@ -166,6 +166,24 @@ fn bad_layouts_are_refused() {
             Err(RingError::BadLayout { .. })
         ));
     }
+}
+
+#[test]
+fn a_region_at_an_odd_address_gives_no_misaligned_ring() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let source = RegionSource {
+        gpa: 8,
+        bytes: 1 << 20,
+        file,
+        offset: 0,
+    };
+    let ram = Arc::new(GuestRam::from_regions(vec![source]).unwrap());
+    let state = DriverMock::new(ram.clone(), BASE, 8, true).queue_state();
+    assert!(matches!(
+        Virtqueue::new(ram, state),
+        Err(RingError::BadLayout { .. })
+    ));
 }
 
 #[test]
