@@ -1,20 +1,42 @@
-//! The frames in flight on this host: a fixed slab of slots, owned through linear tokens.
+//! The frames in flight on this host: a fixed number of slots, owned through linear tokens.
 //!
-//! Invariants: nothing allocates after [`FramePool::new`]; a slot is either free or owned by exactly
-//! one [`Token`]; the number of slots bounds every queue of frames.
+//! Invariants: nothing allocates after [`FramePool::new`]; a slot is either free, or owned by exactly
+//! one [`Token`], or lent to the NIC's rings; the number of slots bounds every queue of frames. A
+//! frame of the guest may be *in place*: its first [`HEADER_MAX`] bytes are a host copy, the rest
+//! still lies in the guest's buffer, which is the guest's again only when the frame is released,
+//! copied (*settled*) or matched. A frame that was matched leaves with the bytes it was compared
+//! with (its *twin's*), so what a guest writes after the comparison is never sent (invariant 7).
 //!
-//! Does not touch guest memory: frames are host copies here.
+//! Does not know queues; it hands back the numbers of the guest's buffers.
+
+mod slots;
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
 
 use colo_compare::{Frames, HEADER_MAX, Token};
 
 use crate::hint::prefetch;
+use crate::ring::{Area, GuestRam, Segment};
+use crate::stats::WorkerStats;
+
+use slots::{Place, Slot, SlotMemory};
+
+pub use slots::{Buffer, CopyCause, PIECES_MAX};
 
 /// Bytes in front of the payload of the largest frame: Ethernet and two VLAN tags.
 pub const LINK_HEADER_MAX: usize = 14 + 8;
 
-/// Slot size that holds every frame of an MTU.
+/// Bytes kept free in front of a frame, for a longer header of another frame (its twin's).
+pub const HEADROOM: usize = 64;
+
+/// Frames up to this length are copied at once: that costs less than keeping the guest's buffer.
+pub const IN_PLACE_MIN: usize = 512;
+
+/// Slot size that holds every frame of an MTU, with what a NIC or link puts before it.
 pub const fn slot_bytes_for(mtu: u16) -> usize {
-    let need = mtu as usize + LINK_HEADER_MAX;
+    // The kernel leaves 256 bytes before what it receives (XDP_PACKET_HEADROOM).
+    let need = mtu as usize + LINK_HEADER_MAX + 256 + HEADROOM;
     if need <= 2048 {
         2048
     } else {
@@ -22,29 +44,99 @@ pub const fn slot_bytes_for(mtu: u16) -> usize {
     }
 }
 
-/// A slab of frame slots.
+/// A piece of a frame in this process's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// First byte.
+    pub address: *const u8,
+    /// Length in bytes.
+    pub len: usize,
+}
+
+/// A frame in one piece or a few, in order.
+#[derive(Clone, Copy, Debug)]
+pub struct Pieces {
+    list: [Piece; PIECES_MAX],
+    count: usize,
+}
+
+impl Pieces {
+    fn one(piece: Piece) -> Self {
+        let list = [piece; PIECES_MAX];
+        Self { list, count: 1 }
+    }
+
+    fn push(&mut self, piece: Piece) {
+        self.list[self.count] = piece;
+        self.count += 1;
+    }
+
+    /// The pieces.
+    pub fn as_slice(&self) -> &[Piece] {
+        &self.list[..self.count]
+    }
+}
+
+/// The slots and who owns them.
 #[derive(Debug)]
 pub struct FramePool {
-    slab: Box<[u8]>,
-    lengths: Box<[u32]>,
+    memory: SlotMemory,
+    slots: Box<[Slot]>,
     free: Vec<u32>,
-    slot_bytes: usize,
+    /// Where in-place frames lie; one guest at a time.
+    guest: Option<Arc<GuestRam>>,
+    /// The guest's buffers that are its own again.
+    returned: RefCell<Vec<Buffer>>,
+    in_place: Cell<u32>,
+    stats: Arc<WorkerStats>,
 }
 
 impl FramePool {
-    /// Makes `slots` slots of `slot_bytes` each.
+    /// Makes `slots` slots for frames of up to `slot_bytes` bytes, in memory of its own.
     pub fn new(slots: u32, slot_bytes: usize) -> Self {
-        Self {
-            slab: vec![0; slots as usize * slot_bytes].into_boxed_slice(),
-            lengths: vec![0; slots as usize].into_boxed_slice(),
-            free: (0..slots).rev().collect(),
-            slot_bytes,
-        }
+        let bytes = slots as usize * (slot_bytes + HEADROOM);
+        let area = Area::reserve(bytes.max(1)).expect("no address space for frames");
+        Self::in_area(Arc::new(area), slots, slot_bytes + HEADROOM, Arc::default())
+            .expect("no memory for frames")
     }
 
-    /// Bytes of a slot: no frame is longer.
+    /// Makes slots of `slot_bytes` (headroom included) behind what `area` holds already.
+    pub fn in_area(
+        area: Arc<Area>,
+        slots: u32,
+        slot_bytes: usize,
+        stats: Arc<WorkerStats>,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            memory: SlotMemory::map(area, slots, slot_bytes)?,
+            slots: (0..slots).map(|_| Slot::default()).collect(),
+            free: (0..slots).rev().collect(),
+            guest: None,
+            returned: RefCell::new(Vec::with_capacity(slots as usize)),
+            in_place: Cell::new(0),
+            stats,
+        })
+    }
+
+    /// Names the memory that in-place frames lie in from now on. No frame is in place.
+    pub fn set_guest(&mut self, guest: Arc<GuestRam>) {
+        assert_eq!(self.in_place.get(), 0, "frames lie in another guest");
+        self.guest = Some(guest);
+    }
+
+    /// The range of addresses that the slots lie in.
+    pub fn area(&self) -> &Arc<Area> {
+        self.memory.area()
+    }
+
+    /// Longest frame.
+    pub fn frame_bytes_max(&self) -> usize {
+        self.memory.slot_bytes() - HEADROOM
+    }
+
+    /// Size of a slot, headroom included.
     pub fn slot_bytes(&self) -> usize {
-        self.slot_bytes
+        self.memory.slot_bytes()
     }
 
     /// Slots nobody owns.
@@ -52,18 +144,25 @@ impl FramePool {
         self.free.len()
     }
 
+    /// Frames whose payload lies in the guest.
+    pub fn in_place(&self) -> usize {
+        self.in_place.get() as usize
+    }
+
     /// Takes a slot and lets `fill` write it. `fill` gives the frame's length (at most the slot's)
     /// or `None` to give the slot back. `None` as well when no slot is free.
     pub fn fill(&mut self, fill: impl FnOnce(&mut [u8]) -> Option<usize>) -> Option<Token> {
         let slot = self.free.pop()?;
-        let start = slot as usize * self.slot_bytes;
-        match fill(&mut self.slab[start..start + self.slot_bytes]) {
+        match fill(
+            self.memory
+                .bytes_mut(slot, HEADROOM, self.frame_bytes_max()),
+        ) {
             Some(len) => {
                 assert!(
-                    len <= self.slot_bytes,
+                    len <= self.frame_bytes_max(),
                     "frame of {len} bytes in a shorter slot"
                 );
-                self.lengths[slot as usize] = len as u32;
+                self.slots[slot as usize].own(HEADROOM, len);
                 Some(Token::new(slot))
             }
             None => {
@@ -81,40 +180,251 @@ impl FramePool {
         })
     }
 
-    /// The whole frame.
-    #[inline]
-    pub fn bytes(&self, token: &Token) -> &[u8] {
-        let start = token.slot() as usize * self.slot_bytes;
-        &self.slab[start..start + self.lengths[token.slot() as usize] as usize]
+    /// A frame of the guest that stays where it is: `head` is written by `fill` into host memory (at
+    /// least [`HEADER_MAX`] bytes of it, given back as its length), the rest lies in `rest`, in
+    /// order. The buffer comes back through [`FramePool::returned`].
+    pub fn keep_in_place(
+        &mut self,
+        buffer: Buffer,
+        rest: &[Segment],
+        fill: impl FnOnce(&mut [u8]) -> Option<usize>,
+    ) -> Option<Token> {
+        let place = Place::new(buffer, rest)?;
+        let token = self.fill(fill)?;
+        let slot = &self.slots[token.slot() as usize];
+        slot.place_rest(place);
+        self.in_place.set(self.in_place.get() + 1);
+        Some(token)
     }
 
-    fn bytes_mut(&mut self, token: &Token) -> &mut [u8] {
-        let start = token.slot() as usize * self.slot_bytes;
-        &mut self.slab[start..start + self.lengths[token.slot() as usize] as usize]
+    /// A slot for the kernel to receive into, by number and its first byte counted from the area's
+    /// base; it comes back by [`FramePool::adopt`] or [`FramePool::give_back`].
+    pub fn lend(&mut self) -> Option<(u32, usize)> {
+        let slot = self.free.pop()?;
+        Some((slot, self.memory.offset_of(slot)))
+    }
+
+    /// The lent slot that an offset into the area lies in, and how far in.
+    pub fn slot_at(&self, offset: usize) -> Option<(u32, usize)> {
+        self.memory.slot_at(offset)
+    }
+
+    /// A frame that lies `start` bytes into a lent slot. `None` gives the slot back: the range is
+    /// not inside it.
+    pub fn adopt(&mut self, slot: u32, start: usize, len: usize) -> Option<Token> {
+        if start
+            .checked_add(len)
+            .is_none_or(|end| end > self.memory.slot_bytes())
+        {
+            self.give_back(slot);
+            return None;
+        }
+        self.slots[slot as usize].own(start, len);
+        Some(Token::new(slot))
+    }
+
+    /// Takes a lent slot back, unused.
+    pub fn give_back(&mut self, slot: u32) {
+        self.free.push(slot);
+    }
+
+    /// Makes the frame begin `n` bytes later: what is cut off was a header of the carrier.
+    pub fn strip_front(&mut self, token: &Token, n: usize) {
+        self.slots[token.slot() as usize].strip_front(n);
+    }
+
+    /// The whole frame; one that is in place is settled for it.
+    #[inline]
+    pub fn bytes(&self, token: &Token) -> &[u8] {
+        self.settle(token.slot(), CopyCause::Read);
+        self.host_bytes(token.slot())
+    }
+
+    /// What of a frame lies in its own slot.
+    #[inline]
+    fn host_bytes(&self, slot: u32) -> &[u8] {
+        let state = &self.slots[slot as usize];
+        self.memory.bytes(slot, state.start(), state.held())
+    }
+
+    /// Copies the payload of a frame that is in place into its slot.
+    pub fn settle_frame(&self, token: &Token, cause: CopyCause) {
+        self.settle(token.slot(), cause);
+    }
+
+    /// Settles every frame: afterwards no buffer of the guest is in use (rule 12).
+    pub fn settle_all(&self, cause: CopyCause) {
+        if self.in_place.get() == 0 {
+            return;
+        }
+        for slot in 0..self.slots.len() as u32 {
+            if self.slots[slot as usize].place().is_some() {
+                self.settle(slot, cause);
+            }
+        }
+    }
+
+    /// The guest's buffers that came back since the last call.
+    pub fn take_returned(&mut self, out: &mut Vec<Buffer>) {
+        out.append(self.returned.get_mut());
+    }
+
+    /// Where the bytes lie that are to be sent. The addresses are valid until the frame is
+    /// released.
+    pub fn pieces(&mut self, token: &Token) -> Pieces {
+        if let Some((twin, at)) = self.slots[token.slot() as usize].twin() {
+            return Pieces::one(self.join_twin(token.slot(), twin, at));
+        }
+        let state = &self.slots[token.slot() as usize];
+        let held = self.host_bytes(token.slot());
+        let mut pieces = Pieces::one(Piece {
+            address: held.as_ptr(),
+            len: held.len(),
+        });
+        if let (Some(place), Some(guest)) = (state.place(), &self.guest) {
+            for segment in place.rest() {
+                let len = segment.len as usize;
+                // In RAM when the buffer was taken, and RAM does not shrink.
+                if let Ok(address) = guest.host_range(segment.gpa, len) {
+                    pieces.push(Piece { address, len });
+                }
+            }
+        }
+        pieces
+    }
+
+    /// The bytes that are to be sent, in one piece: copied together if they lie apart.
+    pub fn in_one_piece(&mut self, token: &Token) -> &[u8] {
+        if let Some((twin, at)) = self.slots[token.slot() as usize].twin() {
+            self.join_twin(token.slot(), twin, at);
+            return self.host_bytes(twin);
+        }
+        self.settle(token.slot(), CopyCause::Gathered);
+        self.host_bytes(token.slot())
+    }
+
+    /// Whether the payload leaves without having been copied.
+    pub fn leaves_in_place(&self, token: &Token) -> bool {
+        let state = &self.slots[token.slot() as usize];
+        state.held() < state.len()
+    }
+
+    /// Puts the header of `slot` before the payload of its twin, which begins at the same place.
+    fn join_twin(&mut self, slot: u32, twin: u32, at: usize) -> Piece {
+        let mut header = [0; HEADER_MAX];
+        let at = at.min(HEADER_MAX);
+        header[..at].copy_from_slice(&self.host_bytes(slot)[..at]);
+        let start = self.slots[twin as usize].start();
+        let front = self.memory.bytes_mut(twin, start, at);
+        front.copy_from_slice(&header[..at]);
+        let frame = self.host_bytes(twin);
+        Piece {
+            address: frame.as_ptr(),
+            len: frame.len(),
+        }
+    }
+
+    #[inline]
+    fn settle(&self, slot: u32, cause: CopyCause) {
+        let state = &self.slots[slot as usize];
+        if state.held() < state.len() {
+            self.copy_rest(slot, cause);
+        }
+    }
+
+    #[cold]
+    fn copy_rest(&self, slot: u32, cause: CopyCause) {
+        let state = &self.slots[slot as usize];
+        let (held, len) = (state.held(), state.len());
+        let mut at = state.start() + held;
+        if let Some((twin, _)) = state.twin() {
+            // What is held was compared as well; only the rest is missing.
+            self.memory.append(slot, at, &self.host_bytes(twin)[held..]);
+        } else if let (Some(place), Some(guest)) = (state.place(), &self.guest) {
+            for segment in place.rest() {
+                self.memory.append_guest(slot, at, guest, *segment);
+                at += segment.len as usize;
+            }
+        }
+        state.hold_all();
+        self.drop_place(slot);
+        self.stats.count_copied(cause, (len - held) as u64);
+    }
+
+    fn drop_place(&self, slot: u32) {
+        if let Some(place) = self.slots[slot as usize].take_place() {
+            self.in_place.set(self.in_place.get() - 1);
+            self.returned.borrow_mut().push(place.buffer());
+        }
+    }
+
+    fn free_if_unused(&mut self, slot: u32) {
+        if self.slots[slot as usize].unshare() {
+            self.drop_place(slot);
+            self.free.push(slot);
+            if let Some(twin) = self.slots[slot as usize].take_twin() {
+                self.free_if_unused(twin);
+            }
+        }
+    }
+
+    /// Makes `svm` the twin of `pvm` if that is in place and the layouts agree.
+    fn pair(&self, pvm: u32, at: usize, svm: u32, svm_at: usize, n: usize) {
+        let (a, b) = (&self.slots[pvm as usize], &self.slots[svm as usize]);
+        let whole = a.place().is_some() && at == svm_at && at <= a.held().min(HEADER_MAX);
+        let ends = at + n == a.len() && svm_at + n == b.held() && b.held() == b.len();
+        // A slot that is on its way already must not get another header.
+        if whole && ends && !b.is_shared() {
+            a.set_twin(svm, at);
+            b.share();
+            self.drop_place(pvm);
+        }
+    }
+
+    /// Compares what lies in the guest with host bytes: whole segments, in order.
+    fn equals_in_place(&self, pvm: u32, at: usize, svm: &[u8]) -> Option<bool> {
+        let state = &self.slots[pvm as usize];
+        let (place, guest) = (state.place()?, self.guest.as_ref()?);
+        let held = self.host_bytes(pvm);
+        if at > held.len() || state.len() - at != svm.len() {
+            return None;
+        }
+        let (front, mut rest) = svm.split_at(held.len() - at);
+        if held[at..] != *front {
+            return Some(false);
+        }
+        for segment in place.rest() {
+            let (bytes, behind) = rest.split_at(segment.len as usize);
+            if !guest.equals(segment.gpa, bytes).ok()? {
+                return Some(false);
+            }
+            rest = behind;
+        }
+        Some(true)
     }
 }
 
 impl Frames for FramePool {
+    #[inline]
     fn len(&self, token: &Token) -> usize {
-        self.lengths[token.slot() as usize] as usize
+        self.slots[token.slot() as usize].len()
     }
 
     #[inline]
     fn header(&self, token: &Token) -> &[u8] {
-        let bytes = self.bytes(token);
+        let bytes = self.host_bytes(token.slot());
         &bytes[..bytes.len().min(HEADER_MAX)]
     }
 
     #[inline]
     fn view(&self, token: &Token) -> (&[u8], usize) {
-        let bytes = self.bytes(token);
-        (&bytes[..bytes.len().min(HEADER_MAX)], bytes.len())
+        (self.header(token), self.len(token))
     }
 
     fn header_mut(&mut self, token: &Token) -> &mut [u8] {
-        let bytes = self.bytes_mut(token);
-        let len = bytes.len().min(HEADER_MAX);
-        &mut bytes[..len]
+        let state = &self.slots[token.slot() as usize];
+        let len = state.held().min(HEADER_MAX);
+        self.memory.bytes_mut(token.slot(), state.start(), len)
     }
 
     #[inline]
@@ -126,10 +436,39 @@ impl Frames for FramePool {
         b_at: usize,
         n: usize,
     ) -> Option<usize> {
-        let a = &self.bytes(a)[a_at..a_at + n];
-        let b = &self.bytes(b)[b_at..b_at + n];
+        self.settle(a.slot(), CopyCause::Compared);
+        self.settle(b.slot(), CopyCause::Compared);
+        let a = &self.host_bytes(a.slot())[a_at..a_at + n];
+        let b = &self.host_bytes(b.slot())[b_at..b_at + n];
         // memcmp first: equality is the common case and is the fast one.
         if a == b { None } else { position(a, b) }
+    }
+
+    #[inline]
+    fn match_payload(
+        &self,
+        pvm: &Token,
+        pvm_at: usize,
+        svm: &Token,
+        svm_at: usize,
+        n: usize,
+    ) -> bool {
+        let state = &self.slots[pvm.slot() as usize];
+        let other = &self.slots[svm.slot() as usize];
+        if state.held() == state.len() || other.held() < other.len() {
+            return self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none();
+        }
+        let bytes = &self.host_bytes(svm.slot())[svm_at..svm_at + n];
+        match self.equals_in_place(pvm.slot(), pvm_at, bytes) {
+            Some(true) => {
+                self.pair(pvm.slot(), pvm_at, svm.slot(), svm_at, n);
+                // Layouts that do not fit: bind the bytes by a copy, and compare that.
+                state.place().is_none()
+                    || self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none()
+            }
+            Some(false) => false,
+            None => self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none(),
+        }
     }
 
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]) {
@@ -141,22 +480,19 @@ impl Frames for FramePool {
     }
 
     fn duplicate(&mut self, token: &Token) -> Option<Token> {
+        self.settle(token.slot(), CopyCause::Read);
         let slot = self.free.pop()?;
-        let from = token.slot() as usize * self.slot_bytes;
-        let len = self.lengths[token.slot() as usize];
-        let to = slot as usize * self.slot_bytes;
-        self.slab.copy_within(from..from + len as usize, to);
-        self.lengths[slot as usize] = len;
+        let state = &self.slots[token.slot() as usize];
+        let (start, len) = (state.start(), state.len());
+        // The new slot holds nothing yet.
+        self.memory
+            .append(slot, start, self.host_bytes(token.slot()));
+        self.slots[slot as usize].own(start, len);
         Some(Token::new(slot))
     }
 
     fn release(&mut self, token: Token) {
-        debug_assert!(
-            !self.free.contains(&token.slot()),
-            "slot {} freed twice",
-            token.slot()
-        );
-        self.free.push(token.slot());
+        self.free_if_unused(token.slot());
     }
 
     #[inline]
@@ -188,52 +524,5 @@ fn ones_sum(bytes: &[u8]) -> u16 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots_are_bounded_and_come_back() {
-        let mut pool = FramePool::new(2, 64);
-        let a = pool.from_bytes(b"abc").unwrap();
-        let b = pool.duplicate(&a).unwrap();
-        assert!(pool.from_bytes(b"x").is_none());
-        assert_eq!(pool.bytes(&b), b"abc");
-        assert_eq!(pool.first_difference(&a, 1, &b, 0, 2), Some(0));
-        assert_eq!(pool.first_difference(&a, 1, &b, 1, 2), None);
-        pool.release(a);
-        assert_eq!(pool.free_slots(), 1);
-        assert!(pool.from_bytes(&[0; 65]).is_none());
-        assert_eq!(pool.free_slots(), 1, "a refused frame keeps no slot");
-        pool.release(b);
-    }
-
-    #[test]
-    fn sums_follow_rfc_1071() {
-        assert_eq!(
-            ones_sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]),
-            0xddf2
-        );
-        assert_eq!(ones_sum(&[0xff]), 0xff00);
-        assert_eq!(ones_sum(&[0x12, 0x34, 0x56]), 0x1234 + 0x5600);
-        assert_eq!(ones_sum(&[]), 0);
-    }
-
-    #[test]
-    fn headers_stop_at_their_limit() {
-        let mut pool = FramePool::new(1, 2048);
-        let token = pool.from_bytes(&[7; 1000]).unwrap();
-        assert_eq!(pool.header(&token).len(), HEADER_MAX);
-        pool.header_mut(&token)[0] = 9;
-        let mut out = [0; 2];
-        pool.copy_out(&token, 0, &mut out);
-        assert_eq!(out, [9, 7]);
-        pool.release(token);
-    }
-
-    #[test]
-    fn slots_fit_their_mtu() {
-        assert_eq!(slot_bytes_for(1500), 2048);
-        assert_eq!(slot_bytes_for(9000), 16384);
-        assert_eq!(slot_bytes_for(65535), 131_072);
-    }
-}
+#[path = "frame/tests.rs"]
+mod tests;

@@ -7,21 +7,27 @@
 mod socket;
 mod tap;
 
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
 
 use colo_bpf::Mac;
+use colo_compare::Token;
+
+use crate::frame::FramePool;
 
 pub use socket::SocketNic;
 pub use tap::{Tap, TapError};
 
 /// What became of a frame handed to [`Nic::send`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
+#[must_use = "a full NIC gives the frame back"]
 pub enum Sent {
-    /// The NIC has it.
+    /// The NIC has it, and gives its slot back when it is done with it.
     Done,
-    /// The NIC has no room now: keep the frame and try again.
-    WouldBlock,
+    /// The NIC has no room now: try again later.
+    Full(Token),
+    /// Refused for good (interface down, frame too long): lost, as on a wire.
+    Refused(io::Error),
 }
 
 /// What the NIC lets through to the guest.
@@ -40,19 +46,73 @@ pub trait Nic: Send {
     /// For logs and reports.
     fn name(&self) -> &str;
 
-    /// Copies the next frame into `buf` and gives its length; `None` when none is waiting. A frame
-    /// longer than `buf` is cut off.
-    fn receive(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>>;
+    /// How it works, for logs and reports: "tap", "af_xdp, driver, copy, 4 queues".
+    fn describe(&self) -> String;
 
-    /// Sends one whole frame.
-    fn send(&mut self, frame: &[u8]) -> io::Result<Sent>;
+    /// Takes the frames that are waiting, `max` at most, as long as there are slots. A frame longer
+    /// than a slot is cut off.
+    fn receive(
+        &mut self,
+        frames: &mut FramePool,
+        out: &mut VecDeque<Token>,
+        max: usize,
+    ) -> io::Result<()>;
 
-    /// Readable when a frame is waiting, writable when one can be sent.
-    fn poll_fd(&self) -> RawFd;
+    /// Sends one whole frame. It may stay in a queue until [`Nic::flush`].
+    fn send(&mut self, frames: &mut FramePool, token: Token) -> Sent;
+
+    /// Ends a batch: makes the kernel look at what was queued, and gives back the slots of what has
+    /// been sent.
+    fn flush(&mut self, frames: &mut FramePool) -> io::Result<()> {
+        let _ = frames;
+        Ok(())
+    }
+
+    /// Adds what to wait for: frames if `wants_frames`, room to send if `wants_room`.
+    fn poll_fds(&self, wants_frames: bool, wants_room: bool, fds: &mut Vec<libc::pollfd>);
 
     /// Largest payload behind the Ethernet header.
     fn mtu(&self) -> u16;
 
     /// Replaces the filter, for frames that arrive from now on.
     fn set_filter(&mut self, filter: Filter) -> io::Result<()>;
+
+    /// Gives back all slots it has; it is not used afterwards.
+    fn recall(&mut self, frames: &mut FramePool) {
+        let _ = frames;
+    }
+}
+
+/// Fills slots from a descriptor that gives one frame a read.
+fn read_frames(
+    frames: &mut FramePool,
+    out: &mut VecDeque<Token>,
+    max: usize,
+    mut read: impl FnMut(&mut [u8]) -> io::Result<usize>,
+) -> io::Result<()> {
+    for _ in 0..max.min(frames.free_slots()) {
+        let mut failed = None;
+        let token = frames.fill(|slot| read(slot).map_err(|e| failed = Some(e)).ok());
+        out.extend(token);
+        match failed {
+            Some(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            Some(e) => return Err(e),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// What to wait for at a descriptor; nothing if neither is wanted, so that errors do not wake.
+fn poll_for(fd: std::os::fd::RawFd, wants_frames: bool, wants_room: bool) -> Option<libc::pollfd> {
+    let events = [(wants_frames, libc::POLLIN), (wants_room, libc::POLLOUT)];
+    let events = events
+        .into_iter()
+        .filter(|(wanted, _)| *wanted)
+        .fold(0, |all, (_, event)| all | event);
+    (events != 0).then_some(libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    })
 }

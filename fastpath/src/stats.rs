@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use crate::frame::CopyCause;
+
 /// A counter with a single writer.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -88,6 +90,24 @@ counters! {
         nic_tx_errors,
         /// Times a frame had to wait because no slot was free.
         frames_exhausted,
+        /// Payload bytes sent from where they lay, without a copy in this process.
+        tx_in_place_bytes,
+        /// Payload bytes of the guest copied because the frame is short.
+        copied_small_bytes,
+        /// ... because it lay in too many buffers.
+        copied_scattered_bytes,
+        /// ... because too many of the guest's buffers were in use.
+        copied_pressure_bytes,
+        /// ... because it was compared otherwise than as a whole with its counterpart.
+        copied_compared_bytes,
+        /// ... because it was undecided at a capture, or while a divergence was pending.
+        copied_undecided_bytes,
+        /// ... because the secondary works on copies.
+        copied_role_bytes,
+        /// ... because the NIC takes frames in one piece only.
+        copied_gathered_bytes,
+        /// ... because the frame was read as a whole, for the link or a record.
+        copied_read_bytes,
         /// Interrupts sent to the guest.
         guest_calls,
         /// Notifications received from the guest.
@@ -100,6 +120,23 @@ counters! {
         sleeps,
         /// Commands handled.
         commands,
+    }
+}
+
+impl WorkerStats {
+    /// Counts payload bytes that were copied.
+    pub fn count_copied(&self, cause: CopyCause, bytes: u64) {
+        let counter = match cause {
+            CopyCause::Small => &self.copied_small_bytes,
+            CopyCause::Scattered => &self.copied_scattered_bytes,
+            CopyCause::Pressure => &self.copied_pressure_bytes,
+            CopyCause::Compared => &self.copied_compared_bytes,
+            CopyCause::Undecided => &self.copied_undecided_bytes,
+            CopyCause::Role => &self.copied_role_bytes,
+            CopyCause::Gathered => &self.copied_gathered_bytes,
+            CopyCause::Read => &self.copied_read_bytes,
+        };
+        counter.add(bytes);
     }
 }
 

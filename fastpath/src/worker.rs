@@ -14,6 +14,7 @@ mod role;
 
 use std::io;
 use std::os::fd::AsRawFd;
+
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
@@ -57,7 +58,10 @@ pub fn spawn(
     let stats = Arc::new(WorkerStats::default());
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (sender, commands) = channel();
-    let frames = FramePool::new(config.frame_slots, slot_bytes_for(nic.mtu()));
+    let area = wiring.ram.area().clone();
+    let slot_bytes = slot_bytes_for(nic.mtu());
+    let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
+    frames.set_guest(wiring.ram.clone());
     let port = GuestPort::new(wiring, stats.clone());
     let worker = Worker {
         edge: Edge::new(frames, nic, port, stats.clone()),
@@ -94,7 +98,7 @@ impl Worker {
             let now_us = now_us();
             let worked = !self.quiesced && self.role.step(&mut self.edge, now_us);
             // Also without progress: a dropped buffer goes back to the guest too.
-            self.edge.port.flush();
+            self.edge.flush();
             if worked {
                 self.stats.busy_batches.add(1);
                 self.idle.worked();
@@ -126,14 +130,14 @@ impl Worker {
         match command {
             Command::Activate(queues) => edge.port.activate(queues),
             Command::Deactivate(reply) => {
-                edge.port.deactivate();
+                edge.deactivate();
                 let _ = reply.send(());
             }
             Command::Quiesce(reply) => {
                 if !std::mem::replace(&mut self.quiesced, true) {
                     self.role.quiesce(edge);
                 }
-                let _ = reply.send(edge.port.state());
+                let _ = reply.send(edge.quiesce());
             }
             Command::Resume => {
                 if std::mem::replace(&mut self.quiesced, false) {
@@ -141,7 +145,7 @@ impl Worker {
                 }
             }
             Command::Restore(queues, reply) => {
-                edge.port.deactivate();
+                edge.deactivate();
                 if let Some(queues) = queues {
                     edge.port.activate(queues);
                 }
@@ -155,7 +159,7 @@ impl Worker {
             Command::Run(task) => task(edge, &mut *self.role),
             Command::Stop => {}
         }
-        self.edge.port.flush();
+        self.edge.flush();
     }
 
     /// Waits for a command, the guest, the NIC, the role's descriptors or its deadline.
@@ -169,8 +173,8 @@ impl Worker {
                 return;
             }
             let wants_frames = self.role.wants_nic_frames(&mut self.edge);
-            let nic = self.edge.nic_poll(wants_frames);
-            self.fds.extend([readable(self.edge.port.kick_fd()), nic]);
+            self.fds.push(readable(self.edge.port.kick_fd()));
+            self.edge.poll_fds(wants_frames, &mut self.fds);
             self.role.poll_fds(&mut self.fds);
             timeout_us = self.role.deadline_us().map(|at| at.saturating_sub(now_us));
         }

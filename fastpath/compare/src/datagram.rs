@@ -145,6 +145,7 @@ pub(crate) fn difference<F: Frames + ?Sized>(
     );
     let compare = |at: usize, n: usize| frames.first_difference(a, at, b, at, n);
     let in_payload = || match ignored {
+        None if frames.match_payload(a, masked, b, masked, end - masked) => None,
         None => compare(masked, end - masked).map(|at| masked + at),
         Some(span) => {
             let between = payload - masked;

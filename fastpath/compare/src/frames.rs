@@ -61,6 +61,21 @@ pub trait Frames {
         n: usize,
     ) -> Option<usize>;
 
+    /// Whether the whole payloads of two frames, `n` bytes each to the ends of the frames, are the
+    /// same. From a `true` on the store may take those of `svm` for those of `pvm`: a frame whose
+    /// payload still lies where its guest can write it leaves with the bytes that were compared.
+    #[inline]
+    fn match_payload(
+        &self,
+        pvm: &Token,
+        pvm_at: usize,
+        svm: &Token,
+        svm_at: usize,
+        n: usize,
+    ) -> bool {
+        self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none()
+    }
+
     /// Copies `out.len()` bytes at `at`, for logs and reports.
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]);
 

@@ -2,11 +2,15 @@
 //!
 //! Does not filter.
 
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
-use super::{Filter, Nic, Sent};
+use colo_compare::{Frames, Token};
+
+use super::{Filter, Nic, Sent, poll_for, read_frames};
+use crate::frame::FramePool;
 
 /// One datagram is one frame.
 #[derive(Debug)]
@@ -29,24 +33,30 @@ impl Nic for SocketNic {
         "socket"
     }
 
-    fn receive(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        match self.socket.recv(buf) {
-            Ok(n) => Ok(Some(n)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(e) => Err(e),
-        }
+    fn describe(&self) -> String {
+        "socket".to_owned()
     }
 
-    fn send(&mut self, frame: &[u8]) -> io::Result<Sent> {
-        match self.socket.send(frame) {
-            Ok(_) => Ok(Sent::Done),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Sent::WouldBlock),
-            Err(e) => Err(e),
-        }
+    fn receive(
+        &mut self,
+        frames: &mut FramePool,
+        out: &mut VecDeque<Token>,
+        max: usize,
+    ) -> io::Result<()> {
+        read_frames(frames, out, max, |buf| self.socket.recv(buf))
     }
 
-    fn poll_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
+    fn send(&mut self, frames: &mut FramePool, token: Token) -> Sent {
+        let sent = self.socket.send(frames.in_one_piece(&token));
+        match sent {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Sent::Full(token),
+            _ => frames.release(token),
+        }
+        sent.map_or_else(Sent::Refused, |_| Sent::Done)
+    }
+
+    fn poll_fds(&self, wants_frames: bool, wants_room: bool, fds: &mut Vec<libc::pollfd>) {
+        fds.extend(poll_for(self.socket.as_raw_fd(), wants_frames, wants_room));
     }
 
     fn mtu(&self) -> u16 {

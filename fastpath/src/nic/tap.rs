@@ -5,14 +5,18 @@
 //!
 //! Does not configure addresses or bridges.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use colo_bpf::{attach_to_tap, detach_from_tap, drop_all, for_guest};
 
-use super::{Filter, Nic, Sent};
+use colo_compare::{Frames, Token};
+
+use super::{Filter, Nic, Sent, poll_for, read_frames};
+use crate::frame::{FramePool, PIECES_MAX};
 
 const TUN_PATH: &str = "/dev/net/tun";
 
@@ -113,24 +117,31 @@ impl Nic for Tap {
         &self.name
     }
 
-    fn receive(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        match self.file.read(buf) {
-            Ok(n) => Ok(Some(n)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(e) => Err(e),
-        }
+    fn describe(&self) -> String {
+        "tap".to_owned()
     }
 
-    fn send(&mut self, frame: &[u8]) -> io::Result<Sent> {
-        match self.file.write(frame) {
-            Ok(_) => Ok(Sent::Done),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Sent::WouldBlock),
-            Err(e) => Err(e),
-        }
+    fn receive(
+        &mut self,
+        frames: &mut FramePool,
+        out: &mut VecDeque<Token>,
+        max: usize,
+    ) -> io::Result<()> {
+        let file = &mut self.file;
+        read_frames(frames, out, max, |buf| file.read(buf))
     }
 
-    fn poll_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+    fn send(&mut self, frames: &mut FramePool, token: Token) -> Sent {
+        let sent = write_pieces(self.file.as_raw_fd(), frames, &token);
+        match sent {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Sent::Full(token),
+            _ => frames.release(token),
+        }
+        sent.map_or_else(Sent::Refused, |()| Sent::Done)
+    }
+
+    fn poll_fds(&self, wants_frames: bool, wants_room: bool, fds: &mut Vec<libc::pollfd>) {
+        fds.extend(poll_for(self.file.as_raw_fd(), wants_frames, wants_room));
     }
 
     fn mtu(&self) -> u16 {
@@ -146,6 +157,27 @@ impl Nic for Tap {
         }
         .map_err(io::Error::other)
     }
+}
+
+/// Writes a frame from where it lies: one frame is one write.
+fn write_pieces(fd: RawFd, frames: &mut FramePool, token: &Token) -> io::Result<()> {
+    let pieces = frames.pieces(token);
+    let mut list = [libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    }; PIECES_MAX];
+    for (to, piece) in list.iter_mut().zip(pieces.as_slice()) {
+        to.iov_base = piece.address.cast_mut().cast();
+        to.iov_len = piece.len;
+    }
+    let count = pieces.as_slice().len() as libc::c_int;
+    // SAFETY: the pieces are mapped as long as the token's frame is not released, which is after
+    // this call; the kernel only reads them.
+    let written = unsafe { libc::writev(fd, list.as_ptr(), count) };
+    if written < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn attach_error(name: &str, source: io::Error) -> TapError {

@@ -26,22 +26,26 @@ fn ip(arguments: &[&str]) {
     );
 }
 
+/// The next frame that is there already.
+fn receive(tap: &mut Tap) -> Option<Vec<u8>> {
+    let mut frames = FramePool::new(1, 2048);
+    let mut out = VecDeque::new();
+    tap.receive(&mut frames, &mut out, 1).unwrap();
+    Some(frames.bytes(&out.pop_front()?).to_vec())
+}
+
 /// Waits until a frame to `destination` arrives.
 fn receive_to(tap: &mut Tap, destination: [u8; 6]) -> Vec<u8> {
-    let mut buf = [0; 2048];
     loop {
-        let mut poll = libc::pollfd {
-            fd: tap.poll_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one pollfd on this stack.
-        let ready = unsafe { libc::poll(&raw mut poll, 1, 10_000) };
+        let mut fds = Vec::new();
+        tap.poll_fds(true, false, &mut fds);
+        // SAFETY: one pollfd in a live vector.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), 1, 10_000) };
         assert_eq!(ready, 1, "no frame came");
-        if let Some(n) = tap.receive(&mut buf).unwrap()
-            && buf[..6] == destination
+        if let Some(frame) = receive(tap)
+            && frame[..6] == destination
         {
-            return buf[..n].to_vec();
+            return frame;
         }
     }
 }
@@ -83,15 +87,17 @@ fn frames_come_through_the_filter_of_the_moment() {
         send_to("10.99.0.2:9");
         let frame = receive_to(&mut tap, mac);
         assert_eq!(&frame[frame.len() - 5..], b"hello");
-        let mut buf = [0; 2048];
-        while let Some(n) = tap.receive(&mut buf).unwrap() {
-            assert!(buf[..n][..6] != mac, "the first frame was to be dropped");
-            assert!(buf[..n][..6] != other, "a frame for someone else");
+        while let Some(frame) = receive(&mut tap) {
+            assert!(frame[..6] != mac, "the first frame was to be dropped");
+            assert!(frame[..6] != other, "a frame for someone else");
         }
         tap.set_filter(Filter::Open).unwrap();
         send_to("10.99.0.3:9");
         receive_to(&mut tap, other);
-        assert_eq!(tap.send(&frame).unwrap(), Sent::Done);
+        let mut frames = FramePool::new(1, 2048);
+        let token = frames.from_bytes(&frame).unwrap();
+        assert!(matches!(tap.send(&mut frames, token), Sent::Done));
+        assert_eq!(frames.free_slots(), 1);
         let mtu = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         assert!(mtu.contains("ct0"));
     });

@@ -74,6 +74,8 @@ pub struct PrimaryRole {
     gaps: u64,
     mirrors: bool,
     muted: bool,
+    /// A checkpoint was asked for and is not committed: what is undecided lies in copies.
+    diverging: bool,
     past_link_bytes: (u64, u64),
 }
 
@@ -112,6 +114,7 @@ impl PrimaryRole {
             gaps: 0,
             mirrors: false,
             muted: false,
+            diverging: false,
             past_link_bytes: (0, 0),
         }
     }
@@ -172,6 +175,7 @@ impl PrimaryRole {
 
     /// The checkpoint of `epoch` is committed.
     pub fn commit(&mut self, edge: &mut Edge, epoch: u64) {
+        self.diverging = false;
         if let Err(e) = self.path.commit(now_us(), &mut edge.frames, epoch) {
             tracing::error!("{e}");
         }
@@ -191,7 +195,7 @@ impl PrimaryRole {
     pub fn go_alone(&mut self, edge: &mut Edge) {
         self.detach();
         // Nobody can take over from a host that stands alone, however long it stood still.
-        self.muted = false;
+        (self.muted, self.diverging) = (false, false);
         self.path.go_alone(now_us(), &mut edge.frames);
         self.act(edge);
     }
@@ -327,7 +331,11 @@ impl PrimaryRole {
         // What is taken must find room, however much of it has to wait.
         let room = self.path.room_frames().min(BATCH);
         while n < room && edge.frames.free_slots() > RESERVED_SLOTS {
-            let Some(token) = edge.guest_take() else {
+            let token = match self.diverging {
+                true => edge.guest_take(),
+                false => edge.guest_take_in_place(),
+            };
+            let Some(token) = token else {
                 break;
             };
             self.batch.push(token);
@@ -405,6 +413,8 @@ impl PrimaryRole {
                 }
                 Action::PendingReleased { epoch } => self.released_pending = Some(epoch),
                 Action::Checkpoint(divergence) => {
+                    self.diverging = true;
+                    edge.settle_all();
                     self.post.send(PairEvent::CheckpointWanted(divergence));
                 }
             }
@@ -450,11 +460,14 @@ impl PrimaryRole {
     fn send_released(&mut self, edge: &mut Edge) {
         while let Some(token) = self.unsent.pop_front() {
             self.watch_clock(now_us());
-            if self.muted || !edge.nic_send(&token) {
+            let kept = match self.muted {
+                true => Err(token),
+                false => edge.nic_send(token),
+            };
+            if let Err(token) = kept {
                 self.unsent.push_front(token);
                 break;
             }
-            edge.release(token);
         }
     }
 

@@ -5,16 +5,22 @@
 //!
 //! Does not decide what goes where; the role does.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
 use colo_compare::{Frames, Token};
 
-use crate::frame::{FramePool, LINK_HEADER_MAX};
+use crate::frame::{Buffer, CopyCause, FramePool, LINK_HEADER_MAX};
 use crate::nic::{Filter, Nic, Sent};
+use crate::ring::QUEUE_SIZE_MAX;
 use crate::stats::WorkerStats;
 
-use super::port::{Delivery, GuestPort};
+use super::port::{Delivery, GuestPort, PortState};
+use super::role::BATCH;
+
+/// Buffers of the guest that frames may keep; the others stay free for what it sends next.
+const IN_PLACE_MAX: usize = QUEUE_SIZE_MAX as usize / 2;
 
 /// Everything the worker owns besides its role.
 pub struct Edge {
@@ -22,7 +28,10 @@ pub struct Edge {
     pub frames: FramePool,
     nic: Box<dyn Nic>,
     nic_blocked: bool,
+    /// Frames from the NIC that no role has taken yet.
+    received: VecDeque<Token>,
     pub(super) port: GuestPort,
+    returned: Vec<Buffer>,
     stats: Arc<WorkerStats>,
 }
 
@@ -37,50 +46,66 @@ impl Edge {
             frames,
             nic,
             nic_blocked: false,
+            received: VecDeque::with_capacity(BATCH),
             port,
+            returned: Vec::with_capacity(usize::from(QUEUE_SIZE_MAX)),
             stats,
         }
     }
 
     /// The next frame from the NIC, if there is one and a slot for it.
     pub fn nic_receive(&mut self) -> Option<Token> {
-        if self.frames.free_slots() == 0 {
-            self.stats.frames_exhausted.add(1);
-            return None;
-        }
-        let frame_max = usize::from(self.nic.mtu()) + LINK_HEADER_MAX;
-        let (nic, stats) = (&mut self.nic, &self.stats);
-        self.frames.fill(|slot| {
-            loop {
-                match nic.receive(slot) {
-                    Ok(None) => return None,
-                    Ok(Some(len)) if len > frame_max => stats.nic_rx_oversize.add(1),
-                    Ok(Some(len)) => {
-                        stats.nic_rx_frames.add(1);
-                        return Some(len);
-                    }
-                    Err(_) => {
-                        stats.nic_rx_errors.add(1);
-                        return None;
-                    }
-                }
+        let frame_max = self.frame_max();
+        loop {
+            if self.received.is_empty() {
+                self.fetch();
             }
-        })
+            let token = self.received.pop_front()?;
+            if self.frames.len(&token) <= frame_max {
+                self.stats.nic_rx_frames.add(1);
+                return Some(token);
+            }
+            self.stats.nic_rx_oversize.add(1);
+            self.frames.release(token);
+        }
     }
 
-    /// Sends a frame. `false`: the NIC has no room; keep the token and try again later.
-    pub fn nic_send(&mut self, token: &Token) -> bool {
-        match self.nic.send(self.frames.bytes(token)) {
-            Ok(Sent::Done) => self.stats.nic_tx_frames.add(1),
-            Ok(Sent::WouldBlock) => {
+    fn fetch(&mut self) {
+        if self.frames.free_slots() == 0 {
+            self.stats.frames_exhausted.add(1);
+            return;
+        }
+        let got = self
+            .nic
+            .receive(&mut self.frames, &mut self.received, BATCH);
+        if got.is_err() {
+            self.stats.nic_rx_errors.add(1);
+        }
+    }
+
+    /// Sends a frame. An error gives the token back: the NIC has no room, try again later.
+    pub fn nic_send(&mut self, token: Token) -> Result<(), Token> {
+        let in_place_bytes = match self.frames.leaves_in_place(&token) {
+            true => self.frames.len(&token) as u64,
+            false => 0,
+        };
+        match self.nic.send(&mut self.frames, token) {
+            Sent::Done => {
+                self.stats.nic_tx_frames.add(1);
+                self.stats.tx_in_place_bytes.add(in_place_bytes);
+            }
+            Sent::Full(token) => {
                 self.stats.nic_tx_blocked.add(1);
                 self.nic_blocked = true;
-                return false;
+                return Err(token);
             }
-            // Refused for good (interface down, frame too long): lost, as on a wire.
-            Err(_) => self.stats.nic_tx_errors.add(1),
+            Sent::Refused(_) => self.stats.nic_tx_errors.add(1),
         }
-        true
+        Ok(())
+    }
+
+    fn frame_max(&self) -> usize {
+        usize::from(self.nic.mtu()) + LINK_HEADER_MAX
     }
 
     /// Whether the guest has a receive buffer.
@@ -103,19 +128,35 @@ impl Edge {
         self.port.deliver(self.frames.bytes(token))
     }
 
-    /// The next frame from the guest, if there is one and a slot for it. Its buffer is the guest's
-    /// again.
+    /// The next frame from the guest, if there is one and a slot for it, as a copy: its buffer is
+    /// the guest's again.
     pub fn guest_take(&mut self) -> Option<Token> {
+        self.take(Some(CopyCause::Role))
+    }
+
+    /// The next frame from the guest; a long one stays where it is until it is released, or
+    /// settled.
+    pub fn guest_take_in_place(&mut self) -> Option<Token> {
+        let is_pressed = self.frames.in_place() >= IN_PLACE_MAX;
+        self.take(is_pressed.then_some(CopyCause::Pressure))
+    }
+
+    fn take(&mut self, copied: Option<CopyCause>) -> Option<Token> {
         if !self.port.has_output() {
             return None;
         }
-        let frame_max = usize::from(self.nic.mtu()) + LINK_HEADER_MAX;
+        let frame_max = self.frame_max();
         if self.frames.free_slots() == 0 {
             self.stats.frames_exhausted.add(1);
             return None;
         }
-        let port = &mut self.port;
-        self.frames.fill(|slot| port.take(slot, frame_max))
+        self.port.take(&mut self.frames, frame_max, copied)
+    }
+
+    /// Copies every frame that still lies in the guest: what is undecided must not hold the guest's
+    /// buffers (rule 12).
+    pub fn settle_all(&mut self) {
+        self.frames.settle_all(CopyCause::Undecided);
     }
 
     /// Gives a slot back.
@@ -133,20 +174,37 @@ impl Edge {
         &self.stats
     }
 
-    pub(super) fn nic_poll(&mut self, wants_frames: bool) -> libc::pollfd {
-        let mut events = 0;
-        if wants_frames {
-            events |= libc::POLLIN;
+    /// Ends a batch: the NIC is told, the guest gets its buffers back and is called.
+    pub(super) fn flush(&mut self) {
+        if self.nic.flush(&mut self.frames).is_err() {
+            self.stats.nic_tx_errors.add(1);
         }
-        if std::mem::take(&mut self.nic_blocked) {
-            events |= libc::POLLOUT;
-        }
-        // A negative descriptor is skipped: no interest must not mean waking for errors.
-        let fd = if events == 0 { -1 } else { self.nic.poll_fd() };
-        libc::pollfd {
-            fd,
-            events,
-            revents: 0,
-        }
+        self.return_buffers();
+        self.port.flush();
+    }
+
+    /// No buffer of the guest is in use, and both queues say so (rule 12).
+    pub(super) fn quiesce(&mut self) -> Option<PortState> {
+        self.settle_all();
+        self.flush();
+        self.port.state()
+    }
+
+    /// Forgets the guest's queues. Frames that lay in its buffers are kept as copies.
+    pub(super) fn deactivate(&mut self) {
+        self.settle_all();
+        self.flush();
+        self.port.deactivate();
+    }
+
+    fn return_buffers(&mut self) {
+        self.frames.take_returned(&mut self.returned);
+        self.port.complete(&self.returned);
+        self.returned.clear();
+    }
+
+    pub(super) fn poll_fds(&mut self, wants_frames: bool, fds: &mut Vec<libc::pollfd>) {
+        let wants_room = std::mem::take(&mut self.nic_blocked);
+        self.nic.poll_fds(wants_frames, wants_room, fds);
     }
 }

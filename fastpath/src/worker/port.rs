@@ -1,8 +1,9 @@
 //! The guest's network queues as the worker sees them.
 //!
-//! Invariants: a receive buffer is taken only when a frame goes into it, a transmit buffer is
-//! completed as soon as it is copied, so between two calls no queue has a chain in flight (rule 12);
-//! a queue that breaks its rules is shut and the guest asked for a reset.
+//! Invariants: a receive buffer is taken only when a frame goes into it; a transmit buffer is
+//! completed as soon as it is copied, or when the frame that stayed in it comes back
+//! ([`GuestPort::complete`]); once all have, no queue has a chain in flight (rule 12). A queue that
+//! breaks its rules is shut and the guest asked for a reset.
 //!
 //! Does not know where frames come from or go to.
 
@@ -10,9 +11,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use colo_compare::{HEADER_MAX, Token};
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::frame::{Buffer, CopyCause, FramePool, IN_PLACE_MIN, PIECES_MAX};
 use crate::ring::{Call, Chain, GuestRam, QueueState, RingError, Segment, Virtqueue};
 use crate::stats::WorkerStats;
 
@@ -58,6 +61,8 @@ struct Queues {
 pub struct GuestPort {
     wiring: PortWiring,
     queues: Option<Queues>,
+    /// Counts activations: a buffer of an earlier life is nobody's.
+    life: u32,
     chain: Chain,
     stats: Arc<WorkerStats>,
 }
@@ -68,6 +73,7 @@ impl GuestPort {
         Self {
             wiring,
             queues: None,
+            life: 0,
             chain: Chain::default(),
             stats,
         }
@@ -76,6 +82,7 @@ impl GuestPort {
     /// Starts to serve the queues.
     pub fn activate(&mut self, state: PortState) {
         let [guest_rx, guest_tx] = state;
+        self.life = self.life.wrapping_add(1);
         let ram = &self.wiring.ram;
         let queues = Virtqueue::new(ram.clone(), guest_rx).and_then(|guest_rx| {
             Ok(Queues {
@@ -139,21 +146,49 @@ impl GuestPort {
         delivery
     }
 
-    /// Copies the next frame of the guest's transmit queue into `out` and completes its buffer.
-    /// Gives the length; `None` when nothing (good) is waiting.
-    pub fn take(&mut self, out: &mut [u8], frame_max: usize) -> Option<usize> {
+    /// Takes the next frame of the guest's transmit queue: as a copy if there is a cause for one,
+    /// or if it is short or scattered, else in place. `None` when nothing (good) is waiting.
+    /// `frames` has a free slot.
+    pub fn take(
+        &mut self,
+        frames: &mut FramePool,
+        frame_max: usize,
+        copied: Option<CopyCause>,
+    ) -> Option<Token> {
+        let life = self.life;
+        let max = frame_max.min(frames.frame_bytes_max());
         loop {
-            let max = frame_max.min(out.len());
-            match self.on_queues(|q, chain, ram| take(&mut q.guest_tx, chain, ram, out, max))? {
+            let taken = self.on_queues(|q, chain, ram| {
+                let out = Out {
+                    frames: &mut *frames,
+                    max,
+                    life,
+                    copied,
+                };
+                take(&mut q.guest_tx, chain, ram, out)
+            });
+            match taken? {
                 Taken::Nothing => return None,
                 Taken::Bad => self.stats.guest_tx_bad.add(1),
-                Taken::Frame(len) => {
+                Taken::Frame(token, len, copied) => {
                     self.stats.guest_tx_frames.add(1);
                     self.stats.guest_tx_bytes.add(len as u64);
-                    return Some(len);
+                    if let Some(cause) = copied {
+                        self.stats.count_copied(cause, len as u64);
+                    }
+                    return Some(token);
                 }
             }
         }
+    }
+
+    /// Gives transmit buffers back to the guest, out of order if need be.
+    pub fn complete(&mut self, buffers: &[Buffer]) {
+        let life = self.life;
+        self.on_queues(|q, _, _| {
+            let mut own = buffers.iter().filter(|buffer| buffer.life == life);
+            own.try_for_each(|buffer| q.guest_tx.complete(buffer.head, 0))
+        });
     }
 
     /// Shows the guest what was done since the last flush and calls it if it wants that.
@@ -276,18 +311,26 @@ fn scatter(
     Ok(head.len() + body.len())
 }
 
+/// Where a frame of the guest is to go.
+struct Out<'a> {
+    frames: &'a mut FramePool,
+    max: usize,
+    life: u32,
+    copied: Option<CopyCause>,
+}
+
 enum Taken {
     Nothing,
     Bad,
-    Frame(usize),
+    /// The frame, its length, why it was copied if it was.
+    Frame(Token, usize, Option<CopyCause>),
 }
 
 fn take(
     queue: &mut Virtqueue,
     chain: &mut Chain,
     ram: &GuestRam,
-    out: &mut [u8],
-    frame_max: usize,
+    out: Out<'_>,
 ) -> Result<Taken, RingError> {
     if !queue.pop(chain)? {
         return Ok(Taken::Nothing);
@@ -296,32 +339,113 @@ fn take(
         return Err(RingError::Direction);
     }
     let total = Chain::bytes_of(chain.readable());
-    let good = (NET_HEADER_BYTES + FRAME_MIN) as u64..=(NET_HEADER_BYTES + frame_max) as u64;
-    let taken = if good.contains(&total) {
-        gather(chain.readable(), ram, out)?
-    } else {
-        Taken::Bad
-    };
-    queue.complete(chain.head(), 0)?;
-    Ok(taken)
-}
-
-/// Copies header and frame out of their segments; the caller has checked that they fit.
-fn gather(segments: &[Segment], ram: &GuestRam, out: &mut [u8]) -> Result<Taken, RingError> {
-    let mut header = [0; NET_HEADER_BYTES];
-    let (mut head, mut body) = (0, 0);
-    for segment in segments {
-        let len = segment.len as usize;
-        let in_head = len.min(NET_HEADER_BYTES - head);
-        ram.read(segment.gpa, &mut header[head..head + in_head])?;
-        head += in_head;
-        let in_body = len - in_head;
-        ram.read(segment.gpa + in_head as u64, &mut out[body..body + in_body])?;
-        body += in_body;
-    }
-    // flags and gso_type: no offload was offered.
-    if header[0] != 0 || header[1] != 0 {
+    let good = (NET_HEADER_BYTES + FRAME_MIN) as u64..=(NET_HEADER_BYTES + out.max) as u64;
+    if !good.contains(&total) || asks_for_offload(chain.readable(), ram)? {
+        queue.complete(chain.head(), 0)?;
         return Ok(Taken::Bad);
     }
-    Ok(Taken::Frame(body))
+    let len = total as usize - NET_HEADER_BYTES;
+    let mut rest = [Segment { gpa: 0, len: 0 }; PIECES_MAX - 1];
+    let cause = out
+        .copied
+        .or((len < IN_PLACE_MIN).then_some(CopyCause::Small));
+    let front = NET_HEADER_BYTES + HEADER_MAX;
+    let rest = match cause {
+        Some(cause) => Err(cause),
+        None => behind(chain.readable(), front, &mut rest).ok_or(CopyCause::Scattered),
+    };
+    let mut failed = Ok(());
+    let fill = |slot: &mut [u8], n: usize| {
+        failed = copy_range(chain.readable(), ram, NET_HEADER_BYTES, &mut slot[..n]);
+        failed.is_ok().then_some(n)
+    };
+    let (token, cause) = place(out, chain.head(), rest, len, fill);
+    failed?;
+    if cause.is_some() {
+        queue.complete(chain.head(), 0)?;
+    }
+    match token {
+        Some(token) => Ok(Taken::Frame(token, len, cause)),
+        None => Ok(Taken::Bad),
+    }
+}
+
+/// Makes a frame in place if it may stay there, else a copy.
+fn place(
+    out: Out<'_>,
+    head: u16,
+    rest: Result<&[Segment], CopyCause>,
+    len: usize,
+    fill: impl FnOnce(&mut [u8], usize) -> Option<usize>,
+) -> (Option<Token>, Option<CopyCause>) {
+    let life = out.life;
+    match rest {
+        Ok(rest) => {
+            let in_slot = |slot: &mut [u8]| fill(slot, HEADER_MAX);
+            let token = out
+                .frames
+                .keep_in_place(Buffer { life, head }, rest, in_slot);
+            (token, None)
+        }
+        Err(cause) => {
+            let token = out.frames.fill(|slot| fill(slot, len));
+            (token, Some(cause))
+        }
+    }
+}
+
+/// Whether flags or gso_type of the header are set: no offload was offered.
+fn asks_for_offload(segments: &[Segment], ram: &GuestRam) -> Result<bool, RingError> {
+    let mut header = [0; NET_HEADER_BYTES];
+    copy_range(segments, ram, 0, &mut header)?;
+    Ok(header[0] != 0 || header[1] != 0)
+}
+
+/// Copies `out.len()` bytes that begin `skip` bytes into the segments; the caller has checked that
+/// they are there.
+fn copy_range(
+    segments: &[Segment],
+    ram: &GuestRam,
+    mut skip: usize,
+    out: &mut [u8],
+) -> Result<(), RingError> {
+    let mut done = 0;
+    for segment in segments {
+        let len = segment.len as usize;
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        let n = (len - skip).min(out.len() - done);
+        ram.read(segment.gpa + skip as u64, &mut out[done..done + n])?;
+        done += n;
+        skip = 0;
+        if done == out.len() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What of the segments lies behind their first `skip` bytes; `None` when it is in too many pieces.
+fn behind<'a>(
+    segments: &[Segment],
+    mut skip: usize,
+    out: &'a mut [Segment],
+) -> Option<&'a [Segment]> {
+    let mut count = 0;
+    for segment in segments {
+        let len = segment.len as usize;
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        *out.get_mut(count)? = Segment {
+            gpa: segment.gpa + skip as u64,
+            len: segment.len - skip as u32,
+        };
+        count += 1;
+        skip = 0;
+    }
+    Some(&out[..count])
 }

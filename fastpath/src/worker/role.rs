@@ -87,14 +87,14 @@ impl Solo {
     fn guest_to_nic(&mut self, edge: &mut Edge) -> usize {
         let mut moved = 0;
         while moved < BATCH {
-            let Some(token) = self.unsent.take().or_else(|| edge.guest_take()) else {
+            let next = self.unsent.take().or_else(|| edge.guest_take_in_place());
+            let Some(token) = next else {
                 break;
             };
-            if !edge.nic_send(&token) {
+            if let Err(token) = edge.nic_send(token) {
                 self.unsent = Some(token);
                 break;
             }
-            edge.release(token);
             moved += 1;
         }
         moved

@@ -195,6 +195,101 @@ fn a_broken_ring_asks_for_a_reset_and_works_again_after_it() {
     assert_eq!(bench.wire.recv(&mut [0; 2048]).unwrap(), 60);
 }
 
+/// Takes frames in place and keeps them until it is told otherwise.
+#[derive(Default)]
+struct Keeper {
+    kept: Vec<colo_compare::Token>,
+}
+
+impl Role for Keeper {
+    fn name(&self) -> &'static str {
+        "keeper"
+    }
+    fn step(&mut self, edge: &mut Edge, _now_us: u64) -> bool {
+        let before = self.kept.len();
+        self.kept.extend(edge.guest_take_in_place());
+        self.kept.len() > before
+    }
+    fn leave(&mut self, edge: &mut Edge) {
+        for token in self.kept.drain(..) {
+            let sent = edge.nic_send(token);
+            assert!(sent.is_ok(), "the socket is full");
+        }
+    }
+}
+
+impl Bench {
+    fn keep(&mut self, frame: &[u8]) {
+        self.ram.write(BUFFERS + 12, frame).unwrap();
+        let head = Segment {
+            gpa: BUFFERS,
+            len: 12,
+        };
+        let body = Segment {
+            gpa: BUFFERS + 12,
+            len: frame.len() as u32,
+        };
+        let taken = self.worker.stats().guest_tx_frames;
+        self.guest_tx.offer(&[head, body], &[]).unwrap().unwrap();
+        self.kick.write(1).unwrap();
+        self.wait_for(|s| s.guest_tx_frames > taken);
+    }
+}
+
+#[test]
+fn a_kept_buffer_is_the_guests_again_once_it_is_sent() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.worker.set_role(Box::new(Keeper::default())).unwrap();
+    let frame: Vec<u8> = (0..1400).map(|n| n as u8).collect();
+    bench.keep(&frame);
+    bench.worker.execute(|_, _| ()).unwrap();
+    assert!(bench.guest_tx.take_used().unwrap().is_none());
+    bench.worker.set_role(Box::new(Solo::default())).unwrap();
+    let mut buf = [0; 2048];
+    assert_eq!(bench.wire.recv(&mut buf).unwrap(), 1400);
+    assert_eq!(buf[..1400], frame);
+    while bench.guest_tx.take_used().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_capture_finds_no_buffer_in_use_and_its_frames_are_copies() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.worker.set_role(Box::new(Keeper::default())).unwrap();
+    let frame = [0x5a; 1400];
+    bench.keep(&frame);
+    let [_, guest_tx] = bench.worker.quiesce().unwrap().unwrap();
+    assert_eq!((guest_tx.next_avail, guest_tx.next_used), (1, 1));
+    assert!(bench.guest_tx.take_used().unwrap().is_some());
+    let copied = bench.worker.stats().copied_undecided_bytes;
+    assert_eq!(copied, 1400 - colo_compare::HEADER_MAX as u64);
+    bench.ram.write(BUFFERS + 12, &[0; 1400]).unwrap();
+    bench.worker.resume().unwrap();
+    bench.worker.set_role(Box::new(Solo::default())).unwrap();
+    let mut buf = [0; 2048];
+    assert_eq!(bench.wire.recv(&mut buf).unwrap(), 1400);
+    assert_eq!(buf[..1400], frame);
+}
+
+#[test]
+fn kept_frames_outlive_a_reset_of_the_device() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.worker.set_role(Box::new(Keeper::default())).unwrap();
+    bench.keep(&[0x5a; 1400]);
+    bench.worker.deactivate().unwrap();
+    bench.ram.write(0x4000, &[0; 0x8000]).unwrap();
+    bench.guest_rx = DriverMock::new(bench.ram.clone(), 0x4000, 16, true);
+    bench.guest_tx = DriverMock::new(bench.ram.clone(), 0x8000, 16, true);
+    let state = [bench.guest_rx.queue_state(), bench.guest_tx.queue_state()];
+    bench.worker.activate(state).unwrap();
+    bench.worker.set_role(Box::new(Solo::default())).unwrap();
+    let mut buf = [0; 2048];
+    assert_eq!(bench.wire.recv(&mut buf).unwrap(), 1400);
+    let [_, guest_tx] = bench.worker.quiesce().unwrap().unwrap();
+    assert_eq!(guest_tx.next_used, 0, "a buffer of an earlier life");
+}
+
 #[test]
 fn a_quiesced_worker_stands_still_with_nothing_in_flight() {
     let mut bench = bench(PollMode::Adaptive);

@@ -69,8 +69,7 @@ impl PrimaryPath {
         }
         let (a, b) = (head_tcp.payload_at, tcp.payload_at);
         let (a, b, n) = (usize::from(a), usize::from(b), usize::from(tcp.payload_len));
-        let difference = frames.first_difference(&head.token, a, token, b, n);
-        if difference.is_some() {
+        if !frames.match_payload(&head.token, a, token, b, n) {
             return false;
         }
         let (pvm_token, held_us) = (head.token.take(), now_us.saturating_sub(head.at_us));

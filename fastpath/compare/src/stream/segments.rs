@@ -27,6 +27,10 @@ pub(super) fn same_message<F: Frames + ?Sized>(
         usize::from(tcp.payload_at),
         usize::from(other_tcp.payload_at),
     );
+    let whole = tcp.payload_len == other_tcp.payload_len;
+    if whole && frames.match_payload(&head.token, a_at, &other.token, b_at, n) {
+        return Content::Matched;
+    }
     let difference = frames.first_difference(&head.token, a_at, &other.token, b_at, n);
     let cause = match difference {
         Some(_) => Cause::Payload,
@@ -101,7 +105,9 @@ pub(super) fn compare_bytes<F: Frames + ?Sized>(
         usize::from(b_tcp.payload_at) + b_from,
     );
     let n = end.wrapping_sub(from) as usize;
+    let whole = [a_tcp, b_tcp].map(|tcp| usize::from(tcp.payload_len)) == [n, n];
     let at = match ignored {
+        None if whole && frames.match_payload(a, a_at, b, b_at, n) => return None,
         None => frames.first_difference(a, a_at, b, b_at, n)?,
         Some(IgnoredBytes { start, span }) => {
             let place = u64::from(from.wrapping_sub(start));

@@ -1,0 +1,282 @@
+//! The memory of the frame slots, and what is known of each slot.
+//!
+//! Invariants: a slot's bytes are touched only through its token, or by the kernel while it is lent;
+//! the ranges handed out lie inside the slot. This is the one module of the frames with unsafe code.
+//!
+//! Does not know who owns which slot.
+
+use std::cell::Cell;
+use std::io;
+use std::sync::Arc;
+
+use crate::ring::{Area, GuestRam, Segment};
+
+use super::HEADROOM;
+
+/// Most pieces that a frame lies in.
+pub const PIECES_MAX: usize = 1 + SEGMENTS_MAX;
+/// Most buffers of a guest's chain that may hold the rest of a frame in place.
+const SEGMENTS_MAX: usize = 4;
+/// No slot has this number.
+pub(super) const NO_SLOT: u32 = u32::MAX;
+
+/// A buffer of the guest that a frame lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Which life of the queue it belongs to.
+    pub life: u32,
+    /// Head of its descriptor chain.
+    pub head: u16,
+}
+
+/// Why payload was copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyCause {
+    /// The frame is short.
+    Small,
+    /// Scattered over too many buffers.
+    Scattered,
+    /// Too many of the guest's buffers are in use already.
+    Pressure,
+    /// Compared otherwise than as a whole with its counterpart.
+    Compared,
+    /// Undecided when the guest's state was captured, or when a divergence was pending.
+    Undecided,
+    /// The role works on copies (the secondary).
+    Role,
+    /// The NIC takes frames in one piece only.
+    Gathered,
+    /// Read as a whole.
+    Read,
+}
+
+/// What of a frame still lies in the guest.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    buffer: Buffer,
+    segments: [Segment; SEGMENTS_MAX],
+    count: usize,
+}
+
+impl Place {
+    /// `None`: too scattered.
+    pub(super) fn new(buffer: Buffer, rest: &[Segment]) -> Option<Self> {
+        let mut segments = [Segment { gpa: 0, len: 0 }; SEGMENTS_MAX];
+        segments.get_mut(..rest.len())?.copy_from_slice(rest);
+        Some(Self {
+            buffer,
+            segments,
+            count: rest.len(),
+        })
+    }
+
+    pub(super) fn buffer(&self) -> Buffer {
+        self.buffer
+    }
+
+    pub(super) fn rest(&self) -> &[Segment] {
+        &self.segments[..self.count]
+    }
+
+    fn bytes(&self) -> usize {
+        self.rest().iter().map(|segment| segment.len as usize).sum()
+    }
+}
+
+/// What is known of a slot. Cells, because a comparison, which only reads, may settle a frame.
+#[derive(Debug)]
+pub(super) struct Slot {
+    start: Cell<u32>,
+    /// Length of the frame; the first `held` bytes are in the slot.
+    len: Cell<u32>,
+    held: Cell<u32>,
+    /// Frames that leave with this slot's bytes, its own included.
+    shares: Cell<u32>,
+    /// The slot whose payload this frame leaves with, and where that begins.
+    twin: Cell<u32>,
+    twin_at: Cell<u32>,
+    place: Cell<Option<Place>>,
+}
+
+impl Default for Slot {
+    fn default() -> Self {
+        Self {
+            start: Cell::new(0),
+            len: Cell::new(0),
+            held: Cell::new(0),
+            shares: Cell::new(0),
+            twin: Cell::new(NO_SLOT),
+            twin_at: Cell::new(0),
+            place: Cell::new(None),
+        }
+    }
+}
+
+impl Slot {
+    #[inline]
+    pub(super) fn own(&self, start: usize, len: usize) {
+        self.start.set(start as u32);
+        self.len.set(len as u32);
+        self.held.set(len as u32);
+        self.shares.set(1);
+    }
+
+    pub(super) fn place_rest(&self, place: Place) {
+        self.len.set(self.held.get() + place.bytes() as u32);
+        self.place.set(Some(place));
+    }
+
+    pub(super) fn strip_front(&self, n: usize) {
+        let n = (n as u32).min(self.held.get());
+        self.start.set(self.start.get() + n);
+        self.len.set(self.len.get() - n);
+        self.held.set(self.held.get() - n);
+    }
+
+    #[inline]
+    pub(super) fn start(&self) -> usize {
+        self.start.get() as usize
+    }
+
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        self.len.get() as usize
+    }
+
+    #[inline]
+    pub(super) fn held(&self) -> usize {
+        self.held.get() as usize
+    }
+
+    /// The whole frame lies in the slot now.
+    pub(super) fn hold_all(&self) {
+        self.held.set(self.len.get());
+    }
+
+    pub(super) fn place(&self) -> Option<Place> {
+        self.place.get()
+    }
+
+    pub(super) fn take_place(&self) -> Option<Place> {
+        self.place.take()
+    }
+
+    /// The slot that the payload is taken from, and where it begins there.
+    pub(super) fn twin(&self) -> Option<(u32, usize)> {
+        let is_whole = self.held.get() == self.len.get();
+        (!is_whole && self.twin.get() != NO_SLOT)
+            .then(|| (self.twin.get(), self.twin_at.get() as usize))
+    }
+
+    pub(super) fn set_twin(&self, slot: u32, at: usize) {
+        self.twin.set(slot);
+        self.twin_at.set(at as u32);
+    }
+
+    /// Forgets the twin, used or not. Gives its slot.
+    #[inline]
+    pub(super) fn take_twin(&self) -> Option<u32> {
+        let slot = self.twin.replace(NO_SLOT);
+        (slot != NO_SLOT).then_some(slot)
+    }
+
+    pub(super) fn share(&self) {
+        self.shares.set(self.shares.get() + 1);
+    }
+
+    pub(super) fn is_shared(&self) -> bool {
+        self.shares.get() > 1
+    }
+
+    /// One use less. Whether it was the last.
+    #[inline]
+    pub(super) fn unshare(&self) -> bool {
+        debug_assert!(self.shares.get() > 0, "a slot was freed twice");
+        self.shares.set(self.shares.get() - 1);
+        self.shares.get() == 0
+    }
+}
+
+/// The slots' bytes.
+#[derive(Debug)]
+pub(super) struct SlotMemory {
+    area: Arc<Area>,
+    at: usize,
+    slots: usize,
+    slot_bytes: usize,
+}
+
+impl SlotMemory {
+    pub(super) fn map(area: Arc<Area>, slots: u32, slot_bytes: usize) -> io::Result<Self> {
+        assert!(slot_bytes > HEADROOM, "slots without room for a frame");
+        let slots = slots as usize;
+        let at = area.map_anonymous((slots * slot_bytes).max(1))?;
+        Ok(Self {
+            area,
+            at,
+            slots,
+            slot_bytes,
+        })
+    }
+
+    pub(super) fn area(&self) -> &Arc<Area> {
+        &self.area
+    }
+
+    pub(super) fn slot_bytes(&self) -> usize {
+        self.slot_bytes
+    }
+
+    pub(super) fn offset_of(&self, slot: u32) -> usize {
+        self.at + slot as usize * self.slot_bytes
+    }
+
+    pub(super) fn slot_at(&self, offset: usize) -> Option<(u32, usize)> {
+        let within = offset.checked_sub(self.at)?;
+        let slot = within / self.slot_bytes;
+        (slot < self.slots).then_some((slot as u32, within % self.slot_bytes))
+    }
+
+    #[inline]
+    fn address(&self, slot: u32, start: usize, len: usize) -> *mut u8 {
+        assert!((slot as usize) < self.slots && start + len <= self.slot_bytes);
+        let at = self.offset_of(slot) + start;
+        self.area.base().wrapping_add(at)
+    }
+
+    #[inline]
+    pub(super) fn bytes(&self, slot: u32, start: usize, len: usize) -> &[u8] {
+        let address = self.address(slot, start, len);
+        // SAFETY: the range lies in the slot (checked) and the slot in the mapped area, which `self`
+        // keeps. Its token's holder is who asks; the kernel only reads it, unless it is lent, and
+        // then there is no token. `overwrite` writes only where no slice was given out.
+        unsafe { std::slice::from_raw_parts(address, len) }
+    }
+
+    #[inline]
+    pub(super) fn bytes_mut(&mut self, slot: u32, start: usize, len: usize) -> &mut [u8] {
+        let address = self.address(slot, start, len);
+        // SAFETY: as in `bytes`; `&mut self` excludes every other slice.
+        unsafe { std::slice::from_raw_parts_mut(address, len) }
+    }
+
+    /// Writes behind what a slot holds so far, which is where no slice of it can be.
+    pub(super) fn append(&self, slot: u32, start: usize, bytes: &[u8]) {
+        let address = self.address(slot, start, bytes.len());
+        // SAFETY: the range lies in the slot (checked), and nothing refers to it: slices cover what
+        // is held (`FramePool::host_bytes`), and this is behind that. `bytes` is another slot's.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address, bytes.len()) };
+    }
+
+    /// Reads `n` bytes of the guest behind what a slot holds so far. Bytes that are not in RAM are
+    /// zeroes.
+    pub(super) fn append_guest(&self, slot: u32, start: usize, guest: &GuestRam, segment: Segment) {
+        let n = segment.len as usize;
+        let address = self.address(slot, start, n);
+        // SAFETY: as in `append`: nothing refers to this part of the slot.
+        let out = unsafe { std::slice::from_raw_parts_mut(address, n) };
+        if guest.read(segment.gpa, out).is_err() {
+            out.fill(0);
+        }
+    }
+}
