@@ -7,6 +7,7 @@ mod error;
 mod memory;
 mod split;
 mod virtqueue;
+pub mod xsk;
 
 pub use area::Area;
 pub use call::Call;

@@ -1,0 +1,513 @@
+//! An AF_XDP socket on one queue of an interface.
+//!
+//! Invariants: entries reach the kernel only by `submit_*`, and their slots only by `release_*`, so
+//! one index is written for a whole batch; a descriptor that the kernel would swallow is refused
+//! here.
+//!
+//! Does not wait: who waits polls the descriptor.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use super::error::XskError;
+use super::interface::Interface;
+use super::rings::{Consumer, Producer};
+use super::sys;
+use super::umem::{Place, Umem};
+
+/// Largest ring: more entries only hold more frames for longer.
+const RING_ENTRIES_MAX: u32 = 32768;
+
+/// Who moves the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyMode {
+    /// The NIC, straight to and from the area. The driver must support it.
+    ZeroCopy,
+    /// The kernel copies.
+    Copy,
+}
+
+/// How a socket is bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BindOptions {
+    /// Who moves the bytes.
+    pub copy_mode: CopyMode,
+    /// The kernel says when it must be woken, instead of looking by itself.
+    pub need_wakeup: bool,
+    /// Frames may be in several buffers (XDP_USE_SG, Linux 6.6).
+    pub multi_buffer: bool,
+    /// Entries of the fill ring.
+    pub fill_entries: u32,
+    /// Entries of the completion ring; at least as many as the tx ring has.
+    pub completion_entries: u32,
+    /// Entries of the rx ring.
+    pub rx_entries: u32,
+    /// Entries of the tx ring.
+    pub tx_entries: u32,
+}
+
+impl Default for BindOptions {
+    fn default() -> Self {
+        Self {
+            copy_mode: CopyMode::Copy,
+            need_wakeup: true,
+            multi_buffer: true,
+            fill_entries: 2048,
+            completion_entries: 2048,
+            rx_entries: 2048,
+            tx_entries: 2048,
+        }
+    }
+}
+
+impl BindOptions {
+    /// Whether two sockets can share their memory.
+    pub(super) fn agrees(&self, other: &Self) -> bool {
+        let shared = |o: &Self| (o.copy_mode, o.need_wakeup, o.multi_buffer);
+        shared(self) == shared(other)
+    }
+
+    fn check(&self) -> Result<(), XskError> {
+        for (ring, entries) in [
+            ("fill", self.fill_entries),
+            ("completion", self.completion_entries),
+            ("rx", self.rx_entries),
+            ("tx", self.tx_entries),
+        ] {
+            if !entries.is_power_of_two() || entries > RING_ENTRIES_MAX {
+                return Err(XskError::BadRing { ring, entries });
+            }
+        }
+        Ok(())
+    }
+
+    fn flags(&self) -> u16 {
+        let mut flags = match self.copy_mode {
+            CopyMode::ZeroCopy => libc::XDP_ZEROCOPY,
+            CopyMode::Copy => libc::XDP_COPY,
+        };
+        if self.need_wakeup {
+            flags |= libc::XDP_USE_NEED_WAKEUP;
+        }
+        if self.multi_buffer {
+            flags |= libc::XDP_USE_SG;
+        }
+        flags
+    }
+}
+
+/// A piece of a frame to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Where it starts, from the start of the area.
+    pub offset: u64,
+    /// Its length.
+    pub len: u32,
+    /// Another piece of the same frame follows.
+    pub more: bool,
+}
+
+/// The kernel would not take this place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{len} bytes at offset {offset:#x} are not a piece of the shared area")]
+pub struct BadDescriptor {
+    /// Where it starts.
+    pub offset: u64,
+    /// Its length.
+    pub len: u32,
+}
+
+/// A received piece of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// The offset under which the chunk was given to [`XskSocket::fill`].
+    pub chunk: u64,
+    /// Where the bytes start, from the start of the area.
+    pub offset: u64,
+    /// How many there are.
+    pub len: u32,
+    /// Another piece of the same frame follows.
+    pub more: bool,
+}
+
+/// What the rx ring gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rx {
+    /// A piece of a frame, inside the area.
+    Piece(Received),
+    /// A place outside the area: the frame that it is a piece of must not be used.
+    Bad {
+        /// Another piece of the same frame follows.
+        more: bool,
+    },
+}
+
+/// What a system call for the tx ring came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kick {
+    /// The kernel has looked at the ring.
+    Done,
+    /// It has not got through (EAGAIN, EBUSY, ENOBUFS): reap completions, then kick again.
+    Again,
+    /// The interface is down or gone (ENETDOWN, ENXIO, ENODEV): what is in the ring stays there.
+    Down,
+}
+
+/// The kernel's counters of a socket (XDP_STATISTICS).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct XskStatistics {
+    /// Received frames dropped for other reasons.
+    pub rx_dropped: u64,
+    /// Received frames dropped because the rx ring was full.
+    pub rx_ring_full: u64,
+    /// Received frames dropped because the fill ring was empty.
+    pub fill_ring_empty: u64,
+    /// Entries of the fill ring that the kernel did not accept.
+    pub rx_invalid: u64,
+    /// Entries of the tx ring that the kernel did not accept.
+    pub tx_invalid: u64,
+    /// Times that the tx ring had nothing to send.
+    pub tx_ring_empty: u64,
+}
+
+/// A bound socket. Whoever shares its queue on the same [`Umem`] shares its fill and completion
+/// rings too, and must be on its thread.
+#[derive(Debug)]
+pub struct XskSocket {
+    rx: Consumer<libc::xdp_desc>,
+    tx: Producer<libc::xdp_desc>,
+    /// Not there on a second socket of the same queue.
+    pool: Option<Pool>,
+    zero_copy: bool,
+    umem: Umem,
+    interface: Interface,
+    queue: u32,
+    fd: Arc<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Pool {
+    fill: Producer<u64>,
+    completion: Consumer<u64>,
+}
+
+impl XskSocket {
+    /// Binds a socket to `queue` of `interface`. The kernel lets go of a queue only a little after
+    /// its socket is closed: [`XskError::Busy`] within a second of that is worth another try.
+    pub fn bind(
+        umem: &Umem,
+        interface: &Interface,
+        queue: u32,
+        options: &BindOptions,
+    ) -> Result<Self, XskError> {
+        options.check()?;
+        let mut sockets = umem.sockets();
+        let place = sockets.place_for(interface.index(), queue);
+        if !sockets.agree(&place, options) {
+            return Err(XskError::OptionsDiffer {
+                interface: interface.name().to_owned(),
+                queue,
+            });
+        }
+        let fd = Arc::new(umem.open(&mut sockets, &place)?);
+        let refused = |action, source| XskError::Refused {
+            action,
+            interface: interface.name().to_owned(),
+            queue,
+            source,
+        };
+        let with_pool = !matches!(place, Place::SameQueue(_));
+        let rings = Rings::set_up(fd.as_fd(), options, with_pool)
+            .map_err(|e| refused("make AF_XDP rings", e))?;
+        sys::bind(fd.as_fd(), &address(interface, queue, options, &place))
+            .map_err(|e| bind_error(interface, queue, options, e))?;
+        let active: libc::xdp_options = sys::option(fd.as_fd(), libc::XDP_OPTIONS)
+            .map_err(|e| refused("read the AF_XDP options", e))?;
+        sockets.bound(&fd, interface.index(), queue, options);
+        drop(sockets);
+        Ok(Self {
+            rx: rings.rx,
+            tx: rings.tx,
+            pool: rings.pool,
+            zero_copy: active.flags & libc::XDP_OPTIONS_ZEROCOPY != 0,
+            umem: umem.clone(),
+            interface: interface.clone(),
+            queue,
+            fd,
+        })
+    }
+
+    /// The interface it was bound to.
+    pub fn interface(&self) -> &Interface {
+        &self.interface
+    }
+
+    /// The queue it was bound to.
+    pub fn queue(&self) -> u32 {
+        self.queue
+    }
+
+    /// Whether the NIC itself reads and writes the area. Then no piece of a frame to send may cross
+    /// a border of 4096 bytes, because pages that follow each other here do not for the NIC.
+    pub fn is_zero_copy(&self) -> bool {
+        self.zero_copy
+    }
+
+    /// Readable when a frame is waiting, writable when one can be sent.
+    pub fn poll_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    /// How many chunks the fill ring takes; looks at the kernel's side when it knows of fewer than
+    /// `wanted`. Zero on a socket without a fill ring.
+    pub fn fill_free(&mut self, wanted: u32) -> u32 {
+        self.pool.as_mut().map_or(0, |pool| pool.fill.free(wanted))
+    }
+
+    /// Gives the kernel the chunk at `offset` to receive into, `Ok(false)` when there is no room.
+    pub fn fill(&mut self, offset: u64) -> Result<bool, BadDescriptor> {
+        if !self.umem.takes_chunk(offset) {
+            return Err(BadDescriptor {
+                offset,
+                len: self.umem.settings().chunk_bytes,
+            });
+        }
+        let pool = self.pool.as_mut();
+        Ok(pool.is_some_and(|pool| pool.fill.push(offset)))
+    }
+
+    /// Publishes the chunks given.
+    pub fn submit_fill(&mut self) {
+        if let Some(pool) = &mut self.pool {
+            pool.fill.submit();
+        }
+    }
+
+    /// Whether the kernel must be told that there are chunks, by [`XskSocket::wake_rx`] or a poll.
+    pub fn fill_needs_wakeup(&self) -> bool {
+        let pool = self.pool.as_ref();
+        pool.is_some_and(|pool| pool.fill.wakeup_wanted())
+    }
+
+    /// Takes the next received piece of a frame.
+    pub fn receive(&mut self) -> Option<Rx> {
+        let descriptor = self.rx.pop()?;
+        let more = descriptor.options & libc::XDP_PKT_CONTD != 0;
+        let (chunk, offset) = self.umem.place_of(descriptor.addr);
+        let inside = self.umem.takes_chunk(chunk)
+            && self.umem.contains(offset, u64::from(descriptor.len))
+            && offset - chunk + u64::from(descriptor.len)
+                <= u64::from(self.umem.settings().chunk_bytes);
+        if !inside {
+            return Some(Rx::Bad { more });
+        }
+        Some(Rx::Piece(Received {
+            chunk,
+            offset,
+            len: descriptor.len,
+            more,
+        }))
+    }
+
+    /// Gives the entries of the received pieces back to the kernel.
+    pub fn release_rx(&mut self) {
+        self.rx.release();
+    }
+
+    /// How many pieces the tx ring takes; looks at the kernel's side when it knows of fewer than
+    /// `wanted`.
+    pub fn tx_free(&mut self, wanted: u32) -> u32 {
+        self.tx.free(wanted)
+    }
+
+    /// Queues a piece of a frame, `Ok(false)` when there is no room. See to room for the whole
+    /// frame first: the kernel waits for the last piece. The bytes are the kernel's until
+    /// [`XskSocket::complete`] gives the offset back, one for each piece, in order within a frame.
+    pub fn send(&mut self, piece: Descriptor) -> Result<bool, BadDescriptor> {
+        if !self.umem.takes_piece(piece, self.zero_copy) {
+            return Err(BadDescriptor {
+                offset: piece.offset,
+                len: piece.len,
+            });
+        }
+        let options = if piece.more { libc::XDP_PKT_CONTD } else { 0 };
+        Ok(self.tx.push(libc::xdp_desc {
+            addr: piece.offset,
+            len: piece.len,
+            options,
+        }))
+    }
+
+    /// Pieces that are queued and not submitted.
+    pub fn tx_unsubmitted(&self) -> u32 {
+        self.tx.unsubmitted()
+    }
+
+    /// Pieces that the kernel has not taken yet.
+    pub fn tx_pending(&mut self) -> u32 {
+        self.tx.pending()
+    }
+
+    /// Publishes the pieces queued.
+    pub fn submit_tx(&mut self) {
+        self.tx.submit();
+    }
+
+    /// Whether [`XskSocket::kick_tx`] is needed for what was submitted. Always so in copy mode.
+    pub fn tx_needs_wakeup(&self) -> bool {
+        self.tx.wakeup_wanted()
+    }
+
+    /// Takes the next offset that was sent from and is ours again. Of a frame's first piece bit 0
+    /// may be lost on the way (Linux 6.18 keeps a mark of its own there in copy mode): start frames
+    /// at even offsets, or know them by the chunk.
+    pub fn complete(&mut self) -> Option<u64> {
+        self.pool.as_mut()?.completion.pop()
+    }
+
+    /// Gives the entries of the completed pieces back to the kernel.
+    pub fn release_completions(&mut self) {
+        if let Some(pool) = &mut self.pool {
+            pool.completion.release();
+        }
+    }
+
+    /// Makes the kernel look at the tx ring. In copy mode one call sends a bounded number of frames.
+    pub fn kick_tx(&self) -> io::Result<Kick> {
+        outcome(sys::send_nothing(self.fd.as_fd()))
+    }
+
+    /// Makes the kernel look at the fill ring.
+    pub fn wake_rx(&self) -> io::Result<Kick> {
+        outcome(sys::receive_nothing(self.fd.as_fd()))
+    }
+
+    /// What the kernel has counted since the socket was bound.
+    pub fn statistics(&self) -> io::Result<XskStatistics> {
+        let counted: libc::xdp_statistics = sys::option(self.fd.as_fd(), libc::XDP_STATISTICS)?;
+        Ok(XskStatistics {
+            rx_dropped: counted.rx_dropped,
+            rx_ring_full: counted.rx_ring_full,
+            fill_ring_empty: counted.rx_fill_ring_empty_descs,
+            rx_invalid: counted.rx_invalid_descs,
+            tx_invalid: counted.tx_invalid_descs,
+            tx_ring_empty: counted.tx_ring_empty_descs,
+        })
+    }
+}
+
+impl AsFd for XskSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+struct Rings {
+    rx: Consumer<libc::xdp_desc>,
+    tx: Producer<libc::xdp_desc>,
+    pool: Option<Pool>,
+}
+
+impl Rings {
+    fn set_up(fd: BorrowedFd<'_>, options: &BindOptions, with_pool: bool) -> io::Result<Self> {
+        sys::set_option(fd, libc::XDP_RX_RING, &options.rx_entries)?;
+        sys::set_option(fd, libc::XDP_TX_RING, &options.tx_entries)?;
+        if with_pool {
+            sys::set_option(fd, libc::XDP_UMEM_FILL_RING, &options.fill_entries)?;
+            sys::set_option(
+                fd,
+                libc::XDP_UMEM_COMPLETION_RING,
+                &options.completion_entries,
+            )?;
+        }
+        let at: libc::xdp_mmap_offsets = sys::option(fd, libc::XDP_MMAP_OFFSETS)?;
+        let pool = if with_pool {
+            let fill = libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t;
+            let completion = libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t;
+            Some(Pool {
+                fill: Producer::map(fd, fill, &at.fr, options.fill_entries)?,
+                completion: Consumer::map(fd, completion, &at.cr, options.completion_entries)?,
+            })
+        } else {
+            None
+        };
+        Ok(Self {
+            rx: Consumer::map(fd, libc::XDP_PGOFF_RX_RING, &at.rx, options.rx_entries)?,
+            tx: Producer::map(fd, libc::XDP_PGOFF_TX_RING, &at.tx, options.tx_entries)?,
+            pool,
+        })
+    }
+}
+
+/// Flags are those of the first socket: the kernel refuses them on the others.
+fn address(
+    interface: &Interface,
+    queue: u32,
+    options: &BindOptions,
+    place: &Place,
+) -> libc::sockaddr_xdp {
+    let (sxdp_flags, sxdp_shared_umem_fd) = match place {
+        Place::First => (options.flags(), 0),
+        Place::Shared(fd) | Place::SameQueue(fd) => (libc::XDP_SHARED_UMEM, fd.as_raw_fd() as u32),
+    };
+    libc::sockaddr_xdp {
+        sxdp_family: libc::AF_XDP as u16,
+        sxdp_flags,
+        sxdp_ifindex: interface.index(),
+        sxdp_queue_id: queue,
+        sxdp_shared_umem_fd,
+    }
+}
+
+fn bind_error(
+    interface: &Interface,
+    queue: u32,
+    options: &BindOptions,
+    source: io::Error,
+) -> XskError {
+    let name = interface.name().to_owned();
+    let zero_copy = options.copy_mode == CopyMode::ZeroCopy;
+    match source.raw_os_error() {
+        Some(libc::ENODEV) => super::InterfaceError::Missing(name).into(),
+        Some(libc::ENETDOWN) => XskError::Down { interface: name },
+        Some(libc::EBUSY) => XskError::Busy {
+            interface: name,
+            queue,
+        },
+        Some(libc::EPERM | libc::EACCES) => XskError::NotPermitted(source),
+        Some(libc::EINVAL) if interface.rx_queues().is_ok_and(|queues| queue >= queues) => {
+            XskError::NoQueue {
+                queues: interface.rx_queues().unwrap_or(0),
+                interface: name,
+                queue,
+            }
+        }
+        Some(libc::EINVAL | libc::EOPNOTSUPP) if zero_copy => XskError::NoZeroCopy {
+            interface: name,
+            queue,
+            source,
+        },
+        Some(libc::EINVAL | libc::EOPNOTSUPP) if options.multi_buffer => XskError::NoMultiBuffer {
+            interface: name,
+            queue,
+        },
+        _ => XskError::Refused {
+            action: "bind an AF_XDP socket",
+            interface: name,
+            queue,
+            source,
+        },
+    }
+}
+
+fn outcome(result: io::Result<()>) -> io::Result<Kick> {
+    let Err(e) = result else {
+        return Ok(Kick::Done);
+    };
+    match e.raw_os_error() {
+        Some(libc::EAGAIN | libc::EBUSY | libc::ENOBUFS | libc::EINTR) => Ok(Kick::Again),
+        Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => Ok(Kick::Down),
+        _ => Err(e),
+    }
+}
