@@ -9,12 +9,21 @@ use std::time::Duration;
 
 /// Microseconds since an arbitrary point before the host started this process.
 pub fn now_us() -> u64 {
+    boot_time().as_micros() as u64
+}
+
+/// The same in nanoseconds, for measurements.
+pub fn now_ns() -> u64 {
+    boot_time().as_nanos() as u64
+}
+
+/// Since an arbitrary point before the host started this process.
+fn boot_time() -> Duration {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     // SAFETY: writes one timespec that lives on this stack; the clock always exists on Linux.
     unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
-    let since = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
-    since.as_micros() as u64
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)
 }

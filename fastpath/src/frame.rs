@@ -233,6 +233,16 @@ impl FramePool {
         self.slots[token.slot() as usize].strip_front(n);
     }
 
+    /// Notes when the frame entered the stage that it is in.
+    pub fn stamp(&self, token: &Token, now_ns: u64) {
+        self.slots[token.slot() as usize].stamp(now_ns);
+    }
+
+    /// When that was; 0 if nobody noted it.
+    pub fn stamped_ns(&self, token: &Token) -> u64 {
+        self.slots[token.slot() as usize].stamped_ns()
+    }
+
     /// The whole frame; one that is in place is settled for it.
     #[inline]
     pub fn bytes(&self, token: &Token) -> &[u8] {

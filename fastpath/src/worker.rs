@@ -47,6 +47,8 @@ pub struct WorkerConfig {
     pub cpu: Option<usize>,
     /// Frames in flight at most.
     pub frame_slots: u32,
+    /// Whether the times of the stages are taken.
+    pub stages: bool,
 }
 
 /// Starts a worker in the role [`Solo`], without a driver yet.
@@ -63,8 +65,9 @@ pub fn spawn(
     let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
     frames.set_guest(wiring.ram.clone());
     let port = GuestPort::new(wiring, stats.clone());
+    let stages = config.stages.then(Box::default);
     let worker = Worker {
-        edge: Edge::new(frames, nic, port, stats.clone()),
+        edge: Edge::new(frames, nic, port, stages, stats.clone()),
         role: Box::new(Solo::default()),
         inbox: Inbox {
             commands,

@@ -23,6 +23,57 @@ fn number(status: &Value, key: &str) -> u64 {
         .unwrap_or_else(|| panic!("no {key} in {status}"))
 }
 
+/// How the primary's payload went out: bytes sent from where they lay, and bytes copied, by cause.
+fn ways_of_payload(status: &Value) -> (u64, Vec<(String, u64)>) {
+    let worker = status["worker"].as_object().unwrap();
+    let copied = worker
+        .iter()
+        .filter(|(name, _)| name.starts_with("copied_"));
+    let copied = copied.map(|(name, bytes)| (name.clone(), bytes.as_u64().unwrap()));
+    (
+        number(&status["worker"], "tx_in_place_bytes"),
+        copied.collect(),
+    )
+}
+
+#[test]
+fn long_payload_leaves_uncopied_and_stages_are_timed() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut settings = bench.settings();
+    settings.stages = true;
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    clients::wrk(&pair.topology.client, GUEST[0], "/bytes/20000", 8, 3);
+    assert_paired(&mut pair);
+    let status = pair.primary.status().unwrap();
+    let (in_place, copied) = ways_of_payload(&status);
+    let all: u64 = in_place + copied.iter().map(|(_, bytes)| bytes).sum::<u64>();
+    println!("in place: {in_place} of {all} bytes; copied: {copied:?}");
+    assert!(in_place > 0 && in_place <= number(&status["worker"], "guest_tx_bytes"));
+    for stage in status["stages"].as_array().unwrap() {
+        assert!(number(stage, "count") > 0, "{}", stage["stage"]);
+        assert!(number(stage, "p50_ns") <= number(stage, "max_ns"));
+    }
+    let out = bench.dir().join("hgrm");
+    std::fs::create_dir(&out).unwrap();
+    let socket = pair.primary.status_socket().unwrap().to_owned();
+    let export = std::process::Command::new(bench.colo())
+        .arg("status")
+        .arg(&socket)
+        .arg("--hgrm")
+        .arg(&out)
+        .output()
+        .unwrap();
+    assert!(export.status.success(), "{export:?}");
+    for stage in ["nic_to_guest", "guest_to_compare", "hold", "compare_to_nic"] {
+        let text = std::fs::read_to_string(out.join(format!("{stage}.hgrm"))).unwrap();
+        let last = text.lines().rfind(|line| !line.starts_with('#')).unwrap();
+        let quantile: f64 = last.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert_eq!(quantile, 1.0, "{stage}: {text}");
+    }
+}
+
 /// The pair is still one, and has compared something.
 fn assert_paired(pair: &mut Pair) {
     let status = pair.wait_protected(Host::A).unwrap();

@@ -167,6 +167,8 @@ pub struct HostConfig {
     pub status: Option<PathBuf>,
     /// Frames in flight at most.
     pub frame_slots: u32,
+    /// Take the times of the stages of the packet path; two reads of the clock a frame.
+    pub stages: bool,
 }
 
 impl Default for HostConfig {
@@ -176,6 +178,7 @@ impl Default for HostConfig {
             cpu: None,
             status: None,
             frame_slots: 8192,
+            stages: false,
         }
     }
 }

@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use colo_fastpath::stages::StageReport;
 use colo_fastpath::stats::WorkerSnapshot;
 use serde::Serialize;
 
@@ -54,6 +55,9 @@ pub struct MachineStatus {
     pub exits: Vec<ExitSnapshot>,
     /// The packet worker.
     pub worker: WorkerSnapshot,
+    /// Times of its stages, with `host.stages`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<StageReport>,
 }
 
 impl MachineStatus {
@@ -66,8 +70,16 @@ impl MachineStatus {
             uptime_s: started.elapsed().as_secs_f64(),
             exits: machine.exits(),
             worker: machine.worker().stats(),
+            stages: stages_of(machine),
         }
     }
+}
+
+/// Only a worker that takes the times is asked: that takes it out of its loop for a moment.
+fn stages_of(machine: &Machine) -> Vec<StageReport> {
+    let stages = machine.worker().execute(|edge, _| edge.stages().cloned());
+    let stages = stages.ok().flatten();
+    stages.map_or_else(Vec::new, |stages| stages.report())
 }
 
 /// A listening status socket. Its file goes away with it.

@@ -96,6 +96,8 @@ pub(super) struct Slot {
     twin: Cell<u32>,
     twin_at: Cell<u32>,
     place: Cell<Option<Place>>,
+    /// When the frame entered the stage that it is in; 0: not known.
+    stamp_ns: Cell<u64>,
 }
 
 impl Default for Slot {
@@ -108,6 +110,7 @@ impl Default for Slot {
             twin: Cell::new(NO_SLOT),
             twin_at: Cell::new(0),
             place: Cell::new(None),
+            stamp_ns: Cell::new(0),
         }
     }
 }
@@ -119,6 +122,15 @@ impl Slot {
         self.len.set(len as u32);
         self.held.set(len as u32);
         self.shares.set(1);
+        self.stamp_ns.set(0);
+    }
+
+    pub(super) fn stamp(&self, now_ns: u64) {
+        self.stamp_ns.set(now_ns);
+    }
+
+    pub(super) fn stamped_ns(&self) -> u64 {
+        self.stamp_ns.get()
     }
 
     pub(super) fn place_rest(&self, place: Place) {

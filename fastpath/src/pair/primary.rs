@@ -341,6 +341,7 @@ impl PrimaryRole {
             self.batch.push(token);
             n += 1;
         }
+        edge.at_comparator(&self.batch);
         self.path.expect(&edge.frames, self.batch.iter());
         for token in self.batch.drain(..) {
             self.path.handle_guest_tx(now_us, &mut edge.frames, token);
@@ -390,6 +391,7 @@ impl PrimaryRole {
             match action {
                 Action::Release { token, held_us, .. } => {
                     self.hold_us.saturating_record(held_us.max(1));
+                    edge.may_leave(&token);
                     self.unsent.push_back(token);
                 }
                 Action::Mirror {

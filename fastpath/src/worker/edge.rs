@@ -11,9 +11,11 @@ use std::sync::Arc;
 
 use colo_compare::{Frames, Token};
 
+use crate::clock::now_ns;
 use crate::frame::{Buffer, CopyCause, FramePool, LINK_HEADER_MAX};
 use crate::nic::{Filter, Nic, Sent};
 use crate::ring::QUEUE_SIZE_MAX;
+use crate::stages::{Stage, Stages};
 use crate::stats::WorkerStats;
 
 use super::port::{Delivery, GuestPort, PortState};
@@ -32,6 +34,7 @@ pub struct Edge {
     received: VecDeque<Token>,
     pub(super) port: GuestPort,
     returned: Vec<Buffer>,
+    stages: Option<Box<Stages>>,
     stats: Arc<WorkerStats>,
 }
 
@@ -40,6 +43,7 @@ impl Edge {
         frames: FramePool,
         nic: Box<dyn Nic>,
         port: GuestPort,
+        stages: Option<Box<Stages>>,
         stats: Arc<WorkerStats>,
     ) -> Self {
         Self {
@@ -49,6 +53,7 @@ impl Edge {
             received: VecDeque::with_capacity(BATCH),
             port,
             returned: Vec::with_capacity(usize::from(QUEUE_SIZE_MAX)),
+            stages,
             stats,
         }
     }
@@ -81,6 +86,12 @@ impl Edge {
         if got.is_err() {
             self.stats.nic_rx_errors.add(1);
         }
+        if self.stages.is_some() {
+            let now_ns = now_ns();
+            for token in &self.received {
+                self.frames.stamp(token, now_ns);
+            }
+        }
     }
 
     /// Sends a frame. An error gives the token back: the NIC has no room, try again later.
@@ -89,10 +100,12 @@ impl Edge {
             true => self.frames.len(&token) as u64,
             false => 0,
         };
+        let since_ns = self.frames.stamped_ns(&token);
         match self.nic.send(&mut self.frames, token) {
             Sent::Done => {
                 self.stats.nic_tx_frames.add(1);
                 self.stats.tx_in_place_bytes.add(in_place_bytes);
+                self.record(Stage::CompareToNic, since_ns);
             }
             Sent::Full(token) => {
                 self.stats.nic_tx_blocked.add(1);
@@ -125,7 +138,42 @@ impl Edge {
 
     /// Puts a frame into the guest's receive queue. The token stays the caller's.
     pub fn guest_deliver(&mut self, token: &Token) -> Delivery {
-        self.port.deliver(self.frames.bytes(token))
+        let delivery = self.port.deliver(self.frames.bytes(token));
+        if delivery == Delivery::Done {
+            self.record(Stage::NicToGuest, self.frames.stamped_ns(token));
+        }
+        delivery
+    }
+
+    /// The comparator is about to get these.
+    pub fn at_comparator(&mut self, batch: &[Token]) {
+        if self.stages.is_some() {
+            for token in batch {
+                self.record(Stage::GuestToCompare, self.frames.stamped_ns(token));
+            }
+        }
+    }
+
+    /// The frame may leave.
+    pub fn may_leave(&mut self, token: &Token) {
+        if self.stages.is_some() {
+            self.record(Stage::Hold, self.frames.stamped_ns(token));
+            self.frames.stamp(token, now_ns());
+        }
+    }
+
+    /// The times of the stages, if they are taken.
+    pub fn stages(&self) -> Option<&Stages> {
+        self.stages.as_deref()
+    }
+
+    #[inline]
+    fn record(&mut self, stage: Stage, since_ns: u64) {
+        if let Some(stages) = &mut self.stages
+            && since_ns != 0
+        {
+            stages.record(stage, now_ns().saturating_sub(since_ns));
+        }
     }
 
     /// The next frame from the guest, if there is one and a slot for it, as a copy: its buffer is
@@ -150,7 +198,11 @@ impl Edge {
             self.stats.frames_exhausted.add(1);
             return None;
         }
-        self.port.take(&mut self.frames, frame_max, copied)
+        let token = self.port.take(&mut self.frames, frame_max, copied)?;
+        if self.stages.is_some() {
+            self.frames.stamp(&token, now_ns());
+        }
+        Some(token)
     }
 
     /// Copies every frame that still lies in the guest: what is undecided must not hold the guest's

@@ -7,6 +7,7 @@ use super::*;
 use crate::nic::SocketNic;
 use crate::ring::driver_mock::DriverMock;
 use crate::ring::{Call, GuestRam, Pages, Segment};
+use crate::stages::{STAGES, Stage};
 
 const BUFFERS: u64 = 0x20000;
 
@@ -47,6 +48,7 @@ fn bench(poll: PollMode) -> Bench {
         poll,
         cpu: None,
         frame_slots: 32,
+        stages: true,
     };
     let worker = spawn(config, Box::new(nic), wiring).unwrap();
     worker
@@ -126,6 +128,23 @@ fn frames_pass_both_ways_in_every_mode() {
             assert_eq!(parts[12..], frame);
         }
     }
+}
+
+#[test]
+fn stages_are_timed() {
+    let mut bench = bench(PollMode::Adaptive);
+    bench.send([0; 12], &[1; 60]);
+    bench.wire.recv(&mut [0; 2048]).unwrap();
+    bench.offer_room(&[(0x30000, 2000)]);
+    bench.wire.send(&[2; 60]).unwrap();
+    bench.receive();
+    let stages = bench
+        .worker
+        .execute(|edge, _| edge.stages().unwrap().clone())
+        .unwrap();
+    let counts = STAGES.map(|stage| stages.histogram(stage).len());
+    assert_eq!(counts, [1, 0, 0, 1]);
+    assert!(stages.histogram(Stage::CompareToNic).max() < 20_000_000_000);
 }
 
 #[test]

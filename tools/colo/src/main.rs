@@ -55,6 +55,9 @@ enum Command {
         /// Print the whole document
         #[arg(long)]
         json: bool,
+        /// Write the times of the stages (host.stages) into this directory, as HdrHistogram files
+        #[arg(long, value_name = "DIR", conflicts_with = "json")]
+        hgrm: Option<PathBuf>,
     },
     /// Compare what two guests sent
     Compare(compare::CompareArgs),
@@ -75,7 +78,7 @@ fn main() -> ExitCode {
         Command::Run { config } => run::run(&config),
         Command::Primary { config } => replica::run(&config, replica::Part::Primary),
         Command::Secondary { config } => replica::run(&config, replica::Part::Secondary),
-        Command::Status { socket, json } => status::show(&socket, json),
+        Command::Status { socket, json, hgrm } => status::show(&socket, json, hgrm.as_deref()),
         Command::Bench { arguments } => bench(&arguments),
         Command::Compare(arguments) => compare::run(arguments),
         Command::Demo(arguments) => demo::run(&arguments),

@@ -3,26 +3,54 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use colo_fastpath::stages::hgrm;
 use colo_vmm::status::ask;
 use serde_json::Value;
 use tracing::error;
 
-/// Prints the status behind a socket.
-pub(crate) fn show(socket: &Path, json: bool) -> ExitCode {
-    match ask(socket) {
-        Ok(document) if json => {
+/// Prints the status behind a socket, or writes its distributions into a directory.
+pub(crate) fn show(socket: &Path, json: bool, hgrm_dir: Option<&Path>) -> ExitCode {
+    match (ask(socket), hgrm_dir) {
+        (Ok(document), Some(dir)) => write_hgrm(&document, dir),
+        (Ok(document), None) if json => {
             println!("{document:#}");
             ExitCode::SUCCESS
         }
-        Ok(document) => {
+        (Ok(document), None) => {
             print!("{}", table(&document));
             ExitCode::SUCCESS
         }
-        Err(e) => {
+        (Err(e), _) => {
             error!("{e}; is the machine running?");
             ExitCode::FAILURE
         }
     }
+}
+
+/// One `.hgrm` file a stage, in microseconds.
+fn write_hgrm(document: &Value, dir: &Path) -> ExitCode {
+    let stages = document.get("stages").and_then(Value::as_array);
+    let Some(stages) = stages else {
+        error!(
+            "the machine takes no times of its stages; set host.stages = true and start it again"
+        );
+        return ExitCode::FAILURE;
+    };
+    for stage in stages {
+        let name = stage
+            .get("stage")
+            .and_then(Value::as_str)
+            .unwrap_or("stage");
+        let buckets = stage.get("buckets").cloned().unwrap_or_default();
+        let buckets: Vec<(u64, u64)> = serde_json::from_value(buckets).unwrap_or_default();
+        let file = dir.join(format!("{name}.hgrm"));
+        if let Err(e) = std::fs::write(&file, hgrm(&buckets, 1000.0)) {
+            error!("{}: {e}", file.display());
+            return ExitCode::FAILURE;
+        }
+        println!("{}", file.display());
+    }
+    ExitCode::SUCCESS
 }
 
 /// One line a value; zero counters are left out.
@@ -51,9 +79,13 @@ fn flatten(prefix: &str, value: &Value, lines: &mut Vec<(String, String)>) {
                 flatten(&name(part), value, lines);
             }
         }
+        // Whole distributions are for programs.
+        Value::Array(_) if prefix.ends_with(".buckets") => {}
         Value::Array(items) => {
             for (index, item) in items.iter().enumerate() {
-                flatten(&name(&index.to_string()), item, lines);
+                let of_stage = item.get("stage").and_then(Value::as_str);
+                let index = of_stage.map_or_else(|| index.to_string(), str::to_owned);
+                flatten(&name(&index), item, lines);
             }
         }
         Value::Null => {}

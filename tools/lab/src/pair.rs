@@ -59,6 +59,8 @@ pub struct Settings {
     pub ram_mib: u32,
     /// How the worker waits: `adaptive` or another mode of `[host] poll`.
     pub poll: String,
+    /// Whether the worker times its stages.
+    pub stages: bool,
     /// Time between periodic checkpoints; 0 for none.
     pub checkpoint_interval_ms: u64,
     /// What a host does that lost its peer: `continue` or `block`.
@@ -82,6 +84,7 @@ impl Settings {
             colo: colo.into(),
             ram_mib: 128,
             poll: "adaptive".to_owned(),
+            stages: false,
             checkpoint_interval_ms: 0,
             alone: "continue".to_owned(),
             heartbeat_count: 10,
@@ -97,9 +100,10 @@ impl Settings {
             "[vm]\nname = \"demo\"\nkernel = \"builtin:demo\"\nram_mib = {}\nvcpus = 1\n\
              cmdline = \"ip={GUEST_V4}/24 ip6={GUEST_V6}/64\"\n\n\
              [net]\ntap = \"{TAP}\"\nmac = \"{GUEST_MAC}\"\nmtu = 1500\n\n\
-             [host]\npoll = \"{}\"\nstatus = \"{}\"\n",
+             [host]\npoll = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
             self.ram_mib,
             self.poll,
+            self.stages,
             status.display(),
         )
     }

@@ -117,6 +117,11 @@ impl Process {
         self
     }
 
+    /// Where its status document can be read, if it has one.
+    pub fn status_socket(&self) -> Option<&Path> {
+        self.status_socket.as_deref()
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

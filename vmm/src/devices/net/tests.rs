@@ -49,6 +49,7 @@ fn bench() -> Bench {
         poll: PollMode::Interrupt,
         cpu: None,
         frame_slots: 64,
+        stages: false,
     };
     let worker = spawn(config, Box::new(nic), wiring).unwrap();
     let net = Net::new([2, 0, 0, 0, 0, 1], 1500, worker.clone());
