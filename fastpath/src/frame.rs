@@ -124,6 +124,12 @@ impl FramePool {
         self.guest = Some(guest);
     }
 
+    /// Forgets that memory. No frame is in place.
+    pub fn forget_guest(&mut self) {
+        assert_eq!(self.in_place.get(), 0, "frames lie in the guest");
+        self.guest = None;
+    }
+
     /// The range of addresses that the slots lie in.
     pub fn area(&self) -> &Arc<Area> {
         self.memory.area()

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::ring::GuestRam;
-use crate::worker::{PortState, WorkerGone};
+use crate::worker::{PortState, WorkerGone, WorkerHandle};
 
 pub use server::{SocketError, VhostUserServer};
 pub use table::TableError;
@@ -63,6 +63,16 @@ pub trait GuestSide: Send + 'static {
     /// Lets go of rings and memory; returns when that is done. Gives how far the rings had come,
     /// `None` when they were broken.
     fn detach(&mut self) -> Result<Option<PortState>, WorkerGone>;
+}
+
+impl GuestSide for WorkerHandle {
+    fn attach(&mut self, rings: GuestRings) -> Result<(), WorkerGone> {
+        self.attach_guest(rings)
+    }
+
+    fn detach(&mut self) -> Result<Option<PortState>, WorkerGone> {
+        self.detach_guest()
+    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod edge;
 mod idle;
 mod port;
 mod role;
+mod wires;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -25,13 +26,15 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::clock::now_us;
 use crate::frame::{FramePool, slot_bytes_for};
 use crate::nic::Nic;
+use crate::ring::Area;
 use crate::stats::WorkerStats;
 
 pub use command::{Command, Task, WorkerGone, WorkerHandle};
 pub use edge::Edge;
 pub use idle::{PollMode, SPIN_MAX_US};
-pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState, PortWiring};
+pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState};
 pub use role::{BATCH, Role, Solo};
+pub use wires::PortWiring;
 
 use command::Inbox;
 use idle::{Idle, Next};
@@ -57,13 +60,32 @@ pub fn spawn(
     nic: Box<dyn Nic>,
     wiring: PortWiring,
 ) -> io::Result<WorkerHandle> {
+    let area = wiring.ram.area().clone();
+    start(config, nic, area, Some(wiring))
+}
+
+/// Starts a worker in the role [`Solo`] for guests that come and go and bring their own memory
+/// ([`Edge::attach_guest`]).
+pub fn spawn_unattached(config: WorkerConfig, nic: Box<dyn Nic>) -> io::Result<WorkerHandle> {
+    let slots_bytes = config.frame_slots as usize * slot_bytes_for(nic.mtu());
+    let area = Arc::new(Area::reserve(slots_bytes)?);
+    start(config, nic, area, None)
+}
+
+fn start(
+    config: WorkerConfig,
+    nic: Box<dyn Nic>,
+    area: Arc<Area>,
+    wiring: Option<PortWiring>,
+) -> io::Result<WorkerHandle> {
     let stats = Arc::new(WorkerStats::default());
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (sender, commands) = channel();
-    let area = wiring.ram.area().clone();
     let slot_bytes = slot_bytes_for(nic.mtu());
     let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
-    frames.set_guest(wiring.ram.clone());
+    if let Some(wiring) = &wiring {
+        frames.set_guest(wiring.ram.clone());
+    }
     let port = GuestPort::new(wiring, stats.clone());
     let stages = config.stages.then(Box::default);
     let worker = Worker {
@@ -176,7 +198,7 @@ impl Worker {
                 return;
             }
             let wants_frames = self.role.wants_nic_frames(&mut self.edge);
-            self.fds.push(readable(self.edge.port.kick_fd()));
+            self.fds.extend(self.edge.port.kick_fds().map(readable));
             self.edge.poll_fds(wants_frames, &mut self.fds);
             self.role.poll_fds(&mut self.fds);
             timeout_us = self.role.deadline_us().map(|at| at.saturating_sub(now_us));

@@ -5,6 +5,8 @@
 //!
 //! Does not touch the host: what exists is found out when it is used.
 
+mod vhost;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +16,8 @@ use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
 use colo_fastpath::worker::PollMode;
 use serde::{Deserialize, Deserializer};
+
+pub use vhost::VhostConfig;
 
 /// Prefix of images that are part of the program.
 const BUILTIN: &str = "builtin:";
@@ -153,6 +157,8 @@ pub struct NetConfig {
     /// Largest payload of a frame.
     #[serde(default = "default_mtu")]
     pub mtu: u16,
+    /// The guest is behind this vhost-user socket; only for `colo vhost`.
+    pub vhost_user: Option<PathBuf>,
 }
 
 /// `[host]`
@@ -333,6 +339,7 @@ impl Config {
         let check = Check { path };
         check.vm(&config.vm)?;
         check.net(&config.net)?;
+        check.own_guest(&config.net)?;
         check.host(&config.host)?;
         if let Some(replication) = &config.replication {
             check.replication(replication, &config.host)?;
@@ -393,6 +400,14 @@ impl Check<'_> {
             net.mtu,
             "choose between 68 and 9216",
         )
+    }
+
+    /// The guest is this file's machine.
+    fn own_guest(&self, net: &NetConfig) -> Result<(), ConfigError> {
+        let socket = net.vhost_user.as_deref().unwrap_or(Path::new(""));
+        let advice = "leave it out, or start `colo vhost` with a file without [vm]";
+        let none = net.vhost_user.is_none();
+        self.that(none, "net.vhost_user", socket.display(), advice)
     }
 
     fn host(&self, host: &HostConfig) -> Result<(), ConfigError> {

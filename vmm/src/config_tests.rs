@@ -79,6 +79,11 @@ fn errors_name_file_field_value_and_remedy() {
         ),
         ("[replication]", "[replication]\nalone = \"maybe\"", "maybe"),
         ("name = \"demo\"", "", "name"),
+        (
+            "[host]",
+            "vhost_user = \"x.sock\"\n[host]",
+            "net.vhost_user = x.sock: leave it out",
+        ),
         ("[vm]", "[vm", ""),
     ] {
         let text = GOOD.replacen(from, to, 1);

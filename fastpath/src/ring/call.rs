@@ -1,7 +1,8 @@
 //! How a device tells its guest that there is something to look at.
 //!
 //! Invariants: the interrupt status bit is set before the line is written; the line is an eventfd,
-//! which the VMM connects to the sleep port or, as an irqfd, to an interrupt controller.
+//! which the VMM connects to the sleep port or, as an irqfd, to an interrupt controller. A vhost-user
+//! front-end has a line for each queue instead, and others for queues that are broken.
 //!
 //! Does not decide when to call; the queue's used_event does.
 
@@ -20,22 +21,48 @@ const CONFIG_CHANGE: u32 = 2;
 pub struct Call {
     interrupt_status: AtomicU32,
     needs_reset: AtomicBool,
-    line: EventFd,
+    lines: Lines,
+}
+
+/// Lines of both queues; `None` where nobody listens.
+type PerQueue = [Option<EventFd>; 2];
+
+#[derive(Debug)]
+enum Lines {
+    Device(EventFd),
+    Queues { calls: PerQueue, errors: PerQueue },
 }
 
 impl Call {
     /// A call that writes `line`.
     pub fn new(line: EventFd) -> Self {
+        Self::with(Lines::Device(line))
+    }
+
+    /// A call that writes the line of the queue: for used buffers one of `calls`, for a broken queue
+    /// all `errors`.
+    pub fn of_queues(calls: PerQueue, errors: PerQueue) -> Self {
+        Self::with(Lines::Queues { calls, errors })
+    }
+
+    fn with(lines: Lines) -> Self {
         Self {
             interrupt_status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
-            line,
+            lines,
         }
     }
 
-    /// Tells the guest of used buffers.
-    pub fn used_buffers(&self) -> io::Result<()> {
-        self.raise(USED_BUFFER)
+    /// Tells the guest of used buffers in these of its queues.
+    pub fn used_buffers(&self, queues: [bool; 2]) -> io::Result<()> {
+        match &self.lines {
+            Lines::Device(_) => self.raise(USED_BUFFER),
+            Lines::Queues { calls, .. } => calls
+                .iter()
+                .zip(queues)
+                .filter(|(_, wanted)| *wanted)
+                .try_for_each(|(line, _)| line.as_ref().map_or(Ok(()), write)),
+        }
     }
 
     /// Tells the guest that the device wants to be reset.
@@ -71,15 +98,25 @@ impl Call {
         self.interrupt_status
             .store(interrupt_status, Ordering::Release);
         self.needs_reset.store(needs_reset, Ordering::Release);
-        self.line.write(1)
+        match &self.lines {
+            Lines::Device(line) => line.write(1),
+            Lines::Queues { .. } => self.used_buffers([true; 2]),
+        }
     }
 
     fn raise(&self, bit: u32) -> io::Result<()> {
         self.interrupt_status.fetch_or(bit, Ordering::AcqRel);
-        match self.line.write(1) {
-            // A full counter is a line that is already up.
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            other => other,
+        match &self.lines {
+            Lines::Device(line) => write(line),
+            Lines::Queues { errors, .. } => errors.iter().flatten().try_for_each(write),
         }
+    }
+}
+
+fn write(line: &EventFd) -> io::Result<()> {
+    match line.write(1) {
+        // A full counter is a line that is already up.
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        other => other,
     }
 }

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::nic::Filter;
 use crate::stats::{WorkerSnapshot, WorkerStats};
+use crate::vhost_user::GuestRings;
 
 use super::edge::Edge;
 use super::port::PortState;
@@ -144,6 +145,17 @@ impl WorkerHandle {
         {
             tracing::error!("the packet worker panicked");
         }
+    }
+
+    /// Connects a guest that brings its own memory and waits until it is served.
+    pub fn attach_guest(&self, rings: GuestRings) -> Result<(), WorkerGone> {
+        self.execute(move |edge, _| edge.attach_guest(rings))
+    }
+
+    /// Waits until the worker has let go of such a guest. Gives how far its queues had come, if
+    /// they were in service.
+    pub fn detach_guest(&self) -> Result<Option<PortState>, WorkerGone> {
+        self.execute(|edge, _| edge.detach_guest())
     }
 
     fn ask<R>(&self, command: impl FnOnce(Sender<R>) -> Command) -> Result<R, WorkerGone> {

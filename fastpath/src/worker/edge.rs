@@ -17,6 +17,7 @@ use crate::nic::{Filter, Nic, Sent};
 use crate::ring::QUEUE_SIZE_MAX;
 use crate::stages::{Stage, Stages};
 use crate::stats::WorkerStats;
+use crate::vhost_user::GuestRings;
 
 use super::port::{Delivery, GuestPort, PortState};
 use super::role::BATCH;
@@ -247,6 +248,22 @@ impl Edge {
         self.settle_all();
         self.flush();
         self.port.deactivate();
+    }
+
+    /// Connects a guest that brings its own memory.
+    pub fn attach_guest(&mut self, rings: GuestRings) {
+        self.detach_guest();
+        self.frames.set_guest(rings.ram.clone());
+        self.port.attach(rings);
+    }
+
+    /// Lets go of such a guest. Frames that lay in its buffers are kept as copies. Gives how far
+    /// its queues had come, if they were in service.
+    pub fn detach_guest(&mut self) -> Option<PortState> {
+        self.settle_all();
+        self.flush();
+        self.frames.forget_guest();
+        self.port.detach()
     }
 
     fn return_buffers(&mut self) {

@@ -8,16 +8,18 @@
 //! Does not know where frames come from or go to.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use colo_compare::{HEADER_MAX, Token};
 use tracing::warn;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::frame::{Buffer, CopyCause, FramePool, IN_PLACE_MIN, PIECES_MAX};
 use crate::ring::{Call, Chain, GuestRam, QueueState, RingError, Segment, Virtqueue};
 use crate::stats::WorkerStats;
+use crate::vhost_user::GuestRings;
+
+use super::wires::{PortWiring, Wires};
 
 /// Bytes of `virtio_net_hdr` in front of every frame (`VIRTIO_F_VERSION_1`).
 pub const NET_HEADER_BYTES: usize = 12;
@@ -39,28 +41,25 @@ pub enum Delivery {
     TooSmall,
 }
 
-/// How the port reaches the guest and is reached by it.
-#[derive(Debug)]
-pub struct PortWiring {
-    /// Guest memory.
-    pub ram: Arc<GuestRam>,
-    /// The device's interrupt.
-    pub call: Arc<Call>,
-    /// Written when the guest notifies a queue. Non-blocking.
-    pub kick: EventFd,
-}
-
 #[derive(Debug)]
 struct Queues {
     guest_rx: Virtqueue,
     guest_tx: Virtqueue,
 }
 
+/// Queues in service, and the memory they are in.
+#[derive(Debug)]
+struct Service {
+    ram: Arc<GuestRam>,
+    queues: Queues,
+}
+
 /// Both queues of a network device.
 #[derive(Debug)]
 pub struct GuestPort {
-    wiring: PortWiring,
-    queues: Option<Queues>,
+    /// `None`: nobody is connected.
+    wires: Option<Wires>,
+    service: Option<Service>,
     /// Counts activations: a buffer of an earlier life is nobody's.
     life: u32,
     chain: Chain,
@@ -68,31 +67,46 @@ pub struct GuestPort {
 }
 
 impl GuestPort {
-    /// A port without a driver.
-    pub fn new(wiring: PortWiring, stats: Arc<WorkerStats>) -> Self {
+    /// A port without a driver; without a wiring, one that nobody is connected to.
+    pub fn new(wiring: Option<PortWiring>, stats: Arc<WorkerStats>) -> Self {
         Self {
-            wiring,
-            queues: None,
+            wires: wiring.map(Wires::from),
+            service: None,
             life: 0,
             chain: Chain::default(),
             stats,
         }
     }
 
+    /// Connects a guest that brings its own memory, and serves its queues.
+    pub fn attach(&mut self, rings: GuestRings) {
+        let call = Arc::new(Call::of_queues(rings.calls, rings.errors));
+        self.wires = Some(Wires::per_queue(rings.ram, call, rings.kicks));
+        self.activate(rings.queues);
+    }
+
+    /// Lets go of such a guest and of its memory. Gives how far its queues had come.
+    pub fn detach(&mut self) -> Option<PortState> {
+        let state = self.deactivate();
+        self.wires = None;
+        state
+    }
+
     /// Starts to serve the queues.
     pub fn activate(&mut self, state: PortState) {
         let [guest_rx, guest_tx] = state;
         self.life = self.life.wrapping_add(1);
-        let ram = &self.wiring.ram;
+        let Some(wires) = &self.wires else {
+            return;
+        };
+        let ram = wires.ram.clone();
         let queues = Virtqueue::new(ram.clone(), guest_rx).and_then(|guest_rx| {
-            Ok(Queues {
-                guest_rx,
-                guest_tx: Virtqueue::new(ram.clone(), guest_tx)?,
-            })
+            let guest_tx = Virtqueue::new(ram.clone(), guest_tx)?;
+            Ok(Queues { guest_rx, guest_tx })
         });
         match queues {
             Ok(queues) => {
-                self.queues = Some(queues);
+                self.service = Some(Service { ram, queues });
                 self.poll_mode();
             }
             Err(e) => self.fault(&e),
@@ -102,21 +116,20 @@ impl GuestPort {
     /// Stops serving the queues and gives their states, if they were served.
     pub fn deactivate(&mut self) -> Option<PortState> {
         let state = self.state();
-        self.queues = None;
+        self.service = None;
         state
     }
 
     /// Where the queues stand.
     pub fn state(&mut self) -> Option<PortState> {
         self.flush();
-        self.queues
-            .as_ref()
-            .map(|q| [q.guest_rx.state(), q.guest_tx.state()])
+        let queues = self.service.as_ref().map(|service| &service.queues);
+        queues.map(|q| [q.guest_rx.state(), q.guest_tx.state()])
     }
 
     /// Whether a driver is there.
     pub fn is_active(&self) -> bool {
-        self.queues.is_some()
+        self.service.is_some()
     }
 
     /// Whether the guest has a receive buffer.
@@ -194,14 +207,22 @@ impl GuestPort {
     /// Shows the guest what was done since the last flush and calls it if it wants that.
     pub fn flush(&mut self) {
         let wants = |q: &mut Queues, _: &mut Chain, _: &GuestRam| {
-            let (guest_rx, guest_tx) = (q.guest_rx.publish()?, q.guest_tx.publish()?);
-            Ok(guest_rx || guest_tx)
+            Ok([q.guest_rx.publish()?, q.guest_tx.publish()?])
         };
-        if self.on_queues(wants) == Some(true) {
+        let queues = self.on_queues(wants).unwrap_or_default();
+        if queues.contains(&true) {
             self.stats.guest_calls.add(1);
-            if let Err(e) = self.wiring.call.used_buffers() {
-                warn!("the guest's interrupt line failed: {e}");
-            }
+            self.tell_guest(|call| call.used_buffers(queues));
+        }
+    }
+
+    fn tell_guest(&self, tell: impl FnOnce(&Call) -> io::Result<()>) {
+        let told = self
+            .wires
+            .as_ref()
+            .map_or(Ok(()), |wires| tell(&wires.call));
+        if let Err(e) = told {
+            warn!("the guest's interrupt line failed: {e}");
         }
     }
 
@@ -214,26 +235,26 @@ impl GuestPort {
     }
 
     /// Asks for notifications of output if that is wanted, and of receive buffers when there are
-    /// none. Gives whether there is work already.
+    /// none. Gives whether there is work already, or may be that nobody rings for.
     pub fn sleep_mode(&mut self, wants_output: bool) -> bool {
-        self.on_queues(|q, _, _| {
+        let asked = self.on_queues(|q, _, _| {
             let refilled = !q.guest_rx.has_available()? && q.guest_rx.enable_notifications()?;
             let output = wants_output && q.guest_tx.enable_notifications()?;
             Ok(output || refilled)
-        })
-        .unwrap_or(false)
+        });
+        let rings = |wires: &Wires| wires.every_queue_rings();
+        asked.is_some_and(|work| work || !self.wires.as_ref().is_some_and(rings))
     }
 
-    /// The descriptor that the guest's notifications make readable.
-    pub fn kick_fd(&self) -> RawFd {
-        self.wiring.kick.as_raw_fd()
+    /// The descriptors that the guest's notifications make readable.
+    pub fn kick_fds(&self) -> impl Iterator<Item = RawFd> {
+        self.wires.iter().flat_map(Wires::kick_fds)
     }
 
     /// Forgets notifications that have arrived.
     pub fn drain_kicks(&mut self) {
-        match self.wiring.kick.read() {
+        match self.wires.as_ref().map_or(Ok(0), Wires::drain_kicks) {
             Ok(n) => self.stats.guest_kicks.add(n),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => warn!("the guest's notification descriptor failed: {e}"),
         }
     }
@@ -242,8 +263,8 @@ impl GuestPort {
         &mut self,
         act: impl FnOnce(&mut Queues, &mut Chain, &GuestRam) -> Result<T, RingError>,
     ) -> Option<T> {
-        let queues = self.queues.as_mut()?;
-        match act(queues, &mut self.chain, &self.wiring.ram) {
+        let service = self.service.as_mut()?;
+        match act(&mut service.queues, &mut self.chain, &service.ram) {
             Ok(value) => Some(value),
             Err(e) => {
                 self.fault(&e);
@@ -255,11 +276,9 @@ impl GuestPort {
     #[cold]
     fn fault(&mut self, error: &RingError) {
         warn!("network queue: {error}; the device asks for a reset");
-        self.queues = None;
+        self.service = None;
         self.stats.ring_errors.add(1);
-        if let Err(e) = self.wiring.call.ask_for_reset() {
-            warn!("the guest's interrupt line failed: {e}");
-        }
+        self.tell_guest(Call::ask_for_reset);
     }
 }
 

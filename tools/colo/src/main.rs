@@ -10,6 +10,7 @@ mod replica;
 mod run;
 mod status;
 mod stop;
+mod vhost;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -48,6 +49,11 @@ enum Command {
         /// Configuration file
         config: PathBuf,
     },
+    /// Be the NIC of a guest that another program runs, behind a vhost-user socket
+    Vhost {
+        /// Configuration file
+        config: PathBuf,
+    },
     /// Show what a running machine is doing
     Status {
         /// Its status socket (host.status in its configuration)
@@ -78,6 +84,7 @@ fn main() -> ExitCode {
         Command::Run { config } => run::run(&config),
         Command::Primary { config } => replica::run(&config, replica::Part::Primary),
         Command::Secondary { config } => replica::run(&config, replica::Part::Secondary),
+        Command::Vhost { config } => vhost::run(&config),
         Command::Status { socket, json, hgrm } => status::show(&socket, json, hgrm.as_deref()),
         Command::Bench { arguments } => bench(&arguments),
         Command::Compare(arguments) => compare::run(arguments),

@@ -124,8 +124,8 @@ pub(crate) fn guest_image(config: &Config) -> Result<Vec<u8>, RunError> {
     }
 }
 
-/// Until a signal, an event of the guest, or a status client.
-fn wait(stop: &Stop, events: i32, status: Option<&StatusSocket>) -> io::Result<()> {
+/// Until a signal, an event of the guest, or a status client. Without a guest, `events` is negative.
+pub(crate) fn wait(stop: &Stop, events: i32, status: Option<&StatusSocket>) -> io::Result<()> {
     let status = status.map_or(-1, StatusSocket::poll_fd);
     let mut fds = [stop.poll_fd(), events, status].map(|fd| libc::pollfd {
         fd,

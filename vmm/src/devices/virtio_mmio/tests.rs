@@ -212,7 +212,7 @@ fn a_device_moves_as_a_record() {
     first.negotiate();
     first.set_up_queues();
     first.write(0x70, 15);
-    first.call.used_buffers().unwrap();
+    first.call.used_buffers([true, false]).unwrap();
     let mut live = first.live().unwrap();
     live[0].next_avail = 77;
     live[1].called_at = 0xfffe;

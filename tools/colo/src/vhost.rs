@@ -1,0 +1,110 @@
+//! `colo vhost`: a NIC for a guest behind a vhost-user socket, which another VMM or DPDK runs.
+//!
+//! Invariants: besides this thread there are only the worker and the one that reads the socket; a
+//! front-end may come and go as often as it likes.
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use colo_fastpath::net_offer::NetOffer;
+use colo_fastpath::nic::{Filter, Tap};
+use colo_fastpath::vhost_user::{SocketError, VhostUserServer};
+use colo_fastpath::worker::{WorkerConfig, WorkerHandle, spawn_unattached};
+use colo_vmm::config::{ConfigError, VhostConfig};
+use colo_vmm::status::{StatusError, StatusSocket};
+use serde_json::{Value, json};
+use tracing::{error, info};
+
+use crate::BAD_CONFIGURATION;
+use crate::run::wait;
+use crate::stop::catch_signals;
+
+/// A port could not be served.
+#[derive(Debug, thiserror::Error)]
+enum VhostError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Tap(#[from] colo_fastpath::nic::TapError),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error(transparent)]
+    Status(#[from] StatusError),
+    #[error("the packet worker could not be started: {0}")]
+    Worker(io::Error),
+    #[error("waiting failed: {0}")]
+    Wait(#[from] io::Error),
+}
+
+/// Serves the socket of a configuration file until a signal comes.
+pub(crate) fn run(path: &Path) -> ExitCode {
+    match try_run(path) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            error!("{e}");
+            match e {
+                VhostError::Config(_) => ExitCode::from(BAD_CONFIGURATION),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+fn try_run(path: &Path) -> Result<(), VhostError> {
+    let config = VhostConfig::read(path)?;
+    let stop = catch_signals()?;
+    let status = config.host.status.as_deref().map(StatusSocket::bind);
+    let status = status.transpose()?;
+    let net = &config.net;
+    let tap = Tap::open(&net.tap, net.mtu, Filter::Guest(net.mac))?;
+    let worker_config = WorkerConfig {
+        name: "worker".into(),
+        poll: config.host.poll,
+        cpu: config.host.cpu,
+        frame_slots: config.host.frame_slots,
+        stages: config.host.stages,
+    };
+    let worker = spawn_unattached(worker_config, Box::new(tap)).map_err(VhostError::Worker)?;
+    let offer = NetOffer {
+        mac: net.mac,
+        mtu: net.mtu,
+    };
+    let server = VhostUserServer::bind(&config.socket(), worker.clone(), offer)?;
+    let started = Instant::now();
+    info!("{} is served on {}", config.socket().display(), net.tap);
+    while !stop.is_asked() {
+        wait(&stop, -1, status.as_ref())?;
+        if let Some(status) = &status {
+            status.answer(|| document(&config, &server, &worker, started));
+        }
+    }
+    info!("stopped by a signal");
+    drop(server);
+    worker.stop();
+    Ok(())
+}
+
+fn document(
+    config: &VhostConfig,
+    server: &VhostUserServer,
+    worker: &WorkerHandle,
+    started: Instant,
+) -> Value {
+    let guest = if server.is_connected() {
+        "connected"
+    } else {
+        "absent"
+    };
+    let stages = worker.execute(|edge, _| edge.stages().map(|stages| stages.report()));
+    json!({
+        "name": config.socket().display().to_string(),
+        "role": "vhost-user",
+        "guest": guest,
+        "uptime_s": started.elapsed().as_secs_f64(),
+        "vhost_user": server.stats(),
+        "worker": worker.stats(),
+        "stages": stages.ok().flatten(),
+    })
+}
