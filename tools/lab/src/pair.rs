@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::load::{self, ports};
 use crate::netns::NetError;
 use crate::process::{Process, ProcessError};
-use crate::topology::{GUEST_MAC, GUEST_V4, GUEST_V6, Host, TAP, Topology};
+use crate::topology::{GUEST_MAC, GUEST_V4, GUEST_V6, Host, TAP, Topology, UPLINK, Uplink};
 
 /// Longest time for a guest to boot and answer.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -59,6 +59,8 @@ pub struct Settings {
     pub ram_mib: u32,
     /// How the worker waits: `adaptive` or another mode of `[host] poll`.
     pub poll: String,
+    /// The mode of AF_XDP (`auto`, `driver`, `generic`) on the uplink; without it, a TAP device.
+    pub xdp: Option<String>,
     /// Whether the worker times its stages.
     pub stages: bool,
     /// Time between periodic checkpoints; 0 for none.
@@ -84,6 +86,7 @@ impl Settings {
             colo: colo.into(),
             ram_mib: 128,
             poll: "adaptive".to_owned(),
+            xdp: None,
             stages: false,
             checkpoint_interval_ms: 0,
             alone: "continue".to_owned(),
@@ -95,13 +98,29 @@ impl Settings {
         }
     }
 
+    /// How the guests reach the switch.
+    pub fn uplink(&self) -> Uplink {
+        match self.xdp {
+            Some(_) => Uplink::Direct,
+            None => Uplink::Bridged,
+        }
+    }
+
+    fn nic(&self) -> String {
+        match &self.xdp {
+            Some(mode) => format!("interface = \"{UPLINK}\"\nxdp = \"{mode}\""),
+            None => format!("tap = \"{TAP}\""),
+        }
+    }
+
     fn machine(&self, status: &Path) -> String {
         format!(
             "[vm]\nname = \"demo\"\nkernel = \"builtin:demo\"\nram_mib = {}\nvcpus = 1\n\
              cmdline = \"ip={GUEST_V4}/24 ip6={GUEST_V6}/64\"\n\n\
-             [net]\ntap = \"{TAP}\"\nmac = \"{GUEST_MAC}\"\nmtu = 1500\n\n\
+             [net]\n{}\nmac = \"{GUEST_MAC}\"\nmtu = 1500\n\n\
              [host]\npoll = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
             self.ram_mib,
+            self.nic(),
             self.poll,
             self.stages,
             status.display(),
@@ -152,7 +171,7 @@ pub struct Single {
 impl Single {
     /// Starts it and waits until its services answer. Files go to `dir`.
     pub fn start(settings: &Settings, dir: &Path) -> Result<Self, PairError> {
-        let topology = Topology::new()?;
+        let topology = Topology::with(settings.uplink())?;
         let file = dir.join("run.toml");
         let socket = status_socket(Host::A, dir);
         write_file(
@@ -184,7 +203,7 @@ pub struct Pair {
 impl Pair {
     /// Starts both and waits until the primary's services answer and it says it is protected.
     pub fn start(settings: &Settings, dir: &Path) -> Result<Self, PairError> {
-        Self::start_in(Topology::new()?, settings, dir)
+        Self::start_in(Topology::with(settings.uplink())?, settings, dir)
     }
 
     /// The same, in a topology that exists.

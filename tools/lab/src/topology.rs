@@ -6,6 +6,8 @@
 //!                     └─ bridge ─ tap0   host b ──┘
 //! ```
 //!
+//! With [`Uplink::Direct`] there is neither bridge nor TAP in the hosts: the guest shares the uplink over AF_XDP.
+//!
 //! Invariants: all names carry this process's id and a random part; dropping a [`Topology`] removes
 //! everything; bridges and TAPs speak neither IPv6 nor spanning tree, so what a capture at the switch shows
 //! comes from the client or a guest.
@@ -34,6 +36,8 @@ pub const GUEST: [IpAddr; 2] = [IpAddr::V4(GUEST_V4), IpAddr::V6(GUEST_V6)];
 pub const GUEST_MAC: &str = "52:54:00:c0:10:01";
 /// Name of the TAP device in each host.
 pub const TAP: &str = "tap0";
+/// Name of the interface towards the switch in each host.
+pub const UPLINK: &str = "uplink";
 
 const PREFIX: &str = "colo-";
 const LINK_V4: [&str; 2] = ["10.78.0.1", "10.78.0.2"];
@@ -79,6 +83,16 @@ impl Host {
     }
 }
 
+/// How the guests reach the switch.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Uplink {
+    /// Through a TAP device in a bridge.
+    #[default]
+    Bridged,
+    /// Over AF_XDP on the interface itself.
+    Direct,
+}
+
 /// The namespaces of one laboratory. See the module's picture.
 #[derive(Debug)]
 pub struct Topology {
@@ -92,6 +106,11 @@ pub struct Topology {
 impl Topology {
     /// Builds everything, after removing what dead runs left.
     pub fn new() -> Result<Self, NetError> {
+        Self::with(Uplink::Bridged)
+    }
+
+    /// The same, with guests that reach the switch like this.
+    pub fn with(uplink: Uplink) -> Result<Self, NetError> {
         sweep()?;
         let run = unique_name();
         let make = |part: &str| Netns::create(&format!("{run}-{part}"));
@@ -106,10 +125,13 @@ impl Topology {
         topology.quiet_ipv6()?;
         topology.wire_switch()?;
         for host in [Host::A, Host::B] {
-            topology.wire_host(host)?;
+            topology.wire_host(host, uplink)?;
         }
         topology.wire_link()?;
         topology.address_client()?;
+        if uplink == Uplink::Direct {
+            topology.sum_in_client()?;
+        }
         Ok(topology)
     }
 
@@ -170,9 +192,9 @@ impl Topology {
             String::from("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n");
         let peers = [
             ("client", &self.client, "eth0"),
-            ("a", &self.hosts[0], "uplink"),
+            ("a", &self.hosts[0], UPLINK),
         ];
-        let peers = peers.into_iter().chain([("b", &self.hosts[1], "uplink")]);
+        let peers = peers.into_iter().chain([("b", &self.hosts[1], UPLINK)]);
         for (port, netns, inner) in peers {
             let far = netns.name();
             lines += &format!("link add port-{port} type veth peer name {inner} netns {far}\n");
@@ -182,12 +204,15 @@ impl Topology {
         self.switch.batch(&lines)
     }
 
-    fn wire_host(&self, host: Host) -> Result<(), NetError> {
+    fn wire_host(&self, host: Host, uplink: Uplink) -> Result<(), NetError> {
+        if uplink == Uplink::Direct {
+            return self.host(host).batch(&format!("link set {UPLINK} up\n"));
+        }
         self.host(host).batch(&format!(
             "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
              tuntap add dev {TAP} mode tap\n\
              link set {TAP} master br0 up\n\
-             link set uplink master br0 up\n\
+             link set {UPLINK} master br0 up\n\
              link set br0 up\n"
         ))
     }
@@ -214,6 +239,27 @@ impl Topology {
              address add {CLIENT_V6}/64 dev eth0 nodad\n\
              link set eth0 up\n"
         ))
+    }
+
+    /// Makes the client compute its checksums: veth pairs pass frames without them on, and an XDP program sees
+    /// frames as they are.
+    fn sum_in_client(&self) -> Result<(), NetError> {
+        let mut command = self.client.command("ethtool");
+        command.args(["-K", "eth0", "tx", "off"]);
+        let output = command
+            .output()
+            .map_err(|source| NetError::MissingProgram {
+                program: "ethtool",
+                package: "ethtool",
+                source,
+            })?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(NetError::Refused {
+            command: "ethtool -K eth0 tx off".to_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
     }
 
     fn point_link(&self, host: Host, mac: &str) -> Result<(), NetError> {
