@@ -49,6 +49,13 @@ pub trait Nic: Send {
     /// How it works, for logs and reports: "tap", "af_xdp, driver, copy, 4 queues".
     fn describe(&self) -> String;
 
+    /// Gets to know the slots, once, before anything else: a NIC that shares memory with the kernel
+    /// registers their area here.
+    fn start(&mut self, frames: &mut FramePool) -> io::Result<()> {
+        let _ = frames;
+        Ok(())
+    }
+
     /// Takes the frames that are waiting, `max` at most, as long as there are slots. A frame longer
     /// than a slot is cut off.
     fn receive(

@@ -74,7 +74,7 @@ pub fn spawn_unattached(config: WorkerConfig, nic: Box<dyn Nic>) -> io::Result<W
 
 fn start(
     config: WorkerConfig,
-    nic: Box<dyn Nic>,
+    mut nic: Box<dyn Nic>,
     area: Arc<Area>,
     wiring: Option<PortWiring>,
 ) -> io::Result<WorkerHandle> {
@@ -86,6 +86,7 @@ fn start(
     if let Some(wiring) = &wiring {
         frames.set_guest(wiring.ram.clone());
     }
+    nic.start(&mut frames)?;
     let port = GuestPort::new(wiring, stats.clone());
     let stages = config.stages.then(Box::default);
     let worker = Worker {
