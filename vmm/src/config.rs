@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use colo_compare::Policy;
 use colo_fastpath::Mac;
+use colo_fastpath::link::Packets;
 use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
 use colo_fastpath::worker::PollMode;
@@ -231,6 +232,9 @@ pub struct ReplicationConfig {
     /// Frames that may be held.
     #[serde(default = "default_hold_frames")]
     pub hold_frames: u32,
+    /// What may carry mirrored input and SVM output beside TCP.
+    #[serde(default)]
+    pub packets: Packets,
 }
 
 const fn one() -> u8 {

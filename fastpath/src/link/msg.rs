@@ -107,6 +107,18 @@ impl Head {
         out
     }
 
+    /// False for kinds of later versions, which are skipped (rule 22).
+    pub(super) fn is_known(&self) -> bool {
+        self.kind < 10
+    }
+
+    pub(super) fn malformed(&self) -> Malformed {
+        Malformed {
+            kind: self.kind,
+            len: self.len,
+        }
+    }
+
     /// The head at the start of `bytes` if it is there whole.
     pub(super) fn read(bytes: &[u8]) -> Result<Option<Self>, Malformed> {
         let Some(head) = bytes.get(..HEAD_BYTES) else {
@@ -183,8 +195,8 @@ impl<'a> PacketMsg<'a> {
         }
     }
 
-    /// The message that `head` and `body` make; `None` for a kind of a later version (rule 22).
-    pub(super) fn decode(head: Head, body: &'a [u8]) -> Result<Option<Self>, Malformed> {
+    /// The message that `head` and `body` make, if its kind [`is known`](Head::is_known).
+    pub(super) fn decode(head: Head, body: &'a [u8]) -> Result<Self, Malformed> {
         let Head {
             kind,
             epoch,
@@ -192,7 +204,7 @@ impl<'a> PacketMsg<'a> {
             len,
         } = head;
         let frame = body;
-        Ok(Some(match kind {
+        Ok(match kind {
             1 if len >= FRAME_MIN => Self::Input { epoch, seq, frame },
             2 => Self::InputAck { up_to: seq },
             3 if len >= FRAME_MIN => Self::Output { epoch, seq, frame },
@@ -213,9 +225,8 @@ impl<'a> PacketMsg<'a> {
                 }
             }
             9 => Self::Fetch { seq },
-            10.. => return Ok(None),
             _ => return Err(Malformed { kind, len }),
-        }))
+        })
     }
 }
 
@@ -238,7 +249,7 @@ mod tests {
         [encoded.head(), encoded.body].concat()
     }
 
-    fn read(bytes: &[u8]) -> Result<Option<PacketMsg<'_>>, Malformed> {
+    fn read(bytes: &[u8]) -> Result<PacketMsg<'_>, Malformed> {
         let head = Head::read(bytes)?.unwrap();
         assert_eq!(head.len, bytes.len() - HEAD_BYTES);
         PacketMsg::decode(head, &bytes[HEAD_BYTES..])
@@ -273,7 +284,7 @@ mod tests {
             },
             PacketMsg::Fetch { seq },
         ] {
-            assert_eq!(read(&whole(&msg)), Ok(Some(msg)));
+            assert_eq!(read(&whole(&msg)), Ok(msg));
         }
     }
 
@@ -294,6 +305,7 @@ mod tests {
         long[..4].copy_from_slice(&(BODY_MAX as u32 + 1).to_le_bytes());
         assert!(Head::read(&long).is_err());
         assert_eq!(Head::read(&long[..HEAD_BYTES - 1]), Ok(None));
-        assert_eq!(read(&head(200, 5)), Ok(None), "a later kind is skipped");
+        let later = Head::read(&head(200, 5)).unwrap().unwrap();
+        assert!(!later.is_known(), "a later kind is skipped");
     }
 }

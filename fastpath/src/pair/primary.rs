@@ -10,7 +10,7 @@ use hdrhistogram::Histogram;
 use super::{PairEvent, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
-use crate::link::{PacketLink, PacketLinkError, PacketMsg};
+use crate::link::{LinkStats, PacketLink, PacketLinkError, PacketMsg};
 use crate::mailbox::Post;
 use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
 
@@ -50,10 +50,8 @@ pub struct PrimaryReport {
     pub stats: PrimaryStats,
     /// Output produced to released, in microseconds.
     pub hold_us: Histogram<u64>,
-    /// Bytes sent on the packet channel, all secondaries together.
-    pub link_sent_bytes: u64,
-    /// Bytes received on it.
-    pub link_received_bytes: u64,
+    /// The packet channel's, all secondaries together.
+    pub link: LinkStats,
 }
 
 /// The primary's role.
@@ -76,7 +74,7 @@ pub struct PrimaryRole {
     muted: bool,
     /// A checkpoint was asked for and is not committed: what is undecided lies in copies.
     diverging: bool,
-    past_link_bytes: (u64, u64),
+    past_link: LinkStats,
 }
 
 impl PrimaryRole {
@@ -115,7 +113,7 @@ impl PrimaryRole {
             mirrors: false,
             muted: false,
             diverging: false,
-            past_link_bytes: (0, 0),
+            past_link: LinkStats::default(),
         }
     }
 
@@ -141,8 +139,7 @@ impl PrimaryRole {
         self.released_seqs.clear();
         self.released_pending = None;
         if let Some(link) = self.link.take() {
-            self.past_link_bytes.0 += link.sent_bytes;
-            self.past_link_bytes.1 += link.received_bytes;
+            self.past_link.add(&link.stats());
             let _ = link.shutdown(Shutdown::Both);
         }
     }
@@ -234,16 +231,16 @@ impl PrimaryRole {
 
     /// Counters and times.
     pub fn report(&self) -> PrimaryReport {
-        let (sent, received) = self.past_link_bytes;
-        let link = self
+        let mut link = self
             .link
             .as_ref()
-            .map_or((0, 0), |l| (l.sent_bytes, l.received_bytes));
+            .map(PacketLink::stats)
+            .unwrap_or_default();
+        link.add(&self.past_link);
         PrimaryReport {
             stats: *self.path.stats(),
             hold_us: self.hold_us.clone(),
-            link_sent_bytes: sent + link.0,
-            link_received_bytes: received + link.1,
+            link,
         }
     }
 
@@ -523,7 +520,11 @@ impl Role for PrimaryRole {
     }
 
     fn deadline_us(&self) -> Option<u64> {
-        self.path.next_deadline()
+        let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
+        [self.path.next_deadline(), link_us]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn wants_guest_frames(&self) -> bool {
@@ -536,7 +537,7 @@ impl Role for PrimaryRole {
 
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
         if let Some(link) = &self.link {
-            fds.push(link.pollfd());
+            link.poll_fds(fds);
         }
     }
 

@@ -7,7 +7,7 @@ use colo_compare::{Limits, SecondaryAction, SecondaryPath, SecondaryStats};
 
 use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
-use crate::link::{PacketLink, PacketLinkError, PacketMsg};
+use crate::link::{LinkStats, PacketLink, PacketLinkError, PacketMsg};
 use crate::mailbox::Post;
 use crate::nic::Filter;
 use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
@@ -26,10 +26,8 @@ pub struct SecondaryRoleConfig {
 pub struct SecondaryReport {
     /// The packet core's counters.
     pub stats: SecondaryStats,
-    /// Bytes sent on the packet channel.
-    pub link_sent_bytes: u64,
-    /// Bytes received on it.
-    pub link_received_bytes: u64,
+    /// The packet channel's.
+    pub link: LinkStats,
 }
 
 /// The secondary's role.
@@ -139,6 +137,9 @@ impl SecondaryRole {
     ) -> Option<Box<PrimaryRole>> {
         let now_us = now_us();
         // What the dead primary still said counts: input to deliver, output that it had released.
+        if let Some(link) = &mut self.link {
+            link.read_all();
+        }
         while self.poll_link(edge, now_us) > 0 {}
         self.detach();
         let path = self.path.take()?;
@@ -151,11 +152,13 @@ impl SecondaryRole {
 
     /// Counters.
     pub fn report(&self) -> SecondaryReport {
-        let link = self.link.as_ref();
         SecondaryReport {
             stats: self.path.as_ref().map(|p| *p.stats()).unwrap_or_default(),
-            link_sent_bytes: link.map_or(0, |l| l.sent_bytes),
-            link_received_bytes: link.map_or(0, |l| l.received_bytes),
+            link: self
+                .link
+                .as_ref()
+                .map(PacketLink::stats)
+                .unwrap_or_default(),
         }
     }
 
@@ -317,7 +320,9 @@ impl Role for SecondaryRole {
     }
 
     fn deadline_us(&self) -> Option<u64> {
-        self.path.as_ref().and_then(SecondaryPath::next_deadline)
+        let path_us = self.path.as_ref().and_then(SecondaryPath::next_deadline);
+        let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
+        [path_us, link_us].into_iter().flatten().min()
     }
 
     fn wants_nic_frames(&self, _edge: &mut Edge) -> bool {
@@ -331,7 +336,7 @@ impl Role for SecondaryRole {
 
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
         if let Some(link) = &self.link {
-            fds.push(link.pollfd());
+            link.poll_fds(fds);
         }
     }
 

@@ -6,6 +6,7 @@
 //! Does not decide who wins.
 
 use std::io::{self, Write};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -14,6 +15,7 @@ use colo_compare::Limits;
 use colo_control::{Geometry, Outcome, Record, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
+use colo_fastpath::link::{PacketLink, open_ports};
 use colo_fastpath::mailbox::Mailbox;
 use colo_fastpath::nic::{Filter, Tap, TapError};
 use colo_fastpath::pair::{PrimaryRole, PrimaryRoleConfig};
@@ -184,6 +186,13 @@ impl Replica {
             step_timeout_us: STEP_TIMEOUT_US,
             arbiter_retry_us: ARBITER_RETRY_US,
         }
+    }
+
+    /// The packet channel over a connection, with the datagram transports that this host has for it.
+    pub(super) fn packet_link(&self, stream: TcpStream) -> io::Result<PacketLink> {
+        let ports = open_ports(&stream, self.replication.packets);
+        let key = random_number().map_err(io::Error::other)?;
+        PacketLink::with_ports(stream, ports, key)
     }
 
     pub(super) fn block_alone(&self) -> bool {

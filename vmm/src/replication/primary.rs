@@ -13,7 +13,6 @@ use std::thread::JoinHandle;
 
 use colo_control::{Action, Geometry, Msg, Outcome, Primary, PrimaryEvent, PrimaryState, Record};
 use colo_fastpath::clock::now_us;
-use colo_fastpath::link::PacketLink;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{PairEvent, PrimaryRole};
 
@@ -358,7 +357,7 @@ impl PrimaryShell {
             return;
         };
         self.checkpoint_begun_us = now_us();
-        match PacketLink::new(packets) {
+        match self.replica.packet_link(packets) {
             Ok(packets) => self.on_role(move |role, _| role.attach(packets)),
             Err(e) => return self.link_down(&e.to_string()),
         }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use colo_compare::Cause;
+use colo_fastpath::link::LinkStats;
 use colo_fastpath::pair::{PrimaryReport, SecondaryReport};
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -138,6 +139,7 @@ pub struct PairStatus {
     pub hold_us: Percentiles,
     pub dirty_pages: Percentiles,
     pub link_bytes: u64,
+    pub link: LinkStats,
     pub page_bytes: u64,
     pub mirrored: u64,
     pub redelivered: u64,
@@ -182,7 +184,8 @@ impl PairStatus {
             commit_us: (&times.commit_us).into(),
             hold_us: (&report.hold_us).into(),
             dirty_pages: (&times.dirty_pages).into(),
-            link_bytes: report.link_sent_bytes + report.link_received_bytes,
+            link_bytes: report.link.sent_bytes + report.link.received_bytes,
+            link: report.link,
             page_bytes: times.page_bytes,
             mirrored: stats.mirrored,
             redelivered: stats.redelivered,
@@ -194,7 +197,8 @@ impl PairStatus {
         Self {
             standing,
             checkpoint_causes: by_cause(&report.stats.requests),
-            link_bytes: report.link_sent_bytes + report.link_received_bytes,
+            link_bytes: report.link.sent_bytes + report.link.received_bytes,
+            link: report.link,
             mirrored: report.stats.mirrored,
             redelivered: report.stats.redelivered,
             ..Self::default()

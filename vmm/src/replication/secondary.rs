@@ -11,7 +11,6 @@ use std::thread::JoinHandle;
 
 use colo_control::{Action, Geometry, Outcome, Record, Secondary, SecondaryEvent, SecondaryState};
 use colo_fastpath::clock::now_us;
-use colo_fastpath::link::PacketLink;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{PairEvent, PrimaryRole, SecondaryRole, SecondaryRoleConfig};
 
@@ -75,7 +74,7 @@ impl SecondaryShell {
         let (stage_post, stage_events) = Mailbox::new().map_err(system)?;
         let (stage, commands) = channel();
         let pages_end = channels.pages.try_clone().map_err(system)?;
-        let packets = PacketLink::new(channels.packets).map_err(system)?;
+        let packets = replica.packet_link(channels.packets).map_err(system)?;
         let role = SecondaryRoleConfig {
             limits: replica.limits,
             mac: replica.mac,

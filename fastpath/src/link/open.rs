@@ -1,0 +1,33 @@
+//! Which datagram transports this host can offer for a connection.
+
+use std::net::TcpStream;
+
+use serde::{Deserialize, Serialize};
+
+use super::port::DatagramPort;
+use super::udp::UdpPort;
+
+/// What may carry the packet channel beside TCP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Packets {
+    /// AF_XDP if both hosts have it, else TCP.
+    #[default]
+    Auto,
+    /// TCP only.
+    Tcp,
+    /// UDP, if the peer has it.
+    Udp,
+}
+
+/// The transports that can be had for the hosts that `stream` connects. What cannot is logged, and done without.
+pub fn open_ports(stream: &TcpStream, wish: Packets) -> Vec<Box<dyn DatagramPort>> {
+    let mut ports: Vec<Box<dyn DatagramPort>> = Vec::new();
+    if wish == Packets::Udp {
+        match UdpPort::beside(stream) {
+            Ok(port) => ports.push(Box::new(port)),
+            Err(e) => tracing::warn!("packet channel: no UDP socket: {e}; doing without"),
+        }
+    }
+    ports
+}

@@ -1,0 +1,95 @@
+//! A transport for datagrams, as the packet channel sees it.
+//!
+//! Invariants: a received datagram lies in its slot until the slot is released; what does not fit is not sent, and the
+//! caller keeps it.
+//!
+//! Knows no order and no retransmission, and may lose, repeat and reorder datagrams.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+
+use colo_bpf::Mac;
+
+/// A received datagram in a transport's memory. It is given back with [`DatagramPort::release`].
+#[derive(Debug, PartialEq, Eq)]
+pub struct Slot(pub(super) u32);
+
+/// Kinds of transport, the better one later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PortKind {
+    /// UDP through the kernel.
+    Udp,
+    /// AF_XDP: frames of an own EtherType, past the kernel's network stack.
+    Xdp,
+}
+
+impl PortKind {
+    /// As in configuration and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Xdp => "xdp",
+        }
+    }
+}
+
+/// Where the datagrams of one end go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortAddress {
+    /// Address and port.
+    Udp(SocketAddr),
+    /// On the network that the two hosts share.
+    Xdp(Mac),
+}
+
+impl PortAddress {
+    /// The kind of transport that it belongs to.
+    pub fn kind(&self) -> PortKind {
+        match self {
+            Self::Udp(_) => PortKind::Udp,
+            Self::Xdp(_) => PortKind::Xdp,
+        }
+    }
+}
+
+/// One end of a datagram transport. Never blocks.
+pub trait DatagramPort: Send + fmt::Debug {
+    /// Where this end receives.
+    fn address(&self) -> PortAddress;
+
+    /// Longest datagram.
+    fn mtu(&self) -> usize;
+
+    /// Where datagrams go from now on.
+    fn set_peer(&mut self, peer: PortAddress);
+
+    /// Whether [`Self::send`] will take a datagram.
+    fn has_room(&self) -> bool;
+
+    /// Takes one datagram, in two parts; it leaves with [`Self::flush`] at the latest. `false`: no room, or too long.
+    fn send(&mut self, head: &[u8], payload: &[u8]) -> bool;
+
+    /// Sends what was taken, with one wake-up. What the system refuses is lost and counted.
+    fn flush(&mut self);
+
+    /// The next received datagram.
+    fn receive(&mut self) -> Option<Slot>;
+
+    /// What was received.
+    fn bytes(&self, slot: &Slot) -> &[u8];
+
+    /// Gives a slot back.
+    fn release(&mut self, slot: Slot);
+
+    /// What to wait for.
+    fn pollfd(&self) -> libc::pollfd;
+
+    /// Datagrams that the system refused to send, or lost for lack of room.
+    fn errors(&self) -> u64;
+
+    /// The last error in words.
+    fn last_error(&self) -> Option<&io::Error> {
+        None
+    }
+}

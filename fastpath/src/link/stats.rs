@@ -1,0 +1,68 @@
+//! Counters of the packet channel.
+
+use serde::Serialize;
+
+/// What the packet channel did, at one end.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct LinkStats {
+    /// What carries what this end says: `tcp`, `udp` or `xdp`.
+    pub carrier: &'static str,
+    /// Bytes sent, over whatever transport, headers below the channel's own not counted.
+    pub sent_bytes: u64,
+    /// Bytes received.
+    pub received_bytes: u64,
+    /// Datagrams sent.
+    pub datagrams_sent: u64,
+    /// Datagrams received.
+    pub datagrams_received: u64,
+    /// Datagrams sent again.
+    pub retransmitted: u64,
+    /// Times that an acknowledgement did not come in time.
+    pub timeouts: u64,
+    /// Times that TCP had to carry again what datagrams did.
+    pub fallbacks: u64,
+    /// Messages longer than a datagram.
+    pub split: u64,
+    /// Messages that waited outside the ring of unacknowledged ones.
+    pub overflowed: u64,
+    /// Received datagrams that were shorter than they said.
+    pub truncated: u64,
+    /// Received datagrams of another program, version or session.
+    pub foreign: u64,
+    /// Received datagrams with a wrong checksum.
+    pub damaged: u64,
+    /// Received datagrams that had come before.
+    pub duplicates: u64,
+    /// Received datagrams too far ahead.
+    pub out_of_window: u64,
+    /// Datagrams that the system refused to send or had no room to receive.
+    pub send_errors: u64,
+    /// Smoothed round-trip time in microseconds, the peer's delay included.
+    pub rtt_us: u64,
+}
+
+impl LinkStats {
+    /// Adds the counters of an earlier connection; the rest stays.
+    pub fn add(&mut self, earlier: &Self) {
+        let counters = [
+            (&mut self.sent_bytes, earlier.sent_bytes),
+            (&mut self.received_bytes, earlier.received_bytes),
+            (&mut self.datagrams_sent, earlier.datagrams_sent),
+            (&mut self.datagrams_received, earlier.datagrams_received),
+            (&mut self.retransmitted, earlier.retransmitted),
+            (&mut self.timeouts, earlier.timeouts),
+            (&mut self.fallbacks, earlier.fallbacks),
+            (&mut self.split, earlier.split),
+            (&mut self.overflowed, earlier.overflowed),
+            (&mut self.truncated, earlier.truncated),
+            (&mut self.foreign, earlier.foreign),
+            (&mut self.damaged, earlier.damaged),
+            (&mut self.duplicates, earlier.duplicates),
+            (&mut self.out_of_window, earlier.out_of_window),
+            (&mut self.send_errors, earlier.send_errors),
+        ];
+        for (counter, more) in counters {
+            *counter += more;
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! The packet channel over real sockets.
+
+use super::*;
+use std::collections::VecDeque;
+use std::io::Write;
+use std::net::{TcpListener, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::port::{PortAddress, Slot};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn pair() -> (PacketLink, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (b, _) = listener.accept().unwrap();
+    (PacketLink::new(a).unwrap(), b)
+}
+
+fn received(link: &mut PacketLink, n: usize) -> Vec<String> {
+    let mut out = Vec::new();
+    while out.len() < n {
+        link.fill().unwrap();
+        while let Some(msg) = link.next_msg().unwrap() {
+            out.push(format!("{msg:?}"));
+        }
+    }
+    out
+}
+
+#[test]
+fn messages_arrive_whole_and_in_order_however_the_stream_is_cut() {
+    let (mut a, b) = pair();
+    let mut b = PacketLink::new(b).unwrap();
+    let frame = vec![7u8; 1514];
+    let mut expected = Vec::new();
+    for seq in 0..2000 {
+        let msg = match seq % 4 {
+            0 => PacketMsg::Input {
+                epoch: 1,
+                seq,
+                frame: &frame[..14 + seq as usize % 1500],
+            },
+            1 => PacketMsg::Output {
+                epoch: 2,
+                seq,
+                frame: &frame,
+            },
+            2 => PacketMsg::InputAck { up_to: seq },
+            _ => PacketMsg::Released { seqs: &frame[..16] },
+        };
+        expected.push(format!("{msg:?}"));
+        a.push(&msg);
+    }
+    let mut got = Vec::new();
+    while got.len() < expected.len() {
+        a.flush().unwrap();
+        let n = got.len();
+        b.fill().unwrap();
+        while let Some(msg) = b.next_msg().unwrap() {
+            got.push(format!("{msg:?}"));
+        }
+        assert!(got.len() > n || a.has_unsent() || !got.is_empty());
+    }
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn garbage_is_an_error_and_later_kinds_are_skipped() {
+    let (mut link, mut peer) = pair();
+    let mut later = [0u8; HEAD_BYTES + 5];
+    later[0] = 5;
+    later[4] = 200;
+    peer.write_all(&later).unwrap();
+    let mut ack = [0u8; HEAD_BYTES];
+    ack[4] = 2;
+    ack[16] = 9;
+    peer.write_all(&ack).unwrap();
+    assert_eq!(
+        received(&mut link, 1),
+        [format!("{:?}", PacketMsg::InputAck { up_to: 9 })]
+    );
+    peer.write_all(b"GET /index.html HTTP/1.1\r\n").unwrap();
+    let e = loop {
+        link.fill().unwrap();
+        match link.next_msg() {
+            Ok(None) => {}
+            Ok(Some(msg)) => panic!("garbage was taken for {msg:?}"),
+            Err(e) => break e,
+        }
+    };
+    assert!(matches!(e, PacketLinkError::Malformed(_)), "{e}");
+}
+
+#[test]
+fn a_closed_peer_is_noticed() {
+    let (mut link, peer) = pair();
+    drop(peer);
+    let e = loop {
+        if let Err(e) = link.fill() {
+            break e;
+        }
+    };
+    assert!(matches!(e, PacketLinkError::Closed), "{e}");
+}
+
+/// A UDP port in a bad network.
+#[derive(Debug)]
+struct BadPort {
+    port: UdpPort,
+    network: Arc<Network>,
+    dice: u64,
+}
+
+#[derive(Debug)]
+struct Network {
+    /// Lost, in percent.
+    loss: AtomicU32,
+    /// Longer datagrams are lost.
+    longest: AtomicUsize,
+}
+
+impl Network {
+    fn new(loss: u32) -> Arc<Self> {
+        Arc::new(Self {
+            loss: AtomicU32::new(loss),
+            longest: AtomicUsize::new(usize::MAX),
+        })
+    }
+
+    fn set_loss(&self, percent: u32) {
+        self.loss.store(percent, Ordering::Relaxed);
+    }
+}
+
+impl BadPort {
+    fn loses(&mut self, len: usize) -> bool {
+        self.dice = self
+            .dice
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        let lost = (self.dice >> 33) % 100 < u64::from(self.network.loss.load(Ordering::Relaxed));
+        lost || len > self.network.longest.load(Ordering::Relaxed)
+    }
+}
+
+impl DatagramPort for BadPort {
+    fn address(&self) -> PortAddress {
+        self.port.address()
+    }
+    fn mtu(&self) -> usize {
+        self.port.mtu().min(1472)
+    }
+    fn set_peer(&mut self, peer: PortAddress) {
+        self.port.set_peer(peer);
+    }
+    fn has_room(&self) -> bool {
+        self.port.has_room()
+    }
+    fn send(&mut self, head: &[u8], payload: &[u8]) -> bool {
+        self.loses(head.len() + payload.len()) || self.port.send(head, payload)
+    }
+    fn flush(&mut self) {
+        self.port.flush();
+    }
+    fn receive(&mut self) -> Option<Slot> {
+        self.port.receive()
+    }
+    fn bytes(&self, slot: &Slot) -> &[u8] {
+        self.port.bytes(slot)
+    }
+    fn release(&mut self, slot: Slot) {
+        self.port.release(slot);
+    }
+    fn pollfd(&self) -> libc::pollfd {
+        self.port.pollfd()
+    }
+    fn errors(&self) -> u64 {
+        self.port.errors()
+    }
+}
+
+/// Two ends with a datagram transport, and what they have said and not heard yet.
+struct Ends {
+    links: [PacketLink; 2],
+    /// Said by each.
+    unheard: [VecDeque<(u64, usize, u8)>; 2],
+    serial: u64,
+    since: Instant,
+}
+
+impl Ends {
+    fn new(network: &Arc<Network>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (b, _) = listener.accept().unwrap();
+        let link = |stream: TcpStream, key: u64| {
+            let port = BadPort {
+                port: UdpPort::beside(&stream).unwrap(),
+                network: network.clone(),
+                dice: key,
+            };
+            PacketLink::with_ports(stream, vec![Box::new(port)], key).unwrap()
+        };
+        Self {
+            links: [link(a, 0x1234_5678_9abc), link(b, 0xfedc_ba98_7654)],
+            unheard: [VecDeque::new(), VecDeque::new()],
+            serial: 0,
+            since: Instant::now(),
+        }
+    }
+
+    /// Says `count` messages of mixed kinds at an end.
+    fn say(&mut self, end: usize, count: usize) {
+        let mut body = vec![0; 40_000];
+        for _ in 0..count {
+            self.serial += 1;
+            let seq = self.serial;
+            let len = match seq % 16 {
+                0 => 9_000 + seq as usize % 1_000,
+                1..=4 => 1_514,
+                _ => 14 + seq as usize % 200,
+            };
+            let fill = (seq * 31) as u8;
+            body[..len].fill(fill);
+            let frame = &body[..len];
+            let epoch = 3;
+            self.links[end].push(&match end {
+                0 => PacketMsg::Input { epoch, seq, frame },
+                _ => PacketMsg::Output { epoch, seq, frame },
+            });
+            self.unheard[end].push_back((seq, len, fill));
+        }
+    }
+
+    /// Both ends send and read once, and what comes is what was said, in order.
+    fn step(&mut self) {
+        for link in &mut self.links {
+            link.flush().unwrap();
+        }
+        for end in [0, 1] {
+            self.links[end].fill().unwrap();
+            self.hear(end);
+        }
+        assert!(
+            self.since.elapsed() < PATIENCE,
+            "{:?} {:?}",
+            self.links[0].stats(),
+            self.links[1].stats()
+        );
+    }
+
+    fn hear(&mut self, end: usize) {
+        while let Some(msg) = self.links[end].next_msg().unwrap() {
+            let (PacketMsg::Input { seq, frame, .. } | PacketMsg::Output { seq, frame, .. }) = msg
+            else {
+                panic!("nobody said {msg:?}");
+            };
+            let said = self.unheard[1 - end].pop_front();
+            assert_eq!(Some((seq, frame.len(), frame[0])), said);
+            assert!(frame.iter().all(|byte| *byte == frame[0]));
+        }
+    }
+
+    fn until(&mut self, done: impl Fn(&Self) -> bool) {
+        while !done(self) {
+            self.step();
+        }
+    }
+
+    fn until_heard(&mut self) {
+        self.until(|ends| ends.unheard.iter().all(VecDeque::is_empty));
+    }
+
+    fn until_both_use(&mut self, carrier: &str) {
+        self.until(|ends| ends.carriers().iter().all(|c| *c == carrier));
+    }
+
+    fn carriers(&self) -> [&'static str; 2] {
+        self.links.each_ref().map(|link| link.stats().carrier)
+    }
+
+    /// Says much, in turns, and hears all of it.
+    fn talk(&mut self, rounds: usize) {
+        for round in 0..rounds {
+            for end in [0, 1] {
+                if self.links[end].has_room() {
+                    self.say(end, 1 + (round * 7 + end * 3) % 40);
+                }
+            }
+            self.step();
+        }
+        self.until_heard();
+    }
+}
+
+#[test]
+fn what_is_said_moves_over_to_datagrams_and_stays_in_order() {
+    let mut ends = Ends::new(&Network::new(0));
+    // From the first moment on: before, during and after the move.
+    ends.talk(2_000);
+    ends.until_both_use("udp");
+    ends.talk(200);
+    for link in &ends.links {
+        let stats = link.stats();
+        assert!(stats.datagrams_sent > 100, "{stats:?}");
+        assert_eq!((stats.fallbacks, stats.foreign, stats.damaged), (0, 0, 0));
+    }
+}
+
+#[test]
+fn lost_datagrams_are_sent_again() {
+    let network = Network::new(0);
+    let mut ends = Ends::new(&network);
+    ends.until_both_use("udp");
+    network.set_loss(15);
+    ends.talk(1_000);
+    let stats = ends.links[0].stats();
+    assert!(stats.retransmitted > 50, "{stats:?}");
+}
+
+#[test]
+fn without_datagrams_all_goes_over_tcp_again_and_later_back() {
+    let network = Network::new(0);
+    let mut ends = Ends::new(&network);
+    ends.until_both_use("udp");
+    ends.talk(50);
+    network.set_loss(100);
+    ends.talk(200);
+    ends.until_both_use("tcp");
+    ends.talk(50);
+    assert!(ends.links.iter().all(|link| link.stats().fallbacks == 1));
+    network.set_loss(0);
+    ends.until_both_use("udp");
+    ends.talk(200);
+    assert!(ends.links.iter().all(|link| link.stats().fallbacks == 1));
+}
+
+#[test]
+fn a_path_that_loses_long_datagrams_is_not_used() {
+    let network = Network::new(0);
+    network.longest.store(1_000, Ordering::Relaxed);
+    let mut ends = Ends::new(&network);
+    ends.talk(500);
+    let probed = |link: &PacketLink| link.stats().datagrams_sent >= 4;
+    ends.until(|ends| ends.links.iter().all(probed));
+    ends.talk(50);
+    assert_eq!(ends.carriers(), ["tcp", "tcp"]);
+}
+
+#[test]
+fn rule_22_a_peer_of_an_earlier_version_stays_on_tcp() {
+    let (mut old, stream) = pair();
+    let port = UdpPort::beside(&stream).unwrap();
+    let mut new = PacketLink::with_ports(stream, vec![Box::new(port)], 5).unwrap();
+    for seq in 0..50 {
+        old.push(&PacketMsg::InputAck { up_to: seq });
+        new.push(&PacketMsg::Fetch { seq });
+        old.flush().unwrap();
+        new.flush().unwrap();
+        let heard = received(&mut old, 1);
+        assert_eq!(heard, [format!("{:?}", PacketMsg::Fetch { seq })]);
+        let heard = received(&mut new, 1);
+        assert_eq!(heard, [format!("{:?}", PacketMsg::InputAck { up_to: seq })]);
+    }
+    assert_eq!(new.stats().datagrams_sent, 0);
+}
+
+#[test]
+fn what_was_said_before_the_end_is_heard_before_it() {
+    let mut ends = Ends::new(&Network::new(0));
+    ends.until_both_use("udp");
+    // As much as one flush sends.
+    ends.say(0, 30);
+    ends.links[0].flush().unwrap();
+    ends.links[0].shutdown(Shutdown::Both).unwrap();
+    ends.links[1].read_all();
+    let end = loop {
+        // Its own words fail meanwhile.
+        ends.links[1].push(&PacketMsg::CheckpointWanted);
+        ends.links[1].flush().unwrap();
+        match ends.links[1].fill() {
+            Ok(_) => ends.hear(1),
+            Err(e) => break e,
+        }
+    };
+    assert!(
+        matches!(end, PacketLinkError::Closed | PacketLinkError::Io(_)),
+        "{end}"
+    );
+    assert!(
+        ends.unheard[0].is_empty(),
+        "{} are lost",
+        ends.unheard[0].len()
+    );
+}
+
+#[test]
+fn foreign_datagrams_are_counted_and_harmless() {
+    let mut ends = Ends::new(&Network::new(0));
+    ends.until_both_use("udp");
+    let Some(datagrams) = &ends.links[1].datagrams else {
+        panic!("no datagrams");
+    };
+    let PortAddress::Udp(target) = datagrams.address(0) else {
+        panic!("not UDP");
+    };
+    let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let others = [
+        &[][..],
+        &[0xc0],
+        &[0xc0; 48],
+        &[0; 1400],
+        b"\xc0\x10\x01\x00 of another session ................",
+    ];
+    for datagram in others {
+        stranger.send_to(datagram, target).unwrap();
+    }
+    ends.until(|ends| {
+        let stats = ends.links[1].stats();
+        stats.foreign + stats.truncated == others.len() as u64
+    });
+    ends.talk(100);
+    assert_eq!(ends.carriers(), ["udp", "udp"]);
+}

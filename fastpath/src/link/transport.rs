@@ -1,0 +1,418 @@
+//! The datagram side of the packet channel: which transport carries what this end says, and when TCP does again.
+//!
+//! ```text
+//!   TCP ──offers──> TCP, probing ──answer──> datagrams ──silence, though TCP answers──> TCP, probing again later
+//! ```
+//!
+//! Each direction moves on its own. A mark in the TCP stream says from which unit on datagrams carry it; when TCP carries it
+//! again, the units that were not acknowledged come first, with their numbers, and a mark ends them. So no message is lost,
+//! repeated or reordered by a move.
+//!
+//! Invariants: units go as datagrams only after a datagram as long as any has been answered; a transport is given up when
+//! nothing was heard through three timeouts while the peer answered a question over TCP.
+//!
+//! Does not interpret messages.
+
+use super::datagram::{HEADER_BYTES, Kind};
+use super::msg::{HEAD_BYTES, Head};
+use super::offer::{self, Offer};
+use super::port::{DatagramPort, PortKind, Slot};
+use super::reliable::{Heard, RECEIVE_WINDOW, RING_BYTES, Reliable, UNITS_MAX};
+use super::stats::LinkStats;
+use super::stream::Stream;
+
+/// Kinds of messages between the two link layers; unknown to earlier versions, which skip them.
+pub(super) mod kind {
+    /// Transports of this end.
+    pub(in crate::link) const OFFER: u8 = 16;
+    /// From here on units, `seq` the first.
+    pub(in crate::link) const TO_UNITS: u8 = 17;
+    /// Unit `seq`; `epoch` 1: the message goes on in the next.
+    pub(in crate::link) const UNIT: u8 = 18;
+    /// From here on messages again; `seq` the number that the next unit will have.
+    pub(in crate::link) const TO_STREAM: u8 = 19;
+    /// Is anybody there?
+    pub(in crate::link) const PING: u8 = 20;
+    /// Yes; `seq` of the question.
+    pub(in crate::link) const PONG: u8 = 21;
+}
+
+/// Between probes of one transport, first and later.
+const PROBE_SOON_US: u64 = 5_000;
+const PROBE_LATER_US: u64 = 50_000;
+const PROBES_SOON: u32 = 8;
+/// Probes without an answer after which the next transport is tried.
+const PROBES: u32 = 24;
+/// Rest after all transports failed or one was given up.
+const REST_MIN_US: u64 = 1_000_000;
+const REST_MAX_US: u64 = 60_000_000;
+/// Datagrams taken from a transport at a time.
+const RECEIVE_MAX: usize = 256;
+/// What pushes beyond [`Datagrams::has_room`] find room in without more memory.
+const OVERFLOW_BYTES: usize = 1 << 20;
+/// What goes back to TCP at most, without more memory.
+pub(super) const TAKEN_BACK_MAX: usize = RING_BYTES + OVERFLOW_BYTES + (UNITS_MAX + 2) * HEAD_BYTES;
+
+static ZEROS: [u8; 1 << 14] = [0; 1 << 14];
+
+#[derive(Debug)]
+struct Probing {
+    /// Which transport, as an index of those in common.
+    turn: usize,
+    tried: u32,
+    next_us: u64,
+    rest_us: u64,
+    /// Answers to earlier questions do not count.
+    valid_from: u64,
+    question: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Datagrams {
+    ports: Vec<Box<dyn DatagramPort>>,
+    pub(super) core: Reliable,
+    /// Transports that both ends have, as indices of `ports` and longest payloads, the best first.
+    common: Vec<(usize, usize)>,
+    peer_window: u16,
+    /// What carries what this end says; `None`: TCP.
+    carrier: Option<usize>,
+    /// Where the peer was heard last: acknowledgements go there.
+    heard_on: Option<usize>,
+    probing: Probing,
+    /// A transport whose probe was answered.
+    confirmed: Option<usize>,
+    /// The question asked over TCP since the peer was heard last, and the last answer.
+    ping: Option<u64>,
+    pings: u64,
+    pong: u64,
+    /// Messages that found no room, in order.
+    overflow: Vec<u8>,
+    pub(super) stats: LinkStats,
+}
+
+impl Datagrams {
+    pub(super) fn new(ports: Vec<Box<dyn DatagramPort>>, key: u64) -> Self {
+        Self {
+            ports,
+            core: Reliable::new(key),
+            common: Vec::new(),
+            peer_window: 0,
+            carrier: None,
+            heard_on: None,
+            probing: Probing {
+                turn: 0,
+                tried: 0,
+                next_us: 0,
+                rest_us: REST_MIN_US,
+                valid_from: 1,
+                question: 0,
+            },
+            confirmed: None,
+            ping: None,
+            pings: 0,
+            pong: 0,
+            overflow: Vec::with_capacity(OVERFLOW_BYTES),
+            stats: LinkStats::default(),
+        }
+    }
+
+    /// Tells the peer what there is.
+    pub(super) fn offer(&self, stream: &mut Stream) {
+        let body = offer::encode(self.core.our_key(), RECEIVE_WINDOW as u16, &self.ports);
+        say(stream, kind::OFFER, 0, 0, &body);
+    }
+
+    /// The peer's offer has come.
+    pub(super) fn take_offer(&mut self, now_us: u64, offer: &Offer) {
+        self.core.set_peer_key(offer.key);
+        self.peer_window = offer.window;
+        self.common.clear();
+        for (index, port) in self.ports.iter_mut().enumerate() {
+            let kind = port.address().kind();
+            let theirs = |t: &&offer::Offered| t.address.kind() == kind;
+            let Some(theirs) = offer.transports.iter().find(theirs) else {
+                continue;
+            };
+            let mtu = port.mtu().min(theirs.mtu).min(ZEROS.len());
+            // Less is no Ethernet.
+            if let Some(payload_max) = mtu.checked_sub(HEADER_BYTES).filter(|len| *len >= 256) {
+                port.set_peer(theirs.address);
+                self.common.push((index, payload_max));
+            }
+        }
+        let ports = &self.ports;
+        self.common
+            .sort_by_key(|(index, _)| std::cmp::Reverse(ports[*index].address().kind()));
+        self.probing.next_us = now_us;
+    }
+
+    /// Whether units, not messages in the stream, carry what this end says.
+    pub(super) fn carries(&self) -> bool {
+        self.carrier.is_some()
+    }
+
+    /// What carries it.
+    pub(super) fn carrier(&self) -> Option<PortKind> {
+        self.carrier.map(|index| self.ports[index].address().kind())
+    }
+
+    /// Takes a message to say.
+    pub(super) fn push(&mut self, head: &[u8], body: &[u8]) {
+        if !self.overflow.is_empty() || !self.core.sender.push(head, body) {
+            self.stats.overflowed += 1;
+            self.overflow.extend_from_slice(head);
+            self.overflow.extend_from_slice(body);
+        }
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.overflow.is_empty() && self.core.sender.has_room()
+    }
+
+    /// True while something is kept back only because a transport has no room.
+    pub(super) fn has_unsent(&self) -> bool {
+        self.carrier.is_some() && self.core.sender.can_send()
+    }
+
+    /// The question over TCP was answered.
+    pub(super) fn take_pong(&mut self, answered: u64) {
+        self.pong = answered;
+    }
+
+    /// Takes what has come. True if there was anything.
+    pub(super) fn fill(&mut self, now_us: u64) -> bool {
+        let mut any = false;
+        for index in 0..self.ports.len() {
+            for _ in 0..RECEIVE_MAX {
+                let Some(slot) = self.ports[index].receive() else {
+                    break;
+                };
+                any = true;
+                self.take_datagram(now_us, index, slot);
+            }
+        }
+        any
+    }
+
+    fn take_datagram(&mut self, now_us: u64, index: usize, slot: Slot) {
+        let bytes = self.ports[index].bytes(&slot);
+        self.stats.datagrams_received += 1;
+        self.stats.received_bytes += bytes.len() as u64;
+        let (heard, unused) = self.core.handle(now_us, index, slot, bytes);
+        if let Some(slot) = unused {
+            self.ports[index].release(slot);
+        }
+        match heard {
+            Heard::Dropped => {}
+            Heard::Peer => {
+                self.heard_on = Some(index);
+                self.ping = None;
+            }
+            Heard::Probe(question) => {
+                self.heard_on.get_or_insert(index);
+                let head = self.core.probe(Kind::ProbeAnswer, question, &[]);
+                self.send(index, &head, &[]);
+                self.ports[index].flush();
+            }
+            Heard::ProbeAnswer(question) => {
+                if question >= self.probing.valid_from && question <= self.probing.question {
+                    self.confirmed = Some(index);
+                }
+            }
+        }
+    }
+
+    /// Where a transport receives.
+    #[cfg(test)]
+    pub(super) fn address(&self, port: usize) -> super::port::PortAddress {
+        self.ports[port].address()
+    }
+
+    /// What was received in a slot.
+    pub(super) fn bytes(&self, port: usize, slot: &Slot) -> &[u8] {
+        self.ports[port].bytes(slot)
+    }
+
+    /// Gives a slot back.
+    pub(super) fn release(&mut self, port: usize, slot: Slot) {
+        self.ports[port].release(slot);
+    }
+
+    /// Sends what may be sent; moves to datagrams or back to TCP when that is due.
+    pub(super) fn flush(&mut self, now_us: u64, stream: &mut Stream) {
+        self.core.handle_timeout(now_us);
+        self.probe(now_us);
+        self.move_over(stream);
+        self.move_back(now_us, stream);
+        self.drain_overflow();
+        let Some(index) = self.carrier.or(self.heard_on) else {
+            return self.flush_ports();
+        };
+        while self.ports[index].has_room() {
+            let Some(outgoing) = self.core.poll(now_us) else {
+                break;
+            };
+            self.stats.datagrams_sent += 1;
+            self.stats.sent_bytes += (HEADER_BYTES + outgoing.payload.len()) as u64;
+            self.ports[index].send(&outgoing.head, outgoing.payload);
+        }
+        self.flush_ports();
+    }
+
+    fn flush_ports(&mut self) {
+        for port in &mut self.ports {
+            port.flush();
+        }
+    }
+
+    pub(super) fn deadline_us(&self) -> Option<u64> {
+        let probing = self.carrier.is_none() && !self.common.is_empty();
+        let probe_us = probing.then_some(self.probing.next_us);
+        let core_us = self.core.deadline_us();
+        [probe_us, core_us].into_iter().flatten().min()
+    }
+
+    pub(super) fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
+        fds.extend(self.ports.iter().map(|port| port.pollfd()));
+    }
+
+    /// The counters, complete.
+    pub(super) fn stats(&self) -> LinkStats {
+        let sender = &self.core.sender;
+        let dropped = &self.core.dropped;
+        LinkStats {
+            retransmitted: sender.stats.retransmitted,
+            timeouts: sender.stats.timeouts,
+            split: sender.stats.split,
+            rtt_us: sender.smoothed_us(),
+            truncated: dropped.truncated,
+            foreign: dropped.foreign,
+            damaged: dropped.damaged,
+            duplicates: dropped.duplicate,
+            out_of_window: dropped.beyond,
+            send_errors: self.ports.iter().map(|port| port.errors()).sum(),
+            ..self.stats
+        }
+    }
+
+    /// Asks whether a transport works, when it is time.
+    fn probe(&mut self, now_us: u64) {
+        let probing = &mut self.probing;
+        if self.carrier.is_some() || self.common.is_empty() || probing.next_us > now_us {
+            return;
+        }
+        if probing.tried == PROBES {
+            probing.tried = 0;
+            probing.turn += 1;
+            if probing.turn.is_multiple_of(self.common.len()) {
+                probing.next_us = now_us + probing.rest_us;
+                probing.rest_us = (2 * probing.rest_us).min(REST_MAX_US);
+                return;
+            }
+        }
+        probing.tried += 1;
+        probing.question += 1;
+        let soon = probing.tried < PROBES_SOON;
+        probing.next_us = now_us + if soon { PROBE_SOON_US } else { PROBE_LATER_US };
+        let (index, payload_max) = self.common[probing.turn % self.common.len()];
+        let padding = &ZEROS[..payload_max];
+        let head = self.core.probe(Kind::Probe, probing.question, padding);
+        self.send(index, &head, padding);
+    }
+
+    /// To datagrams, once a probe was answered.
+    fn move_over(&mut self, stream: &mut Stream) {
+        let Some(index) = self.confirmed.take().filter(|_| self.carrier.is_none()) else {
+            return;
+        };
+        let Some(&(_, payload_max)) = self.common.iter().find(|(i, _)| *i == index) else {
+            return;
+        };
+        let kind = self.ports[index].address().kind();
+        tracing::info!("packet channel: over {} from now on", kind.name());
+        say(
+            stream,
+            kind::TO_UNITS,
+            0,
+            self.core.sender.next_number(),
+            &[],
+        );
+        self.core.sender.begin(payload_max, self.peer_window);
+        self.carrier = Some(index);
+        self.ping = None;
+    }
+
+    /// Back to TCP, when the peer answers there and is not heard here.
+    fn move_back(&mut self, now_us: u64, stream: &mut Stream) {
+        let Some(index) = self.carrier else { return };
+        if self.core.sender.rounds() == 0 {
+            return;
+        }
+        let Some(ping) = self.ping else {
+            self.pings += 1;
+            self.ping = Some(self.pings);
+            return say(stream, kind::PING, 0, self.pings, &[]);
+        };
+        if self.pong < ping || !self.core.sender.is_stalled() {
+            return;
+        }
+        let name = self.ports[index].address().kind().name();
+        tracing::warn!(
+            "packet channel: datagrams over {name} are not answered, TCP is; going on over TCP"
+        );
+        self.stats.fallbacks += 1;
+        self.core.sender.take_back(|number, more, bytes| {
+            say(stream, kind::UNIT, u64::from(more), number, bytes);
+        });
+        say(
+            stream,
+            kind::TO_STREAM,
+            0,
+            self.core.sender.next_number(),
+            &[],
+        );
+        stream.push(&self.overflow, &[]);
+        self.overflow.clear();
+        self.carrier = None;
+        let probing = &mut self.probing;
+        probing.tried = 0;
+        probing.turn = 0;
+        probing.valid_from = probing.question + 1;
+        probing.next_us = now_us + probing.rest_us;
+        probing.rest_us = (2 * probing.rest_us).min(REST_MAX_US);
+    }
+
+    fn drain_overflow(&mut self) {
+        if self.carrier.is_none() || self.overflow.is_empty() {
+            return;
+        }
+        let mut at = 0;
+        while let Ok(Some(head)) = Head::read(&self.overflow[at..]) {
+            let end = at + HEAD_BYTES + head.len;
+            if !self.core.sender.push(&self.overflow[at..end], &[]) {
+                break;
+            }
+            at = end;
+        }
+        self.overflow.drain(..at);
+    }
+
+    fn send(&mut self, index: usize, head: &[u8], payload: &[u8]) {
+        if self.ports[index].send(head, payload) {
+            self.stats.datagrams_sent += 1;
+            self.stats.sent_bytes += (head.len() + payload.len()) as u64;
+        }
+    }
+}
+
+/// Puts a message of the link layers into the stream.
+pub(super) fn say(stream: &mut Stream, kind: u8, epoch: u64, seq: u64, body: &[u8]) {
+    let len = body.len();
+    let head = Head {
+        kind,
+        epoch,
+        seq,
+        len,
+    };
+    stream.push(&head.to_bytes(), body);
+}
