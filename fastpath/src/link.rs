@@ -89,7 +89,7 @@ enum InStream {
 #[derive(Debug)]
 pub struct PacketLink {
     stream: Stream,
-    peer: SocketAddr,
+    peer: Option<SocketAddr>,
     datagrams: Option<Box<Datagrams>>,
     /// Whether the peer's messages come as units.
     units: bool,
@@ -112,7 +112,8 @@ impl PacketLink {
         ports: Vec<Box<dyn DatagramPort>>,
         key: u64,
     ) -> io::Result<Self> {
-        let peer = stream.peer_addr()?;
+        // Gone already: the first read will say so.
+        let peer = stream.peer_addr().ok();
         let datagrams = (!ports.is_empty()).then(|| Box::new(Datagrams::new(ports, key)));
         let (reserve, whole) = match datagrams {
             Some(_) => (transport::TAKEN_BACK_MAX, HEAD_BYTES + BODY_MAX),
@@ -344,8 +345,10 @@ impl PacketLink {
             match head.kind {
                 kind::OFFER => {
                     let body = self.stream.bytes(range);
-                    let offer = offer::decode(body, self.peer).ok_or_else(|| head.malformed())?;
-                    datagrams.take_offer(now_us(), &offer);
+                    let offer = self.peer.map(|peer| offer::decode(body, peer));
+                    if let Some(offer) = offer {
+                        datagrams.take_offer(now_us(), &offer.ok_or_else(|| head.malformed())?);
+                    }
                 }
                 kind::PING => say(&mut self.stream, kind::PONG, 0, head.seq, &[]),
                 kind::PONG => datagrams.take_pong(head.seq),

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use colo_control::Msg;
-use colo_lab::pair::Pair;
+use colo_lab::pair::{Pair, Settings};
 use colo_lab::process::Process;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
@@ -253,4 +253,84 @@ fn rule_19_a_host_that_may_not_be_alone_is_silent_until_it_is_protected_again() 
         answer
     });
     assert_eq!(&again.join().unwrap(), b"again");
+}
+
+/// Both hosts with this carrier of the packet channel.
+fn carried_by(bench: &Bench, packets: &str) -> Settings {
+    let mut settings = bench.settings();
+    settings.packets = packets.to_owned();
+    settings
+}
+
+/// Waits until what a host says goes over `carrier`, and gives its counters.
+fn wait_carrier(pair: &mut Pair, host: Host, carrier: &str) -> serde_json::Value {
+    let carried = |status: &serde_json::Value| status["link"]["carrier"] == carrier;
+    let process = pair.process(host);
+    process.wait_status(carrier, ENDED, carried).unwrap()["link"].clone()
+}
+
+/// An echo connection to the guest that is expected to live through everything.
+struct Echo {
+    stream: TcpStream,
+    said: u32,
+}
+
+impl Echo {
+    fn connect(pair: &Pair) -> Self {
+        let connect = || TcpStream::connect((GUEST[0], 7)).unwrap();
+        let stream = pair.topology.client.run(connect).unwrap();
+        stream.set_read_timeout(Some(ENDED)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self { stream, said: 0 }
+    }
+
+    /// Says so much, in pieces of different lengths, and hears it again.
+    fn talk(&mut self, rounds: u32) {
+        for _ in 0..rounds {
+            self.said += 1;
+            let len = [20, 300, 1400, 4000][self.said as usize % 4];
+            let words = [
+                self.said.to_le_bytes().as_slice(),
+                &vec![self.said as u8; len],
+            ]
+            .concat();
+            self.stream.write_all(&words).unwrap();
+            let mut answer = vec![0; words.len()];
+            self.stream.read_exact(&mut answer).unwrap();
+            assert_eq!(answer, words);
+        }
+    }
+}
+
+fn serves_and_survives(packets: &str) {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = Pair::start(&carried_by(&bench, packets), bench.dir()).unwrap();
+    for host in [Host::A, Host::B] {
+        wait_carrier(&mut pair, host, packets);
+    }
+    let mut echo = Echo::connect(&pair);
+    echo.talk(200);
+    let link = wait_carrier(&mut pair, Host::A, packets);
+    if packets == "tcp" {
+        assert_eq!(link["datagrams_sent"], 0, "{link}");
+    } else {
+        assert!(link["datagrams_sent"].as_u64() > Some(200), "{link}");
+        assert_eq!(link["foreign"], 0, "{link}");
+    }
+    pair.primary.kill().unwrap();
+    echo.talk(20);
+    pair.wait_alone(Host::B).unwrap();
+    clients::ping(&pair.topology.client, GUEST[0]);
+}
+
+#[test]
+fn a_pair_over_tcp_serves_and_survives_its_primary() {
+    serves_and_survives("tcp");
+}
+
+#[test]
+fn a_pair_over_udp_serves_and_survives_its_primary() {
+    serves_and_survives("udp");
 }

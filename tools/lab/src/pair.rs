@@ -65,6 +65,8 @@ pub struct Settings {
     pub stages: bool,
     /// Time between periodic checkpoints; 0 for none.
     pub checkpoint_interval_ms: u64,
+    /// What may carry packets between the hosts beside TCP: `auto` or another value of `[replication] packets`.
+    pub packets: String,
     /// What a host does that lost its peer: `continue` or `block`.
     pub alone: String,
     /// Heartbeats, one every 20 ms, that may be missing before the peer counts as lost.
@@ -89,6 +91,7 @@ impl Settings {
             xdp: None,
             stages: false,
             checkpoint_interval_ms: 0,
+            packets: "auto".to_owned(),
             alone: "continue".to_owned(),
             heartbeat_count: 10,
             always_equal: false,
@@ -132,13 +135,14 @@ impl Settings {
             "\n[replication]\nlink_listen = \"{}:{LINK_PORT}\"\nlink_peer = \"{}:{LINK_PORT}\"\n\
              arbiter = \"file:{}\"\nheartbeat_ms = 20\nheartbeat_count = {}\n\
              compare_deadline_ms = 20\nack_deadline_ms = 100\ncheckpoint_interval_ms = {}\n\
-             alone = \"{}\"\n",
+             alone = \"{}\"\npackets = \"{}\"\n",
             host.link_address(),
             host.other().link_address(),
             dir.join("generation").display(),
             self.heartbeat_count,
             self.checkpoint_interval_ms,
             self.alone,
+            self.packets,
         )
     }
 
