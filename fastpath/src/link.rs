@@ -1,8 +1,8 @@
 //! The packet channel of the link: mirrored input, SVM output and their acknowledgements.
 //!
 //! It begins on one TCP connection. When both ends have a datagram transport in common that proves to work, what they say
-//! moves over to it: numbered units, acknowledged, sent again when lost ([`reliable`]). TCP stays: its end is the end of the
-//! channel, and it carries everything again when datagrams do not arrive ([`transport`]). A peer of an earlier version
+//! moves over to it: numbered units, acknowledged, sent again when lost (`reliable`). TCP stays: its end is the end of the
+//! channel, and it carries everything again when datagrams do not arrive (`transport`). A peer of an earlier version
 //! stays on TCP.
 //!
 //! Invariants: every message arrives once and in order, whatever carries it, or the channel ends. Buffers are bounded: the
