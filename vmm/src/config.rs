@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use colo_compare::Policy;
 use colo_fastpath::Mac;
 use colo_fastpath::link::Packets;
+use colo_fastpath::nic::XdpMode;
 use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
 use colo_fastpath::worker::PollMode;
@@ -150,8 +151,13 @@ pub struct VmConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// TAP device; made if it does not exist.
-    pub tap: String,
+    /// TAP device; made if it does not exist. Either this or `interface`.
+    pub tap: Option<String>,
+    /// Interface that the guest and this host share over AF_XDP.
+    pub interface: Option<String>,
+    /// How AF_XDP is used.
+    #[serde(default)]
+    pub xdp: XdpMode,
     /// The guest's address.
     #[serde(deserialize_with = "mac")]
     pub mac: Mac,
@@ -387,11 +393,23 @@ impl Check<'_> {
     }
 
     fn net(&self, net: &NetConfig) -> Result<(), ConfigError> {
-        let good = !net.tap.is_empty() && net.tap.len() < 16;
+        let (field, name) = match (&net.tap, &net.interface) {
+            (Some(tap), None) => ("net.tap", tap.as_str()),
+            (None, Some(interface)) => ("net.interface", interface.as_str()),
+            (Some(_), Some(name)) => {
+                let advice = "there is net.tap as well; choose one of them";
+                return self.that(false, "net.interface", name, advice);
+            }
+            (None, None) => {
+                let advice = "name a TAP device, or an interface for AF_XDP as net.interface";
+                return self.that(false, "net.tap", "none", advice);
+            }
+        };
+        let good = !name.is_empty() && name.len() < 16;
         self.that(
             good,
-            "net.tap",
-            &net.tap,
+            field,
+            name,
             "an interface name has 1 to 15 characters",
         )?;
         let unicast = net.mac[0] & 1 == 0 && net.mac != [0; 6];

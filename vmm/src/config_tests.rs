@@ -54,6 +54,18 @@ fn errors_name_file_field_value_and_remedy() {
         ("\"demo\"", "\"\"", "vm.name"),
         ("ip=10", "ip=\\n10", "vm.cmdline"),
         ("\"tap0\"", "\"a-very-long-interface-name\"", "net.tap"),
+        ("tap = \"tap0\"", "", "net.tap = none: name a TAP device"),
+        (
+            "tap = \"tap0\"",
+            "tap = \"tap0\"\ninterface = \"eth1\"",
+            "net.interface = eth1: there is net.tap as well",
+        ),
+        ("tap = \"tap0\"", "interface = \"\"", "net.interface"),
+        (
+            "tap = \"tap0\"",
+            "interface = \"e\"\nxdp = \"magic\"",
+            "magic",
+        ),
         ("52:54", "53:54", "net.mac"),
         ("52:54", "5254", "is not like \"52:54:00:c0:10:01\""),
         ("poll = \"interrupt\"", "poll = \"never\"", "never"),

@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod devices;
 pub mod machine;
+pub mod nic;
 pub mod replication;
 pub mod status;
 pub mod testpoint;

@@ -118,7 +118,7 @@ impl Nic for Tap {
     }
 
     fn describe(&self) -> String {
-        "tap".to_owned()
+        format!("tap {}", self.name)
     }
 
     fn receive(

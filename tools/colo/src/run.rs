@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use colo_fastpath::nic::{Filter, Tap, TapError};
+use colo_fastpath::nic::Filter;
 use colo_vmm::config::{Config, ConfigError, Kernel};
 use colo_vmm::machine::{BootError, Machine, MachineError, VmExit};
+use colo_vmm::nic::{self, NicError};
 use colo_vmm::replication::ReplicaError;
 use colo_vmm::status::{MachineStatus, StatusError, StatusSocket};
 use tracing::{error, info};
@@ -27,7 +28,7 @@ pub(crate) enum RunError {
     #[error("vm.kernel = builtin:{0}: there is no such image; builtin:demo is the only one")]
     NoSuchImage(String),
     #[error(transparent)]
-    Tap(#[from] TapError),
+    Nic(#[from] NicError),
     #[error(transparent)]
     Machine(#[from] MachineError),
     #[error(transparent)]
@@ -45,7 +46,8 @@ impl RunError {
     pub(crate) fn exit_code(&self) -> ExitCode {
         let image = |e: &BootError| !matches!(e, BootError::Memory(_));
         match self {
-            Self::Config(_) | Self::NoSuchImage(_) | Self::Tap(TapError::BadName(_)) => {
+            Self::Config(_) | Self::NoSuchImage(_) => ExitCode::from(BAD_CONFIGURATION),
+            Self::Nic(e) | Self::Replica(ReplicaError::Nic(e)) if e.is_configuration() => {
                 ExitCode::from(BAD_CONFIGURATION)
             }
             Self::Machine(MachineError::Boot { source, .. }) if image(source) => {
@@ -82,18 +84,14 @@ fn try_run(path: &Path) -> Result<VmExit, RunError> {
         .as_deref()
         .map(StatusSocket::bind)
         .transpose()?;
-    let tap = Tap::open(
-        &config.net.tap,
-        config.net.mtu,
-        Filter::Guest(config.net.mac),
-    )?;
-    let (machine, events) =
-        Machine::create_stopped(&config, Box::new(tap), Box::new(io::stdout()))?;
+    let nic = nic::open(&config.net, Filter::Guest(config.net.mac))?;
+    let carrier = nic.describe();
+    let (machine, events) = Machine::create_stopped(&config, nic, Box::new(io::stdout()))?;
     machine.load(&image)?;
     drop(image);
     let started = Instant::now();
     machine.resume_vcpus()?;
-    info!("{} runs on {}", config.vm.name, config.net.tap);
+    info!("{} runs on {carrier}", config.vm.name);
 
     let document = || {
         let status = MachineStatus::of(&machine, &config.vm.name, "solo", "running", started);

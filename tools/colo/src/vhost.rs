@@ -9,10 +9,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use colo_fastpath::net_offer::NetOffer;
-use colo_fastpath::nic::{Filter, Tap};
+use colo_fastpath::nic::Filter;
 use colo_fastpath::vhost_user::{SocketError, VhostUserServer};
 use colo_fastpath::worker::{WorkerConfig, WorkerHandle, spawn_unattached};
 use colo_vmm::config::{ConfigError, VhostConfig};
+use colo_vmm::nic::{self, NicError};
 use colo_vmm::status::{StatusError, StatusSocket};
 use serde_json::{Value, json};
 use tracing::{error, info};
@@ -27,7 +28,7 @@ enum VhostError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
-    Tap(#[from] colo_fastpath::nic::TapError),
+    Nic(#[from] NicError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error(transparent)]
@@ -58,7 +59,8 @@ fn try_run(path: &Path) -> Result<(), VhostError> {
     let status = config.host.status.as_deref().map(StatusSocket::bind);
     let status = status.transpose()?;
     let net = &config.net;
-    let tap = Tap::open(&net.tap, net.mtu, Filter::Guest(net.mac))?;
+    let nic = nic::open(net, Filter::Guest(net.mac))?;
+    let carrier = nic.describe();
     let worker_config = WorkerConfig {
         name: "worker".into(),
         poll: config.host.poll,
@@ -66,14 +68,14 @@ fn try_run(path: &Path) -> Result<(), VhostError> {
         frame_slots: config.host.frame_slots,
         stages: config.host.stages,
     };
-    let worker = spawn_unattached(worker_config, Box::new(tap)).map_err(VhostError::Worker)?;
+    let worker = spawn_unattached(worker_config, nic).map_err(VhostError::Worker)?;
     let offer = NetOffer {
         mac: net.mac,
         mtu: net.mtu,
     };
     let server = VhostUserServer::bind(&config.socket(), worker.clone(), offer)?;
     let started = Instant::now();
-    info!("{} is served on {}", config.socket().display(), net.tap);
+    info!("{} is served on {carrier}", config.socket().display());
     while !stop.is_asked() {
         wait(&stop, -1, status.as_ref())?;
         if let Some(status) = &status {

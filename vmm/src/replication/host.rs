@@ -17,7 +17,7 @@ use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::{PacketLink, open_ports};
 use colo_fastpath::mailbox::Mailbox;
-use colo_fastpath::nic::{Filter, Tap, TapError};
+use colo_fastpath::nic::Filter;
 use colo_fastpath::pair::{PrimaryRole, PrimaryRoleConfig};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -28,6 +28,7 @@ use super::wait::Waiter;
 use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
 use crate::config::{Alone, Config, ReplicationConfig};
 use crate::machine::{Events, Machine, MachineError, VmExit};
+use crate::nic::{self, NicError};
 use crate::status::{MachineStatus, StatusError, StatusSocket};
 
 /// Between attempts to join a primary.
@@ -61,7 +62,7 @@ pub enum ReplicaError {
     Link(#[from] LinkError),
     /// The NIC.
     #[error(transparent)]
-    Tap(#[from] TapError),
+    Nic(#[from] NicError),
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -151,9 +152,8 @@ impl Replica {
             .clone()
             .ok_or(ReplicaError::NotConfigured)?;
         let arbiter = FileArbiter::from_spec(&replication.arbiter)?;
-        let tap = Tap::open(&config.net.tap, config.net.mtu, filter)?;
-        let (machine, events) =
-            Machine::create_stopped(config, Box::new(tap), Box::new(Console::default()))?;
+        let nic = nic::open(&config.net, filter)?;
+        let (machine, events) = Machine::create_stopped(config, nic, Box::new(Console::default()))?;
         Ok(Self {
             host: replication.link_listen.to_string(),
             limits: Limits {
