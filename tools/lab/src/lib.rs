@@ -11,4 +11,5 @@ pub mod load;
 pub mod netns;
 pub mod pair;
 pub mod process;
+pub mod testpmd;
 pub mod topology;

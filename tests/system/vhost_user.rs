@@ -1,0 +1,282 @@
+//! `colo vhost` with DPDK's virtio driver as its guest.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use colo_lab::netns::Netns;
+use colo_lab::process::Process;
+use colo_lab::testpmd::{End, HugePages, PROGRAM, Testpmd, TestpmdOptions};
+use colo_tests::bench::Bench;
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0xc0, 0x77, 1];
+const WIRE_MAC: [u8; 6] = [0x52, 0x54, 0, 0xc0, 0x77, 2];
+const TAP: &str = "tap0";
+/// Chains that a queue of testpmd holds.
+const QUEUE: u64 = 256;
+/// An EtherType that nothing else here speaks (IEEE 802: local experiments).
+const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
+
+/// `colo vhost` in a namespace. The turn ends last.
+struct Port {
+    colo: Process,
+    netns: Netns,
+    socket: PathBuf,
+    bench: Bench,
+}
+
+impl Port {
+    fn start(poll: &str) -> Option<Self> {
+        let bench = Bench::new(&[PROGRAM])?;
+        let netns = Netns::create(&format!("colo-vhost-{}", std::process::id())).unwrap();
+        // Nothing but what the test sends goes through the device.
+        netns
+            .set_sysctl("ipv6/conf/default/disable_ipv6", "1")
+            .unwrap();
+        let (config, status) = (
+            bench.dir().join("port.toml"),
+            bench.dir().join("status.sock"),
+        );
+        let text = format!(
+            "[net]\nvhost_user = \"guest.sock\"\ntap = \"{TAP}\"\nmac = \"52:54:00:c0:77:01\"\n\
+             [host]\npoll = \"{poll}\"\nstatus = \"status.sock\"\n"
+        );
+        std::fs::write(&config, text).unwrap();
+        let mut command: Command = netns.command(bench.colo());
+        command.arg("vhost").arg(&config);
+        let mut colo = Process::spawn("colo", command, bench.dir())
+            .unwrap()
+            .with_status(&status);
+        colo.wait_status("listening", PATIENCE, |_| true).unwrap();
+        let socket = bench.dir().join("guest.sock");
+        Some(Self {
+            bench,
+            netns,
+            colo,
+            socket,
+        })
+    }
+
+    fn testpmd(&self, mode: &'static str, huge_pages: bool) -> Testpmd {
+        let options = TestpmdOptions {
+            name: format!("colo-vhost-{}-{mode}", std::process::id()),
+            end: End::Driver,
+            sockets: vec![self.socket.clone()],
+            mode,
+            frame_bytes: 300,
+            cpus: [0, 0],
+            huge_pages,
+            device_arguments: "mac=52:54:00:c0:77:01".to_owned(),
+        };
+        let mut testpmd = Testpmd::start(&options, self.bench.dir()).unwrap();
+        testpmd.wait_forwarding(PATIENCE).unwrap();
+        testpmd
+    }
+
+    fn wait(&mut self, awaited: &str, condition: impl FnMut(&Value) -> bool) -> Value {
+        self.colo.wait_status(awaited, PATIENCE, condition).unwrap()
+    }
+
+    fn wire(&self) -> Wire {
+        self.netns.run(|| Wire::open().unwrap()).unwrap()
+    }
+}
+
+fn number(document: &Value, path: &str) -> u64 {
+    document.pointer(path).and_then(Value::as_u64).unwrap()
+}
+
+/// The host's end of the TAP device.
+struct Wire {
+    socket: OwnedFd,
+}
+
+impl Wire {
+    fn open() -> io::Result<Self> {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        // SAFETY: plain system call.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made it, and nobody else owns it.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        let name = std::ffi::CString::new(TAP)?;
+        // SAFETY: sockaddr_ll is plain data for which all zeroes is valid.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = all;
+        // SAFETY: a C string that lives through the call.
+        address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
+        let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: the address lives through the call and is as long as said.
+        if unsafe { libc::bind(fd, (&raw const address).cast(), length) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { socket })
+    }
+
+    fn send(&self, frame: &[u8]) {
+        // SAFETY: the frame lives through the call.
+        let sent = unsafe {
+            libc::send(
+                self.socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+            )
+        };
+        assert_eq!(sent, frame.len() as isize, "{}", io::Error::last_os_error());
+    }
+
+    /// The next frame that came out of the device within `patience`.
+    fn receive(&self, patience: Duration) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut fd = libc::pollfd {
+                fd: self.socket.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: one pollfd on this stack.
+            if unsafe { libc::poll(&raw mut fd, 1, left.as_millis() as i32) } <= 0 {
+                return None;
+            }
+            let mut frame = vec![0; 2048];
+            // SAFETY: sockaddr_ll is plain data for which all zeroes is valid.
+            let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+            let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+            // SAFETY: buffer and address live through the call and are as long as said.
+            let got = unsafe {
+                libc::recvfrom(
+                    fd.fd,
+                    frame.as_mut_ptr().cast(),
+                    frame.len(),
+                    0,
+                    (&raw mut from).cast(),
+                    &raw mut length,
+                )
+            };
+            assert!(got >= 0, "{}", io::Error::last_os_error());
+            if from.sll_pkttype != libc::PACKET_OUTGOING {
+                frame.truncate(got as usize);
+                return Some(frame);
+            }
+        }
+    }
+
+    /// Sends frame after frame until the guest's side is awake and one has come back; then all of
+    /// `count` go to the guest and come back as they were.
+    fn echo(&self, count: u32) {
+        let deadline = Instant::now() + PATIENCE;
+        self.send(&probe(u32::MAX));
+        while self.receive(Duration::from_millis(100)).is_none() {
+            assert!(Instant::now() < deadline, "nothing comes back");
+            self.send(&probe(u32::MAX));
+        }
+        for number in 0..count {
+            let frame = probe(number);
+            self.send(&frame);
+            loop {
+                let back = self.receive(PATIENCE).expect("a frame that comes back");
+                if back == frame {
+                    break;
+                }
+                assert_eq!(back, probe(u32::MAX), "frame {number}");
+            }
+        }
+    }
+}
+
+/// Frame `number` of many lengths and contents.
+fn probe(number: u32) -> Vec<u8> {
+    let mut frame = [&GUEST_MAC[..], &WIRE_MAC[..], &ETHER_TYPE[..]].concat();
+    frame.extend_from_slice(&number.to_be_bytes());
+    let len = 60 + (number as usize * 37) % 1455;
+    let fill = (frame.len()..len).map(|at| (at as u32 ^ number).to_le_bytes()[0]);
+    frame.extend(fill.collect::<Vec<u8>>());
+    frame
+}
+
+#[test]
+fn what_testpmd_sends_is_on_the_wire_and_counted() {
+    let Some(mut port) = Port::start("adaptive") else {
+        return;
+    };
+    let wire = port.wire();
+    let testpmd = port.testpmd("txonly", false);
+    for _ in 0..100 {
+        let frame = wire.receive(PATIENCE).expect("a frame of testpmd's");
+        assert_eq!(frame.len(), 300);
+        assert_eq!(&frame[6..14], [&GUEST_MAC[..], &[8, 0]].concat());
+        // txonly: UDP between the addresses for benchmarks (RFC 2544), port 9 to port 9.
+        assert_eq!(frame[23], 17);
+        assert_eq!(&frame[26..38], [198, 18, 0, 1, 198, 18, 0, 2, 0, 9, 0, 9]);
+        assert!(frame[42..].iter().all(|&byte| byte == 0));
+    }
+    let totals = testpmd.stop(PATIENCE).unwrap();
+    let [total] = totals[..] else {
+        panic!("{totals:?}");
+    };
+    let status = port.wait("rid of its guest", |s| s["guest"] == "absent");
+    let taken = number(&status, "/worker/guest_tx_frames");
+    // What was still in the ring when testpmd took the ring away is testpmd's.
+    let sent = total.tx_packets;
+    assert!(taken <= sent && sent - taken <= QUEUE, "{taken} of {sent}");
+    assert!(taken > 100);
+    assert_eq!(number(&status, "/worker/guest_tx_bytes"), 300 * taken);
+    for counter in ["ring_errors", "guest_tx_bad"] {
+        assert_eq!(number(&status, &format!("/worker/{counter}")), 0);
+    }
+    assert_eq!(number(&status, "/vhost_user/refused"), 0);
+}
+
+#[test]
+fn frames_go_through_testpmd_and_come_back_as_they_were() {
+    for (poll, huge) in [("adaptive", false), ("busy", true)] {
+        let _pages = match huge
+            .then(|| HugePages::reserve(Testpmd::MEMORY_MIB))
+            .transpose()
+        {
+            Ok(pages) => pages,
+            Err(why) => {
+                println!("SKIPPED: {why}");
+                return;
+            }
+        };
+        let Some(mut port) = Port::start(poll) else {
+            return;
+        };
+        let _testpmd = port.testpmd("io", huge);
+        port.wire().echo(3000);
+        let status = port.wait("done", |_| true);
+        assert_eq!(number(&status, "/worker/guest_rx_too_small"), 0);
+        assert_eq!(number(&status, "/worker/ring_errors"), 0);
+    }
+}
+
+#[test]
+fn a_testpmd_that_is_killed_is_followed_by_another() {
+    let Some(mut port) = Port::start("interrupt") else {
+        return;
+    };
+    let wire = port.wire();
+    for round in 1..=3 {
+        let mut testpmd = port.testpmd("io", false);
+        wire.echo(50);
+        testpmd.process.kill().unwrap();
+        let status = port.wait("alone", |s| s["guest"] == "absent");
+        assert_eq!(number(&status, "/vhost_user/connections"), round);
+        assert_eq!(number(&status, "/vhost_user/stops"), round);
+    }
+    port.colo.terminate().unwrap();
+    assert!(port.colo.wait_exit(PATIENCE).unwrap().success());
+    assert!(!port.socket.exists());
+}
