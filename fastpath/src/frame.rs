@@ -9,6 +9,7 @@
 //!
 //! Does not know queues; it hands back the numbers of the guest's buffers.
 
+mod checksum;
 mod slots;
 
 use std::cell::{Cell, RefCell};
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use colo_compare::{Frames, HEADER_MAX, Token};
 
 use crate::hint::prefetch;
-use crate::ring::{Area, GuestRam, Segment};
+use crate::ring::{Area, GuestRam, Segment, fold};
 use crate::stats::WorkerStats;
 
 use slots::{Place, Slot, SlotMemory};
@@ -42,6 +43,19 @@ pub const fn slot_bytes_for(mtu: u16) -> usize {
     } else {
         need.next_power_of_two()
     }
+}
+
+/// With which bytes a frame leaves that was compared where it lay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TxMode {
+    /// With those of its counterpart, which the guest cannot reach.
+    #[default]
+    Twin,
+    /// With its own, in place, under a checksum of what was compared (rule 10).
+    InPlace,
+    /// With its own, copied before the comparison.
+    Exact,
 }
 
 /// A piece of a frame in this process's memory.
@@ -88,6 +102,7 @@ pub struct FramePool {
     /// The guest's buffers that are its own again.
     returned: RefCell<Vec<Buffer>>,
     in_place: Cell<u32>,
+    tx: TxMode,
     stats: Arc<WorkerStats>,
 }
 
@@ -114,6 +129,7 @@ impl FramePool {
             guest: None,
             returned: RefCell::new(Vec::with_capacity(slots as usize)),
             in_place: Cell::new(0),
+            tx: TxMode::default(),
             stats,
         })
     }
@@ -128,6 +144,11 @@ impl FramePool {
     pub fn forget_guest(&mut self) {
         assert_eq!(self.in_place.get(), 0, "frames lie in the guest");
         self.guest = None;
+    }
+
+    /// Chooses with which bytes compared frames leave.
+    pub fn set_tx(&mut self, tx: TxMode) {
+        self.tx = tx;
     }
 
     /// The range of addresses that the slots lie in.
@@ -291,6 +312,7 @@ impl FramePool {
         if let Some((twin, at)) = self.slots[token.slot() as usize].twin() {
             return Pieces::one(self.join_twin(token.slot(), twin, at));
         }
+        self.seal(token);
         let state = &self.slots[token.slot() as usize];
         let held = self.host_bytes(token.slot());
         let mut pieces = Pieces::one(Piece {
@@ -315,6 +337,7 @@ impl FramePool {
             self.join_twin(token.slot(), twin, at);
             return self.host_bytes(twin);
         }
+        self.seal(token);
         self.settle(token.slot(), CopyCause::Gathered);
         self.host_bytes(token.slot())
     }
@@ -323,6 +346,18 @@ impl FramePool {
     pub fn leaves_in_place(&self, token: &Token) -> bool {
         let state = &self.slots[token.slot() as usize];
         state.held() < state.len()
+    }
+
+    /// Binds payload that leaves from the guest's memory to what was compared: its checksum goes into
+    /// the header (rule 10).
+    fn seal(&mut self, token: &Token) {
+        let slot = token.slot();
+        let state = &self.slots[slot as usize];
+        if let Some((at, sum)) = state.sum() {
+            let (start, held, len) = (state.start(), state.held(), state.len());
+            let header = self.memory.bytes_mut(slot, start, held.min(at));
+            checksum::write(header, len, at, sum);
+        }
     }
 
     /// Puts the header of `slot` before the payload of its twin, which begins at the same place.
@@ -395,6 +430,40 @@ impl FramePool {
             b.share();
             self.drop_place(pvm);
         }
+    }
+
+    /// Compares as [`FramePool::equals_in_place`] does and keeps the sum of what it compared.
+    fn sum_in_place(&self, pvm: u32, at: usize, svm: &[u8]) -> Option<bool> {
+        let state = &self.slots[pvm as usize];
+        let (place, guest) = (state.place()?, self.guest.as_ref()?);
+        let held = self.host_bytes(pvm);
+        let fits = at <= held.len().min(HEADER_MAX) && state.len() - at == svm.len();
+        if !fits || !checksum::applies(held, state.len(), at) {
+            return None;
+        }
+        let (front, mut rest) = svm.split_at(held.len() - at);
+        if held[at..] != *front {
+            return Some(false);
+        }
+        let mut sum = checksum::words(front);
+        let mut done = front.len();
+        for segment in place.rest() {
+            let (bytes, behind) = rest.split_at(segment.len as usize);
+            let Some(part) = guest.equals_and_sum(segment.gpa, bytes).ok()? else {
+                return Some(false);
+            };
+            // At an odd place the halves of the words are exchanged.
+            let part = if done % 2 == 1 {
+                part.swap_bytes()
+            } else {
+                part
+            };
+            sum += u64::from(part);
+            done += bytes.len();
+            rest = behind;
+        }
+        state.set_sum(at, fold(sum));
+        Some(true)
     }
 
     /// Compares what lies in the guest with host bytes: whole segments, in order.
@@ -475,6 +544,14 @@ impl Frames for FramePool {
             return self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none();
         }
         let bytes = &self.host_bytes(svm.slot())[svm_at..svm_at + n];
+        if self.tx != TxMode::Twin {
+            let summed = match self.tx {
+                TxMode::InPlace => self.sum_in_place(pvm.slot(), pvm_at, bytes),
+                TxMode::Twin | TxMode::Exact => None,
+            };
+            return summed
+                .unwrap_or_else(|| self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none());
+        }
         match self.equals_in_place(pvm.slot(), pvm_at, bytes) {
             Some(true) => {
                 self.pair(pvm.slot(), pvm_at, svm.slot(), svm_at, n);

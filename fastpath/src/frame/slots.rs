@@ -96,6 +96,8 @@ pub(super) struct Slot {
     twin: Cell<u32>,
     twin_at: Cell<u32>,
     place: Cell<Option<Place>>,
+    /// The sum of the payload from `twin_at` on, when it was compared where it lies.
+    sum: Cell<Option<u16>>,
     /// When the frame entered the stage that it is in; 0: not known.
     stamp_ns: Cell<u64>,
 }
@@ -110,6 +112,7 @@ impl Default for Slot {
             twin: Cell::new(NO_SLOT),
             twin_at: Cell::new(0),
             place: Cell::new(None),
+            sum: Cell::new(None),
             stamp_ns: Cell::new(0),
         }
     }
@@ -122,6 +125,7 @@ impl Slot {
         self.len.set(len as u32);
         self.held.set(len as u32);
         self.shares.set(1);
+        self.sum.set(None);
         self.stamp_ns.set(0);
     }
 
@@ -183,6 +187,18 @@ impl Slot {
     pub(super) fn set_twin(&self, slot: u32, at: usize) {
         self.twin.set(slot);
         self.twin_at.set(at as u32);
+    }
+
+    /// The payload was compared in place, begins at `at` and has this sum.
+    pub(super) fn set_sum(&self, at: usize, sum: u16) {
+        self.sum.set(Some(sum));
+        self.twin_at.set(at as u32);
+    }
+
+    /// Where the payload begins and what its sum was when it was compared in place. It counts for
+    /// a later copy as well: that may be of other bytes.
+    pub(super) fn sum(&self) -> Option<(usize, u16)> {
+        Some((self.twin_at.get() as usize, self.sum.get()?))
     }
 
     /// Forgets the twin, used or not. Gives its slot.

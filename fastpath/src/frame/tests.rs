@@ -243,3 +243,72 @@ fn a_chain_in_too_many_pieces_is_not_kept() {
     );
     assert_eq!(pool.free_slots(), 1);
 }
+
+/// A UDP datagram of `LEN` bytes with a wrong checksum.
+fn datagram() -> Vec<u8> {
+    let mut frame = pattern(LEN);
+    frame[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 17]);
+    frame[16..18].copy_from_slice(&((LEN - 14) as u16).to_be_bytes());
+    frame[38..40].copy_from_slice(&((LEN - 34) as u16).to_be_bytes());
+    frame
+}
+
+/// Whether the transport checksum of a UDP frame holds.
+fn verifies(frame: &[u8]) -> bool {
+    let l4 = &frame[34..];
+    let sum = checksum::words(&frame[26..34]) + 17 + l4.len() as u64 + checksum::words(l4);
+    fold(sum) == 0xffff
+}
+
+#[test]
+fn rule_10_payload_in_place_leaves_under_the_checksum_of_what_was_compared() {
+    for settled in [false, true] {
+        let (mut pool, ram) = pool(4);
+        pool.set_tx(TxMode::InPlace);
+        let frame = datagram();
+        assert!(!verifies(&frame));
+        let pvm = in_place(&mut pool, &ram, &frame, 5);
+        let svm = pool.from_bytes(&frame).unwrap();
+        assert!(pool.match_payload(&pvm, 42, &svm, 42, LEN - 42));
+        assert!(returned(&mut pool).is_empty(), "the buffer is still in use");
+        assert!(verifies(&sent(&mut pool, &pvm)));
+        // The guest changes its mind after the comparison.
+        ram.write(0x8000 + 17, &[0x55]).unwrap();
+        if settled {
+            pool.settle_all(CopyCause::Undecided);
+        }
+        let out = sent(&mut pool, &pvm);
+        assert_ne!(out[256 + 100 + 17], frame[256 + 100 + 17]);
+        assert!(!verifies(&out), "receivers discard it");
+        assert!(!verifies(pool.in_one_piece(&pvm)));
+        pool.release(pvm);
+        pool.release(svm);
+        assert_eq!((pool.free_slots(), pool.in_place()), (4, 0));
+    }
+}
+
+#[test]
+fn every_mode_finds_differences_and_sends_what_was_compared() {
+    for tx in [TxMode::Twin, TxMode::InPlace, TxMode::Exact] {
+        for differs in [None, Some(60), Some(300), Some(LEN - 1)] {
+            let (mut pool, ram) = pool(4);
+            pool.set_tx(tx);
+            let frame = datagram();
+            let pvm = in_place(&mut pool, &ram, &frame, 5);
+            let mut other = frame.clone();
+            if let Some(at) = differs {
+                other[at] ^= 1;
+            }
+            let svm = pool.from_bytes(&other).unwrap();
+            let matched = pool.match_payload(&pvm, 42, &svm, 42, LEN - 42);
+            assert_eq!(matched, differs.is_none(), "{tx:?} {differs:?}");
+            let copied = pool.stats.copied_compared_bytes.get() > 0;
+            assert!(!matched || copied == (tx == TxMode::Exact));
+            let out = sent(&mut pool, &pvm);
+            assert_eq!((&out[..40], &out[42..]), (&frame[..40], &frame[42..]));
+            pool.release(pvm);
+            pool.release(svm);
+            assert_eq!((pool.free_slots(), pool.in_place()), (4, 0));
+        }
+    }
+}

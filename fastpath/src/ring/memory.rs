@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, compiler_fen
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::area::{ALIGN_BYTES, Area};
+use super::checked;
 use super::error::MemoryError;
 
 /// Addresses kept free behind guest RAM for the frame slots; costs no memory.
@@ -210,6 +211,13 @@ impl GuestRam {
         self.slice(gpa, bytes.len())?.copy_from(bytes);
         self.mark_written(gpa, bytes.len());
         Ok(())
+    }
+
+    /// The sum of the bytes at `gpa` if they are these (rule 10). They are read once.
+    pub fn equals_and_sum(&self, gpa: u64, bytes: &[u8]) -> Result<Option<u16>, MemoryError> {
+        let guest = self.host_range(gpa, bytes.len())?;
+        // SAFETY: `host_range` has checked the range, and `self` keeps it mapped.
+        Ok(unsafe { checked::compare_and_sum(guest, bytes) })
     }
 
     /// Reads a ring index or flag word in one access.

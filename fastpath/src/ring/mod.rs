@@ -2,6 +2,7 @@
 
 mod area;
 mod call;
+mod checked;
 pub mod driver_mock;
 mod error;
 mod memory;
@@ -11,6 +12,7 @@ pub mod xsk;
 
 pub use area::Area;
 pub use call::Call;
+pub(crate) use checked::fold;
 pub use error::{MemoryError, RingError};
 pub use memory::{GuestRam, PAGE_BYTES, Pages, RegionSource};
 pub use virtqueue::{Chain, QUEUE_SIZE_MAX, QueueState, Segment, Virtqueue};
