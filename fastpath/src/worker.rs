@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::clock::now_us;
-use crate::frame::{FramePool, slot_bytes_for};
+use crate::frame::{FramePool, TxMode, slot_bytes_for};
 use crate::nic::Nic;
 use crate::ring::Area;
 use crate::stats::WorkerStats;
@@ -50,6 +50,8 @@ pub struct WorkerConfig {
     pub cpu: Option<usize>,
     /// Frames in flight at most.
     pub frame_slots: u32,
+    /// With which bytes compared frames leave.
+    pub tx: TxMode,
     /// Whether the times of the stages are taken.
     pub stages: bool,
 }
@@ -86,6 +88,7 @@ fn start(
     if let Some(wiring) = &wiring {
         frames.set_guest(wiring.ram.clone());
     }
+    frames.set_tx(config.tx);
     nic.start(&mut frames)?;
     let port = GuestPort::new(wiring, stats.clone());
     let stages = config.stages.then(Box::default);

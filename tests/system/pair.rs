@@ -97,6 +97,37 @@ fn curl_and_ping_notice_nothing() {
     assert_paired(&mut pair);
 }
 
+/// Clients of a pair whose compared payload leaves like this. Gives the bytes that left in place, and those that
+/// were copied for the comparison.
+fn payload_sent(tx: &str) -> Option<(u64, u64)> {
+    let bench = Bench::new(&clients::PROGRAMS)?;
+    let mut settings = bench.settings();
+    settings.tx = tx.to_owned();
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    clients::wrk(&pair.topology.client, GUEST[1], "/bytes/20000", 8, 2);
+    assert_paired(&mut pair);
+    let (in_place, copied) = ways_of_payload(&pair.primary.status().unwrap());
+    let compared = copied
+        .iter()
+        .find(|(name, _)| name == "copied_compared_bytes");
+    Some((in_place, compared.unwrap().1))
+}
+
+#[test]
+fn rule_10_payload_may_leave_in_place_under_a_checksum() {
+    if let Some((in_place, copied)) = payload_sent("in-place") {
+        assert!(in_place > copied, "{in_place} in place, {copied} copied");
+    }
+}
+
+#[test]
+fn rule_10_payload_may_be_copied_before_it_is_compared() {
+    if let Some((in_place, copied)) = payload_sent("exact") {
+        assert!(copied > in_place, "{in_place} in place, {copied} copied");
+    }
+}
+
 #[test]
 fn wrk_notices_nothing() {
     let Some((_bench, mut pair)) = pair() else {

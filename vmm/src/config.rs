@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use colo_compare::Policy;
 use colo_fastpath::Mac;
+use colo_fastpath::frame::TxMode;
 use colo_fastpath::link::Packets;
 use colo_fastpath::nic::XdpMode;
 use colo_fastpath::policy::{self, PolicyError};
@@ -180,6 +181,8 @@ pub struct HostConfig {
     pub status: Option<PathBuf>,
     /// Frames in flight at most.
     pub frame_slots: u32,
+    /// With which bytes frames leave that were compared where they lay.
+    pub tx: TxMode,
     /// Take the times of the stages of the packet path; two reads of the clock a frame.
     pub stages: bool,
 }
@@ -191,6 +194,7 @@ impl Default for HostConfig {
             cpu: None,
             status: None,
             frame_slots: 8192,
+            tx: TxMode::default(),
             stages: false,
         }
     }

@@ -48,6 +48,7 @@ fn bench(poll: PollMode) -> Bench {
         poll,
         cpu: None,
         frame_slots: 32,
+        tx: Default::default(),
         stages: true,
     };
     let worker = spawn(config, Box::new(nic), wiring).unwrap();

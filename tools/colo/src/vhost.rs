@@ -66,6 +66,7 @@ fn try_run(path: &Path) -> Result<(), VhostError> {
         poll: config.host.poll,
         cpu: config.host.cpu,
         frame_slots: config.host.frame_slots,
+        tx: config.host.tx,
         stages: config.host.stages,
     };
     let worker = spawn_unattached(worker_config, nic).map_err(VhostError::Worker)?;

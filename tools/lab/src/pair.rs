@@ -61,6 +61,8 @@ pub struct Settings {
     pub poll: String,
     /// The mode of AF_XDP (`auto`, `driver`, `generic`) on the uplink; without it, a TAP device.
     pub xdp: Option<String>,
+    /// With which bytes compared frames leave: a mode of `[host] tx`.
+    pub tx: String,
     /// Whether the worker times its stages.
     pub stages: bool,
     /// Time between periodic checkpoints; 0 for none.
@@ -89,6 +91,7 @@ impl Settings {
             ram_mib: 128,
             poll: "adaptive".to_owned(),
             xdp: None,
+            tx: "twin".to_owned(),
             stages: false,
             checkpoint_interval_ms: 0,
             packets: "auto".to_owned(),
@@ -121,10 +124,11 @@ impl Settings {
             "[vm]\nname = \"demo\"\nkernel = \"builtin:demo\"\nram_mib = {}\nvcpus = 1\n\
              cmdline = \"ip={GUEST_V4}/24 ip6={GUEST_V6}/64\"\n\n\
              [net]\n{}\nmac = \"{GUEST_MAC}\"\nmtu = 1500\n\n\
-             [host]\npoll = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
+             [host]\npoll = \"{}\"\ntx = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
             self.ram_mib,
             self.nic(),
             self.poll,
+            self.tx,
             self.stages,
             status.display(),
         )

@@ -311,6 +311,7 @@ fn worker_config(host: &HostConfig) -> WorkerConfig {
         poll: host.poll,
         cpu: host.cpu,
         frame_slots: host.frame_slots,
+        tx: host.tx,
         stages: host.stages,
     }
 }

@@ -49,6 +49,7 @@ fn bench() -> Bench {
         poll: PollMode::Interrupt,
         cpu: None,
         frame_slots: 64,
+        tx: Default::default(),
         stages: false,
     };
     let worker = spawn(config, Box::new(nic), wiring).unwrap();
