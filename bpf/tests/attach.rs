@@ -71,15 +71,15 @@ fn it_can_move_and_keeps_what_it_was_told() {
     with_veth(|| {
         let mut program = XdpProgram::load().unwrap();
         program.set_guest_frames(GuestFrames::Accept).unwrap();
-        program.detach().unwrap();
+        program.detach();
         program.attach("x0", Attach::Best).unwrap();
-        program.detach().unwrap();
+        program.detach();
         assert_eq!((program.interface(), mode_of("x0")), (None, ""));
         program.attach("x1", Attach::Best).unwrap();
         assert_eq!(mode_of("x1"), "xdp");
         // An interface that disappears takes the program with it.
         ip("link del x0");
-        program.detach().unwrap();
+        program.detach();
         ip("link add x0 type veth peer name x1");
         program.attach("x1", Attach::Best).unwrap();
         assert_eq!(mode_of("x1"), "xdp");
@@ -106,7 +106,7 @@ fn a_driver_without_xdp_gets_the_generic_form_and_the_reason_is_kept() {
         assert_eq!(attached.mode, AttachMode::Generic);
         assert!(attached.fallback_reason.is_some());
         assert_eq!(mode_of("lo"), "xdpgeneric");
-        program.detach().unwrap();
+        program.detach();
         let refused = program
             .attach("lo", Attach::Only(AttachMode::Driver))
             .unwrap_err();
@@ -141,7 +141,7 @@ fn errors_name_the_interface() {
                 matches!(&occupied, XdpError::Occupied { interface } if interface == "x0"),
                 "{occupied}"
             );
-            first.detach().unwrap();
+            first.detach();
         }
         program.attach("x0", Attach::Best).unwrap();
     });

@@ -270,6 +270,24 @@ impl FramePool {
         self.slots[token.slot() as usize].stamped_ns()
     }
 
+    /// Puts the bytes of `more` behind those of a frame that lies in its slot, and releases `more`;
+    /// `false` when there is no room for them.
+    pub fn append(&mut self, token: &Token, more: Token) -> bool {
+        let slot = token.slot();
+        let (start, len) = {
+            let state = &self.slots[slot as usize];
+            (state.start(), state.held())
+        };
+        let bytes = self.host_bytes(more.slot());
+        let fits = start + len + bytes.len() <= self.memory.slot_bytes();
+        if fits {
+            self.memory.append(slot, start + len, bytes);
+            self.slots[slot as usize].own(start, len + bytes.len());
+        }
+        self.release(more);
+        fits
+    }
+
     /// The whole frame; one that is in place is settled for it.
     #[inline]
     pub fn bytes(&self, token: &Token) -> &[u8] {

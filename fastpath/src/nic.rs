@@ -6,6 +6,7 @@
 
 mod socket;
 mod tap;
+mod xdp;
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,6 +18,7 @@ use crate::frame::FramePool;
 
 pub use socket::SocketNic;
 pub use tap::{Tap, TapError};
+pub use xdp::{XdpNic, XdpNicConfig, XdpNicError, XdpNicMode, XdpNicSnapshot, XdpNicStats};
 
 /// What became of a frame handed to [`Nic::send`].
 #[derive(Debug)]
@@ -95,6 +97,11 @@ pub trait Nic: Send {
 
     /// Largest payload behind the Ethernet header.
     fn mtu(&self) -> u16;
+
+    /// Names and values of what the NIC and the kernel below it have counted.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 
     /// Replaces the filter, for frames that arrive from now on.
     fn set_filter(&mut self, filter: Filter) -> io::Result<()>;

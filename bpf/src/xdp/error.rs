@@ -5,7 +5,7 @@ use std::io;
 
 use aya::EbpfError;
 use aya::maps::MapError;
-use aya::programs::{ProgramError, XdpError as AyaXdpError};
+use aya::programs::ProgramError;
 
 /// The XDP program could not be loaded, attached or told something.
 #[derive(Debug, thiserror::Error)]
@@ -128,9 +128,9 @@ impl XdpError {
     }
 
     /// Of attaching to an interface.
-    pub(super) fn of_attach(interface: &str, driver_mode: bool, error: &ProgramError) -> Self {
+    pub(super) fn of_attach(interface: &str, driver_mode: bool, error: &io::Error) -> Self {
         let interface = interface.to_owned();
-        match errno_of(error) {
+        match error.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => Self::of("attach", error),
             Some(libc::EBUSY | libc::EEXIST) => Self::Occupied { interface },
             Some(libc::ENODEV) => Self::NoInterface { interface },
@@ -167,11 +167,6 @@ fn errno_of(error: &(dyn Error + 'static)) -> Option<i32> {
     while let Some(error) = next {
         if let Some(io) = error.downcast_ref::<io::Error>() {
             return io.raw_os_error();
-        }
-        if let Some(ProgramError::XdpError(AyaXdpError::NetlinkError(netlink))) =
-            error.downcast_ref::<ProgramError>()
-        {
-            return netlink.raw_os_error();
         }
         next = inner(error).or_else(|| error.source());
     }

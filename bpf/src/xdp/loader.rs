@@ -7,15 +7,15 @@
 
 use std::ffi::CString;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap};
-use aya::programs::xdp::XdpLinkId;
-use aya::programs::{ProgramError, TestRun, TestRunOptions, Xdp, XdpMode};
+use aya::programs::{ProgramError, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::counters::{VERDICTS, XdpCounters};
 use super::error::XdpError;
+use super::link::XdpLink;
 use super::settings::{
     AddressOwner, Attach, AttachMode, Attached, Config, Groups, GuestFrames, LinkChannel,
 };
@@ -26,8 +26,15 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pr
 
 const PROGRAM: &str = "colo_xdp";
 
+/// The second EtherType for local experiments (IEEE 802).
+const PROBE_ETHERTYPE: u16 = 0x88b6;
+/// The action of `linux/bpf.h`.
+const XDP_REDIRECT: u32 = 4;
+
 /// A loaded XDP program and its maps.
 pub struct XdpProgram {
+    /// Dropped first.
+    attached: Option<(String, XdpLink)>,
     ebpf: Ebpf,
     config: Array<MapData, [u32; 4]>,
     guest_macs: HashMap<MapData, Mac, u32>,
@@ -36,7 +43,6 @@ pub struct XdpProgram {
     link_sockets: XskMap<MapData>,
     counters: PerCpuArray<MapData, u64>,
     settings: Config,
-    attached: Option<(String, XdpLinkId)>,
 }
 
 impl std::fmt::Debug for XdpProgram {
@@ -100,25 +106,18 @@ impl XdpProgram {
         let index = index_of(interface).ok_or_else(|| XdpError::NoInterface {
             interface: interface.to_owned(),
         })?;
-        let (xdp_mode, in_driver) = match mode {
-            AttachMode::Driver => (XdpMode::Driver, true),
-            AttachMode::Generic => (XdpMode::Skb, false),
-        };
-        let link = program_of(&mut self.ebpf)?
-            .attach_to_if_index(index, xdp_mode)
+        let in_driver = mode == AttachMode::Driver;
+        let program = program_of(&mut self.ebpf)?;
+        let fd = program.fd().map_err(|e| XdpError::of("attach", &e))?;
+        let link = XdpLink::attach(fd.as_fd(), index, mode)
             .map_err(|e| XdpError::of_attach(interface, in_driver, &e))?;
         self.attached = Some((interface.to_owned(), link));
         Ok(())
     }
 
-    /// Takes it off its interface, if it is on one. An interface that is gone is no error.
-    pub fn detach(&mut self) -> Result<(), XdpError> {
-        let Some((_, link)) = self.attached.take() else {
-            return Ok(());
-        };
-        program_of(&mut self.ebpf)?
-            .detach(link)
-            .map_err(|e| XdpError::of("detach", &e))
+    /// Takes it off its interface, if it is on one.
+    pub fn detach(&mut self) {
+        self.attached = None;
     }
 
     /// The interface it is attached to.
@@ -224,6 +223,26 @@ impl XdpProgram {
             *sum = values.iter().sum();
         }
         Ok(XdpCounters::from_verdicts(verdicts))
+    }
+
+    /// Whether the program would hand a unicast frame to the guest's socket if it came to `mac` by
+    /// this queue of this interface, as it is set now. Counts like a frame.
+    pub fn takes_from(
+        &mut self,
+        interface_index: u32,
+        queue: u32,
+        mac: Mac,
+    ) -> Result<bool, XdpError> {
+        let mut frame = [0; 64];
+        frame[..6].copy_from_slice(&mac);
+        frame[12..14].copy_from_slice(&PROBE_ETHERTYPE.to_be_bytes());
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+        let words = [0, frame.len() as u32, 0, interface_index, queue, 0];
+        let mut context = [0; 24];
+        for (to, word) in context.chunks_exact_mut(4).zip(words) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        Ok(self.run_on(&frame, Some(&context))? == XDP_REDIRECT)
     }
 
     /// Runs the program on `frame` without any NIC and gives its action (`XDP_PASS` is 2,

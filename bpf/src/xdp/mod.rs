@@ -11,6 +11,7 @@
 
 mod counters;
 mod error;
+mod link;
 mod loader;
 mod settings;
 

@@ -4,8 +4,9 @@
 //!
 //! Does not change anything.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
@@ -136,6 +137,29 @@ impl Interface {
         Ok(flags & wanted == wanted)
     }
 
+    /// Its IP addresses.
+    pub fn addresses(&self) -> Result<Vec<IpAddr>, InterfaceError> {
+        let mut first: *mut libc::ifaddrs = std::ptr::null_mut();
+        // SAFETY: the call writes one pointer, to a list that is ours until it is freed below.
+        if unsafe { libc::getifaddrs(&raw mut first) } != 0 {
+            return Err(self.refused("addresses", io::Error::last_os_error()));
+        }
+        let mut addresses = Vec::new();
+        let mut next = first;
+        // SAFETY: `next` is null or an entry of the list, which is not freed before the loop ends.
+        while let Some(entry) = unsafe { next.as_ref() } {
+            // SAFETY: each entry has a name, a C string that lives as long as the list.
+            let name = unsafe { CStr::from_ptr(entry.ifa_name) };
+            if name.to_bytes() == self.name.as_bytes() {
+                addresses.extend(ip_of(entry.ifa_addr));
+            }
+            next = entry.ifa_next;
+        }
+        // SAFETY: the list that getifaddrs has made, and nothing refers to it any more.
+        unsafe { libc::freeifaddrs(first) };
+        Ok(addresses)
+    }
+
     fn refused(&self, what: &'static str, source: io::Error) -> InterfaceError {
         if source.raw_os_error() == Some(libc::ENODEV) {
             return InterfaceError::Missing(self.name.clone());
@@ -154,6 +178,25 @@ impl Interface {
             *to = from as libc::c_char;
         }
         request
+    }
+}
+
+/// The IP address in an entry of the list; other families have none.
+fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
+    // SAFETY: null, or a socket address that lives as long as the list that the caller holds.
+    let family = unsafe { address.as_ref() }?.sa_family;
+    match libc::c_int::from(family) {
+        libc::AF_INET => {
+            // SAFETY: of this family, it is a sockaddr_in.
+            let address = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(IpAddr::from(address.sin_addr.s_addr.to_ne_bytes()))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: of this family, it is a sockaddr_in6.
+            let address = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(IpAddr::from(address.sin6_addr.s6_addr))
+        }
+        _ => None,
     }
 }
 

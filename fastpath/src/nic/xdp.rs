@@ -1,0 +1,431 @@
+//! A host's NIC through AF_XDP: the guest's frames come and go past the kernel's stack, all others
+//! stay with the host.
+//!
+//! Invariants: every receive queue has a socket, and a probe has shown that the program leads the
+//! guest's frames to it (rule 24); the kernel receives only into slots lent from the pool, never
+//! into guest RAM (rule 15); what is sent may lie anywhere in the area. A NIC that loses its link,
+//! its queues or itself is counted, watched and used again when it is back: meanwhile what is sent
+//! is lost, as on a wire.
+//!
+//! All frames leave by the first queue, so that a flow stays in order. Does not configure addresses
+//! or queues, and does not steer flows.
+
+mod cut;
+mod error;
+mod membership;
+mod open;
+mod queue;
+mod recover;
+mod stats;
+mod timer;
+mod watch;
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use colo_bpf::{AddressOwner, AttachMode, Groups, GuestFrames, LinkChannel, Mac, XdpProgram};
+use colo_compare::{Frames, Token};
+use serde::{Deserialize, Serialize};
+
+use super::{Filter, Nic, Sent, poll_for};
+use crate::clock::now_us;
+use crate::frame::FramePool;
+use crate::ring::xsk::{CopyMode, Descriptor, Interface, Umem};
+
+use membership::Membership;
+use queue::{PIECES_MAX, Queue, Use};
+use recover::RETRY_US;
+use timer::Timer;
+use watch::Watch;
+
+pub use error::XdpNicError;
+pub use stats::{XdpNicSnapshot, XdpNicStats};
+
+/// Who sleeps with frames in the kernel's hands looks after them again after this time.
+const REAP_US: u64 = 200;
+
+/// Which way of AF_XDP is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum XdpNicMode {
+    /// The best that the driver has.
+    #[default]
+    Auto,
+    /// The NIC itself reads and writes the frames.
+    ZeroCopy,
+    /// The program runs in the driver, the kernel copies.
+    Driver,
+    /// The program runs behind the driver, the kernel copies: works everywhere.
+    Generic,
+}
+
+impl XdpNicMode {
+    const ALL: [Self; 3] = [Self::ZeroCopy, Self::Driver, Self::Generic];
+
+    fn candidates(self) -> impl Iterator<Item = Self> {
+        Self::ALL
+            .into_iter()
+            .filter(move |&mode| self == Self::Auto || self == mode)
+    }
+
+    fn attach(self) -> AttachMode {
+        match self {
+            Self::Generic => AttachMode::Generic,
+            _ => AttachMode::Driver,
+        }
+    }
+
+    fn copy(self) -> CopyMode {
+        match self {
+            Self::ZeroCopy => CopyMode::ZeroCopy,
+            _ => CopyMode::Copy,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::ZeroCopy => "driver, zero-copy",
+            Self::Driver => "driver, copy",
+            Self::Generic => "generic, copy",
+        }
+    }
+}
+
+/// How a NIC is used.
+#[derive(Clone, Debug)]
+pub struct XdpNicConfig {
+    /// Its name.
+    pub interface: String,
+    /// Which way.
+    pub mode: XdpNicMode,
+    /// Largest payload of the guest's frames.
+    pub mtu: u16,
+    /// The filter at the start.
+    pub filter: Filter,
+    /// The guest's addresses, for which the NIC receives even while they are dropped.
+    pub macs: Vec<Mac>,
+    /// Who gets broadcast and multicast. ARP and neighbour solicitations for the host's addresses
+    /// always reach the host.
+    pub groups: Groups,
+    /// The guest's IP addresses, where they are known.
+    pub addresses: Vec<IpAddr>,
+    /// How the link's frames are known that come by this NIC.
+    pub link: LinkChannel,
+}
+
+impl XdpNicConfig {
+    /// A NIC for one guest, in the best mode, with broadcast for the guest.
+    pub fn new(interface: &str, mac: Mac, mtu: u16, filter: Filter) -> Self {
+        Self {
+            interface: interface.to_owned(),
+            mode: XdpNicMode::Auto,
+            mtu,
+            filter,
+            macs: vec![mac],
+            groups: Groups::Guest,
+            addresses: Vec::new(),
+            link: LinkChannel::default(),
+        }
+    }
+}
+
+/// A NIC over AF_XDP. It carries frames after [`Nic::start`].
+#[derive(Debug)]
+pub struct XdpNic {
+    config: XdpNicConfig,
+    program: XdpProgram,
+    interface: Interface,
+    umem: Option<Umem>,
+    queues: Vec<Queue>,
+    uses: Box<[Use]>,
+    /// Slots that a NIC that writes by itself may still reach.
+    parked: Vec<Use>,
+    /// What is in use; `Auto` before the start.
+    mode: XdpNicMode,
+    multi_buffer: bool,
+    has_link: bool,
+    /// When to try again, while there are no queues.
+    retry_at_us: Option<u64>,
+    host_addresses: Vec<IpAddr>,
+    membership: Option<Membership>,
+    watch: Option<Watch>,
+    timer: Timer,
+    stats: Arc<XdpNicStats>,
+}
+
+impl XdpNic {
+    /// Looks at the interface and loads the program. Nothing is attached or bound yet.
+    pub fn open(config: XdpNicConfig) -> Result<Self, XdpNicError> {
+        let interface = Interface::find(&config.interface)?;
+        interface.mac()?;
+        let mtu = interface.mtu()?;
+        if mtu < u32::from(config.mtu) {
+            return Err(XdpNicError::Mtu {
+                interface: config.interface,
+                mtu,
+                wanted: config.mtu,
+            });
+        }
+        let mut program = XdpProgram::load()?;
+        program.set_groups(config.groups)?;
+        program.set_link_channel(config.link)?;
+        for mac in &config.macs {
+            program.add_guest_mac(*mac)?;
+        }
+        for address in &config.addresses {
+            program.set_address(*address, AddressOwner::Guest)?;
+        }
+        let timer = Timer::new().map_err(|source| XdpNicError::Watch {
+            interface: config.interface.clone(),
+            source,
+        })?;
+        Ok(Self {
+            program,
+            interface,
+            umem: None,
+            queues: Vec::new(),
+            uses: Box::default(),
+            parked: Vec::new(),
+            mode: XdpNicMode::Auto,
+            multi_buffer: true,
+            has_link: true,
+            retry_at_us: None,
+            host_addresses: Vec::new(),
+            membership: None,
+            watch: None,
+            timer,
+            stats: Arc::default(),
+            config,
+        })
+    }
+
+    /// What it counts, readable by others.
+    pub fn stats(&self) -> Arc<XdpNicStats> {
+        self.stats.clone()
+    }
+
+    /// The mode that is in use; `Auto` before the start.
+    pub fn mode(&self) -> XdpNicMode {
+        self.mode
+    }
+
+    fn apply_filter(&mut self, filter: Filter) -> Result<(), XdpNicError> {
+        if let Filter::Guest(mac) = filter
+            && !self.config.macs.contains(&mac)
+        {
+            self.program.add_guest_mac(mac)?;
+            self.config.macs.push(mac);
+        }
+        if let Some(membership) = &self.membership {
+            let told = match filter {
+                Filter::Guest(mac) => membership.add_mac(mac),
+                Filter::Open => membership.add_everybody(),
+                Filter::DropAll => Ok(()),
+            };
+            told.map_err(|source| self.address_error(source))?;
+        }
+        self.program.set_guest_frames(match filter {
+            Filter::Open => GuestFrames::Everything,
+            Filter::Guest(_) => GuestFrames::Accept,
+            Filter::DropAll => GuestFrames::Drop,
+        })?;
+        self.config.filter = filter;
+        Ok(())
+    }
+
+    fn set_host_addresses(&mut self, addresses: &[IpAddr]) -> Result<(), XdpNicError> {
+        for old in &self.host_addresses {
+            if !addresses.contains(old) && !self.config.addresses.contains(old) {
+                self.program.remove_address(*old)?;
+            }
+        }
+        for address in addresses {
+            if !self.config.addresses.contains(address) {
+                self.program.set_address(*address, AddressOwner::Host)?;
+            }
+        }
+        self.host_addresses = addresses.to_vec();
+        Ok(())
+    }
+
+    fn address_error(&self, source: io::Error) -> XdpNicError {
+        XdpNicError::Address {
+            interface: self.config.interface.clone(),
+            source,
+        }
+    }
+
+    fn receive_all(&mut self, frames: &mut FramePool, out: &mut VecDeque<Token>, max: usize) {
+        let mut left = max;
+        for queue in &mut self.queues {
+            left -= queue.receive(frames, &mut self.uses, out, left, &self.stats);
+            if left == 0 {
+                return;
+            }
+        }
+    }
+}
+
+impl Nic for XdpNic {
+    fn name(&self) -> &str {
+        &self.config.interface
+    }
+
+    fn describe(&self) -> String {
+        let queues = self.queues.len();
+        let plural = if queues == 1 { "" } else { "s" };
+        let pieces = if self.multi_buffer {
+            ""
+        } else {
+            ", frames in one piece"
+        };
+        let lost = if self.retry_at_us.is_some() {
+            ", lost"
+        } else if !self.has_link {
+            ", no link"
+        } else {
+            ""
+        };
+        let mode = self.mode.name();
+        format!("af_xdp, {mode}, {queues} queue{plural}{pieces}{lost}")
+    }
+
+    fn start(&mut self, frames: &mut FramePool) -> io::Result<()> {
+        self.bring_up(frames).map_err(io::Error::other)
+    }
+
+    fn receive(
+        &mut self,
+        frames: &mut FramePool,
+        out: &mut VecDeque<Token>,
+        max: usize,
+    ) -> io::Result<()> {
+        self.receive_all(frames, out, max);
+        Ok(())
+    }
+
+    fn send(&mut self, frames: &mut FramePool, token: Token) -> Sent {
+        if !self.has_link || self.queues.is_empty() {
+            self.stats.tx_without_link.add(1);
+            frames.release(token);
+            return Sent::Refused(io::Error::from_raw_os_error(libc::ENETDOWN));
+        }
+        let mut list = [Descriptor {
+            offset: 0,
+            len: 0,
+            more: false,
+        }; PIECES_MAX];
+        let Some((slot, count)) = self.describe_frame(frames, &token, &mut list) else {
+            self.stats.tx_too_long.add(1);
+            frames.release(token);
+            return Sent::Refused(io::Error::from_raw_os_error(libc::EMSGSIZE));
+        };
+        match self.queues[0].send(&mut self.uses, slot, token, &list[..count]) {
+            Ok(()) => Sent::Done,
+            Err(token) => Sent::Full(token),
+        }
+    }
+
+    fn flush(&mut self, frames: &mut FramePool) -> io::Result<()> {
+        if let Some(seen) = self.watch.as_ref().and_then(Watch::changed) {
+            self.look(frames, &seen);
+        }
+        if self.retry_at_us.is_some_and(|at| now_us() >= at) {
+            self.come_back(frames);
+        }
+        // An eighth of the slots stays for what the guest sends.
+        let spare = self.uses.len() / 8;
+        let mut outcome = Ok(());
+        for queue in &mut self.queues {
+            let pushed = queue.push_out(frames, &mut self.uses, self.has_link, &self.stats);
+            let refilled = queue.refill(frames, &mut self.uses, spare);
+            outcome = outcome.and(pushed).and(refilled);
+        }
+        outcome
+    }
+
+    fn poll_fds(&self, wants_frames: bool, wants_room: bool, fds: &mut Vec<libc::pollfd>) {
+        for (n, queue) in self.queues.iter().enumerate() {
+            // All frames leave by the first.
+            let wants_room = wants_room && n == 0 && self.has_link;
+            fds.extend(poll_for(queue.socket.poll_fd(), wants_frames, wants_room));
+        }
+        if let Some(watch) = &self.watch {
+            fds.extend(poll_for(watch.poll_fd(), true, false));
+        }
+        let in_flight = self.queues.iter().any(|queue| queue.in_flight() > 0);
+        let wait_us = match self.retry_at_us {
+            Some(_) => Some(RETRY_US),
+            None if in_flight && self.has_link => Some(REAP_US),
+            None => None,
+        };
+        if let Some(wait_us) = wait_us
+            && self.timer.arm(wait_us).is_ok()
+        {
+            fds.extend(poll_for(self.timer.poll_fd(), true, false));
+        }
+    }
+
+    fn mtu(&self) -> u16 {
+        self.config.mtu
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut all = self.stats.snapshot().entries();
+        if let Ok(program) = self.program.counters() {
+            all.extend([
+                ("xdp_host_frames", program.host_frames),
+                ("xdp_host_neighbour_frames", program.host_neighbour_frames),
+                ("xdp_host_group_frames", program.host_group_frames),
+                ("xdp_short_frames", program.short_frames),
+                ("xdp_guest_frames", program.guest_frames),
+                ("xdp_guest_group_frames", program.guest_group_frames),
+                ("xdp_guest_dropped_frames", program.guest_dropped_frames),
+                ("xdp_guest_unbound_frames", program.guest_unbound_frames),
+                ("xdp_link_frames", program.link_frames),
+                ("xdp_link_unbound_frames", program.link_unbound_frames),
+            ]);
+        }
+        let mut sum = [0; 5];
+        for queue in &self.queues {
+            let kernel = queue.socket.statistics().unwrap_or_default();
+            let counted = [
+                kernel.rx_dropped,
+                kernel.rx_ring_full,
+                kernel.fill_ring_empty,
+                kernel.rx_invalid,
+                kernel.tx_invalid,
+            ];
+            for (sum, n) in sum.iter_mut().zip(counted) {
+                *sum += n;
+            }
+        }
+        all.extend(
+            [
+                "xsk_rx_dropped",
+                "xsk_rx_ring_full",
+                "xsk_fill_ring_empty",
+                "xsk_rx_invalid",
+                "xsk_tx_invalid",
+            ]
+            .into_iter()
+            .zip(sum),
+        );
+        all
+    }
+
+    fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
+        self.apply_filter(filter).map_err(io::Error::other)
+    }
+
+    fn recall(&mut self, frames: &mut FramePool) {
+        self.watch = None;
+        self.close_queues(frames);
+    }
+}
+
+#[cfg(test)]
+mod tests;

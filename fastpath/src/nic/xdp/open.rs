@@ -1,0 +1,238 @@
+//! Puts a NIC to use: program, sockets, probe, filter, in this order.
+//!
+//! Invariants: nothing of the guest gets through before the filter says so; after an error nothing
+//! is bound or attached.
+//!
+//! Does not watch what becomes of it.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::time::{Duration, Instant};
+
+use colo_bpf::{Attach, GuestFrames};
+use colo_compare::Frames;
+use tracing::info;
+
+use super::membership::Membership;
+use super::queue::{Queue, Use};
+use super::watch::{Seen, Watch};
+use super::{XdpNic, XdpNicError, XdpNicMode};
+use crate::frame::{FramePool, LINK_HEADER_MAX};
+use crate::nic::{Filter, Nic};
+use crate::ring::xsk::{BindOptions, Interface, Umem, UmemSettings, XskError, XskSocket};
+
+/// How long the kernel may take to let go of a queue whose socket was closed.
+const BUSY_MAX: Duration = Duration::from_secs(2);
+/// Entries of each ring.
+const RING_ENTRIES: u32 = 2048;
+
+impl XdpNic {
+    /// Puts the NIC to use. On an error nothing is bound or attached.
+    pub(super) fn bring_up(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
+        let up = self.try_modes(frames);
+        if up.is_err() {
+            self.close_queues(frames);
+            self.program.detach();
+        }
+        up
+    }
+
+    fn try_modes(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
+        self.uses = (0..frames.free_slots()).map(|_| Use::default()).collect();
+        self.umem = Some(register(frames)?);
+        let seen = Seen::of(&self.config.interface);
+        self.has_link = seen.has_link;
+        self.set_host_addresses(&seen.addresses)?;
+        let mut reasons = Vec::new();
+        let mut refused = None;
+        for mode in self.config.mode.candidates() {
+            match self.open_queues(frames, mode, BUSY_MAX) {
+                Ok(()) => {
+                    refused = None;
+                    break;
+                }
+                Err(e) if e.is_about_mode() => {
+                    reasons.push(e.to_string());
+                    refused = Some(e);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        if let Some(e) = refused {
+            return Err(e);
+        }
+        let watch = Watch::start(&self.config.interface, seen);
+        self.watch = Some(watch.map_err(|source| XdpNicError::Watch {
+            interface: self.config.interface.clone(),
+            source,
+        })?);
+        let (name, how) = (&self.config.interface, self.describe());
+        match reasons.last() {
+            None => info!("{name}: {how}"),
+            Some(reason) => info!("{name}: {how}; nothing better, because {reason}"),
+        }
+        Ok(())
+    }
+
+    /// Attaches the program and binds every queue. On an error nothing is bound.
+    pub(super) fn open_queues(
+        &mut self,
+        frames: &mut FramePool,
+        mode: XdpNicMode,
+        patience: Duration,
+    ) -> Result<(), XdpNicError> {
+        let opened = self.try_queues(frames, mode, patience);
+        if opened.is_err() {
+            self.close_queues(frames);
+        } else {
+            self.mode = mode;
+            // The kernel has let go of the last sockets on these queues.
+            self.unpark(frames);
+        }
+        opened
+    }
+
+    fn try_queues(
+        &mut self,
+        frames: &mut FramePool,
+        mode: XdpNicMode,
+        patience: Duration,
+    ) -> Result<(), XdpNicError> {
+        let name = &self.config.interface;
+        self.interface = Interface::find(name)?;
+        self.program.detach();
+        // Rule 24: nothing of the guest gets through before the filter says so.
+        self.program.set_guest_frames(GuestFrames::Drop)?;
+        self.program.attach(name, Attach::Only(mode.attach()))?;
+        let promiscuous = matches!(self.config.filter, Filter::Open);
+        let joined = Membership::join(self.interface.index(), &self.config.macs, promiscuous);
+        self.membership = Some(joined.map_err(|source| self.address_error(source))?);
+        let queues = self.interface.rx_queues()?;
+        for queue in 0..queues {
+            self.open_queue(frames, queue, queues, mode, patience)?;
+        }
+        self.probe(frames)?;
+        self.apply_filter(self.config.filter)?;
+        Ok(())
+    }
+
+    pub(super) fn open_queue(
+        &mut self,
+        frames: &mut FramePool,
+        queue: u32,
+        queues: u32,
+        mode: XdpNicMode,
+        patience: Duration,
+    ) -> Result<(), XdpNicError> {
+        let Some(umem) = self.umem.clone() else {
+            return Ok(());
+        };
+        let mut options = BindOptions {
+            copy_mode: mode.copy(),
+            multi_buffer: self.multi_buffer,
+            fill_entries: RING_ENTRIES,
+            completion_entries: RING_ENTRIES,
+            rx_entries: RING_ENTRIES,
+            tx_entries: RING_ENTRIES,
+            ..BindOptions::default()
+        };
+        let mut bound = bind(&umem, &self.interface, queue, &options, patience);
+        let frame_bytes = u32::from(self.config.mtu) + LINK_HEADER_MAX as u32;
+        let may_do_without = queue == 0 && frame_bytes <= umem.received_bytes_max();
+        if let Err(XskError::NoMultiBuffer { .. } | XskError::NoZeroCopy { .. }) = &bound
+            && self.multi_buffer
+            && may_do_without
+        {
+            options.multi_buffer = false;
+            bound = bind(&umem, &self.interface, queue, &options, patience);
+            self.multi_buffer = bound.is_err();
+        }
+        let socket = bound?;
+        self.program.set_guest_socket(queue, socket.as_fd())?;
+        // Half of the slots are for what comes, the others for what goes.
+        let target = self.uses.len() / 2 / queues.max(1) as usize;
+        if target == 0 {
+            return Err(XdpNicError::FewSlots {
+                interface: self.config.interface.clone(),
+                slots: self.uses.len(),
+                queues,
+            });
+        }
+        let mut opened = Queue::new(socket, RING_ENTRIES.min(target as u32));
+        let filled = opened.refill(frames, &mut self.uses, 0);
+        self.queues.push(opened);
+        filled.map_err(|source| self.address_error(source))
+    }
+
+    /// Rule 24: shows for every queue that the program leads the guest's frames to a socket. What
+    /// comes meanwhile is not the guest's yet and is thrown away.
+    fn probe(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
+        let probed = self.probe_queues();
+        let closed = self.program.set_guest_frames(GuestFrames::Drop);
+        let mut early = VecDeque::new();
+        self.receive_all(frames, &mut early, usize::MAX);
+        for token in early {
+            frames.release(token);
+        }
+        probed?;
+        Ok(closed?)
+    }
+
+    fn probe_queues(&mut self) -> Result<(), XdpNicError> {
+        let Some(&mac) = self.config.macs.first() else {
+            return Ok(());
+        };
+        let index = self.interface.index();
+        self.program.set_guest_frames(GuestFrames::Accept)?;
+        for queue in 0..self.interface.rx_queues()? {
+            if !self.program.takes_from(index, queue, mac)? {
+                return Err(XdpNicError::Probe {
+                    interface: self.config.interface.clone(),
+                    queue,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Registers the memory of the pool, cut so that no slot is written beyond its end.
+fn register(frames: &FramePool) -> Result<Umem, XdpNicError> {
+    let slot_bytes = frames.slot_bytes();
+    let chunk_bytes = match slot_bytes {
+        4096.. => 4096,
+        2048.. => 2048,
+        _ => return Err(XdpNicError::SmallSlots(slot_bytes)),
+    };
+    let settings = UmemSettings {
+        chunk_bytes,
+        ..UmemSettings::default()
+    };
+    let area = frames.area();
+    let bytes = area.mapped_bytes() as u64;
+    let base = NonNull::new(area.base()).ok_or(XdpNicError::SmallSlots(0))?;
+    // SAFETY: the area keeps everything mapped as long as it lives, and it is the owner. Only slots
+    // that the pool has lent go into a fill ring, and to those nobody has a reference.
+    Ok(unsafe { Umem::register(base, bytes, settings, Box::new(area.clone())) }?)
+}
+
+/// Binds as soon as the kernel has let go of the queue's last socket.
+fn bind(
+    umem: &Umem,
+    interface: &Interface,
+    queue: u32,
+    options: &BindOptions,
+    patience: Duration,
+) -> Result<XskSocket, XskError> {
+    let begun = Instant::now();
+    loop {
+        match XskSocket::bind(umem, interface, queue, options) {
+            Err(XskError::Busy { .. }) if begun.elapsed() < patience => {
+                // Nothing tells when: the kernel does it in a work queue.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            done => return done,
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! One queue of the NIC: its socket, and which slots the kernel has.
+//!
+//! Invariants: a slot is in at most one of: the pool, a ring, the hands of a token's holder; the
+//! table of uses says which ring; a frame comes up whole or not at all. The pieces of one frame
+//! complete one after the other, the first of them in a slot (af_xdp.rst, multi-buffer).
+//!
+//! Does not know programs, links or modes.
+
+use std::collections::VecDeque;
+use std::io;
+
+use colo_compare::{Frames, Token};
+
+use crate::frame::FramePool;
+use crate::ring::xsk::{Descriptor, Kick, Received, Rx, XskSocket};
+
+use super::stats::XdpNicStats;
+
+/// Most pieces of a frame: the kernel's limit is MAX_SKB_FRAGS (17) and the first.
+pub(super) const PIECES_MAX: usize = 16;
+
+/// System calls for one batch at most; in copy mode each sends up to 32 frames.
+const KICKS_MAX: u32 = 32;
+
+/// Where a slot is.
+#[derive(Debug, Default)]
+pub(super) enum Use {
+    /// Not in a ring.
+    #[default]
+    Elsewhere,
+    /// Lent to the fill ring of this queue, or received and not taken yet.
+    Lent(u32),
+    /// Sent from, by this queue, in so many pieces.
+    Sent(u32, Token, u32),
+}
+
+/// A bound queue.
+#[derive(Debug)]
+pub(super) struct Queue {
+    pub(super) socket: XskSocket,
+    /// Slots that the fill ring should have.
+    fill_target: u32,
+    lent: u32,
+    /// A frame whose last piece has not come.
+    partial: Option<Token>,
+    /// The frame that is coming is of no use.
+    spoilt: bool,
+    /// A frame that is completed in part: its slot, and pieces to come.
+    completing: Option<(u32, u32)>,
+    in_flight: u32,
+}
+
+impl Queue {
+    pub(super) fn new(socket: XskSocket, fill_target: u32) -> Self {
+        Self {
+            socket,
+            fill_target,
+            lent: 0,
+            partial: None,
+            spoilt: false,
+            completing: None,
+            in_flight: 0,
+        }
+    }
+
+    /// Frames that the kernel has not given back.
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// Lends slots to the kernel up to the target; `spare` stay with the pool.
+    pub(super) fn refill(
+        &mut self,
+        frames: &mut FramePool,
+        uses: &mut [Use],
+        spare: usize,
+    ) -> io::Result<()> {
+        let wanted = self.fill_target.saturating_sub(self.lent);
+        if wanted == 0 {
+            return Ok(());
+        }
+        let room = self.socket.fill_free(wanted).min(wanted);
+        let mut filled = 0;
+        while filled < room && frames.free_slots() > spare {
+            let Some((slot, offset)) = frames.lend() else {
+                break;
+            };
+            let accepted = self.socket.fill(offset as u64);
+            if !matches!(accepted, Ok(true)) || slot as usize >= uses.len() {
+                frames.give_back(slot);
+                break;
+            }
+            uses[slot as usize] = Use::Lent(self.socket.queue());
+            filled += 1;
+        }
+        if filled > 0 {
+            self.lent += filled;
+            self.socket.submit_fill();
+            if self.socket.fill_needs_wakeup() {
+                self.socket.wake_rx()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes whole frames, `max` at most.
+    pub(super) fn receive(
+        &mut self,
+        frames: &mut FramePool,
+        uses: &mut [Use],
+        out: &mut VecDeque<Token>,
+        max: usize,
+        stats: &XdpNicStats,
+    ) -> usize {
+        let mut taken = 0;
+        while taken < max {
+            let Some(rx) = self.socket.receive() else {
+                break;
+            };
+            let more = match rx {
+                Rx::Piece(piece) => {
+                    match self.adopt(frames, uses, piece) {
+                        Some(token) => self.join(frames, token, stats),
+                        None => self.spoil(frames),
+                    }
+                    piece.more
+                }
+                Rx::Bad { more } => {
+                    self.spoil(frames);
+                    more
+                }
+            };
+            if more {
+                continue;
+            }
+            if std::mem::take(&mut self.spoilt) {
+                stats.spoilt_frames.add(1);
+            } else if let Some(token) = self.partial.take() {
+                out.push_back(token);
+                taken += 1;
+            }
+        }
+        self.socket.release_rx();
+        taken
+    }
+
+    /// The slot of a received piece, as a frame of its own.
+    fn adopt(
+        &mut self,
+        frames: &mut FramePool,
+        uses: &mut [Use],
+        piece: Received,
+    ) -> Option<Token> {
+        let (slot, within) = frames.slot_at(usize::try_from(piece.chunk).ok()?)?;
+        let place = uses.get_mut(slot as usize)?;
+        if !matches!(place, Use::Lent(queue) if *queue == self.socket.queue()) || within != 0 {
+            return None;
+        }
+        *place = Use::Elsewhere;
+        self.lent -= 1;
+        let start = (piece.offset - piece.chunk) as usize;
+        frames.adopt(slot, start, piece.len as usize)
+    }
+
+    /// Puts a piece behind those that came before it.
+    fn join(&mut self, frames: &mut FramePool, piece: Token, stats: &XdpNicStats) {
+        if self.spoilt {
+            frames.release(piece);
+            return;
+        }
+        match self.partial.take() {
+            None => self.partial = Some(piece),
+            Some(first) => {
+                stats.rx_gathered_pieces.add(1);
+                if frames.append(&first, piece) {
+                    self.partial = Some(first);
+                } else {
+                    frames.release(first);
+                    self.spoilt = true;
+                }
+            }
+        }
+    }
+
+    fn spoil(&mut self, frames: &mut FramePool) {
+        self.spoilt = true;
+        if let Some(token) = self.partial.take() {
+            frames.release(token);
+        }
+    }
+
+    /// Queues a frame whose first piece lies in `slot`. Gives the token back when there is no room.
+    pub(super) fn send(
+        &mut self,
+        uses: &mut [Use],
+        slot: u32,
+        token: Token,
+        pieces: &[Descriptor],
+    ) -> Result<(), Token> {
+        let count = pieces.len() as u32;
+        let Some(place @ Use::Elsewhere) = uses.get_mut(slot as usize) else {
+            return Err(token);
+        };
+        if self.socket.tx_free(count) < count {
+            return Err(token);
+        }
+        for piece in pieces {
+            // The caller has made them fit.
+            let accepted = self.socket.send(*piece);
+            debug_assert_eq!(accepted, Ok(true));
+        }
+        *place = Use::Sent(self.socket.queue(), token, count);
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Makes the kernel send what is queued, and takes back what it has sent.
+    pub(super) fn push_out(
+        &mut self,
+        frames: &mut FramePool,
+        uses: &mut [Use],
+        has_link: bool,
+        stats: &XdpNicStats,
+    ) -> io::Result<()> {
+        if self.in_flight == 0 {
+            return Ok(());
+        }
+        self.socket.submit_tx();
+        let mut kicks = if has_link { 0 } else { KICKS_MAX };
+        while self.socket.tx_pending() > 0 && self.socket.tx_needs_wakeup() && kicks < KICKS_MAX {
+            kicks += 1;
+            stats.tx_kicks.add(1);
+            let kick = self.socket.kick_tx()?;
+            self.reap(frames, uses, stats);
+            if kick == Kick::Down {
+                break;
+            }
+        }
+        self.reap(frames, uses, stats);
+        Ok(())
+    }
+
+    fn reap(&mut self, frames: &mut FramePool, uses: &mut [Use], stats: &XdpNicStats) {
+        while let Some(offset) = self.socket.complete() {
+            let (slot, left) = match self.completing.take() {
+                Some((slot, left)) => (slot, left),
+                None => match sent_from(frames, uses, offset, self.socket.queue()) {
+                    Some((slot, pieces)) => (slot, pieces),
+                    None => {
+                        stats.strange_completions.add(1);
+                        continue;
+                    }
+                },
+            };
+            if left > 1 {
+                self.completing = Some((slot, left - 1));
+            } else if let Use::Sent(_, token, _) = std::mem::take(&mut uses[slot as usize]) {
+                frames.release(token);
+                self.in_flight -= 1;
+            }
+        }
+        self.socket.release_completions();
+    }
+
+    /// Gives up what is in parts; the slots that the kernel has are found in the table.
+    pub(super) fn close(mut self, frames: &mut FramePool) {
+        self.spoil(frames);
+    }
+}
+
+/// The frame whose first piece lies at `offset`. Bit 0 may have been lost on the way.
+fn sent_from(frames: &FramePool, uses: &[Use], offset: u64, queue: u32) -> Option<(u32, u32)> {
+    let (slot, _) = frames.slot_at(usize::try_from(offset).ok()?)?;
+    match uses.get(slot as usize)? {
+        Use::Sent(by, _, pieces) if *by == queue => Some((slot, *pieces)),
+        _ => None,
+    }
+}

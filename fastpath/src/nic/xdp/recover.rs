@@ -1,0 +1,120 @@
+//! What a NIC does when its link, its queues or the NIC itself go, and when they come back.
+//!
+//! Invariants: a slot that the kernel may still write goes back to the pool only when the kernel has
+//! let go of it.
+//!
+//! Does not find out that something has changed; the watch does.
+
+use std::time::Duration;
+
+use colo_compare::Frames;
+use tracing::{debug, info, warn};
+
+use super::XdpNic;
+use super::queue::Use;
+use super::watch::Seen;
+use crate::clock::now_us;
+use crate::frame::FramePool;
+use crate::nic::Nic;
+
+/// Between two attempts to use a NIC that was lost.
+pub(super) const RETRY_US: u64 = 50_000;
+
+impl XdpNic {
+    /// Closes all sockets. The kernel no longer writes into the slots it had, except a NIC that
+    /// does it by itself, which is stopped a little later.
+    pub(super) fn close_queues(&mut self, frames: &mut FramePool) {
+        let zero_copy = self.queues.iter().any(|queue| queue.socket.is_zero_copy());
+        for queue in self.queues.drain(..) {
+            queue.close(frames);
+        }
+        self.membership = None;
+        for (slot, place) in (0..).zip(&mut self.uses) {
+            match std::mem::take(place) {
+                Use::Elsewhere => {}
+                Use::Lent(_) => self.parked.push(Use::Lent(slot)),
+                sent => self.parked.push(sent),
+            }
+        }
+        if !zero_copy {
+            self.unpark(frames);
+        }
+    }
+
+    pub(super) fn unpark(&mut self, frames: &mut FramePool) {
+        for place in self.parked.drain(..) {
+            match place {
+                Use::Elsewhere => {}
+                Use::Lent(slot) => frames.give_back(slot),
+                Use::Sent(_, token, _) => frames.release(token),
+            }
+        }
+    }
+
+    /// Acts on what the watch has seen.
+    pub(super) fn look(&mut self, frames: &mut FramePool, seen: &Seen) {
+        let name = &self.config.interface;
+        if self.has_link != seen.has_link {
+            self.has_link = seen.has_link;
+            if seen.has_link {
+                info!("{name}: the link is back");
+            } else {
+                self.stats.link_losses.add(1);
+                warn!("{name}: the link is gone");
+            }
+        }
+        if self.retry_at_us.is_some() {
+            self.retry_at_us = Some(0);
+            return;
+        }
+        if let Err(e) = self.set_host_addresses(&seen.addresses) {
+            warn!("{}: {e}", self.config.interface);
+        }
+        let bound = self.queues.len() as u32;
+        let is_same = seen.index == Some(self.interface.index());
+        if !is_same || seen.rx_queues < bound {
+            self.lose(frames);
+        } else if seen.rx_queues > bound {
+            self.add_queues(frames, bound, seen.rx_queues);
+        }
+    }
+
+    pub(super) fn add_queues(&mut self, frames: &mut FramePool, bound: u32, queues: u32) {
+        for queue in bound..queues {
+            let added = self.open_queue(frames, queue, queues, self.mode, Duration::ZERO);
+            if let Err(e) = added {
+                warn!("{}: {e}", self.config.interface);
+                self.stats.return_failures.add(1);
+                return self.lose(frames);
+            }
+            self.stats.queues_added.add(1);
+        }
+        info!("{}: {}", self.config.interface, self.describe());
+    }
+
+    pub(super) fn lose(&mut self, frames: &mut FramePool) {
+        warn!(
+            "{}: lost; it is used again when it is back",
+            self.config.interface
+        );
+        self.stats.nic_losses.add(1);
+        self.close_queues(frames);
+        self.retry_at_us = Some(0);
+    }
+
+    /// Tries to use a lost NIC again, in the mode that was chosen.
+    pub(super) fn come_back(&mut self, frames: &mut FramePool) {
+        match self.open_queues(frames, self.mode, Duration::ZERO) {
+            Ok(()) => {
+                self.retry_at_us = None;
+                self.stats.nic_returns.add(1);
+                info!("{}: back, {}", self.config.interface, self.describe());
+            }
+            Err(e) => {
+                self.stats.return_failures.add(1);
+                debug!("{}: {e}", self.config.interface);
+                self.retry_at_us = Some(now_us() + RETRY_US);
+            }
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! What an AF_XDP NIC counts.
+
+use crate::counters;
+
+counters! {
+    /// What a NIC over AF_XDP has met with.
+    XdpNicStats => XdpNicSnapshot {
+        /// Received pieces that were copied behind the first of their frame.
+        rx_gathered_pieces,
+        /// Received frames dropped: longer than a slot, or outside the memory.
+        spoilt_frames,
+        /// Frames to send that were copied into one piece: too many pieces, or outside the memory.
+        tx_gathered_frames,
+        /// Frames to send that even so did not fit.
+        tx_too_long,
+        /// Frames not sent because the NIC had no link or was gone.
+        tx_without_link,
+        /// System calls to send.
+        tx_kicks,
+        /// Completions of nothing that was sent.
+        strange_completions,
+        /// Times that the link went.
+        link_losses,
+        /// Times that the NIC itself went, or lost queues.
+        nic_losses,
+        /// Times that it came back.
+        nic_returns,
+        /// Queues that were added while it ran.
+        queues_added,
+        /// Attempts to use it again that failed.
+        return_failures,
+    }
+}
