@@ -43,21 +43,6 @@ pub enum Filter {
     DropAll,
 }
 
-/// How AF_XDP is used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum XdpMode {
-    /// The best that works.
-    #[default]
-    Auto,
-    /// In the driver, which moves frames to and from our memory itself.
-    ZeroCopy,
-    /// In the driver, with copies.
-    Driver,
-    /// Behind the driver, with copies: works everywhere.
-    Generic,
-}
-
 /// A NIC that the worker polls.
 pub trait Nic: Send {
     /// For logs and reports.

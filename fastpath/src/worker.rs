@@ -30,7 +30,7 @@ use crate::ring::Area;
 use crate::stats::WorkerStats;
 
 pub use command::{Command, Task, WorkerGone, WorkerHandle};
-pub use edge::Edge;
+pub use edge::{Edge, NicReport};
 pub use idle::{PollMode, SPIN_MAX_US};
 pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState};
 pub use role::{BATCH, Role, Solo};

@@ -14,7 +14,7 @@ use colo_compare::Policy;
 use colo_fastpath::Mac;
 use colo_fastpath::frame::TxMode;
 use colo_fastpath::link::Packets;
-use colo_fastpath::nic::XdpMode;
+use colo_fastpath::nic::XdpNicMode;
 use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
 use colo_fastpath::worker::PollMode;
@@ -158,7 +158,7 @@ pub struct NetConfig {
     pub interface: Option<String>,
     /// How AF_XDP is used.
     #[serde(default)]
-    pub xdp: XdpMode,
+    pub xdp: XdpNicMode,
     /// The guest's address.
     #[serde(deserialize_with = "mac")]
     pub mac: Mac,

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use colo_fastpath::stages::StageReport;
 use colo_fastpath::stats::WorkerSnapshot;
+use colo_fastpath::worker::NicReport;
 use serde::Serialize;
 
 use crate::machine::{ExitSnapshot, Machine};
@@ -55,6 +56,8 @@ pub struct MachineStatus {
     pub exits: Vec<ExitSnapshot>,
     /// The packet worker.
     pub worker: WorkerSnapshot,
+    /// The NIC; absent once the worker has ended.
+    pub nic: Option<NicReport>,
     /// Times of its stages, with `host.stages`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stages: Vec<StageReport>,
@@ -63,6 +66,11 @@ pub struct MachineStatus {
 impl MachineStatus {
     /// Reads a machine's counters.
     pub fn of(machine: &Machine, name: &str, role: &str, guest: &str, started: Instant) -> Self {
+        let asked = machine
+            .worker()
+            .execute(|edge, _| (edge.nic_report(), edge.stages().cloned()));
+        let (nic, stages) = asked.map_or((None, None), |(nic, stages)| (Some(nic), stages));
+        let stages = stages.map_or_else(Vec::new, |stages| stages.report());
         Self {
             name: name.to_owned(),
             role: role.to_owned(),
@@ -70,16 +78,10 @@ impl MachineStatus {
             uptime_s: started.elapsed().as_secs_f64(),
             exits: machine.exits(),
             worker: machine.worker().stats(),
-            stages: stages_of(machine),
+            nic,
+            stages,
         }
     }
-}
-
-/// Only a worker that takes the times is asked: that takes it out of its loop for a moment.
-fn stages_of(machine: &Machine) -> Vec<StageReport> {
-    let stages = machine.worker().execute(|edge, _| edge.stages().cloned());
-    let stages = stages.ok().flatten();
-    stages.map_or_else(Vec::new, |stages| stages.report())
 }
 
 /// A listening status socket. Its file goes away with it.

@@ -5,7 +5,7 @@
 //!
 //! Does not decide what goes where; the role does.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
@@ -24,6 +24,16 @@ use super::role::BATCH;
 
 /// Buffers of the guest that frames may keep; the others stay free for what it sends next.
 const IN_PLACE_MAX: usize = QUEUE_SIZE_MAX as usize / 2;
+
+/// A NIC in a report.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct NicReport {
+    /// How it works.
+    pub carrier: String,
+    /// What it and the kernel below it have counted.
+    #[serde(flatten)]
+    pub counters: BTreeMap<&'static str, u64>,
+}
 
 /// Everything the worker owns besides its role.
 pub struct Edge {
@@ -220,6 +230,14 @@ impl Edge {
     /// Replaces the NIC's filter.
     pub fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
         self.nic.set_filter(filter)
+    }
+
+    /// How the NIC works, and what it has counted.
+    pub fn nic_report(&self) -> NicReport {
+        NicReport {
+            carrier: self.nic.describe(),
+            counters: self.nic.counters().into_iter().collect(),
+        }
     }
 
     /// The worker's counters.

@@ -1,0 +1,109 @@
+//! Guests and pairs whose NIC is an interface over AF_XDP: the clients of `single.rs` and `pair.rs` notice nothing,
+//! and the host goes on using the interface.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use colo_lab::load::{Load, LoadConfig};
+use colo_lab::netns::Netns;
+use colo_lab::pair::{Pair, Settings, Single};
+use colo_lab::topology::{GUEST, Host, UPLINK};
+use colo_tests::bench::Bench;
+use colo_tests::clients;
+use serde_json::Value;
+
+/// An address of host a itself, on the interface that it shares with its guest.
+const HOST_ADDRESS: &str = "10.77.0.200";
+
+fn bench(mode: &str) -> Option<(Bench, Settings)> {
+    let bench = Bench::new(&clients::PROGRAMS)?;
+    let mut settings = bench.settings();
+    settings.xdp = Some(mode.to_owned());
+    Some((bench, settings))
+}
+
+fn carrier(status: &Value) -> &str {
+    status["nic"]["carrier"].as_str().unwrap()
+}
+
+fn host_is_reached(client: &Netns) -> bool {
+    let mut ping = client.command("ping");
+    ping.args(["-c", "3", "-i", "0.2", "-W", "5", HOST_ADDRESS]);
+    let output = ping.output().unwrap();
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    output.status.success()
+}
+
+fn serves_in(mode: &str, expected: &str) {
+    let Some((bench, settings)) = bench(mode) else {
+        return;
+    };
+    let single = Single::start(&settings, bench.dir()).unwrap();
+    let client = &single.topology.client;
+    clients::curl_keeps_its_connection(client, bench.dir());
+    clients::curl_sees_state(client);
+    for guest in GUEST {
+        clients::ping(client, guest);
+        clients::redis_cli(client, guest);
+    }
+    clients::wrk(client, GUEST[0], "/bytes/20000", 16, 2);
+    let status = single.process.status().unwrap();
+    assert!(carrier(&status).contains(expected), "{}", carrier(&status));
+    println!("{}", status["nic"]);
+}
+
+#[test]
+fn a_guest_is_served_in_the_driver() {
+    serves_in("driver", "driver, copy");
+}
+
+#[test]
+fn a_guest_is_served_behind_the_driver() {
+    serves_in("generic", "generic");
+}
+
+#[test]
+fn the_host_goes_on_using_the_interface() {
+    let Some((bench, settings)) = bench("auto") else {
+        return;
+    };
+    let single = Single::start(&settings, bench.dir()).unwrap();
+    let host = single.topology.host(Host::A);
+    host.batch(&format!("address add {HOST_ADDRESS}/24 dev {UPLINK}\n"))
+        .unwrap();
+    clients::wrk(&single.topology.client, GUEST[0], "/bytes/100", 8, 1);
+    assert!(host_is_reached(&single.topology.client));
+    clients::ping(&single.topology.client, GUEST[0]);
+}
+
+#[test]
+fn a_pair_is_served_and_survives_a_kill() {
+    let Some((bench, settings)) = bench("auto") else {
+        return;
+    };
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    clients::wrk(&pair.topology.client, GUEST[1], "/bytes/20000", 16, 2);
+    let status = pair.wait_protected(Host::A).unwrap();
+    println!("{} {}", status["nic"], status["worker"]);
+    assert!(status["compared"].as_u64().unwrap() > 0, "{status}");
+    let secondary = pair.secondary.status().unwrap();
+    let sent = secondary["worker"]["nic_tx_frames"].as_u64().unwrap();
+    assert_eq!(sent, 0, "a secondary is silent");
+    assert_eq!(secondary["worker"]["nic_rx_frames"], 0, "rule 24");
+
+    let load = Load::start(&pair.topology.client, LoadConfig::new(8, 1)).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let report = load.finish().unwrap();
+    let survival = report.survival.unwrap();
+    assert!(survival.connections_before > 0);
+    assert_eq!(survival.connections_lost, 0);
+    assert_eq!(
+        report.wrong_responses + report.client_errors,
+        0,
+        "{report:?}"
+    );
+}
