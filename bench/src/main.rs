@@ -13,6 +13,8 @@ mod compare_instructions;
 mod compare_load;
 mod compare_path;
 mod compare_row;
+mod datapath;
+mod datapath_vhost;
 mod failover;
 mod figures;
 mod place;
@@ -49,6 +51,8 @@ enum Benchmark {
     Checkpoint(checkpoint::CheckpointArgs),
     /// What a comparison costs, beside a memcmp and QEMU's comparator
     Compare(compare::CompareArgs),
+    /// How fast packets go through the fast path, beside what others do with them
+    Datapath(datapath::DatapathArgs),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +76,7 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
         Benchmark::Failover(args) => failover::run(args, &place)?,
         Benchmark::Checkpoint(args) => checkpoint::run(args, &place)?,
         Benchmark::Compare(args) => compare::run(args, &place)?,
+        Benchmark::Datapath(args) => datapath::run(args, &place)?,
     };
     print!("{}", outcome.text);
     if let Some(file) = &arguments.json {

@@ -4,6 +4,7 @@
 //!
 //! Does not know about guests, roles or comparison.
 
+mod sink;
 mod socket;
 mod tap;
 mod xdp;
@@ -16,6 +17,7 @@ use colo_compare::Token;
 
 use crate::frame::FramePool;
 
+pub use sink::Sink;
 pub use socket::SocketNic;
 pub use tap::{Tap, TapError};
 pub use xdp::{XdpNic, XdpNicConfig, XdpNicError, XdpNicMode, XdpNicSnapshot, XdpNicStats};

@@ -5,6 +5,7 @@
 //!
 //! Does not decide about roles or checkpoints: the control thread does, through the methods of the two roles.
 
+mod local;
 mod primary;
 mod secondary;
 
@@ -14,6 +15,7 @@ use colo_compare::Divergence;
 
 use crate::worker::{Edge, Role, WorkerHandle};
 
+pub use local::{LocalPairRole, LocalReport, SvmSide};
 pub use primary::{CutState, PrimaryReport, PrimaryRole, PrimaryRoleConfig};
 pub use secondary::{SecondaryReport, SecondaryRole, SecondaryRoleConfig};
 

@@ -96,6 +96,10 @@ impl Testpmd {
         command.arg(format!("--forward-mode={}", options.mode));
         if options.mode == "txonly" {
             command.arg(format!("--txpkts={}", options.frame_bytes));
+            // Ports with one address of their own send the same.
+            for port in 0..options.sockets.len() {
+                command.arg(format!("--eth-peer={port},02:00:00:00:00:00"));
+            }
         }
         let process = Process::spawn(&options.name, command, dir)?;
         Ok(Self { process })
@@ -103,8 +107,35 @@ impl Testpmd {
 
     /// Waits until it forwards.
     pub fn wait_forwarding(&mut self, patience: Duration) -> Result<(), ProcessError> {
+        self.wait(patience, |log| log.contains("Port statistics"))
+    }
+
+    /// Frames a second that its ports received, port after port in each second that it has shown.
+    pub fn rx_rates(&self) -> Vec<f64> {
+        rates(&self.process.log())
+    }
+
+    /// Waits until there are so many of them.
+    pub fn wait_rx_rates(
+        &mut self,
+        count: usize,
+        patience: Duration,
+    ) -> Result<Vec<f64>, ProcessError> {
+        let mut found = Vec::new();
+        self.wait(patience, |log| {
+            found = rates(log);
+            found.len() >= count
+        })?;
+        Ok(found)
+    }
+
+    fn wait(
+        &mut self,
+        patience: Duration,
+        mut is_there: impl FnMut(&str) -> bool,
+    ) -> Result<(), ProcessError> {
         let deadline = Instant::now() + patience;
-        while !self.process.log().contains("Port statistics") {
+        while !is_there(&self.process.log()) {
             if let Some(status) = self.process.poll_exit()? {
                 return Err(self.process.ended(status, "forwarding"));
             }
@@ -155,6 +186,11 @@ fn totals(log: &str) -> Vec<PortTotals> {
         });
     }
     all
+}
+
+fn rates(log: &str) -> Vec<f64> {
+    let number = |after: &str| after.split_whitespace().next()?.parse().ok();
+    log.split("Rx-pps:").skip(1).filter_map(number).collect()
 }
 
 /// Huge pages that were reserved for somebody; given back when dropped.
@@ -216,5 +252,6 @@ mod tests {
         };
         assert_eq!(totals(log), [port(7, 1_838_528), port(0, 5)]);
         assert_eq!(totals("EAL: no"), []);
+        assert_eq!(rates("Rx-pps:   12   Rx-bps: 3\n  Rx-pps: 5 "), [12.0, 5.0]);
     }
 }

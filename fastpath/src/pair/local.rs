@@ -1,0 +1,240 @@
+//! Both guests on one worker, without a link: the output of one is compared with that of the other.
+//!
+//! Invariants: nothing leaves that the comparator has not released; a guest whose output runs ahead of the
+//! other's by [`AHEAD_MAX`] frames waits. There is no state to copy: a checkpoint counts as taken as soon as it
+//! is asked for, so this measures and tests the packet path, it protects nothing.
+//!
+//! Does not feed the guests: frames from the NIC stay there. Does not wake for the SVM: the worker must poll
+//! ([`PollMode::Busy`](crate::worker::PollMode::Busy)).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use colo_compare::{Action, Limits, PathError, PrimaryPath, Right, Token};
+
+use crate::frame::CopyCause;
+use crate::hint::use_huge_pages;
+use crate::stats::WorkerStats;
+use crate::vhost_user::{GuestRings, GuestSide};
+use crate::worker::{BATCH, Edge, GuestPort, PortState, Role, WorkerGone, WorkerHandle};
+
+use super::on_role;
+
+/// Frames that one guest's output may be ahead of the other's.
+const AHEAD_MAX: u64 = 512;
+
+/// What happened so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LocalReport {
+    /// Frames of the PVM that left because the SVM had sent the same.
+    pub matched: u64,
+    /// Frames of the PVM that left by another right.
+    pub otherwise: u64,
+    /// Checkpoints that were asked for.
+    pub checkpoints: u64,
+    /// Frames taken from the PVM.
+    pub pvm_frames: u64,
+    /// Frames taken from the SVM.
+    pub svm_frames: u64,
+}
+
+/// The role of the worker: the PVM is the guest of its edge, the SVM has a port here.
+#[derive(Debug)]
+pub struct LocalPairRole {
+    path: PrimaryPath,
+    svm: GuestPort,
+    batch: Vec<Token>,
+    unsent: VecDeque<Token>,
+    report: LocalReport,
+    /// Frames of either since the last checkpoint.
+    since: [u64; 2],
+}
+
+impl LocalPairRole {
+    /// A pair whose guests are not there yet.
+    pub fn new(limits: Limits) -> Self {
+        let path = PrimaryPath::new(limits);
+        use_huge_pages(&path);
+        Self {
+            path,
+            svm: GuestPort::new(None, Arc::new(WorkerStats::default())),
+            batch: Vec::with_capacity(BATCH),
+            unsent: VecDeque::with_capacity(limits.max_held_frames),
+            report: LocalReport::default(),
+            since: [0; 2],
+        }
+    }
+
+    /// Puts a worker into this role and begins to compare.
+    pub fn start(self, worker: &WorkerHandle) -> Result<(), WorkerGone> {
+        worker.set_role(Box::new(self))?;
+        let begun = on_role::<Self, _>(worker, |role, edge| role.pair(edge));
+        match begun {
+            Some(Ok(())) => Ok(()),
+            Some(Err(e)) => {
+                tracing::error!("{e}");
+                Err(WorkerGone)
+            }
+            None => Err(WorkerGone),
+        }
+    }
+
+    fn pair(&mut self, edge: &mut Edge) -> Result<(), PathError> {
+        let frames = &mut edge.frames;
+        let first = self.path.pair(0)?;
+        self.path.set_lease(0, frames, u64::MAX);
+        self.path.commit(0, frames, first)?;
+        self.path.caught_up(0, first + 1);
+        Ok(())
+    }
+
+    /// What a worker in this role has done; `None` if it is in another.
+    pub fn report(worker: &WorkerHandle) -> Option<LocalReport> {
+        on_role::<Self, _>(worker, |role, _| role.report)
+    }
+
+    fn take_pvm(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let ahead = self.since[0].saturating_sub(self.since[1]);
+        let room = self.path.room_frames().min(BATCH);
+        let max = room.min((AHEAD_MAX - ahead.min(AHEAD_MAX)) as usize);
+        while self.batch.len() < max {
+            let Some(token) = edge.guest_take_in_place() else {
+                break;
+            };
+            self.batch.push(token);
+        }
+        let count = self.batch.len();
+        self.path.expect(&edge.frames, self.batch.iter());
+        for token in self.batch.drain(..) {
+            self.path.handle_guest_tx(now_us, &mut edge.frames, token);
+        }
+        self.since[0] += count as u64;
+        self.report.pvm_frames += count as u64;
+        count
+    }
+
+    fn take_svm(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let ahead = self.since[1].saturating_sub(self.since[0]);
+        let max = BATCH.min((AHEAD_MAX - ahead.min(AHEAD_MAX)) as usize);
+        let frame_max = edge.frames.frame_bytes_max();
+        while self.batch.len() < max && edge.frames.free_slots() > 0 {
+            let copied = Some(CopyCause::Role);
+            let Some(token) = self.svm.take(&mut edge.frames, frame_max, copied) else {
+                break;
+            };
+            self.batch.push(token);
+        }
+        let count = self.batch.len();
+        self.path.expect(&edge.frames, self.batch.iter());
+        let epoch = self.path.epoch();
+        for token in self.batch.drain(..) {
+            self.report.svm_frames += 1;
+            let seq = self.report.svm_frames;
+            self.path
+                .handle_svm_output(now_us, &mut edge.frames, epoch, seq, token);
+        }
+        self.since[1] += count as u64;
+        count
+    }
+
+    fn act(&mut self, edge: &mut Edge, now_us: u64) {
+        let mut wants_checkpoint = false;
+        while let Some(action) = self.path.poll_action() {
+            match action {
+                Action::Release { token, right, .. } => {
+                    match right {
+                        Right::Match => self.report.matched += 1,
+                        _ => self.report.otherwise += 1,
+                    }
+                    self.unsent.push_back(token);
+                }
+                Action::Mirror { token, .. } => edge.release(token),
+                Action::SvmReleased { .. } | Action::PendingReleased { .. } => {}
+                Action::Checkpoint(divergence) => {
+                    tracing::info!("{divergence:?}");
+                    wants_checkpoint = true;
+                }
+            }
+        }
+        if wants_checkpoint {
+            self.checkpoint(edge, now_us);
+        }
+        while let Some(token) = self.unsent.pop_front() {
+            if let Err(token) = edge.nic_send(token) {
+                self.unsent.push_front(token);
+                break;
+            }
+        }
+    }
+
+    /// As if one had been taken in no time.
+    #[cold]
+    fn checkpoint(&mut self, edge: &mut Edge, now_us: u64) {
+        self.report.checkpoints += 1;
+        self.since = [0; 2];
+        edge.settle_all();
+        let committed = self.path.cut(now_us).and_then(|epoch| {
+            self.path.commit(now_us, &mut edge.frames, epoch)?;
+            self.path.caught_up(now_us, epoch + 1);
+            Ok(())
+        });
+        if let Err(e) = committed {
+            tracing::error!("{e}");
+        }
+        self.act(edge, now_us);
+    }
+}
+
+impl Role for LocalPairRole {
+    fn name(&self) -> &'static str {
+        "local pair"
+    }
+
+    fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
+        let moved = self.take_pvm(edge, now_us) + self.take_svm(edge, now_us);
+        if self.path.next_deadline().is_some_and(|at| at <= now_us) {
+            self.path.handle_timeout(now_us, &mut edge.frames);
+        }
+        self.act(edge, now_us);
+        self.svm.flush();
+        moved > 0
+    }
+
+    fn deadline_us(&self) -> Option<u64> {
+        self.path.next_deadline()
+    }
+
+    fn wants_nic_frames(&self, _edge: &mut Edge) -> bool {
+        false
+    }
+
+    fn wants_guest_frames(&self) -> bool {
+        self.path.room()
+    }
+
+    fn leave(&mut self, edge: &mut Edge) {
+        for token in self.unsent.drain(..) {
+            edge.release(token);
+        }
+    }
+}
+
+/// The place of the SVM in a worker that has this role.
+#[derive(Clone, Debug)]
+pub struct SvmSide(pub WorkerHandle);
+
+impl GuestSide for SvmSide {
+    fn attach(&mut self, rings: GuestRings) -> Result<(), WorkerGone> {
+        let attach = |role: &mut LocalPairRole, _: &mut Edge| role.svm.attach(rings);
+        on_role(&self.0, attach).ok_or(WorkerGone)
+    }
+
+    fn detach(&mut self) -> Result<Option<PortState>, WorkerGone> {
+        let detach = |role: &mut LocalPairRole, _: &mut Edge| role.svm.detach();
+        on_role(&self.0, detach).ok_or(WorkerGone)
+    }
+}
+
+#[cfg(test)]
+#[path = "local_tests.rs"]
+mod tests;
