@@ -6,8 +6,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::flow::{FlowKey, Protocol};
-use crate::wire::checksum::{fold, ones_sum};
+use crate::wire::checksum::{be16, be32, fold, ones_sum};
 use crate::wire::{ETHERTYPE_ARP, ETHERTYPE_IPV6, Network, Packet};
 
 /// Most addresses that are remembered.
@@ -60,6 +59,8 @@ impl Again {
 pub(crate) struct Addresses {
     mac: Option<[u8; 6]>,
     ips: [Option<IpAddr>; MAX_ADDRESSES],
+    /// What was learnt last, mostly what comes next: family and MAC address, the guest's address.
+    latest: [u64; 3],
 }
 
 impl Addresses {
@@ -73,20 +74,36 @@ impl Addresses {
     }
 
     /// Learns from a frame that the guest sent.
+    #[inline(always)]
     pub(crate) fn learn(&mut self, header: &[u8], packet: &Packet) {
         if packet.network == Network::Other || packet.key.vlan() != [0; 2] {
             return;
         }
+        let [high, low, ..] = *packet.key.words();
+        let mac = u64::from(be16(header, 6)) << 32 | u64::from(be32(header, 8));
+        let family = 1 + u64::from(packet.network == Network::V6);
+        let latest = [family << 48 | mac, high, low];
+        // Not as an array: what has just been put together is not there yet for a wide load.
+        let known = self.latest[0] == latest[0] && self.latest[1] == high && self.latest[2] == low;
+        if !known {
+            self.latest = latest;
+            self.learn_new(header, packet.key.guest());
+        }
+    }
+
+    #[cold]
+    fn learn_new(&mut self, header: &[u8], ip: IpAddr) {
         if header[6] & 1 == 0 {
             let mut mac = [0; 6];
             mac.copy_from_slice(&header[6..12]);
             self.mac = Some(mac);
         }
-        self.add(source_of(&packet.key));
+        self.add(ip);
     }
 
     pub(crate) fn set_mac(&mut self, mac: [u8; 6]) {
         self.mac = Some(mac);
+        self.latest = [0; 3];
     }
 
     pub(crate) fn add(&mut self, ip: IpAddr) {
@@ -127,13 +144,6 @@ impl Addresses {
             (IpAddr::V4(ip), _) => write_arp(out, ETHERTYPE_ARP, 2, mac, ip, ip, BROADCAST),
             (IpAddr::V6(ip), _) => write_neighbour_advertisement(out, mac, ip),
         })
-    }
-}
-
-fn source_of(key: &FlowKey) -> IpAddr {
-    match key.protocol() {
-        Protocol::Unparseable | Protocol::Ether(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        _ => key.guest(),
     }
 }
 
@@ -192,7 +202,7 @@ fn write_neighbour_advertisement(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::Direction;
+    use crate::flow::{Direction, Protocol};
     use crate::testing::{Segment, Side, checksums_are_right};
     use crate::wire;
 

@@ -13,7 +13,7 @@ use crate::list::{Lists, NIL};
 use crate::span::Span;
 use crate::stream::Content;
 use crate::table::{Flow, Held};
-use crate::wire::{Packet, mask_ignored};
+use crate::wire::{Layout, mask_ignored};
 
 /// Longest part of a frame that is compared with a mask: the rest is payload.
 const MASKED_MAX: usize = HEADER_MAX;
@@ -87,7 +87,7 @@ impl Flow {
                 let sides = ((&frame.token, &frame.packet), (&other.token, &other.packet));
                 difference(sides, rules.ignored, frames)
             })
-            .unwrap_or_else(|| Divergence::plain(Cause::Deadline, Some(frame.packet.key)))
+            .unwrap_or_else(|| Divergence::plain(Cause::Deadline, None))
     }
 
     /// The frame that was judged has left: its counterpart has done its duty.
@@ -120,17 +120,14 @@ pub(crate) fn surplus_is_harmless(key: &FlowKey) -> bool {
 }
 
 /// Where the payload begins that a policy's byte numbers count from.
-fn payload_at(packet: &Packet) -> usize {
-    let header = match packet.key.protocol() {
-        Protocol::Udp | Protocol::Icmp | Protocol::Icmpv6 => 8,
-        _ => 0,
-    };
+fn payload_at(packet: &Layout) -> usize {
+    let header = if packet.sum_at == 0 { 0 } else { 8 };
     usize::from(packet.l4) + header
 }
 
 /// Compares two whole frames, but for what may rightly differ.
 pub(crate) fn difference<F: Frames + ?Sized>(
-    ((a, a_packet), (b, b_packet)): ((&Token, &Packet), (&Token, &Packet)),
+    ((a, a_packet), (b, b_packet)): ((&Token, &Layout), (&Token, &Layout)),
     ignored: Option<Span>,
     frames: &F,
 ) -> Option<Divergence> {
@@ -167,7 +164,7 @@ pub(crate) fn difference<F: Frames + ?Sized>(
     };
     Some(Divergence {
         cause,
-        flow: Some(a_packet.key),
+        flow: None,
         offset: at as u32,
         primary: Shown::read(a_end - at, |out| frames.copy_out(a, at, out)),
         secondary: Shown::read(b_end - at, |out| frames.copy_out(b, at, out)),
@@ -177,14 +174,14 @@ pub(crate) fn difference<F: Frames + ?Sized>(
 /// Compares the first `n` bytes of two frames. Most are equal byte for byte or differ only in the
 /// identification and its checksum, so copies are masked only where the bytes differ.
 fn masked_difference(
-    (a, a_packet): (&[u8], &Packet),
-    (b, b_packet): (&[u8], &Packet),
+    (a, a_packet): (&[u8], &Layout),
+    (b, b_packet): (&[u8], &Layout),
     n: usize,
 ) -> Option<usize> {
     if a[..n] == b[..n] {
         return None;
     }
-    let masked = |header: &[u8], packet: &Packet| {
+    let masked = |header: &[u8], packet: &Layout| {
         let mut bytes = [0u8; MASKED_MAX];
         bytes[..n].copy_from_slice(&header[..n]);
         mask_ignored(&mut bytes[..n], packet);

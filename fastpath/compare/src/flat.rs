@@ -2,8 +2,9 @@
 //! 8-byte buckets, entries in slots that do not move.
 //!
 //! Invariants: never more than `limit` entries; the index is at most four fifths full, half where
-//! `limit` is a power of two, so that a probe mostly is one cache line; an entry keeps its slot number until it is removed; nothing allocates after
-//! `new`. The hash is keyed, because clients choose addresses and ports.
+//! `limit` is a power of two, and a probe begins with a group of buckets in one cache line; an entry
+//! keeps its slot number until it is removed; nothing allocates after `new`. The hash is keyed,
+//! because clients choose addresses and ports.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -14,6 +15,10 @@ use crate::flow::FlowKey;
 pub(crate) type Slot = u32;
 
 const EMPTY: u64 = 0;
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+/// Buckets of a group, which are looked at together; they lie in one cache line.
+const GROUP: usize = 4;
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// A key's hash.
@@ -31,6 +36,9 @@ struct Entry<V> {
 pub(crate) struct FlatTable<V> {
     /// Upper half: of the hash; lower half: slot number + 1; 0 where nothing is.
     index: Vec<u64>,
+    /// The first group of the index begins here, where a cache line can.
+    skip: usize,
+    mask: usize,
     entries: Vec<Entry<V>>,
     free: Vec<Slot>,
     limit: usize,
@@ -45,8 +53,12 @@ impl<V> FlatTable<V> {
     /// Room for `limit` entries, less than 2^31.
     pub(crate) fn new(limit: usize, seed: u64) -> Self {
         let buckets = (limit.max(4) * 5).div_ceil(4).next_power_of_two();
+        let index = vec![EMPTY; buckets + GROUP - 1];
+        let skip = index.as_ptr().addr().wrapping_neg() / size_of::<u64>() % GROUP;
         Self {
-            index: vec![EMPTY; buckets],
+            index,
+            skip,
+            mask: buckets - 1,
             entries: Vec::with_capacity(limit),
             free: Vec::with_capacity(limit),
             limit,
@@ -85,12 +97,28 @@ impl<V> FlatTable<V> {
         Hash(fold(first ^ second.rotate_left(21) ^ self.seed, MULTIPLIER))
     }
 
+    #[inline]
     fn tag(hash: Hash) -> u64 {
         hash.0 & 0xffff_ffff_0000_0000
     }
 
+    /// Where the group of a hash begins, from 0.
+    #[inline]
     fn start(&self, hash: Hash) -> usize {
-        hash.0 as usize & (self.index.len() - 1)
+        hash.0 as usize & self.mask & !(GROUP - 1)
+    }
+
+    fn bucket(&self, at: usize) -> u64 {
+        self.index[self.skip + at]
+    }
+
+    fn put(&mut self, at: usize, bucket: u64) {
+        self.index[self.skip + at] = bucket;
+    }
+
+    /// The bucket after this one.
+    fn after(&self, at: usize) -> usize {
+        (at + 1) & self.mask
     }
 
     /// Start and bytes of the index and of the entries.
@@ -107,24 +135,27 @@ impl<V> FlatTable<V> {
 
     /// Where the bucket of a hash lies, to be fetched ahead.
     pub(crate) fn bucket_address(&self, hash: Hash) -> *const u8 {
-        (&raw const self.index[self.start(hash)]).cast()
+        (&raw const self.index[self.skip + self.start(hash)]).cast()
     }
 
     /// The cache lines of the entry that a hash most likely means, to be fetched ahead.
-    pub(crate) fn entry_addresses(&self, hash: Hash) -> [Option<*const u8>; 3] {
-        let bucket = self.index[self.start(hash)];
-        let entry = (bucket as u32)
-            .checked_sub(1)
-            .map(|slot| &self.entries[slot as usize]);
-        let start = entry.map(|entry| (&raw const *entry).cast::<u8>());
-        [0, 64, size_of::<Entry<V>>() - 1].map(|at| start.map(|start| start.wrapping_add(at)))
+    #[inline]
+    pub(crate) fn entry_lines(&self, hash: Hash) -> impl Iterator<Item = *const u8> {
+        let entry = self.entries.get(self.near_slot(hash) as usize);
+        entry.into_iter().flat_map(|entry| {
+            let start = (&raw const *entry).cast::<u8>();
+            let in_line = start.addr() % LINE_BYTES;
+            (0..in_line + size_of::<Entry<V>>())
+                .step_by(LINE_BYTES)
+                .map(move |at| start.wrapping_sub(in_line).wrapping_add(at))
+        })
     }
 
+    #[inline(never)]
     fn find(&self, hash: Hash, key: &FlowKey) -> Option<(usize, Slot)> {
-        let mask = self.index.len() - 1;
         let mut at = self.start(hash);
         loop {
-            let bucket = self.index[at];
+            let bucket = self.bucket(at);
             if bucket == EMPTY {
                 return None;
             }
@@ -134,12 +165,34 @@ impl<V> FlatTable<V> {
                     return Some((at, slot));
                 }
             }
-            at = (at + 1) & mask;
+            at = self.after(at);
         }
     }
 
+    #[inline]
     pub(crate) fn slot_of(&self, hash: Hash, key: &FlowKey) -> Option<Slot> {
-        self.find(hash, key).map(|(_, slot)| slot)
+        let near = self.near_slot(hash);
+        match self.entries.get(near as usize) {
+            Some(entry) if entry.key == *key && entry.value.is_some() => Some(near),
+            _ => self.find(hash, key).map(|(_, slot)| slot),
+        }
+    }
+
+    /// The slot that one of the first buckets gives for the hash; without a branch that depends on
+    /// which, because that cannot be foretold. Whether the key is there is still to be seen.
+    #[inline]
+    fn near_slot(&self, hash: Hash) -> Slot {
+        let start = self.skip + self.start(hash);
+        let near = self.index.get(start..start + GROUP);
+        let Some([a, b, c, d]) = near.and_then(|near| near.first_chunk()) else {
+            return Slot::MAX;
+        };
+        // When two are alike, what comes out is neither.
+        let if_like = |bucket: &u64| {
+            let is_like = (bucket ^ hash.0) >> 32 == 0;
+            *bucket as u32 & u32::from(is_like).wrapping_neg()
+        };
+        (if_like(a) | if_like(b) | if_like(c) | if_like(d)).wrapping_sub(1)
     }
 
     pub(crate) fn get(&self, key: &FlowKey) -> Option<&V> {
@@ -155,12 +208,20 @@ impl<V> FlatTable<V> {
         self.entries[slot as usize].key
     }
 
+    #[inline]
     pub(crate) fn at(&self, slot: Slot) -> Option<&V> {
         self.entries.get(slot as usize)?.value.as_ref()
     }
 
+    #[inline]
     pub(crate) fn at_mut(&mut self, slot: Slot) -> Option<&mut V> {
         self.entries.get_mut(slot as usize)?.value.as_mut()
+    }
+
+    #[inline]
+    pub(crate) fn entry_mut(&mut self, slot: Slot) -> Option<(&FlowKey, &mut V)> {
+        let entry = self.entries.get_mut(slot as usize)?;
+        Some((&entry.key, entry.value.as_mut()?))
     }
 
     /// Puts a key in that is not there yet; gives the value back when the table is full.
@@ -183,12 +244,11 @@ impl<V> FlatTable<V> {
                 (self.entries.len() - 1) as Slot
             }
         };
-        let mask = self.index.len() - 1;
         let mut at = self.start(hash);
-        while self.index[at] != EMPTY {
-            at = (at + 1) & mask;
+        while self.bucket(at) != EMPTY {
+            at = self.after(at);
         }
-        self.index[at] = Self::tag(hash) | u64::from(slot + 1);
+        self.put(at, Self::tag(hash) | u64::from(slot + 1));
         Ok(slot)
     }
 
@@ -216,28 +276,28 @@ impl<V> FlatTable<V> {
     /// Linear probing without tombstones: what comes after the gap moves up, unless it would then
     /// lie before its own start.
     fn close_gap(&mut self, mut gap: usize) {
-        let mask = self.index.len() - 1;
+        let mask = self.mask;
         let mut at = gap;
         loop {
-            at = (at + 1) & mask;
-            let bucket = self.index[at];
+            at = self.after(at);
+            let bucket = self.bucket(at);
             if bucket == EMPTY {
                 break;
             }
             let key = self.entries[(bucket as u32 - 1) as usize].key;
             let start = self.start(self.hash(&key));
             if at.wrapping_sub(start) & mask >= at.wrapping_sub(gap) & mask {
-                self.index[gap] = bucket;
+                self.put(gap, bucket);
                 gap = at;
             }
         }
-        self.index[gap] = EMPTY;
+        self.put(gap, EMPTY);
     }
 
     /// Forgets everything; the memory stays. Costs as much as there are entries, not as there is
     /// room for.
     pub(crate) fn clear(&mut self) {
-        if self.len() > self.index.len() / 64 {
+        if self.len() > self.mask / 64 {
             self.index.fill(EMPTY);
         } else {
             self.clear_clusters();
@@ -249,12 +309,15 @@ impl<V> FlatTable<V> {
     /// Every entry lies in the run of full buckets that begins at its start, and each run is
     /// emptied to its end.
     fn clear_clusters(&mut self) {
-        let mask = self.index.len() - 1;
-        for entry in self.entries.iter().filter(|entry| entry.value.is_some()) {
+        for slot in 0..self.entries.len() {
+            let entry = &self.entries[slot];
+            if entry.value.is_none() {
+                continue;
+            }
             let mut at = self.start(self.hash(&entry.key));
-            while self.index[at] != EMPTY {
-                self.index[at] = EMPTY;
-                at = (at + 1) & mask;
+            while self.bucket(at) != EMPTY {
+                self.put(at, EMPTY);
+                at = self.after(at);
             }
         }
     }

@@ -14,7 +14,7 @@ use crate::ledger::{Ledger, SvmFrame};
 use crate::list::Lists;
 use crate::stream::Content;
 use crate::table::{Flow, Held};
-use crate::wire::{Fragment, Packet, header_difference};
+use crate::wire::{Fragment, Layout, header_difference};
 
 /// Most waiting fragments of one flow that are looked at, per side: two packets of 64 KiB in pieces
 /// of an Ethernet frame, and some.
@@ -23,7 +23,7 @@ const PIECES_MAX: usize = 128;
 /// One piece of a packet.
 struct Piece<'a> {
     token: &'a Token,
-    packet: &'a Packet,
+    packet: &'a Layout,
     fragment: Fragment,
 }
 
@@ -42,7 +42,7 @@ impl Piece<'_> {
     }
 }
 
-fn piece<'a>(token: &'a Token, packet: &'a Packet, id: u32) -> Option<Piece<'a>> {
+fn piece<'a>(token: &'a Token, packet: &'a Layout, id: u32) -> Option<Piece<'a>> {
     let fragment = packet.fragment.filter(|fragment| fragment.id == id)?;
     Some(Piece {
         token,
@@ -197,7 +197,7 @@ impl Flow {
         frames: &F,
     ) -> Option<Content> {
         let head = held.get(head)?;
-        let (id, key) = (head.packet.fragment?.id, head.packet.key);
+        let id = head.packet.fragment?.id;
         if head.matched_to.is_some() {
             return Some(Content::Matched);
         }
@@ -211,17 +211,14 @@ impl Flow {
                 self.decide(id, other, held, svm);
                 Some(Content::Matched)
             }
-            Err(divergence) => Some(Content::Differs(Divergence {
-                flow: Some(key),
-                ..divergence
-            })),
+            Err(divergence) => Some(Content::Differs(divergence)),
         }
     }
 
     /// Marks all pieces of a packet, so that the rest leaves when its turn comes: on the SVM's
     /// side with the identification that the PVM gave it.
     fn decide(&self, id: u32, other: u32, held: &mut Lists<Held>, svm: &mut Lists<SvmFrame>) {
-        let is_of = |packet: &Packet, id| packet.fragment.is_some_and(|f| f.id == id);
+        let is_of = |packet: &Layout, id| packet.fragment.is_some_and(|f| f.id == id);
         let mut at = self.held.head;
         while let Some(frame) = held.get_mut(at) {
             if is_of(&frame.packet, id) {

@@ -11,12 +11,12 @@ use crate::frames::{Frames, Token};
 use crate::limits::Limits;
 use crate::list::{Ends, Lists};
 use crate::stats::PrimaryStats;
-use crate::wire::Packet;
+use crate::wire::Layout;
 
 /// A frame of the SVM that the comparator keeps.
 #[derive(Debug)]
 pub(crate) struct SvmFrame {
-    pub(crate) packet: Packet,
+    pub(crate) packet: Layout,
     pub(crate) token: Token,
     pub(crate) epoch: u64,
     pub(crate) svm_seq: u64,
@@ -32,6 +32,12 @@ pub(crate) struct SvmFrame {
 /// An [`Action`] without the rare big one.
 #[derive(Debug)]
 enum Step {
+    /// Released by match, and reported then.
+    Matched {
+        token: Token,
+        held_us: u64,
+        svm_seq: u64,
+    },
     Release {
         token: Token,
         right: Right,
@@ -54,6 +60,8 @@ enum Step {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     steps: VecDeque<Step>,
+    /// The second half of a [`Step::Matched`].
+    report: Option<u64>,
     /// The reason of the latest [`Step::Checkpoint`].
     checkpoint: Option<Divergence>,
     pub(crate) stats: PrimaryStats,
@@ -67,15 +75,32 @@ impl Ledger {
         let steps = limits.max_held_frames + limits.max_svm_frames + 1024;
         Self {
             steps: VecDeque::with_capacity(steps),
+            report: None,
             checkpoint: None,
             stats: PrimaryStats::default(),
             svm: Lists::with_capacity(limits.max_svm_frames),
         }
     }
 
+    #[inline(always)]
     pub(crate) fn next_action(&mut self) -> Option<Action> {
+        if let Some(svm_seq) = self.report.take() {
+            return Some(Action::SvmReleased { svm_seq });
+        }
         loop {
             return Some(match self.steps.pop_front()? {
+                Step::Matched {
+                    token,
+                    held_us,
+                    svm_seq,
+                } => {
+                    self.report = Some(svm_seq);
+                    Action::Release {
+                        token,
+                        right: Right::Match,
+                        held_us,
+                    }
+                }
                 Step::Release {
                     token,
                     right,
@@ -136,11 +161,16 @@ impl Ledger {
 
     /// There is nobody to mirror to, to report to, or to ask for a checkpoint.
     pub(crate) fn keep_releases_only<F: Frames + ?Sized>(&mut self, frames: &mut F) {
-        self.checkpoint = None;
+        (self.checkpoint, self.report) = (None, None);
         for _ in 0..self.steps.len() {
             match self.steps.pop_front() {
                 Some(Step::Mirror { token, .. }) => frames.release(token),
                 Some(step @ Step::Release { .. }) => self.steps.push_back(step),
+                Some(Step::Matched { token, held_us, .. }) => self.steps.push_back(Step::Release {
+                    token,
+                    right: Right::Match,
+                    held_us,
+                }),
                 _ => {}
             }
         }
@@ -149,13 +179,30 @@ impl Ledger {
     /// Gives back every frame that is still to be sent.
     pub(crate) fn close<F: Frames + ?Sized>(&mut self, frames: &mut F) {
         for step in self.steps.drain(..) {
-            if let Step::Mirror { token, .. } | Step::Release { token, .. } = step {
-                frames.release(token);
+            match step {
+                Step::Matched { token, .. }
+                | Step::Mirror { token, .. }
+                | Step::Release { token, .. } => frames.release(token),
+                _ => {}
             }
         }
     }
 
+    /// A frame with data leaves because the SVM's frame `svm_seq` is the same, which stands for it
+    /// alone.
+    #[inline(always)]
+    pub(crate) fn release_match(&mut self, token: Token, held_us: u64, svm_seq: u64) {
+        self.stats.compared += 1;
+        self.stats.count_release(Right::Match, true);
+        self.steps.push_back(Step::Matched {
+            token,
+            held_us,
+            svm_seq,
+        });
+    }
+
     /// Everything that the SVM's frame says has left.
+    #[inline]
     pub(crate) fn report_svm(&mut self, svm_seq: u64) {
         self.steps.push_back(Step::SvmReleased { svm_seq });
     }

@@ -17,10 +17,10 @@ pub struct Limits {
     pub max_flows: usize,
     /// Client-facing translations. 160 bytes each on the primary, 104 on the secondary.
     pub max_translations: usize,
-    /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false. 208 bytes each
+    /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false. 144 bytes each
     /// on the primary, 4 on the secondary, for the pending output of a checkpoint.
     pub max_held_frames: usize,
-    /// SVM frames kept by the comparator, history included. 176 bytes each on the primary.
+    /// SVM frames kept by the comparator, history included. 112 bytes each on the primary.
     pub max_svm_frames: usize,
     /// Bytes of one flow's released SVM segments that are kept until the client's ACK. They stay in
     /// their frames, of which there are `max_svm_frames` at most.

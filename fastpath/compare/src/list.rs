@@ -67,10 +67,12 @@ impl<T> Lists<T> {
         self.nodes.len() as u32
     }
 
+    #[inline]
     pub(crate) fn get(&self, at: u32) -> Option<&T> {
         self.nodes.get(at as usize)?.value.as_ref()
     }
 
+    #[inline]
     pub(crate) fn get_mut(&mut self, at: u32) -> Option<&mut T> {
         self.nodes.get_mut(at as usize)?.value.as_mut()
     }
@@ -116,36 +118,39 @@ impl<T> Lists<T> {
         at
     }
 
+    #[inline(always)]
     fn link(&mut self, ends: &mut Ends, prev: u32, at: u32) {
-        let next = if prev == NIL {
-            core::mem::replace(&mut ends.head, at)
-        } else {
-            core::mem::replace(&mut self.nodes[prev as usize].next, at)
+        // Which of the two is a choice of address, no branch: nobody can foretell it.
+        let before = match self.nodes.get_mut(prev as usize) {
+            Some(node) => &mut node.next,
+            None => &mut ends.head,
         };
-        if next == NIL {
-            ends.tail = at;
-        } else {
-            self.nodes[next as usize].prev = at;
-        }
+        let next = core::mem::replace(before, at);
+        let behind = match self.nodes.get_mut(next as usize) {
+            Some(node) => &mut node.prev,
+            None => &mut ends.tail,
+        };
+        *behind = at;
         let node = &mut self.nodes[at as usize];
         (node.prev, node.next) = (prev, next);
     }
 
+    #[inline(always)]
     fn unlink(&mut self, ends: &mut Ends, at: u32) {
         let Node { prev, next, .. } = self.nodes[at as usize];
-        if prev == NIL {
-            ends.head = next;
-        } else {
-            self.nodes[prev as usize].next = next;
+        match self.nodes.get_mut(prev as usize) {
+            Some(node) => node.next = next,
+            None => ends.head = next,
         }
-        if next == NIL {
-            ends.tail = prev;
-        } else {
-            self.nodes[next as usize].prev = prev;
-        }
+        let behind = match self.nodes.get_mut(next as usize) {
+            Some(node) => &mut node.prev,
+            None => &mut ends.tail,
+        };
+        *behind = prev;
     }
 
     /// Forgets a node and its value, which its user has emptied.
+    #[inline(always)]
     pub(crate) fn discard(&mut self, ends: &mut Ends, at: u32) {
         if self
             .nodes
@@ -183,6 +188,7 @@ impl<T> Lists<T> {
         (self.free, self.len) = (NIL, 0);
     }
 
+    #[inline]
     fn give_back(&mut self, at: u32) {
         self.len -= 1;
         self.nodes[at as usize].next = self.free;

@@ -5,6 +5,7 @@
 //! the comparison stricter. A commit costs nothing per flow: it begins a new generation, and a flow
 //! is brought up to date when it is next looked at.
 
+use crate::action::Right;
 use crate::flat::{FlatTable, Hash, Slot};
 use crate::flow::{FlowKey, Protocol};
 use crate::frames::{Frames, Token};
@@ -13,7 +14,7 @@ use crate::limits::Limits;
 use crate::list::{Ends, NIL};
 use crate::stream::Stream;
 use crate::wheel::{Timer, Timers, Wheel};
-use crate::wire::Packet;
+use crate::wire::{Layout, Packet};
 
 /// Flows looked at for one that can be forgotten before the table counts as full.
 const EVICTION_LOOKS: usize = 4096;
@@ -36,7 +37,7 @@ pub(crate) struct Held {
     pub(crate) id: u64,
     pub(crate) epoch: u64,
     pub(crate) token: Token,
-    pub(crate) packet: Packet,
+    pub(crate) packet: Layout,
     /// The input that must be acknowledged before it leaves (rule 5).
     pub(crate) stamp: u64,
     pub(crate) at_us: u64,
@@ -49,10 +50,51 @@ pub(crate) struct Held {
     /// TCP: below it the bytes have been found equal.
     pub(crate) matched_to: Option<u32>,
     /// Why it may leave, when it only waits for the end of muteness.
-    pub(crate) right: crate::Right,
+    pub(crate) right: Right,
+}
+
+/// What is known of a PVM frame when it comes.
+#[derive(Debug)]
+pub(crate) struct Produced {
+    pub(crate) id: u64,
+    pub(crate) epoch: u64,
+    pub(crate) token: Token,
+    pub(crate) stamp: u64,
+    pub(crate) at_us: u64,
+}
+
+impl Produced {
+    /// The frame before it has a flow.
+    #[inline(always)]
+    pub(crate) fn held(self, packet: &Packet) -> Held {
+        Held {
+            id: self.id,
+            epoch: self.epoch,
+            token: self.token,
+            packet: packet.layout,
+            stamp: self.stamp,
+            at_us: self.at_us,
+            flow: DEFERRED,
+            incarnation: 0,
+            is_counted: false,
+            matched_to: None,
+            right: Right::Alone,
+        }
+    }
 }
 
 impl Held {
+    /// The frame before it had a flow.
+    pub(crate) fn again(self) -> Produced {
+        Produced {
+            id: self.id,
+            epoch: self.epoch,
+            token: self.token,
+            stamp: self.stamp,
+            at_us: self.at_us,
+        }
+    }
+
     pub(crate) fn is_cleared(&self) -> bool {
         self.flow == CLEARED
     }
@@ -234,6 +276,7 @@ impl Flows {
         self.table.len()
     }
 
+    #[inline]
     pub(crate) fn hash(&self, key: &FlowKey) -> Hash {
         self.table.hash(key)
     }
@@ -246,8 +289,9 @@ impl Flows {
         self.table.bucket_address(hash)
     }
 
-    pub(crate) fn entry_addresses(&self, hash: Hash) -> [Option<*const u8>; 3] {
-        self.table.entry_addresses(hash)
+    #[inline]
+    pub(crate) fn entry_lines(&self, hash: Hash) -> impl Iterator<Item = *const u8> {
+        self.table.entry_lines(hash)
     }
 
     pub(crate) fn key(&self, id: FlowId) -> FlowKey {
@@ -257,15 +301,22 @@ impl Flows {
     /// The flow, up to date; `None` when no such flow is known.
     #[inline]
     pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut Flow> {
+        self.named_mut(id).map(|(_, flow)| flow)
+    }
+
+    /// The same with its name.
+    #[inline]
+    pub(crate) fn named_mut(&mut self, id: FlowId) -> Option<(&FlowKey, &mut Flow)> {
         let generation = self.generation;
-        let flow = self.table.at_mut(id)?;
+        let (key, flow) = self.table.entry_mut(id)?;
         if flow.generation != generation {
             flow.renew(generation);
         }
-        Some(flow)
+        Some((key, flow))
     }
 
     /// The flow, if something has happened to it since the last commit.
+    #[inline]
     pub(crate) fn get(&self, id: FlowId) -> Option<&Flow> {
         let flow = self.table.at(id)?;
         (flow.generation == self.generation).then_some(flow)
@@ -275,10 +326,19 @@ impl Flows {
         self.table.slot_of(self.table.hash(key), key)
     }
 
+    /// A key's hash, and its flow where that is known.
+    #[inline(always)]
+    pub(crate) fn find(&self, key: &FlowKey) -> (Hash, Option<FlowId>) {
+        let hash = self.table.hash(key);
+        (hash, self.table.slot_of(hash, key))
+    }
+
+    #[inline]
     pub(crate) fn id_of_hashed(&self, hash: Hash, key: &FlowKey) -> Option<FlowId> {
         self.table.slot_of(hash, key)
     }
 
+    #[inline]
     pub(crate) fn last_input_seq(&self, id: FlowId) -> Option<u64> {
         self.table.at(id).map(|flow| flow.last_input_seq)
     }

@@ -74,12 +74,12 @@ fn limits_cost_what_their_documentation_says() {
         (
             "max_held_frames",
             |limits, n| limits.max_held_frames = n,
-            [208., 4.],
+            [144., 4.],
         ),
         (
             "max_svm_frames",
             |limits, n| limits.max_svm_frames = n,
-            [176., 0.],
+            [112., 0.],
         ),
         (
             "max_unacked_inputs",

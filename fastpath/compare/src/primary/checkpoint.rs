@@ -3,6 +3,7 @@
 use super::PrimaryPath;
 use crate::action::{Action, PathError, Right};
 use crate::cause::{Cause, Divergence};
+use crate::flow::Direction;
 use crate::frames::{Frames, Token};
 use crate::list::Ends;
 use crate::policy::Opener;
@@ -97,7 +98,8 @@ impl PrimaryPath {
     fn note_covered<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F, epoch: u64) {
         let mut at = self.deferred.head;
         while let Some(frame) = self.held.get(at).filter(|frame| frame.epoch <= epoch) {
-            let (packet, is_counted) = (frame.packet, frame.is_counted);
+            let is_counted = frame.is_counted;
+            let packet = self.parse(frames, &frame.token, Direction::FromGuest);
             at = self.held.next(at);
             let Some(tcp) = packet.tcp.filter(|_| !is_counted) else {
                 continue;
@@ -156,9 +158,9 @@ impl PrimaryPath {
         // What finds no place in the table comes back to the end of the list.
         let mut later = core::mem::take(&mut self.deferred);
         while let Some(frame) = self.held.pop_front(&mut later) {
-            let hash = self.flows.hash(&frame.packet.key);
-            let id = self.flows.id_of_hashed(hash, &frame.packet.key);
-            self.hold(now_us, frames, (hash, id), frame);
+            let packet = self.parse(frames, &frame.token, Direction::FromGuest);
+            let place = self.flows.find(&packet.key);
+            self.hold(now_us, frames, place, &packet, frame.again());
         }
         let mut svm = core::mem::take(&mut self.deferred_svm);
         while let Some(frame) = self.ledger.svm.pop_front(&mut svm) {
@@ -167,9 +169,9 @@ impl PrimaryPath {
                 frames.release(frame.token);
                 continue;
             }
-            let hash = self.flows.hash(&frame.packet.key);
-            let id = self.flows.id_of_hashed(hash, &frame.packet.key);
-            self.compare_svm(now_us, frames, (hash, id), frame);
+            let key = self.parse(frames, &frame.token, Direction::FromGuest).key;
+            let place = self.flows.find(&key);
+            self.compare_svm(now_us, frames, place, &key, frame);
         }
         if !self.room() {
             self.request(Divergence::plain(Cause::HoldFull, None));

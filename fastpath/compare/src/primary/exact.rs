@@ -5,7 +5,6 @@
 //! and leaves the same state behind; what is not plain is left to it.
 
 use super::PrimaryPath;
-use crate::action::{Action, Right};
 use crate::datagram::difference;
 use crate::frames::{Frames, Token};
 use crate::ledger::SvmFrame;
@@ -55,7 +54,7 @@ impl PrimaryPath {
         };
         let is_counterpart = head_tcp.seq == tcp.seq
             && head_tcp.payload_len == tcp.payload_len
-            && head_tcp.is_plain_data()
+            && head_tcp.is_plain_data
             && head.matched_to.is_none_or(|to| to == tcp.seq)
             && head.stamp <= self.input_ack
             && flow.wait != Wait::Commit
@@ -74,19 +73,12 @@ impl PrimaryPath {
         }
         let (pvm_token, held_us) = (head.token.take(), now_us.saturating_sub(head.at_us));
         self.held.discard(&mut flow.held, at);
-        self.ledger.stats.compared += 1;
-        self.ledger.stats.count_release(Right::Match, true);
-        self.ledger.act(Action::Release {
-            token: pvm_token,
-            right: Right::Match,
-            held_us,
-        });
-        self.ledger.report_svm(svm_seq);
+        self.ledger.release_match(pvm_token, held_us, svm_seq);
         flow.wait = Wait::Peer;
         flow.use_now(now_us, seen::SVM);
         flow.stream.left_exactly(tcp);
         let history = SvmFrame {
-            packet: *packet,
+            packet: packet.layout,
             token: token.take(),
             epoch: self.comparing,
             svm_seq,
@@ -126,20 +118,13 @@ impl PrimaryPath {
             && flow.wait != Wait::Commit
             && head.stamp <= self.input_ack
             && head.matched_to.is_none();
-        let sides = ((&head.token, &head.packet), (&*token, packet));
+        let sides = ((&head.token, &head.packet), (&*token, &packet.layout));
         if !is_next || difference(sides, None, frames).is_some() {
             return false;
         }
         let (pvm_token, held_us) = (head.token.take(), now_us.saturating_sub(head.at_us));
         self.held.discard(&mut flow.held, at);
-        self.ledger.stats.compared += 1;
-        self.ledger.stats.count_release(Right::Match, true);
-        self.ledger.act(Action::Release {
-            token: pvm_token,
-            right: Right::Match,
-            held_us,
-        });
-        self.ledger.report_svm(svm_seq);
+        self.ledger.release_match(pvm_token, held_us, svm_seq);
         frames.release(token.take());
         flow.wait = Wait::Peer;
         flow.use_now(now_us, seen::SVM);

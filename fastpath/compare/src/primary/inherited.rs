@@ -13,7 +13,7 @@ use crate::retain::Retain;
 use crate::secondary::Queued;
 use crate::stats::PrimaryStats;
 use crate::wire::tcp::{ACK, RST};
-use crate::wire::{self, Packet};
+use crate::wire::{self, Packet, Tcp};
 
 #[derive(Debug, Default)]
 pub(crate) struct Inherited {
@@ -81,6 +81,7 @@ impl Inherited {
         self.ready = Some(token);
     }
 
+    #[inline(always)]
     pub(super) fn guest_sent<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
@@ -91,11 +92,22 @@ impl Inherited {
         let Some(tcp) = packet.tcp.filter(|_| self.retain.len() > 0) else {
             return;
         };
+        self.segment_sent(now_us, limits, (&packet.key, &tcp), frames);
+    }
+
+    #[cold]
+    fn segment_sent<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        limits: &Limits,
+        (key, tcp): (&FlowKey, &Tcp),
+        frames: &mut F,
+    ) {
         if tcp.has(RST) {
-            self.retain.forget(&packet.key, frames);
+            self.retain.forget(key, frames);
         } else if tcp.has(ACK) {
             self.retain
-                .covered(now_us, limits.redeliver_us, &packet.key, tcp.ack, frames);
+                .covered(now_us, limits.redeliver_us, key, tcp.ack, frames);
         }
     }
 

@@ -4,13 +4,14 @@ use super::{MAX_OPENERS, PrimaryPath};
 use crate::action::{Action, Right};
 use crate::cause::{Cause, Divergence};
 use crate::datagram::{Rules, surplus_is_harmless};
-use crate::flow::{FlowKey, Protocol};
+use crate::flow::{Direction, FlowKey, Protocol};
 use crate::frames::Frames;
 use crate::limits::Limits;
 use crate::list::NIL;
 use crate::policy::{Opener, PolicyAction};
 use crate::stream::Content;
 use crate::table::{CLEARED, Flow, FlowId, Held, Wait, seen};
+use crate::wire::Packet;
 use crate::wire::tcp::{ACK, SYN};
 
 impl PrimaryPath {
@@ -146,7 +147,7 @@ impl PrimaryPath {
         id: FlowId,
         right: Right,
     ) {
-        let Some(flow) = self.flows.get_mut(id) else {
+        let Some((key, flow)) = self.flows.named_mut(id) else {
             return;
         };
         let at = flow.held.head;
@@ -156,9 +157,14 @@ impl PrimaryPath {
         let (token, incarnation, at_us) = (head.token.take(), head.incarnation, head.at_us);
         let (tcp, fragment) = (head.packet.tcp, head.packet.fragment);
         if self.client.len() > 0 {
+            let mut packet = Packet {
+                key: *key,
+                layout: head.packet,
+            };
             let header = frames.header_mut(&token);
-            let stripped = self.client.outbound(now_us, header, &mut head.packet);
+            let stripped = self.client.outbound(now_us, header, &mut packet);
             self.ledger.stats.stripped += u64::from(stripped);
+            head.packet = packet.layout;
         }
         let is_data = head.packet.tcp.is_none_or(|tcp| tcp.payload_len > 0);
         self.held.discard(&mut flow.held, at);
@@ -199,17 +205,19 @@ impl PrimaryPath {
         }
         let Held {
             token,
-            mut packet,
+            packet: mut layout,
             at_us,
             right,
             ..
         } = frame;
         if self.client.len() > 0 {
+            let mut packet = self.parse(frames, &token, Direction::FromGuest);
             let header = frames.header_mut(&token);
             let stripped = self.client.outbound(now_us, header, &mut packet);
             self.ledger.stats.stripped += u64::from(stripped);
+            layout = packet.layout;
         }
-        let is_data = packet.tcp.is_none_or(|tcp| tcp.payload_len > 0);
+        let is_data = layout.tcp.is_none_or(|tcp| tcp.payload_len > 0);
         self.ledger.stats.count_release(right, is_data);
         self.ledger.act(Action::Release {
             token,
@@ -220,6 +228,7 @@ impl PrimaryPath {
 
     /// The flow's output waits for a commit from now on.
     pub(super) fn diverge(&mut self, id: FlowId, divergence: Divergence) {
+        let key = self.flows.key(id);
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
@@ -229,7 +238,10 @@ impl PrimaryPath {
                 self.flows.set_waiting(id, false);
             }
             self.ledger.stats.divergences[divergence.cause.index()] += 1;
-            self.request(divergence);
+            self.request(Divergence {
+                flow: divergence.flow.or(Some(key)),
+                ..divergence
+            });
         }
     }
 

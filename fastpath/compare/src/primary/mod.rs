@@ -17,7 +17,7 @@ mod svm;
 
 use alloc::vec::Vec;
 
-use crate::action::{Action, PathError, Right};
+use crate::action::{Action, PathError};
 use crate::announce::{ANNOUNCEMENT_MAX, Addresses, Again};
 use crate::cause::{Cause, Divergence};
 use crate::flat::Hash;
@@ -29,7 +29,7 @@ use crate::list::{Ends, Lists};
 use crate::policy::{Opener, Policy};
 use crate::record::{self, RecordError};
 use crate::stats::PrimaryStats;
-use crate::table::{DEFERRED, FlowId, Flows, Held, seen};
+use crate::table::{FlowId, Flows, Held, Produced, seen};
 use crate::wire::tcp::{ACK, SYN};
 use crate::wire::{self, Packet};
 use crate::xlate::ClientTable;
@@ -247,6 +247,7 @@ impl PrimaryPath {
     }
 
     /// What is to be done next.
+    #[inline(always)]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.ledger.next_action()
     }
@@ -270,7 +271,7 @@ impl PrimaryPath {
             self.expected.push(hash);
         }
         for hash in &self.expected {
-            for address in self.flows.entry_addresses(*hash).into_iter().flatten() {
+            for address in self.flows.entry_lines(*hash) {
                 frames.prefetch(address);
             }
         }
@@ -291,18 +292,17 @@ impl PrimaryPath {
         self.ledger.stats.produced += 1;
         self.next_id += 1;
         if !self.paired {
-            let frame = self.undecided(now_us, token, packet, 0);
-            self.leave(now_us, frames, frame);
+            let frame = self.undecided(now_us, token, 0);
+            self.leave(now_us, frames, frame.held(&packet));
             return;
         }
-        let hash = self.flows.hash(&packet.key);
-        let id = self.flows.id_of_hashed(hash, &packet.key);
-        let stamp = self.stamp(&packet, id);
-        let frame = self.undecided(now_us, token, packet, stamp);
+        let place = self.flows.find(&packet.key);
+        let stamp = self.stamp(&packet, place.1);
+        let frame = self.undecided(now_us, token, stamp);
         if self.epoch == self.comparing && !self.frozen {
-            self.hold(now_us, frames, (hash, id), frame);
+            self.hold(now_us, frames, place, &packet, frame);
         } else {
-            self.held.push_back(&mut self.deferred, frame);
+            self.held.push_back(&mut self.deferred, frame.held(&packet));
         }
         if !self.room() {
             self.request(Divergence::plain(Cause::HoldFull, None));
@@ -310,23 +310,18 @@ impl PrimaryPath {
     }
 
     #[inline(always)]
-    fn undecided(&self, now_us: u64, token: Token, packet: Packet, stamp: u64) -> Held {
-        Held {
+    fn undecided(&self, now_us: u64, token: Token, stamp: u64) -> Produced {
+        Produced {
             id: self.next_id,
             epoch: self.epoch,
             token,
-            packet,
             stamp,
             at_us: now_us,
-            flow: DEFERRED,
-            incarnation: 0,
-            is_counted: false,
-            matched_to: None,
-            right: Right::Alone,
         }
     }
 
     /// The input that a frame may acknowledge: that of its flow, or all (rule 5).
+    #[inline]
     fn stamp(&self, packet: &Packet, id: Option<FlowId>) -> u64 {
         let of_flow = id.and_then(|id| self.flows.last_input_seq(id));
         match of_flow {
@@ -345,12 +340,12 @@ impl PrimaryPath {
         packet: &Packet,
         sender: Opener,
     ) -> Option<FlowId> {
-        let hash = self.flows.hash(&packet.key);
-        let id = self.flows.id_of_hashed(hash, &packet.key);
+        let place = self.flows.find(&packet.key);
         let name = (&packet.key, packet.tcp.map(|tcp| tcp.flags));
-        self.place_hashed(now_us, frames, (hash, id), name, sender)
+        self.place_hashed(now_us, frames, place, name, sender)
     }
 
+    #[inline(always)]
     fn place_hashed<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
@@ -362,14 +357,24 @@ impl PrimaryPath {
         match id {
             Some(id) => Some(id),
             None if self.table_full => None,
-            None => {
-                let opener = opener_of(tcp_flags, sender);
-                let rule = self.policy.rule_number(key, opener);
-                let name = (hash, *key);
-                self.flows
-                    .insert(name, rule, now_us, &mut self.ledger, frames)
-            }
+            None => self.make_place(now_us, frames, hash, (key, tcp_flags), sender),
         }
+    }
+
+    #[inline(never)]
+    fn make_place<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        hash: Hash,
+        (key, tcp_flags): (&FlowKey, Option<u8>),
+        sender: Opener,
+    ) -> Option<FlowId> {
+        let opener = opener_of(tcp_flags, sender);
+        let rule = self.policy.rule_number(key, opener);
+        let name = (hash, *key);
+        self.flows
+            .insert(name, rule, now_us, &mut self.ledger, frames)
     }
 
     #[inline]
@@ -378,37 +383,39 @@ impl PrimaryPath {
         now_us: u64,
         frames: &mut F,
         place: (Hash, Option<FlowId>),
-        mut frame: Held,
+        packet: &Packet,
+        frame: Produced,
     ) {
-        let tcp = frame.packet.tcp;
-        let name = (&frame.packet.key, tcp.map(|tcp| tcp.flags));
+        let tcp = packet.tcp.as_ref();
+        let name = (&packet.key, tcp.map(|tcp| tcp.flags));
         let id = self.place_hashed(now_us, frames, place, name, Opener::Guest);
         let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else {
-            let key = frame.packet.key;
             self.table_full = true;
-            self.held.push_back(&mut self.deferred, frame);
-            self.request(Divergence::plain(Cause::TableFull, Some(key)));
+            self.held.push_back(&mut self.deferred, frame.held(packet));
+            self.request(Divergence::plain(Cause::TableFull, Some(packet.key)));
             return;
         };
         // A datagram has nothing to be compared with before the SVM has sent one.
         let mut must_wait = flow.svm.is_empty();
-        let is_first = flow.held.is_empty();
-        if let Some(tcp) = &tcp {
-            frame.incarnation = flow.stream.produced(tcp);
-            frame.is_counted = true;
+        let mut incarnation = 0;
+        if let Some(tcp) = tcp {
+            incarnation = flow.stream.produced(tcp);
             // Behind another one, or before the SVM has sent anything, there is nothing to judge.
-            must_wait = !is_first || flow.must_wait(frame.incarnation, tcp);
+            must_wait = flow.must_wait(incarnation, tcp) || !flow.held.is_empty();
         }
-        frame.flow = id;
-        self.held.push_back(&mut flow.held, frame);
+        let held = Held {
+            flow: id,
+            incarnation,
+            is_counted: tcp.is_some(),
+            ..frame.held(packet)
+        };
+        self.held.push_back(&mut flow.held, held);
         flow.use_now(now_us, seen::PVM);
         let may_be_opener = flow.last_input_seq == 0;
         if must_wait && self.policy.is_empty() && !self.limits.canary_equal {
-            // Behind another frame the timer is armed already.
-            if is_first {
-                let (due_us, _) = self.peer_deadline(now_us);
-                self.flows.arm(id, now_us, due_us);
-            }
+            // Behind another frame, and mostly otherwise, the timer is armed already.
+            let (due_us, _) = self.peer_deadline(now_us);
+            self.flows.arm(id, now_us, due_us);
         } else {
             self.pump(now_us, frames, id);
         }

@@ -6,7 +6,7 @@
 use super::PrimaryPath;
 use crate::cause::{Cause, Divergence};
 use crate::flat::Hash;
-use crate::flow::Direction;
+use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
 use crate::ledger::SvmFrame;
 use crate::policy::{Opener, PolicyAction};
@@ -43,17 +43,16 @@ impl PrimaryPath {
             return;
         }
         let packet = self.parse(frames, &token, Direction::FromGuest);
-        let hash = self.flows.hash(&packet.key);
-        let id = self.flows.id_of_hashed(hash, &packet.key);
+        let place = self.flows.find(&packet.key);
         let mut token = token;
         if epoch == self.comparing
-            && let Some(id) = id
+            && let Some(id) = place.1
             && self.match_exactly(now_us, frames, id, &packet, (svm_seq, &mut token))
         {
             return;
         }
         let frame = SvmFrame {
-            packet,
+            packet: packet.layout,
             token,
             epoch,
             svm_seq,
@@ -66,7 +65,7 @@ impl PrimaryPath {
             // Only the epoch that follows the cut can send before its commit is known here.
             self.ledger.svm.push_back(&mut self.deferred_svm, frame);
         } else {
-            self.compare_svm(now_us, frames, (hash, id), frame);
+            self.compare_svm(now_us, frames, place, &packet.key, frame);
         }
     }
 
@@ -94,14 +93,14 @@ impl PrimaryPath {
         now_us: u64,
         frames: &mut F,
         place: (Hash, Option<FlowId>),
+        key: &FlowKey,
         mut frame: SvmFrame,
     ) {
-        let key = frame.packet.key;
-        let name = (&key, frame.packet.tcp.map(|tcp| tcp.flags));
+        let name = (key, frame.packet.tcp.map(|tcp| tcp.flags));
         let id = self.place_hashed(now_us, frames, place, name, Opener::Guest);
         let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else {
             frames.release(frame.token);
-            self.request(Divergence::plain(Cause::TableFull, Some(key)));
+            self.request(Divergence::plain(Cause::TableFull, Some(*key)));
             return;
         };
         flow.use_now(now_us, seen::SVM);

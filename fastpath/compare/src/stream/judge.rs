@@ -156,8 +156,7 @@ impl Flow {
             let end = at.wrapping_add(left(tcp).min(left(other_tcp)));
             let end = svm_end.map_or(end, |svm_end| seq::min(end, svm_end));
             let sides = ((&head.token, tcp), (&other.token, other_tcp));
-            let key = &head.packet.key;
-            if let Some(divergence) = compare_bytes(key, sides, at, end, ignored, frames) {
+            if let Some(divergence) = compare_bytes(sides, at, end, ignored, frames) {
                 return Content::Differs(divergence);
             }
             at = end;
@@ -225,7 +224,7 @@ impl Flow {
         let other_tcp = tcp_of(other);
         let place = usize::from(other_tcp.payload_at) + other_tcp.payload_offset(at) as usize;
         let secondary = (&other.token, other.packet.end, place);
-        let plain = Divergence::plain(Cause::Length, Some(head.packet.key));
+        let plain = Divergence::plain(Cause::Length, None);
         let offset = tcp.payload_offset(at) as usize;
         Content::Differs(plain.showing(frames, offset, None, Some(secondary)))
     }
@@ -264,7 +263,7 @@ impl Flow {
         let offset = tcp.payload_offset(at) as usize;
         let place = usize::from(tcp.payload_at) + offset;
         let primary = (&head.token, head.packet.end, place);
-        let plain = Divergence::plain(Cause::Length, Some(head.packet.key));
+        let plain = Divergence::plain(Cause::Length, None);
         plain.showing(frames, offset, Some(primary), None)
     }
 

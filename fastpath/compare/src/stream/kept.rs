@@ -76,7 +76,7 @@ impl Flow {
 
     /// Whether the segment, the flow's next one, has to wait: it is plain new data, and the SVM has
     /// sent nothing beyond what has left.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn must_wait(&self, incarnation: u32, tcp: &Tcp) -> bool {
         self.mark == NIL && self.control.is_empty() && self.stream.expects(incarnation, tcp)
     }
@@ -297,7 +297,7 @@ impl Flow {
                 let old_tcp = tcp_of(old);
                 let (from, end) = old_tcp.overlap(new_tcp)?;
                 let sides = ((&old.token, old_tcp), (&new.token, new_tcp));
-                compare_bytes(&new.packet.key, sides, from, end, None, frames)
+                compare_bytes(sides, from, end, None, frames)
             })
     }
 

@@ -70,10 +70,12 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
+    #[inline]
     fn get(&self, mark: Mark) -> Option<u32> {
         (self.known >> mark as u8 & 1 != 0).then(|| self.marks[mark as usize])
     }
 
+    #[inline]
     fn set(&mut self, mark: Mark, value: Option<u32>) {
         self.known &= !(1 << mark as u8);
         if let Some(value) = value {
@@ -82,11 +84,13 @@ impl Stream {
         }
     }
 
+    #[inline]
     fn raise(&mut self, mark: Mark, value: u32) {
         self.set(mark, Some(seq::max_known(value, self.get(mark))));
     }
 
     /// Takes note of a segment that the PVM produced; gives its incarnation.
+    #[inline]
     pub(crate) fn produced(&mut self, tcp: &Tcp) -> u32 {
         if tcp.has(SYN) && self.get(Mark::PvmIsn) != Some(tcp.seq) {
             self.pvm_incarnation += 1;
@@ -117,15 +121,16 @@ impl Stream {
     }
 
     /// The connection that is judged now.
+    #[inline]
     pub(crate) fn incarnation(&self) -> u32 {
         self.incarnation
     }
 
     /// Whether plain new data of both sides' connection may begin here, and nothing of the SVM's
     /// lies beyond.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn expects(&self, incarnation: u32, tcp: &Tcp) -> bool {
-        tcp.is_plain_data()
+        tcp.is_plain_data
             && incarnation == self.incarnation
             && incarnation == self.svm_incarnation
             && !self.svm_fin

@@ -4,7 +4,6 @@
 
 use super::{Content, IgnoredBytes, tcp_of};
 use crate::cause::{Cause, Divergence, Shown};
-use crate::flow::FlowKey;
 use crate::frames::{Frames, Token};
 use crate::ledger::SvmFrame;
 use crate::table::Held;
@@ -38,7 +37,7 @@ pub(super) fn same_message<F: Frames + ?Sized>(
         None => return Content::Matched,
     };
     let at = difference.unwrap_or(n);
-    let plain = Divergence::plain(cause, Some(head.packet.key));
+    let plain = Divergence::plain(cause, None);
     let primary = (&head.token, head.packet.end, a_at + at);
     let secondary = (&other.token, other.packet.end, b_at + at);
     Content::Differs(plain.showing(frames, at, Some(primary), Some(secondary)))
@@ -52,7 +51,7 @@ pub(super) fn headers_at<F: Frames + ?Sized>(
     other: &SvmFrame,
     frames: &F,
 ) -> Divergence {
-    let plain = Divergence::plain(cause, Some(head.packet.key));
+    let plain = Divergence::plain(cause, None);
     let (a_at, b_at) = (usize::from(head.packet.l4), usize::from(other.packet.l4));
     let primary = (&head.token, head.packet.end, a_at + at);
     let secondary = (&other.token, other.packet.end, b_at + at);
@@ -76,7 +75,7 @@ pub(super) fn different_headers<F: Frames + ?Sized>(
 ) -> Option<Divergence> {
     let (a, b) = (frames.header(&head.token), frames.header(&other.token));
     if let Some(offset) = header_difference(a, &head.packet, b, &other.packet) {
-        let plain = Divergence::plain(Cause::Header, Some(head.packet.key));
+        let plain = Divergence::plain(Cause::Header, None);
         let at = offset as usize;
         let primary = (&head.token, head.packet.end, at);
         let secondary = (&other.token, other.packet.end, at);
@@ -91,7 +90,6 @@ pub(super) fn different_headers<F: Frames + ?Sized>(
 
 /// Compares the bytes `from..end` of the stream in two segments that both hold them.
 pub(super) fn compare_bytes<F: Frames + ?Sized>(
-    key: &FlowKey,
     ((a, a_tcp), (b, b_tcp)): ((&Token, &Tcp), (&Token, &Tcp)),
     from: u32,
     end: u32,
@@ -120,7 +118,7 @@ pub(super) fn compare_bytes<F: Frames + ?Sized>(
     let b_left = usize::from(b_tcp.payload_len) - b_from - at;
     Some(Divergence {
         cause: Cause::Payload,
-        flow: Some(*key),
+        flow: None,
         offset: (a_from + at) as u32,
         primary: Shown::read(a_left, |out| frames.copy_out(a, a_at + at, out)),
         secondary: Shown::read(b_left, |out| frames.copy_out(b, b_at + at, out)),

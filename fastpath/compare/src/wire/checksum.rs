@@ -27,11 +27,13 @@ pub fn ones_sum(bytes: &[u8]) -> u16 {
 }
 
 /// Reads a big-endian 16-bit number. The caller has checked the range.
+#[inline]
 pub(crate) fn be16(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }
 
 /// Reads a big-endian 32-bit number. The caller has checked the range.
+#[inline]
 pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }

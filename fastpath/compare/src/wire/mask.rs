@@ -3,15 +3,14 @@
 //! Ignored: IPv4 identification and header checksum, IPv6 flow label and fragment identification,
 //! transport checksums, the ECN mark "congestion experienced". Everything else counts.
 
-use super::{Network, Packet};
-use crate::flow::Protocol;
+use super::{Layout, Network};
 
 /// ECN codepoint "congestion experienced" and the one it may replace (RFC 3168).
 const ECN_CE: u8 = 3;
 const ECN_ECT0: u8 = 2;
 
 /// Blanks what does not count. `bytes` is the start of the frame, possibly cut short.
-pub(crate) fn mask_ignored(bytes: &mut [u8], packet: &Packet) {
+pub(crate) fn mask_ignored(bytes: &mut [u8], packet: &Layout) {
     let l3 = usize::from(packet.l3);
     match packet.network {
         Network::V4 => {
@@ -32,10 +31,8 @@ pub(crate) fn mask_ignored(bytes: &mut [u8], packet: &Packet) {
         Network::Arp | Network::Other => return,
     }
     let l4 = usize::from(packet.l4);
-    match packet.key.protocol() {
-        Protocol::Udp => blank(bytes, l4 + 6, 2),
-        Protocol::Icmp | Protocol::Icmpv6 => blank(bytes, l4 + 2, 2),
-        _ => {}
+    if packet.sum_at != 0 {
+        blank(bytes, l4 + usize::from(packet.sum_at), 2);
     }
 }
 
@@ -55,6 +52,7 @@ fn blank(bytes: &mut [u8], at: usize, len: usize) {
 }
 
 /// The same question for untagged IPv4 without options, in four words.
+#[inline(always)]
 fn plain_headers_agree(a: &[u8], b: &[u8]) -> bool {
     let (Some(a), Some(b)) = (a.first_chunk::<24>(), b.first_chunk::<24>()) else {
         return false;
@@ -73,15 +71,25 @@ fn plain_headers_agree(a: &[u8], b: &[u8]) -> bool {
 /// Compares what counts of the network headers of two TCP segments, or of two fragments, that need
 /// not have the same length: addresses and ports are equal already, lengths and ECN differ with
 /// segmentation, places and identifications with fragmentation.
+#[inline(always)]
 pub(crate) fn header_difference(
     a: &[u8],
-    a_packet: &Packet,
+    a_packet: &Layout,
     b: &[u8],
-    b_packet: &Packet,
+    b_packet: &Layout,
 ) -> Option<u32> {
     if a_packet.is_plain() && b_packet.is_plain() && plain_headers_agree(a, b) {
         return None;
     }
+    header_difference_of_any(a, a_packet, b, b_packet)
+}
+
+fn header_difference_of_any(
+    a: &[u8],
+    a_packet: &Layout,
+    b: &[u8],
+    b_packet: &Layout,
+) -> Option<u32> {
     let (l3, l4) = (usize::from(a_packet.l3), usize::from(a_packet.l4));
     if (l3, l4) != (usize::from(b_packet.l3), usize::from(b_packet.l4)) {
         return Some(l3 as u32);

@@ -12,6 +12,8 @@ mod quoted;
 mod strip;
 pub mod tcp;
 
+use core::ops::Deref;
+
 use crate::flow::{Direction, FlowKey, Protocol};
 use checksum::{be16, be32};
 pub(crate) use mask::{header_difference, mask_ignored};
@@ -28,15 +30,18 @@ pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 
+const UDP_SUM_AT: u8 = 6;
+const ICMP_SUM_AT: u8 = 2;
+
 /// Most IPv6 extension headers that are followed.
 const MAX_EXTENSION_HEADERS: usize = 8;
 
 /// Which network header a frame has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Network {
-    /// IPv4, header at [`Packet::l3`].
+    /// IPv4, header at [`Layout::l3`].
     V4,
-    /// IPv6, header at [`Packet::l3`].
+    /// IPv6, header at [`Layout::l3`].
     V6,
     /// ARP for IPv4 over Ethernet.
     Arp,
@@ -49,6 +54,23 @@ pub enum Network {
 pub struct Packet {
     /// The flow.
     pub key: FlowKey,
+    /// The rest.
+    pub(crate) layout: Layout,
+}
+
+impl Deref for Packet {
+    type Target = Layout;
+
+    #[inline]
+    fn deref(&self) -> &Layout {
+        &self.layout
+    }
+}
+
+/// What a frame carries and where, without the name of its flow. As many of these are copied as
+/// there are frames: without gaps, in whole words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layout {
     /// The network header's kind.
     pub network: Network,
     /// Offset of the network header.
@@ -59,6 +81,9 @@ pub struct Packet {
     pub fragment_header: u16,
     /// End of the packet: padding is excluded.
     pub end: u16,
+    /// Where the checksum of a datagram is, counted from its header of 8 bytes; 0 for what is no
+    /// datagram of UDP, ICMP or ICMPv6.
+    pub(crate) sum_at: u8,
     /// Which part of an IP packet this is, when it is not all of it.
     pub fragment: Option<Fragment>,
     /// The segment, when this is an unfragmented TCP packet.
@@ -85,7 +110,9 @@ impl Fragment {
     }
 }
 
-impl Packet {
+const _: () = assert!(size_of::<Layout>() == 40);
+
+impl Layout {
     /// Untagged IPv4 without options, and not a fragment.
     pub(crate) fn is_plain(&self) -> bool {
         self.l3 == 14 && self.l4 == 34 && self.network == Network::V4 && self.fragment.is_none()
@@ -99,47 +126,83 @@ struct Ethernet {
 }
 
 /// Reads the headers of a frame of `len` bytes.
-#[inline]
+#[inline(always)]
 pub fn parse(header: &[u8], len: usize, direction: Direction) -> Packet {
-    match parse_plain(header, len, direction) {
-        Some(packet) => packet,
+    match PlainHeaders::of(header, len) {
+        Some(plain) => plain.packet(direction),
         None => parse_any(header, len, direction),
     }
 }
 
-/// What most frames are: untagged IPv4 without options or fragments, TCP or UDP. The bounds are
-/// checked once. `None` says nothing about a frame.
-#[inline(always)]
-fn parse_plain(header: &[u8], len: usize, direction: Direction) -> Option<Packet> {
-    const L3: usize = 14;
-    const L4: usize = L3 + 20;
-    let fixed: &[u8; L4 + 8] = header.first_chunk()?;
-    let end = L3 + usize::from(be16(fixed, L3 + 2));
-    let is_plain = be16(fixed, 12) == ETHERTYPE_IPV4 && fixed[L3] == 0x45;
-    if !is_plain || be16(fixed, L3 + 6) & 0x3fff != 0 || end > len || len > usize::from(u16::MAX) {
-        return None;
+/// The headers of what most frames are: untagged IPv4 without options or fragments, TCP or UDP.
+/// The bounds are checked once.
+struct PlainHeaders<'a> {
+    fixed: &'a [u8; PLAIN_BYTES],
+    end: usize,
+    protocol: Protocol,
+    tcp: Option<Tcp>,
+}
+
+const L3: usize = 14;
+const L4: usize = L3 + 20;
+/// A TCP header has no less; other frames that are shorter are parsed the long way.
+const PLAIN_BYTES: usize = L4 + 20;
+
+impl<'a> PlainHeaders<'a> {
+    /// `None` says nothing about a frame.
+    #[inline(always)]
+    fn of(header: &'a [u8], len: usize) -> Option<Self> {
+        let fixed: &[u8; PLAIN_BYTES] = header.first_chunk()?;
+        let end = L3 + usize::from(be16(fixed, L3 + 2));
+        let is_plain = be16(fixed, 12) == ETHERTYPE_IPV4
+            && fixed[L3] == 0x45
+            && be16(fixed, L3 + 6) & 0x3fff == 0;
+        if !is_plain || end > len || len > usize::from(u16::MAX) {
+            return None;
+        }
+        let (protocol, tcp) = match fixed[L3 + 9] {
+            6 => {
+                let transport: &[u8; 20] = fixed.last_chunk()?;
+                let tcp = Tcp::parse_fixed(transport, header.len(), L4, end)?;
+                (Protocol::Tcp, Some(tcp))
+            }
+            17 if end >= L4 + 8 => (Protocol::Udp, None),
+            _ => return None,
+        };
+        Some(Self {
+            fixed,
+            end,
+            protocol,
+            tcp,
+        })
     }
-    let (protocol, tcp) = match fixed[L3 + 9] {
-        6 => (Protocol::Tcp, Some(Tcp::parse(header, L4, end)?)),
-        17 if end >= L4 + 8 => (Protocol::Udp, None),
-        _ => return None,
-    };
-    let ends = (be32(fixed, L3 + 12), be32(fixed, L3 + 16));
-    let (guest, peer) = by_side(direction, ends.0, ends.1);
-    let ports = (be16(fixed, L4), be16(fixed, L4 + 2));
-    let (guest_port, peer_port) = by_side(direction, ports.0, ports.1);
-    let mut key = FlowKey::bare(protocol, [0; 2]).with_ports(guest_port, peer_port);
-    key.set_ipv4(guest, peer);
-    Some(Packet {
-        key,
-        network: Network::V4,
-        l3: L3 as u16,
-        l4: L4 as u16,
-        fragment_header: 0,
-        end: end as u16,
-        fragment: None,
-        tcp,
-    })
+
+    #[inline(always)]
+    fn packet(self, direction: Direction) -> Packet {
+        let Self {
+            fixed,
+            end,
+            protocol,
+            tcp,
+        } = self;
+        let ends = (be32(fixed, L3 + 12), be32(fixed, L3 + 16));
+        let (guest, peer) = by_side(direction, ends.0, ends.1);
+        let ports = (be16(fixed, L4), be16(fixed, L4 + 2));
+        let (guest_port, peer_port) = by_side(direction, ports.0, ports.1);
+        let mut key = FlowKey::bare(protocol, [0; 2]).with_ports(guest_port, peer_port);
+        key.set_ipv4(guest, peer);
+        let layout = Layout {
+            network: Network::V4,
+            l3: L3 as u16,
+            l4: L4 as u16,
+            fragment_header: 0,
+            end: end as u16,
+            sum_at: if tcp.is_none() { UDP_SUM_AT } else { 0 },
+            fragment: None,
+            tcp,
+        };
+        Packet { key, layout }
+    }
 }
 
 fn parse_any(header: &[u8], len: usize, direction: Direction) -> Packet {
@@ -168,16 +231,17 @@ fn parse_any(header: &[u8], len: usize, direction: Direction) -> Packet {
 fn raw(key: FlowKey, l3: usize, len: usize) -> Packet {
     let l3 = l3 as u16;
     let end = len.min(usize::from(u16::MAX)) as u16;
-    Packet {
-        key,
+    let layout = Layout {
         network: Network::Other,
         l3,
         l4: l3,
         fragment_header: 0,
         end,
+        sum_at: 0,
         fragment: None,
         tcp: None,
-    }
+    };
+    Packet { key, layout }
 }
 
 fn parse_ethernet(header: &[u8]) -> Option<Ethernet> {
@@ -216,16 +280,17 @@ fn parse_arp(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> O
     let mut key = FlowKey::bare(Protocol::Arp, e.vlan);
     key.set_ipv4(guest, peer);
     let (l3, end) = (at as u16, end as u16);
-    Some(Packet {
-        key,
+    let layout = Layout {
         network: Network::Arp,
         l3,
         l4: l3,
         fragment_header: 0,
         end,
+        sum_at: 0,
         fragment: None,
         tcp: None,
-    })
+    };
+    Some(Packet { key, layout })
 }
 
 fn parse_ipv4(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> Option<Packet> {
@@ -250,16 +315,17 @@ fn parse_ipv4(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
         protocol: header[at + 9],
     });
     let protocol = fragment.is_none().then(|| header[at + 9]);
-    let packet = Packet {
-        key,
+    let layout = Layout {
         network: Network::V4,
         l3: at as u16,
         l4: l4 as u16,
         fragment_header: 0,
         end: end as u16,
+        sum_at: 0,
         fragment,
         tcp: None,
     };
+    let packet = Packet { key, layout };
     parse_transport(header, packet, protocol, direction)
 }
 
@@ -283,16 +349,17 @@ fn parse_ipv6(header: &[u8], len: usize, e: &Ethernet, direction: Direction) -> 
         more: header[fragment_at + 3] & 1 != 0,
         protocol,
     });
-    let packet = Packet {
-        key,
+    let layout = Layout {
         network: Network::V6,
         l3: at as u16,
         l4: l4 as u16,
         fragment_header: fragment_at as u16,
         end: end as u16,
+        sum_at: 0,
         fragment,
         tcp: None,
     };
+    let packet = Packet { key, layout };
     let protocol = fragment.is_none().then_some(protocol);
     parse_transport(header, packet, protocol, direction)
 }
@@ -348,13 +415,18 @@ fn parse_transport(
     packet.key = match (protocol, packet.network) {
         (None, _) => key,
         (Some(6), _) => {
-            packet.tcp = Some(Tcp::parse(header, at, end)?);
+            packet.layout.tcp = Some(Tcp::parse(header, at, end)?);
             with_ports(key, Protocol::Tcp, 20)?
         }
         (Some(17), _) => with_ports(key, Protocol::Udp, 8)?,
         (Some(1), Network::V4) => icmp_key(header, at, end, key, Protocol::Icmp, [0, 8])?,
         (Some(58), Network::V6) => icmp_key(header, at, end, key, Protocol::Icmpv6, [128, 129])?,
         (Some(other), _) => key.with_protocol(Protocol::Ip(other)),
+    };
+    packet.layout.sum_at = match packet.key.protocol() {
+        Protocol::Udp => UDP_SUM_AT,
+        Protocol::Icmp | Protocol::Icmpv6 => ICMP_SUM_AT,
+        _ => 0,
     };
     Some(packet)
 }

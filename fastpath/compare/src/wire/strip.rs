@@ -5,10 +5,10 @@
 
 use super::checksum::{fold, ones_sum};
 use super::tcp::{FIN, PSH, URG};
-use super::{Network, Packet};
+use super::{Layout, Network};
 
 /// Makes a bare ACK of the segment. Nothing happens to what is not TCP.
-pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Packet) {
+pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Layout) {
     let Some(tcp) = packet.tcp.as_mut() else {
         return;
     };
@@ -18,7 +18,7 @@ pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Packet) {
         usize::from(tcp.payload_at),
     );
     tcp.flags &= !(FIN | PSH | URG);
-    tcp.payload_len = 0;
+    (tcp.payload_len, tcp.is_plain_data) = (0, false);
     packet.end = tcp.payload_at;
     header[l4 + 13] = tcp.flags;
     let addresses = match packet.network {
@@ -52,7 +52,7 @@ mod tests {
         for side in [Side::V4, Side::V6] {
             let mut bytes = Segment::new(side).seq(9).ack(8).payload(b"secret").bytes();
             let mut packet = parse(&bytes, bytes.len(), Direction::FromGuest);
-            strip_payload(&mut bytes, &mut packet);
+            strip_payload(&mut bytes, &mut packet.layout);
             let again = parse(&bytes, bytes.len(), Direction::FromGuest);
             assert_eq!(again, packet);
             assert!(again.tcp.unwrap().is_pure_ack());

@@ -51,6 +51,8 @@ pub struct Tcp {
     pub payload_len: u16,
     /// The flags octet.
     pub flags: u8,
+    /// Payload, and no flag that a comparison looks at.
+    pub(crate) is_plain_data: bool,
 }
 
 /// One option: its kind, where its value is, and how long that is.
@@ -85,8 +87,19 @@ impl Tcp {
     /// Checks the segment whose header starts at `at` and whose packet ends at `end`.
     pub(super) fn parse(header: &[u8], at: usize, end: usize) -> Option<Self> {
         let fixed: &[u8; 20] = header.get(at..)?.first_chunk()?;
+        Self::parse_fixed(fixed, header.len(), at, end)
+    }
+
+    /// The same with the part that every header has, of `header_len` bytes at hand.
+    #[inline(always)]
+    pub(super) fn parse_fixed(
+        fixed: &[u8; 20],
+        header_len: usize,
+        at: usize,
+        end: usize,
+    ) -> Option<Self> {
         let payload_at = at + usize::from(fixed[12] >> 4) * 4;
-        if payload_at < at + 20 || payload_at > end || payload_at > header.len() {
+        if payload_at < at + 20 || payload_at > end || payload_at > header_len {
             return None;
         }
         Some(Self {
@@ -97,6 +110,7 @@ impl Tcp {
             at: at as u16,
             payload_at: payload_at as u16,
             payload_len: (end - payload_at) as u16,
+            is_plain_data: end > payload_at && fixed[13] & (SYN | FIN | RST | URG) == 0,
         })
     }
 
@@ -187,12 +201,6 @@ impl Tcp {
     /// Whether the segment takes sequence space (SYN, payload or FIN).
     pub const fn takes_space(&self) -> bool {
         self.seq != self.end()
-    }
-
-    /// Payload, and no flag that a comparison looks at.
-    #[inline]
-    pub(crate) const fn is_plain_data(&self) -> bool {
-        self.payload_len > 0 && self.flags & (SYN | FIN | RST | URG) == 0
     }
 
     /// Neither SYN, FIN, RST nor payload: an ACK, a window update or an empty probe.

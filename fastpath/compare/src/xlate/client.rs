@@ -302,7 +302,7 @@ impl ClientTable {
     /// Translates a client's frame for the guest: a segment, or one of the guest's that an ICMP
     /// error quotes. True when it completed a handshake, so that the table changed.
     pub(crate) fn inbound(&mut self, now_us: u64, header: &mut [u8], packet: &mut Packet) -> bool {
-        let Some(tcp) = packet.tcp.as_mut() else {
+        let Some(tcp) = packet.layout.tcp.as_mut() else {
             self.inbound_error(header, packet);
             return false;
         };
@@ -334,7 +334,7 @@ impl ClientTable {
     /// handshake is not learnt yet, so the segment lost its payload and now only makes the client
     /// answer with an ACK, from which to learn; the guest sends the payload again.
     pub(crate) fn outbound(&mut self, now_us: u64, header: &mut [u8], packet: &mut Packet) -> bool {
-        let Some(tcp) = packet.tcp.as_mut() else {
+        let Some(tcp) = packet.layout.tcp.as_mut() else {
             return false;
         };
         let Some(entry) = self.entries.get_mut(&packet.key) else {
@@ -348,7 +348,7 @@ impl ClientTable {
         entry.used_s = seconds(now_us);
         let is_opening = entry.handshake().is_some();
         if is_opening && tcp.flags & (SYN | RST) == 0 {
-            strip_payload(header, packet);
+            strip_payload(header, &mut packet.layout);
             return true;
         }
         entry.note_closing(tcp);

@@ -118,7 +118,9 @@ fn arp(payload: &[u8]) -> Vec<u8> {
     let mut body = vec![0, 1, 8, 0, 6, 4, 0, 2];
     body.extend_from_slice(&GUEST_MAC);
     body.extend_from_slice(&[10, 77, 0, 10]);
-    body.extend_from_slice(&PEER_MAC[..4]);
+    body.extend_from_slice(&PEER_MAC[..3]);
+    // What differs in its first byte must not be equal by a sum that is.
+    body.push(payload.first().copied().unwrap_or_default());
     body.extend_from_slice(&sum.to_be_bytes());
     body.extend_from_slice(&[10, 77, 0, 1]);
     ethernet(0x0806, &body)
