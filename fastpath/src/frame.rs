@@ -209,7 +209,7 @@ impl FramePool {
 
     /// A frame of the guest that stays where it is: `head` is written by `fill` into host memory (at
     /// least [`HEADER_MAX`] bytes of it, given back as its length), the rest lies in `rest`, in
-    /// order. The buffer comes back through [`FramePool::returned`].
+    /// order. The buffer comes back through [`FramePool::take_returned`].
     pub fn keep_in_place(
         &mut self,
         buffer: Buffer,
@@ -229,6 +229,12 @@ impl FramePool {
     pub fn lend(&mut self) -> Option<(u32, usize)> {
         let slot = self.free.pop()?;
         Some((slot, self.memory.offset_of(slot)))
+    }
+
+    /// Where the slots lie in the area: the first byte's offset, and how many bytes they are.
+    pub fn slots_place(&self) -> (usize, usize) {
+        let bytes = self.slots.len() * self.memory.slot_bytes();
+        (self.memory.offset_of(0), bytes)
     }
 
     /// The lent slot that an offset into the area lies in, and how far in.

@@ -7,7 +7,8 @@
 //! its queues or itself is counted, watched and used again when it is back: meanwhile what is sent
 //! is lost, as on a wire.
 //!
-//! All frames leave by the first queue, so that a flow stays in order. Does not configure addresses
+//! All frames leave by the first queue, so that a flow stays in order. Starting pins the area, guest
+//! RAM included, which takes as long as touching all of it. Does not configure addresses
 //! or queues, and does not steer flows.
 
 mod cut;
@@ -132,13 +133,24 @@ impl XdpNicConfig {
     }
 }
 
+/// What is shared with the kernel. Per queue the kernel needs about 136 bytes for each chunk of the
+/// registered memory, so the guest's RAM is registered only where it is sent from.
+#[derive(Debug)]
+struct Memory {
+    /// The area up to the end of the slots: for the first queue.
+    whole: Umem,
+    /// The slots alone, and where they start: for the other queues, which only receive.
+    slots: Option<Umem>,
+    slots_at: u64,
+}
+
 /// A NIC over AF_XDP. It carries frames after [`Nic::start`].
 #[derive(Debug)]
 pub struct XdpNic {
     config: XdpNicConfig,
     program: XdpProgram,
     interface: Interface,
-    umem: Option<Umem>,
+    memory: Option<Memory>,
     queues: Vec<Queue>,
     uses: Box<[Use]>,
     /// Slots that a NIC that writes by itself may still reach.
@@ -185,7 +197,7 @@ impl XdpNic {
         Ok(Self {
             program,
             interface,
-            umem: None,
+            memory: None,
             queues: Vec::new(),
             uses: Box::default(),
             parked: Vec::new(),

@@ -60,7 +60,7 @@ struct Cut<'a> {
 
 impl<'a> Cut<'a> {
     fn new(nic: &XdpNic, frames: &FramePool, list: &'a mut [Descriptor; PIECES_MAX]) -> Self {
-        let umem = nic.umem.as_ref();
+        let umem = nic.memory.as_ref().map(|memory| &memory.whole);
         Self {
             base: frames.area().base().addr(),
             area_bytes: umem.map_or(0, Umem::bytes),

@@ -17,7 +17,7 @@ use tracing::info;
 use super::membership::Membership;
 use super::queue::{Queue, Use};
 use super::watch::{Seen, Watch};
-use super::{XdpNic, XdpNicError, XdpNicMode};
+use super::{Memory, XdpNic, XdpNicError, XdpNicMode};
 use crate::frame::{FramePool, LINK_HEADER_MAX};
 use crate::nic::{Filter, Nic};
 use crate::ring::xsk::{BindOptions, Interface, Umem, UmemSettings, XskError, XskSocket};
@@ -40,7 +40,12 @@ impl XdpNic {
 
     fn try_modes(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
         self.uses = (0..frames.free_slots()).map(|_| Use::default()).collect();
-        self.umem = Some(register(frames)?);
+        let whole = register(frames, 0, frames.area().mapped_bytes())?;
+        self.memory = Some(Memory {
+            whole,
+            slots: None,
+            slots_at: frames.slots_place().0 as u64,
+        });
         let seen = Seen::of(&self.config.interface);
         self.has_link = seen.has_link;
         self.set_host_addresses(&seen.addresses)?;
@@ -125,7 +130,7 @@ impl XdpNic {
         mode: XdpNicMode,
         patience: Duration,
     ) -> Result<(), XdpNicError> {
-        let Some(umem) = self.umem.clone() else {
+        let Some((umem, base)) = self.memory_for(frames, queue)? else {
             return Ok(());
         };
         let mut options = BindOptions {
@@ -159,10 +164,33 @@ impl XdpNic {
                 queues,
             });
         }
-        let mut opened = Queue::new(socket, RING_ENTRIES.min(target as u32));
+        let mut opened = Queue::new(socket, base, RING_ENTRIES.min(target as u32));
         let filled = opened.refill(frames, &mut self.uses, 0);
         self.queues.push(opened);
         filled.map_err(|source| self.address_error(source))
+    }
+
+    /// The memory that a queue uses, and where that starts in the area.
+    fn memory_for(
+        &mut self,
+        frames: &FramePool,
+        queue: u32,
+    ) -> Result<Option<(Umem, u64)>, XdpNicError> {
+        let Some(memory) = &mut self.memory else {
+            return Ok(None);
+        };
+        if queue == 0 {
+            return Ok(Some((memory.whole.clone(), 0)));
+        }
+        let slots = match &memory.slots {
+            Some(slots) => slots.clone(),
+            None => {
+                let (at, bytes) = frames.slots_place();
+                let slots = register(frames, at, bytes)?;
+                memory.slots.insert(slots).clone()
+            }
+        };
+        Ok(Some((slots, memory.slots_at)))
     }
 
     /// Rule 24: shows for every queue that the program leads the guest's frames to a socket. What
@@ -197,8 +225,9 @@ impl XdpNic {
     }
 }
 
-/// Registers the memory of the pool, cut so that no slot is written beyond its end.
-fn register(frames: &FramePool) -> Result<Umem, XdpNicError> {
+/// Registers `bytes` of the pool's area from offset `at` on, cut so that no slot is written beyond its
+/// end.
+fn register(frames: &FramePool, at: usize, bytes: usize) -> Result<Umem, XdpNicError> {
     let slot_bytes = frames.slot_bytes();
     let chunk_bytes = match slot_bytes {
         4096.. => 4096,
@@ -210,8 +239,9 @@ fn register(frames: &FramePool) -> Result<Umem, XdpNicError> {
         ..UmemSettings::default()
     };
     let area = frames.area();
-    let bytes = area.mapped_bytes() as u64;
-    let base = NonNull::new(area.base()).ok_or(XdpNicError::SmallSlots(0))?;
+    let bytes = bytes.min(area.mapped_bytes().saturating_sub(at)) as u64;
+    let base = NonNull::new(area.base().wrapping_add(at));
+    let base = base.ok_or(XdpNicError::SmallSlots(0))?;
     // SAFETY: the area keeps everything mapped as long as it lives, and it is the owner. Only slots
     // that the pool has lent go into a fill ring, and to those nobody has a reference.
     Ok(unsafe { Umem::register(base, bytes, settings, Box::new(area.clone())) }?)

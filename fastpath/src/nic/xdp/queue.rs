@@ -38,6 +38,8 @@ pub(super) enum Use {
 #[derive(Debug)]
 pub(super) struct Queue {
     pub(super) socket: XskSocket,
+    /// Where the socket's memory starts in the area.
+    base: u64,
     /// Slots that the fill ring should have.
     fill_target: u32,
     lent: u32,
@@ -51,9 +53,10 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new(socket: XskSocket, fill_target: u32) -> Self {
+    pub(super) fn new(socket: XskSocket, base: u64, fill_target: u32) -> Self {
         Self {
             socket,
+            base,
             fill_target,
             lent: 0,
             partial: None,
@@ -85,7 +88,7 @@ impl Queue {
             let Some((slot, offset)) = frames.lend() else {
                 break;
             };
-            let accepted = self.socket.fill(offset as u64);
+            let accepted = self.socket.fill((offset as u64).wrapping_sub(self.base));
             if !matches!(accepted, Ok(true)) || slot as usize >= uses.len() {
                 frames.give_back(slot);
                 break;
@@ -151,7 +154,7 @@ impl Queue {
         uses: &mut [Use],
         piece: Received,
     ) -> Option<Token> {
-        let (slot, within) = frames.slot_at(usize::try_from(piece.chunk).ok()?)?;
+        let (slot, within) = frames.slot_at(usize::try_from(piece.chunk + self.base).ok()?)?;
         let place = uses.get_mut(slot as usize)?;
         if !matches!(place, Use::Lent(queue) if *queue == self.socket.queue()) || within != 0 {
             return None;
@@ -206,7 +209,10 @@ impl Queue {
         }
         for piece in pieces {
             // The caller has made them fit.
-            let accepted = self.socket.send(*piece);
+            let accepted = self.socket.send(Descriptor {
+                offset: piece.offset.wrapping_sub(self.base),
+                ..*piece
+            });
             debug_assert_eq!(accepted, Ok(true));
         }
         *place = Use::Sent(self.socket.queue(), token, count);
@@ -244,7 +250,7 @@ impl Queue {
         while let Some(offset) = self.socket.complete() {
             let (slot, left) = match self.completing.take() {
                 Some((slot, left)) => (slot, left),
-                None => match sent_from(frames, uses, offset, self.socket.queue()) {
+                None => match sent_from(frames, uses, offset + self.base, self.socket.queue()) {
                     Some((slot, pieces)) => (slot, pieces),
                     None => {
                         stats.strange_completions.add(1);

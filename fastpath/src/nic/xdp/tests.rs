@@ -408,7 +408,8 @@ fn a_nic_that_is_made_again_is_used_again() {
             // A filter that is set meanwhile holds afterwards.
             far.nic.set_filter(Filter::DropAll).unwrap();
             far.nic.set_filter(Filter::Guest(FAR)).unwrap();
-            make_veth(1, 1500);
+            // The first time with more queues than before, then with fewer.
+            make_veth(5 - 2 * round as u32, 1500);
             for end in [&mut near, &mut far] {
                 end.until(|end| (end.nic.retry_at_us.is_none() && end.nic.has_link).then_some(()));
                 assert_eq!(end.counter("nic_returns"), round);

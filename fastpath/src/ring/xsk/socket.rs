@@ -14,10 +14,13 @@ use super::error::XskError;
 use super::interface::Interface;
 use super::rings::{Consumer, Producer};
 use super::sys;
-use super::umem::{Place, Umem};
+use super::umem::{Place, Umem, Unbound};
 
 /// Largest ring: more entries only hold more frames for longer.
 const RING_ENTRIES_MAX: u32 = 32768;
+
+/// Of `linux/if_xdp.h`: frames that one system call sends in copy mode at most.
+const XDP_MAX_TX_SKB_BUDGET: libc::c_int = 9;
 
 /// Who moves the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,13 +71,20 @@ impl BindOptions {
         shared(self) == shared(other)
     }
 
+    fn entries(&self) -> [u32; 4] {
+        [
+            self.fill_entries,
+            self.completion_entries,
+            self.rx_entries,
+            self.tx_entries,
+        ]
+    }
+
     fn check(&self) -> Result<(), XskError> {
-        for (ring, entries) in [
-            ("fill", self.fill_entries),
-            ("completion", self.completion_entries),
-            ("rx", self.rx_entries),
-            ("tx", self.tx_entries),
-        ] {
+        for (ring, entries) in ["fill", "completion", "rx", "tx"]
+            .into_iter()
+            .zip(self.entries())
+        {
             if !entries.is_power_of_two() || entries > RING_ENTRIES_MAX {
                 return Err(XskError::BadRing { ring, entries });
             }
@@ -210,18 +220,28 @@ impl XskSocket {
                 queue,
             });
         }
-        let fd = Arc::new(umem.open(&mut sockets, &place)?);
+        let unbound = umem.open(&mut sockets, &place, options)?;
         let refused = |action, source| XskError::Refused {
             action,
             interface: interface.name().to_owned(),
             queue,
             source,
         };
-        let with_pool = !matches!(place, Place::SameQueue(_));
-        let rings = Rings::set_up(fd.as_fd(), options, with_pool)
-            .map_err(|e| refused("make AF_XDP rings", e))?;
-        sys::bind(fd.as_fd(), &address(interface, queue, options, &place))
-            .map_err(|e| bind_error(interface, queue, options, e))?;
+        let fd = unbound.fd;
+        let rings = match unbound.rings {
+            Some(rings) => rings,
+            None => {
+                let with_pool = !matches!(place, Place::SameQueue(_));
+                Rings::set_up(fd.as_fd(), options, with_pool)
+                    .map_err(|e| refused("make AF_XDP rings", e))?
+            }
+        };
+        if let Err(e) = sys::bind(fd.as_fd(), &address(interface, queue, options, &place)) {
+            let rings = Some(rings);
+            sockets.keep(&place, Unbound { fd, rings });
+            return Err(bind_error(interface, queue, options, e));
+        }
+        let fd = Arc::new(fd);
         let active: libc::xdp_options = sys::option(fd.as_fd(), libc::XDP_OPTIONS)
             .map_err(|e| refused("read the AF_XDP options", e))?;
         sockets.bound(&fd, interface.index(), queue, options);
@@ -403,13 +423,19 @@ impl AsFd for XskSocket {
     }
 }
 
-struct Rings {
+#[derive(Debug)]
+pub(super) struct Rings {
+    entries: [u32; 4],
     rx: Consumer<libc::xdp_desc>,
     tx: Producer<libc::xdp_desc>,
     pool: Option<Pool>,
 }
 
 impl Rings {
+    pub(super) fn are_as(&self, options: &BindOptions) -> bool {
+        self.entries == options.entries()
+    }
+
     fn set_up(fd: BorrowedFd<'_>, options: &BindOptions, with_pool: bool) -> io::Result<Self> {
         sys::set_option(fd, libc::XDP_RX_RING, &options.rx_entries)?;
         sys::set_option(fd, libc::XDP_TX_RING, &options.tx_entries)?;
@@ -432,7 +458,10 @@ impl Rings {
         } else {
             None
         };
+        // One system call for a whole ring instead of 32 frames, from Linux 6.17 on.
+        let _ = sys::set_option(fd, XDP_MAX_TX_SKB_BUDGET, &options.tx_entries);
         Ok(Self {
+            entries: options.entries(),
             rx: Consumer::map(fd, libc::XDP_PGOFF_RX_RING, &at.rx, options.rx_entries)?,
             tx: Producer::map(fd, libc::XDP_PGOFF_TX_RING, &at.tx, options.tx_entries)?,
             pool,

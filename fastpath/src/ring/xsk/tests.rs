@@ -567,7 +567,15 @@ fn what_cannot_be_bound_is_named() {
                 "{refused}"
             );
         }
-        bind(&memory.umem, "a0", 0, &small_rings());
+        // After the refusal, the same registration serves in copy mode.
+        let mut near = bind(&memory.umem, "a0", 0, &small_rings());
+        let mut far = bind(&memory.umem, "a1", 0, &small_rings());
+        fill_chunks(&mut far, 2);
+        let _program = program_for("a1", AttachMode::Driver, &[&far]);
+        memory.write(0, &frame(80, 4));
+        send(&mut near, &[(0, 80)]);
+        assert_eq!(receive(&memory, &mut far).0, frame(80, 4));
+        assert_eq!(complete(&mut near, 1), [0]);
     });
 }
 

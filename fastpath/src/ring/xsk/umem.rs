@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::error::XskError;
-use super::socket::{BindOptions, Descriptor};
+use super::socket::{BindOptions, Descriptor, Rings};
 use super::sys;
 
 /// The kernel keeps this much in front of each received frame.
@@ -59,10 +59,19 @@ struct Area {
 /// The kernel knows an area by the sockets that use it.
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
-    /// Registered, and not bound to a queue yet.
-    registered: Option<OwnedFd>,
+    /// Registered, and not bound to a queue yet. Registering pins every page, so it is kept when a
+    /// queue cannot be had.
+    registered: Option<Unbound>,
     bound: Vec<Bound>,
     options: Option<BindOptions>,
+}
+
+/// A socket that is not bound.
+#[derive(Debug)]
+pub(super) struct Unbound {
+    pub(super) fd: OwnedFd,
+    /// Its rings, if it has them: it cannot get others.
+    pub(super) rings: Option<Rings>,
 }
 
 #[derive(Debug)]
@@ -106,7 +115,7 @@ impl Umem {
         };
         area.check()?;
         let fd = area.register()?;
-        area.sockets().registered = Some(fd);
+        area.sockets().registered = Some(Unbound { fd, rings: None });
         Ok(Self {
             area: Arc::new(area),
         })
@@ -167,20 +176,31 @@ impl Umem {
         (address & !(chunk - 1), address)
     }
 
-    /// Finds a place for a socket, and the descriptor to set it up with. The lock is held until the
-    /// socket is bound.
+    /// The sockets of the area, locked until one more is bound.
     pub(super) fn sockets(&self) -> MutexGuard<'_, Sockets> {
         self.area.sockets()
     }
 
-    pub(super) fn open(&self, sockets: &mut Sockets, place: &Place) -> Result<OwnedFd, XskError> {
-        match place {
-            Place::First => match sockets.registered.take() {
-                Some(fd) => Ok(fd),
-                None => self.area.register(),
-            },
-            Place::Shared(_) | Place::SameQueue(_) => sys::open_socket().map_err(open_error),
+    /// A socket to bind at `place`; one that has rings has them as `options` say.
+    pub(super) fn open(
+        &self,
+        sockets: &mut Sockets,
+        place: &Place,
+        options: &BindOptions,
+    ) -> Result<Unbound, XskError> {
+        if !matches!(place, Place::First) {
+            let fd = sys::open_socket().map_err(open_error)?;
+            return Ok(Unbound { fd, rings: None });
         }
+        let suits = |unbound: &Unbound| {
+            let rings = unbound.rings.as_ref();
+            rings.is_none_or(|rings| rings.are_as(options))
+        };
+        if let Some(registered) = sockets.registered.take().filter(suits) {
+            return Ok(registered);
+        }
+        let fd = self.area.register()?;
+        Ok(Unbound { fd, rings: None })
     }
 }
 
@@ -245,6 +265,13 @@ impl Area {
 }
 
 impl Sockets {
+    /// Keeps a socket that could not be bound for the next one.
+    pub(super) fn keep(&mut self, place: &Place, unbound: Unbound) {
+        if matches!(place, Place::First) {
+            self.registered = Some(unbound);
+        }
+    }
+
     /// Where a socket for this queue has to be bound.
     pub(super) fn place_for(&mut self, interface_index: u32, queue: u32) -> Place {
         self.bound.retain(|bound| bound.fd.strong_count() > 0);
