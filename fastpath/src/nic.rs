@@ -15,7 +15,7 @@ use std::io;
 use colo_bpf::Mac;
 use colo_compare::Token;
 
-use crate::frame::FramePool;
+use crate::frame::{FramePool, slot_bytes_for};
 
 pub use sink::Sink;
 pub use socket::SocketNic;
@@ -84,6 +84,11 @@ pub trait Nic: Send {
 
     /// Largest payload behind the Ethernet header.
     fn mtu(&self) -> u16;
+
+    /// Size of the slots that it works best with.
+    fn slot_bytes(&self) -> usize {
+        slot_bytes_for(self.mtu())
+    }
 
     /// Names and values of what the NIC and the kernel below it have counted.
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::clock::now_us;
-use crate::frame::{FramePool, TxMode, slot_bytes_for};
+use crate::frame::{FramePool, TxMode};
 use crate::nic::Nic;
 use crate::ring::Area;
 use crate::stats::WorkerStats;
@@ -69,7 +69,7 @@ pub fn spawn(
 /// Starts a worker in the role [`Solo`] for guests that come and go and bring their own memory
 /// ([`Edge::attach_guest`]).
 pub fn spawn_unattached(config: WorkerConfig, nic: Box<dyn Nic>) -> io::Result<WorkerHandle> {
-    let slots_bytes = config.frame_slots as usize * slot_bytes_for(nic.mtu());
+    let slots_bytes = config.frame_slots as usize * nic.slot_bytes();
     let area = Arc::new(Area::reserve(slots_bytes)?);
     start(config, nic, area, None)
 }
@@ -83,7 +83,7 @@ fn start(
     let stats = Arc::new(WorkerStats::default());
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (sender, commands) = channel();
-    let slot_bytes = slot_bytes_for(nic.mtu());
+    let slot_bytes = nic.slot_bytes();
     let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
     if let Some(wiring) = &wiring {
         frames.set_guest(wiring.ram.clone());

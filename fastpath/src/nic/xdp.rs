@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Filter, Nic, Sent, poll_for};
 use crate::clock::now_us;
-use crate::frame::FramePool;
+use crate::frame::{FramePool, slot_bytes_for};
 use crate::ring::xsk::{CopyMode, Descriptor, Interface, Umem};
 
 use membership::Membership;
@@ -383,6 +383,11 @@ impl Nic for XdpNic {
 
     fn mtu(&self) -> u16 {
         self.config.mtu
+    }
+
+    /// A slot takes the largest chunk: the kernel's share grows with the number of chunks.
+    fn slot_bytes(&self) -> usize {
+        slot_bytes_for(self.config.mtu).max(4096)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::frame::{Buffer, slot_bytes_for};
+use crate::frame::Buffer;
 use crate::ring::{GuestRam, Pages, Segment};
 use crate::stats::WorkerStats;
 
@@ -55,12 +55,11 @@ struct End {
 impl End {
     fn new(config: XdpNicConfig) -> Self {
         let ram = Arc::new(GuestRam::new(4 << 20, Pages::Small).unwrap());
-        let slot_bytes = slot_bytes_for(config.mtu);
         let stats = Arc::<WorkerStats>::default();
         let area = ram.area().clone();
-        let mut frames = FramePool::in_area(area, SLOTS, slot_bytes, stats).unwrap();
-        frames.set_guest(ram.clone());
         let mut nic = XdpNic::open(config).unwrap();
+        let mut frames = FramePool::in_area(area, SLOTS, nic.slot_bytes(), stats).unwrap();
+        frames.set_guest(ram.clone());
         nic.start(&mut frames).unwrap();
         let mut end = Self { nic, frames, ram };
         // The carrier of a veth pair comes a moment after it is up.
