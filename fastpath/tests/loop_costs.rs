@@ -1,0 +1,178 @@
+//! What the packet loop asks of the system while packets flow: no memory, and no system call but those that wake
+//! the NIC or call the guest. (Locks show as system calls as soon as two want one.)
+
+mod mock_pair;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use colo_bpf::Mac;
+use colo_fastpath::frame::TxMode;
+use colo_fastpath::nic::{Filter, Nic, Sink, XdpNic, XdpNicConfig};
+use perf_event::Builder;
+use perf_event::events::Tracepoint;
+
+use mock_pair::{GUEST_MAC, MockPair, datagram};
+
+const WARM_UP: u64 = 3000;
+const COUNTED: u64 = 20_000;
+const TRACEFS: &str = "/sys/kernel/tracing";
+
+thread_local! {
+    static IS_WORKER: Cell<bool> = const { Cell::new(false) };
+}
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+/// Counts what the worker's thread takes.
+struct Counting;
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if IS_WORKER.with(Cell::get) {
+            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the caller's promises are those of the system's allocator.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the pointer comes from `alloc` above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What the worker did while packets flowed.
+#[derive(Debug)]
+struct Costs {
+    allocations: u64,
+    system_calls: u64,
+    nic_kicks: u64,
+    guest_calls: u64,
+    sent: u64,
+}
+
+fn nic_kicks(pair: &MockPair) -> u64 {
+    let report = pair.worker.execute(|edge, _| edge.nic_report()).unwrap();
+    report.counters.get("tx_kicks").copied().unwrap_or(0)
+}
+
+/// Sends so many frames and waits until all are released and all buffers came back.
+fn flow(pair: &mut MockPair, from: u64, frames: u64) {
+    for n in from..from + frames {
+        let payload = if n % 2 == 0 { 64 } else { 1200 };
+        pair.send(&datagram(n, payload));
+    }
+    pair.svm.wait_idle();
+    pair.pvm.wait_idle();
+}
+
+fn costs_with(nic: Box<dyn Nic>) -> Costs {
+    let mut pair = MockPair::new(nic, TxMode::Twin);
+    flow(&mut pair, 0, WARM_UP);
+    let tid = pair.worker.execute(|_, _| {
+        IS_WORKER.with(|worker| worker.set(true));
+        // SAFETY: the call has no arguments and cannot fail.
+        unsafe { libc::gettid() }
+    });
+    let mut counter = Builder::new(Tracepoint::with_id(system_call_event().unwrap()))
+        .observe_pid(tid.unwrap())
+        .include_kernel()
+        .build()
+        .unwrap();
+    let kicks = nic_kicks(&pair);
+    let before = pair.worker.stats();
+    // Both are what this process asks of the worker, not what packets cost.
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed);
+    counter.enable().unwrap();
+    flow(&mut pair, WARM_UP, COUNTED);
+    counter.disable().unwrap();
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
+    let after = pair.worker.stats();
+    let costs = Costs {
+        allocations,
+        system_calls: counter.read().unwrap(),
+        nic_kicks: nic_kicks(&pair) - kicks,
+        guest_calls: after.guest_calls - before.guest_calls,
+        sent: after.nic_tx_frames - before.nic_tx_frames,
+    };
+    let report = pair.report();
+    assert_eq!(report.checkpoints, 0, "{report:?}");
+    pair.worker
+        .execute(|_, _| IS_WORKER.with(|worker| worker.set(false)))
+        .unwrap();
+    println!("{costs:?}");
+    costs
+}
+
+/// The number of the event "a system call begins".
+fn system_call_event() -> Option<u64> {
+    let file = format!("{TRACEFS}/events/raw_syscalls/sys_enter/id");
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+fn can_count() -> bool {
+    let found = system_call_event().is_some();
+    if !found {
+        println!("SKIPPED: no tracefs at {TRACEFS}; `mount -t tracefs nodev {TRACEFS}` as root");
+    }
+    found
+}
+
+/// Runs in a thread whose network namespace, with a veth pair in it, dies with it.
+fn on_veth(test: impl FnOnce() + Send + 'static) {
+    let run = || {
+        // SAFETY: unshare changes only the calling thread, which nothing else shares.
+        assert_eq!(
+            unsafe { libc::unshare(libc::CLONE_NEWNET) },
+            0,
+            "needs root"
+        );
+        for line in [
+            "link add near type veth peer name far",
+            "link set near up",
+            "link set far up",
+        ] {
+            let status = std::process::Command::new("ip")
+                .args(line.split(' '))
+                .status();
+            assert!(status.unwrap().success(), "ip {line}");
+        }
+        test();
+    };
+    std::thread::spawn(run).join().unwrap();
+}
+
+#[test]
+fn comparing_asks_nothing_of_the_system() {
+    if !can_count() {
+        return;
+    }
+    let costs = costs_with(Box::new(Sink::new(1500)));
+    assert_eq!(costs.sent, COUNTED);
+    assert_eq!(costs.allocations, 0, "{costs:?}");
+    assert_eq!(costs.system_calls, costs.guest_calls, "{costs:?}");
+    assert!(costs.guest_calls < 10, "{costs:?}");
+}
+
+#[test]
+fn sending_over_af_xdp_asks_for_wake_ups_only() {
+    if !can_count() {
+        return;
+    }
+    on_veth(|| {
+        let mac: Mac = GUEST_MAC;
+        let config = XdpNicConfig::new("near", mac, 1500, Filter::Guest(mac));
+        let costs = costs_with(Box::new(XdpNic::open(config).unwrap()));
+        assert_eq!(costs.allocations, 0, "{costs:?}");
+        assert!(costs.sent > COUNTED / 2, "{costs:?}");
+        let wake_ups = costs.nic_kicks + costs.guest_calls;
+        assert!(costs.system_calls <= wake_ups, "{costs:?}");
+        // A batch shares one.
+        assert!(costs.nic_kicks < costs.sent, "{costs:?}");
+    });
+}
