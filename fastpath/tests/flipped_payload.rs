@@ -1,6 +1,8 @@
 //! Invariant 7: a guest that goes on writing to a buffer which it has handed over never gets bytes out that were not
 //! compared: what leaves is what the SVM said, or what every receiver discards.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
 mod mock_pair;
 
 use std::os::unix::net::UnixDatagram;

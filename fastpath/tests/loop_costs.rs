@@ -1,11 +1,14 @@
 //! What the packet loop asks of the system while packets flow: no memory, and no system call but those that wake
 //! the NIC or call the guest. (Locks show as system calls as soon as two want one.)
 
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
 mod mock_pair;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use colo_bpf::Mac;
 use colo_fastpath::frame::TxMode;
@@ -72,6 +75,9 @@ fn flow(pair: &mut MockPair, from: u64, frames: u64) {
 }
 
 fn costs_with(nic: Box<dyn Nic>) -> Costs {
+    // The allocator counts for all workers together.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut pair = MockPair::new(nic, TxMode::Twin);
     flow(&mut pair, 0, WARM_UP);
     let tid = pair.worker.execute(|_, _| {
@@ -127,11 +133,8 @@ fn can_count() -> bool {
 fn on_veth(test: impl FnOnce() + Send + 'static) {
     let run = || {
         // SAFETY: unshare changes only the calling thread, which nothing else shares.
-        assert_eq!(
-            unsafe { libc::unshare(libc::CLONE_NEWNET) },
-            0,
-            "needs root"
-        );
+        let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(unshared, 0, "needs root");
         for line in [
             "link add near type veth peer name far",
             "link set near up",
