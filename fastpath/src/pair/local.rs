@@ -146,12 +146,12 @@ impl LocalPairRole {
                         Right::Match => self.report.matched += 1,
                         _ => self.report.otherwise += 1,
                     }
-                    self.unsent.push_back(token);
+                    self.send(edge, token);
                 }
                 Action::Mirror { token, .. } => edge.release(token),
                 Action::SvmReleased { .. } | Action::PendingReleased { .. } => {}
                 Action::Checkpoint(divergence) => {
-                    tracing::info!("{divergence:?}");
+                    tracing::debug!("{divergence:?}");
                     wants_checkpoint = true;
                 }
             }
@@ -159,6 +159,19 @@ impl LocalPairRole {
         if wants_checkpoint {
             self.checkpoint(edge, now_us);
         }
+    }
+
+    /// Sends a frame behind those that the NIC had no room for.
+    #[inline]
+    fn send(&mut self, edge: &mut Edge, token: Token) {
+        if !self.unsent.is_empty() {
+            self.unsent.push_back(token);
+        } else if let Err(token) = edge.nic_send(token) {
+            self.unsent.push_back(token);
+        }
+    }
+
+    fn send_kept(&mut self, edge: &mut Edge) {
         while let Some(token) = self.unsent.pop_front() {
             if let Err(token) = edge.nic_send(token) {
                 self.unsent.push_front(token);
@@ -191,6 +204,7 @@ impl Role for LocalPairRole {
     }
 
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
+        self.send_kept(edge);
         let moved = self.take_pvm(edge, now_us) + self.take_svm(edge, now_us);
         if self.path.next_deadline().is_some_and(|at| at <= now_us) {
             self.path.handle_timeout(now_us, &mut edge.frames);

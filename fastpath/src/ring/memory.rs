@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, compiler_fence};
@@ -71,6 +72,38 @@ pub struct GuestRam {
     area: Arc<Area>,
     tracking: AtomicBool,
     host_dirty: Box<[AtomicU64]>,
+}
+
+/// A range of guest RAM. The guest may write it at any time, so it is only ever copied.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestBytes<'a> {
+    at: *const u8,
+    len: usize,
+    ram: PhantomData<&'a GuestRam>,
+}
+
+impl GuestBytes<'_> {
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies what begins `skip` bytes in; `out` must not reach beyond the end.
+    #[inline]
+    pub fn copy_to(&self, skip: usize, out: &mut [u8]) {
+        assert!(skip <= self.len && out.len() <= self.len - skip);
+        // SAFETY: the range lies in RAM (`view`), which the lifetime keeps mapped, and the copy in the range
+        // (just checked). The guest may write it meanwhile: then some mixture is copied.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.at.add(skip), out.as_mut_ptr(), out.len());
+        }
+    }
 }
 
 impl GuestRam {
@@ -198,6 +231,17 @@ impl GuestRam {
         // never what lies in the guest.
         let order = unsafe { libc::memcmp(guest.cast(), bytes.as_ptr().cast(), bytes.len()) };
         Ok(order == 0)
+    }
+
+    /// The `len` bytes at `gpa`, found once.
+    #[inline]
+    pub fn view(&self, gpa: u64, len: u32) -> Result<GuestBytes<'_>, MemoryError> {
+        let at = self.host_range(gpa, len as usize)?;
+        Ok(GuestBytes {
+            at,
+            len: len as usize,
+            ram: PhantomData,
+        })
     }
 
     /// Copies `out.len()` bytes at `gpa` into host memory.

@@ -14,5 +14,5 @@ pub use area::Area;
 pub use call::Call;
 pub(crate) use checked::fold;
 pub use error::{MemoryError, RingError};
-pub use memory::{GuestRam, PAGE_BYTES, Pages, RegionSource};
+pub use memory::{GuestBytes, GuestRam, PAGE_BYTES, Pages, RegionSource};
 pub use virtqueue::{Chain, QUEUE_SIZE_MAX, QueueState, Segment, Virtqueue};

@@ -28,6 +28,8 @@ const USED_F_NO_NOTIFY: u16 = 1;
 const DESCRIPTORS_AHEAD: u16 = 16;
 /// How many chains ahead the start of a buffer is fetched.
 const BUFFERS_AHEAD: u16 = 8;
+/// How much of it: all of a frame of the usual MTU.
+const BYTES_AHEAD: usize = 1536;
 const CACHE_LINE_BYTES: usize = 64;
 
 /// All that a queue is: where it lies, what was negotiated, how far it has come. Part of the
@@ -261,8 +263,10 @@ impl Virtqueue {
             if let Some(descriptor) = self.ring.descriptor(self.ring.avail_entry(ahead))
                 && let Ok(at) = self.ring.ram().host_range(descriptor.addr, 1)
             {
-                prefetch(at);
-                prefetch(at.wrapping_add(CACHE_LINE_BYTES));
+                let len = (descriptor.len as usize).min(BYTES_AHEAD);
+                for line in (0..len).step_by(CACHE_LINE_BYTES) {
+                    prefetch(at.wrapping_add(line));
+                }
             }
         }
     }

@@ -15,7 +15,7 @@ use colo_compare::{HEADER_MAX, Token};
 use tracing::warn;
 
 use crate::frame::{Buffer, CopyCause, FramePool, IN_PLACE_MIN, PIECES_MAX};
-use crate::ring::{Call, Chain, GuestRam, QueueState, RingError, Segment, Virtqueue};
+use crate::ring::{Call, Chain, GuestBytes, GuestRam, QueueState, RingError, Segment, Virtqueue};
 use crate::stats::WorkerStats;
 use crate::vhost_user::GuestRings;
 
@@ -357,6 +357,17 @@ fn take(
     if !chain.writable().is_empty() {
         return Err(RingError::Direction);
     }
+    if let [segment] = *chain.readable()
+        && (segment.len as usize) < NET_HEADER_BYTES + IN_PLACE_MIN.min(out.max)
+        && segment.len as usize >= NET_HEADER_BYTES + FRAME_MIN
+    {
+        return take_short(
+            queue,
+            chain.head(),
+            ram.view(segment.gpa, segment.len)?,
+            out,
+        );
+    }
     let total = Chain::bytes_of(chain.readable());
     let good = (NET_HEADER_BYTES + FRAME_MIN) as u64..=(NET_HEADER_BYTES + out.max) as u64;
     if !good.contains(&total) || asks_for_offload(chain.readable(), ram)? {
@@ -387,6 +398,30 @@ fn take(
         Some(token) => Ok(Taken::Frame(token, len, cause)),
         None => Ok(Taken::Bad),
     }
+}
+
+/// The common case of short frames: header and frame in one buffer, which is long enough and not too
+/// long.
+#[inline]
+fn take_short(
+    queue: &mut Virtqueue,
+    head: u16,
+    buffer: GuestBytes<'_>,
+    out: Out<'_>,
+) -> Result<Taken, RingError> {
+    let mut header = [0; NET_HEADER_BYTES];
+    buffer.copy_to(0, &mut header);
+    queue.complete(head, 0)?;
+    if header[0] != 0 || header[1] != 0 {
+        return Ok(Taken::Bad);
+    }
+    let len = buffer.len() - NET_HEADER_BYTES;
+    let token = out.frames.fill(|slot| {
+        buffer.copy_to(NET_HEADER_BYTES, &mut slot[..len]);
+        Some(len)
+    });
+    let cause = out.copied.unwrap_or(CopyCause::Small);
+    Ok(token.map_or(Taken::Bad, |token| Taken::Frame(token, len, Some(cause))))
 }
 
 /// Makes a frame in place if it may stay there, else a copy.
