@@ -11,6 +11,7 @@
 //! RAM included, which takes as long as touching all of it. Does not configure addresses
 //! or queues, and does not steer flows.
 
+mod copies;
 mod cut;
 mod error;
 mod membership;
@@ -35,6 +36,7 @@ use crate::clock::now_us;
 use crate::frame::{FramePool, slot_bytes_for};
 use crate::ring::xsk::{CopyMode, Descriptor, Interface, Umem};
 
+use copies::Copies;
 use membership::Membership;
 use queue::{PIECES_MAX, Queue, Use};
 use recover::RETRY_US;
@@ -109,7 +111,7 @@ pub struct XdpNicConfig {
     /// The guest's addresses, for which the NIC receives even while they are dropped.
     pub macs: Vec<Mac>,
     /// Who gets broadcast and multicast. ARP and neighbour solicitations for the host's addresses
-    /// always reach the host.
+    /// always reach the host. [`Groups::Copied`] is for both, [`Groups::Guest`] is faster.
     pub groups: Groups,
     /// The guest's IP addresses, where they are known.
     pub addresses: Vec<IpAddr>,
@@ -118,7 +120,7 @@ pub struct XdpNicConfig {
 }
 
 impl XdpNicConfig {
-    /// A NIC for one guest, in the best mode, with broadcast for the guest.
+    /// A NIC that a guest shares with the host, in the best mode. Both get broadcast and multicast.
     pub fn new(interface: &str, mac: Mac, mtu: u16, filter: Filter) -> Self {
         Self {
             interface: interface.to_owned(),
@@ -126,7 +128,7 @@ impl XdpNicConfig {
             mtu,
             filter,
             macs: vec![mac],
-            groups: Groups::Guest,
+            groups: Groups::Copied,
             addresses: Vec::new(),
             link: LinkChannel::default(),
         }
@@ -163,6 +165,8 @@ pub struct XdpNic {
     retry_at_us: Option<u64>,
     host_addresses: Vec<IpAddr>,
     membership: Option<Membership>,
+    /// With [`Groups::Copied`].
+    copies: Option<Copies>,
     watch: Option<Watch>,
     timer: Timer,
     stats: Arc<XdpNicStats>,
@@ -207,6 +211,7 @@ impl XdpNic {
             retry_at_us: None,
             host_addresses: Vec::new(),
             membership: None,
+            copies: None,
             watch: None,
             timer,
             stats: Arc::default(),
@@ -244,6 +249,9 @@ impl XdpNic {
             Filter::Guest(_) => GuestFrames::Accept,
             Filter::DropAll => GuestFrames::Drop,
         })?;
+        if let (Filter::DropAll, Some(copies)) = (self.config.filter, &mut self.copies) {
+            copies.discard();
+        }
         self.config.filter = filter;
         Ok(())
     }
@@ -272,6 +280,17 @@ impl XdpNic {
 
     fn receive_all(&mut self, frames: &mut FramePool, out: &mut VecDeque<Token>, max: usize) {
         let mut left = max;
+        if let Some(copies) = &mut self.copies {
+            let before = out.len();
+            match self.config.filter {
+                // Rule 24: the guest hears nothing yet.
+                Filter::DropAll => copies.discard(),
+                // Groups come by the queues like all else.
+                Filter::Open => {}
+                Filter::Guest(_) => copies.receive(Some(frames), out, left),
+            }
+            left -= out.len() - before;
+        }
         for queue in &mut self.queues {
             left -= queue.receive(frames, &mut self.uses, out, left, &self.stats);
             if left == 0 {
@@ -365,6 +384,9 @@ impl Nic for XdpNic {
             let wants_room = wants_room && n == 0 && self.has_link;
             fds.extend(poll_for(queue.socket.poll_fd(), wants_frames, wants_room));
         }
+        if let Some(copies) = &self.copies {
+            fds.extend(poll_for(copies.poll_fd(), wants_frames, false));
+        }
         if let Some(watch) = &self.watch {
             fds.extend(poll_for(watch.poll_fd(), true, false));
         }
@@ -392,6 +414,9 @@ impl Nic for XdpNic {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let mut all = self.stats.snapshot().entries();
+        if let Some(copies) = &self.copies {
+            all.push(("group_copies_too_long", copies.too_long()));
+        }
         if let Ok(program) = self.program.counters() {
             all.extend([
                 ("xdp_host_frames", program.host_frames),

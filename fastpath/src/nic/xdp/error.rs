@@ -31,6 +31,20 @@ pub enum XdpNicError {
         /// What the guest is promised.
         wanted: u16,
     },
+    /// The guest's frames may need several buffers.
+    #[error(
+        "net.mtu = {wanted} needs AF_XDP frames in several buffers, which this kernel or the driver \
+         of \"{interface}\" does not take (Linux 6.6 or later does); lower net.mtu to {max} or use a \
+         TAP device"
+    )]
+    LongFrames {
+        /// Which.
+        interface: String,
+        /// What the guest is promised.
+        wanted: u16,
+        /// What goes without.
+        max: u32,
+    },
     /// Slots below the smallest chunk.
     #[error("frame slots of {0} bytes are too small for AF_XDP, which needs 2048")]
     SmallSlots(usize),

@@ -10,10 +10,11 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use colo_bpf::{Attach, GuestFrames};
+use colo_bpf::{Attach, Groups, GuestFrames};
 use colo_compare::Frames;
 use tracing::info;
 
+use super::copies::Copies;
 use super::membership::Membership;
 use super::queue::{Queue, Use};
 use super::watch::{Seen, Watch};
@@ -113,6 +114,10 @@ impl XdpNic {
         let promiscuous = matches!(self.config.filter, Filter::Open);
         let joined = Membership::join(self.interface.index(), &self.config.macs, promiscuous);
         self.membership = Some(joined.map_err(|source| self.address_error(source))?);
+        if self.config.groups == Groups::Copied {
+            let copies = Copies::open(self.interface.index(), self.config.mtu);
+            self.copies = Some(copies.map_err(|source| self.address_error(source))?);
+        }
         let queues = self.interface.rx_queues()?;
         for queue in 0..queues {
             self.open_queue(frames, queue, queues, mode, patience)?;
@@ -152,6 +157,13 @@ impl XdpNic {
             options.multi_buffer = false;
             bound = bind(&umem, &self.interface, queue, &options, patience);
             self.multi_buffer = bound.is_err();
+        }
+        if let Err(XskError::NoMultiBuffer { interface, .. }) = bound {
+            return Err(XdpNicError::LongFrames {
+                interface,
+                wanted: self.config.mtu,
+                max: umem.received_bytes_max() - LINK_HEADER_MAX as u32,
+            });
         }
         let socket = bound?;
         self.program.set_guest_socket(queue, socket.as_fd())?;

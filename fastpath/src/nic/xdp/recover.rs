@@ -29,6 +29,7 @@ impl XdpNic {
             queue.close(frames);
         }
         self.membership = None;
+        self.copies = None;
         for (slot, place) in (0..).zip(&mut self.uses) {
             match std::mem::take(place) {
                 Use::Elsewhere => {}

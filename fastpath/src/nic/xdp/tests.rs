@@ -125,7 +125,10 @@ impl End {
 }
 
 fn config(interface: &str, mac: Mac) -> XdpNicConfig {
-    XdpNicConfig::new(interface, mac, 1500, Filter::Guest(mac))
+    XdpNicConfig {
+        groups: Groups::Guest,
+        ..XdpNicConfig::new(interface, mac, 1500, Filter::Guest(mac))
+    }
 }
 
 fn pair(mode: XdpNicMode) -> (End, End) {
@@ -334,6 +337,60 @@ fn a_secondary_hears_nothing_for_the_guest_before_its_promotion() {
         near.end();
         far.end();
     });
+}
+
+#[test]
+fn broadcast_can_reach_both_the_guest_and_the_host() {
+    for mode in [XdpNicMode::Driver, XdpNicMode::Generic] {
+        with_veth(1, 1500, move || {
+            let mut near = End::new(config("a0", NEAR));
+            let mut far = End::new(XdpNicConfig {
+                mode,
+                groups: Groups::Copied,
+                filter: Filter::DropAll,
+                ..config("a1", FAR)
+            });
+            let group = [0x01, 0, 0x5e, 0, 0, 1];
+            // Before its promotion the guest hears nothing, the host everything.
+            near.send(&frame(group, 60, 1));
+            far.until(|end| (end.counter("xdp_host_group_frames") == 1).then_some(()));
+            far.until(|end| end.is_idle());
+            assert_eq!(far.take(), None);
+            near.send(&frame(group, 60, 2));
+            far.until(|end| (end.counter("xdp_host_group_frames") == 2).then_some(()));
+
+            // Not what came before, either.
+            far.nic.set_filter(Filter::Guest(FAR)).unwrap();
+            for n in 0..600 {
+                let len = [60, 1514, 1518][n % 3];
+                let to = [[0xff; 6], group, [0x33, 0x33, 0, 0, 0, 1]][n % 3];
+                near.send(&frame(to, len, n));
+                assert_eq!(far.receive(), frame(to, len, n), "{n}");
+            }
+            assert_eq!(far.counter("xdp_host_group_frames"), 602);
+            assert_eq!(far.counter("group_copies_too_long"), 0);
+            // What the host itself says is not heard by its guest.
+            far.send(&frame([0xff; 6], 60, 7));
+            ip("neigh add 10.99.0.7 lladdr ff:ff:ff:ff:ff:ff dev a1");
+            ip("addr add 10.99.0.1/24 dev a1");
+            let socket = std::net::UdpSocket::bind("10.99.0.1:0").unwrap();
+            socket.send_to(b"hello", "10.99.0.7:9").unwrap();
+            let heard = near.until(|end| end.take().filter(|frame| frame.ends_with(b"hello")));
+            assert_eq!(heard[..6], [0xff; 6]);
+            assert_eq!(far.take(), None);
+            // Tags that the kernel takes out are put in again.
+            let mut tagged = frame([0xff; 6], 12, 0);
+            tagged.truncate(12);
+            tagged.extend([0x81, 0, 0x20, 5]);
+            tagged.extend(&frame([0xff; 6], 100, 3)[12..]);
+            near.send(&tagged);
+            assert_eq!(far.receive(), tagged);
+            near.until(|end| end.is_idle());
+            far.until(|end| end.is_idle());
+            near.end();
+            far.end();
+        });
+    }
 }
 
 #[test]
