@@ -15,6 +15,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::ops::Range;
 
 mod datagram;
+mod digests;
 mod msg;
 mod offer;
 mod open;
@@ -35,6 +36,7 @@ use reliable::Held;
 use stream::Stream;
 use transport::{Datagrams, kind, say};
 
+pub use digests::{BadEntry, DIGESTS_MAX, Digest, DigestReader, DigestWriter, HEADERS_MAX};
 pub use msg::{Malformed, PacketMsg};
 pub use open::{Packets, open_ports};
 pub use stats::LinkStats;

@@ -9,8 +9,8 @@
 pub const HEAD_BYTES: usize = 24;
 /// Longest body in bytes: a jumbo frame, or a list of sequence numbers.
 pub const BODY_MAX: usize = 64 << 10;
-/// Bytes of a [`PacketMsg::Digest`] before the frame's headers: payload length, four zero bytes, digest.
-const DIGEST_BYTES: usize = 24;
+/// Bytes of a key.
+const KEY_BYTES: usize = 16;
 /// Shortest frame: an Ethernet header.
 const FRAME_MIN: usize = 14;
 
@@ -57,24 +57,23 @@ pub enum PacketMsg<'a> {
     },
     /// Secondary to primary: a limit here needs a checkpoint.
     CheckpointWanted,
-    /// Secondary to primary: a frame the SVM sent, its payload as a keyed digest. The frame itself stays with the
-    /// secondary until it is reported released or fetched.
-    Digest {
+    /// Secondary to primary: frames the SVM sent, their payloads as keyed digests. The frames themselves stay with
+    /// the secondary until they are reported released or fetched.
+    Digests {
         /// The SVM's epoch.
         epoch: u64,
-        /// Names it in `Released` and `Fetch`.
-        seq: u64,
-        /// Bytes of payload behind the headers.
-        payload_len: u32,
-        /// Keyed digest of the payload.
-        digest: u128,
-        /// From the Ethernet header up to the payload.
-        header: &'a [u8],
+        /// As [`super::DigestWriter`] packs them.
+        entries: &'a [u8],
     },
     /// Primary to secondary: send this output as a frame after all.
     Fetch {
         /// The output.
         seq: u64,
+    },
+    /// Primary to secondary: from now on send digests of payloads, keyed like this.
+    DigestKey {
+        /// The key.
+        key: [u8; 16],
     },
 }
 
@@ -109,7 +108,7 @@ impl Head {
 
     /// False for kinds of later versions, which are skipped (rule 22).
     pub(super) fn is_known(&self) -> bool {
-        self.kind < 10
+        self.kind < 11
     }
 
     pub(super) fn malformed(&self) -> Malformed {
@@ -142,7 +141,7 @@ impl Head {
 /// A message in two pieces: what was made of its fields, and what lies elsewhere.
 #[derive(Debug)]
 pub(super) struct Encoded<'a> {
-    head: [u8; HEAD_BYTES + DIGEST_BYTES],
+    head: [u8; HEAD_BYTES + KEY_BYTES],
     head_len: usize,
     pub(super) body: &'a [u8],
 }
@@ -163,22 +162,15 @@ impl<'a> PacketMsg<'a> {
             Self::PendingReleased { epoch } => (5, epoch, 0, &[]),
             Self::CaughtUp { epoch } => (6, epoch, 0, &[]),
             Self::CheckpointWanted => (7, 0, 0, &[]),
-            Self::Digest {
-                epoch, seq, header, ..
-            } => (8, epoch, seq, header),
+            Self::Digests { epoch, entries } => (8, epoch, 0, entries),
             Self::Fetch { seq } => (9, 0, seq, &[]),
+            Self::DigestKey { .. } => (10, 0, 0, &[]),
         };
-        let mut head = [0; HEAD_BYTES + DIGEST_BYTES];
+        let mut head = [0; HEAD_BYTES + KEY_BYTES];
         let mut head_len = HEAD_BYTES;
-        if let Self::Digest {
-            payload_len,
-            digest,
-            ..
-        } = *self
-        {
-            head_len += DIGEST_BYTES;
-            head[24..28].copy_from_slice(&payload_len.to_le_bytes());
-            head[32..48].copy_from_slice(&digest.to_le_bytes());
+        if let Self::DigestKey { key } = self {
+            head_len += KEY_BYTES;
+            head[HEAD_BYTES..].copy_from_slice(key);
         }
         let len = head_len - HEAD_BYTES + body.len();
         let fixed = Head {
@@ -212,19 +204,16 @@ impl<'a> PacketMsg<'a> {
             5 => Self::PendingReleased { epoch },
             6 => Self::CaughtUp { epoch },
             7 => Self::CheckpointWanted,
-            8 if len >= DIGEST_BYTES + FRAME_MIN => {
-                let (fixed, header) = body.split_at(DIGEST_BYTES);
-                let mut digest = [0; 16];
-                digest.copy_from_slice(&fixed[8..]);
-                Self::Digest {
-                    epoch,
-                    seq,
-                    payload_len: u32_at(fixed, 0),
-                    digest: u128::from_le_bytes(digest),
-                    header,
-                }
-            }
+            8 => Self::Digests {
+                epoch,
+                entries: body,
+            },
             9 => Self::Fetch { seq },
+            10 if len == KEY_BYTES => {
+                let mut key = [0; KEY_BYTES];
+                key.copy_from_slice(body);
+                Self::DigestKey { key }
+            }
             _ => return Err(Malformed { kind, len }),
         })
     }
@@ -275,14 +264,12 @@ mod tests {
             PacketMsg::PendingReleased { epoch },
             PacketMsg::CaughtUp { epoch },
             PacketMsg::CheckpointWanted,
-            PacketMsg::Digest {
+            PacketMsg::Digests {
                 epoch,
-                seq,
-                payload_len: 1400,
-                digest: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,
-                header: &frame[..54],
+                entries: &frame[..54],
             },
             PacketMsg::Fetch { seq },
+            PacketMsg::DigestKey { key: [9; 16] },
         ] {
             assert_eq!(read(&whole(&msg)), Ok(msg));
         }
@@ -296,7 +283,7 @@ mod tests {
             bytes[4] = kind;
             bytes
         };
-        for (kind, len) in [(0, 0), (1, 13), (3, 0), (4, 12), (8, 37)] {
+        for (kind, len) in [(0, 0), (1, 13), (3, 0), (4, 12), (10, 15)] {
             let bytes = head(kind, len);
             let len = len as usize;
             assert_eq!(read(&bytes), Err(Malformed { kind, len }));

@@ -307,7 +307,8 @@ impl PrimaryRole {
                 | PacketMsg::Input { .. }
                 | PacketMsg::Released { .. }
                 | PacketMsg::PendingReleased { .. }
-                | PacketMsg::Digest { .. }
+                | PacketMsg::Digests { .. }
+                | PacketMsg::DigestKey { .. }
                 | PacketMsg::Fetch { .. } => {}
             }
         }
