@@ -25,6 +25,7 @@ mod stats;
 mod stream;
 mod transport;
 mod udp;
+mod xdp;
 
 #[cfg(test)]
 mod tests;
@@ -41,6 +42,7 @@ pub use msg::{Malformed, PacketMsg};
 pub use open::{Packets, open_ports};
 pub use stats::LinkStats;
 pub use udp::UdpPort;
+pub use xdp::{XdpPort, XdpPortError};
 
 /// While datagrams carry both directions, TCP is looked at this often, when idle and when busy.
 const STREAM_IDLE_US: u64 = 50;

@@ -334,3 +334,8 @@ fn a_pair_over_tcp_serves_and_survives_its_primary() {
 fn a_pair_over_udp_serves_and_survives_its_primary() {
     serves_and_survives("udp");
 }
+
+#[test]
+fn a_pair_over_af_xdp_serves_and_survives_its_primary() {
+    serves_and_survives("xdp");
+}

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::port::DatagramPort;
 use super::udp::UdpPort;
+use super::xdp::XdpPort;
 
 /// What may carry the packet channel beside TCP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -18,11 +19,20 @@ pub enum Packets {
     Tcp,
     /// UDP, if the peer has it.
     Udp,
+    /// AF_XDP, if the peer has it.
+    Xdp,
 }
 
 /// The transports that can be had for the hosts that `stream` connects. What cannot is logged, and done without.
 pub fn open_ports(stream: &TcpStream, wish: Packets) -> Vec<Box<dyn DatagramPort>> {
     let mut ports: Vec<Box<dyn DatagramPort>> = Vec::new();
+    if matches!(wish, Packets::Auto | Packets::Xdp) {
+        match XdpPort::beside(stream) {
+            Ok(port) => ports.push(Box::new(port)),
+            Err(e) if wish == Packets::Auto => tracing::info!("packet channel: no AF_XDP: {e}"),
+            Err(e) => tracing::warn!("packet channel: no AF_XDP: {e}; doing without"),
+        }
+    }
     if wish == Packets::Udp {
         match UdpPort::beside(stream) {
             Ok(port) => ports.push(Box::new(port)),

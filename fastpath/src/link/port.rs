@@ -6,7 +6,6 @@
 //! Knows no order and no retransmission, and may lose, repeat and reorder datagrams.
 
 use std::fmt;
-use std::io;
 use std::net::SocketAddr;
 
 use colo_bpf::Mac;
@@ -82,14 +81,13 @@ pub trait DatagramPort: Send + fmt::Debug {
     /// Gives a slot back.
     fn release(&mut self, slot: Slot);
 
-    /// What to wait for.
-    fn pollfd(&self) -> libc::pollfd;
+    /// Adds what to wait for.
+    fn poll_fds(&self, fds: &mut Vec<libc::pollfd>);
 
     /// Datagrams that the system refused to send, or lost for lack of room.
     fn errors(&self) -> u64;
 
-    /// The last error in words.
-    fn last_error(&self) -> Option<&io::Error> {
-        None
-    }
+    /// For tests: nothing is received any more.
+    #[cfg(test)]
+    fn stop_receiving(&mut self) {}
 }

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::port::{PortAddress, Slot};
 
+mod xdp_tests;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn pair() -> (PacketLink, TcpStream) {
@@ -174,8 +176,8 @@ impl DatagramPort for BadPort {
     fn release(&mut self, slot: Slot) {
         self.port.release(slot);
     }
-    fn pollfd(&self) -> libc::pollfd {
-        self.port.pollfd()
+    fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
+        self.port.poll_fds(fds);
     }
     fn errors(&self) -> u64 {
         self.port.errors()
@@ -204,8 +206,12 @@ impl Ends {
             };
             PacketLink::with_ports(stream, vec![Box::new(port)], key).unwrap()
         };
+        Self::of([link(a, 0x1234_5678_9abc), link(b, 0xfedc_ba98_7654)])
+    }
+
+    fn of(links: [PacketLink; 2]) -> Self {
         Self {
-            links: [link(a, 0x1234_5678_9abc), link(b, 0xfedc_ba98_7654)],
+            links,
             unheard: [VecDeque::new(), VecDeque::new()],
             serial: 0,
             since: Instant::now(),

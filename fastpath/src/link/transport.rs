@@ -228,6 +228,12 @@ impl Datagrams {
         self.ports[port].address()
     }
 
+    /// A transport receives nothing any more.
+    #[cfg(test)]
+    pub(super) fn stop_receiving(&mut self, port: usize) {
+        self.ports[port].stop_receiving();
+    }
+
     /// What was received in a slot.
     pub(super) fn bytes(&self, port: usize, slot: &Slot) -> &[u8] {
         self.ports[port].bytes(slot)
@@ -273,7 +279,7 @@ impl Datagrams {
     }
 
     pub(super) fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
-        fds.extend(self.ports.iter().map(|port| port.pollfd()));
+        self.ports.iter().for_each(|port| port.poll_fds(fds));
     }
 
     /// The counters, complete.

@@ -38,7 +38,6 @@ pub struct UdpPort {
     out_lens: VecDeque<usize>,
     out_first: usize,
     errors: u64,
-    last_error: Option<io::Error>,
 }
 
 impl UdpPort {
@@ -72,7 +71,6 @@ impl UdpPort {
             out_lens: VecDeque::with_capacity(SEND_MAX),
             out_first: 0,
             errors: 0,
-            last_error: None,
         })
     }
 
@@ -138,9 +136,9 @@ impl UdpPort {
         Ok(n)
     }
 
-    fn failed(&mut self, error: io::Error) {
+    fn failed(&mut self, error: &io::Error) {
+        tracing::debug!("packet channel: UDP: {error}");
         self.errors += 1;
-        self.last_error = Some(error);
     }
 }
 
@@ -181,7 +179,7 @@ impl DatagramPort for UdpPort {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) => {
-                    self.failed(e);
+                    self.failed(&e);
                     1
                 }
             };
@@ -195,7 +193,7 @@ impl DatagramPort for UdpPort {
             match self.receive_batch() {
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => self.failed(e),
+                Err(e) => self.failed(&e),
             }
         }
         self.received.pop_front().map(Slot)
@@ -210,24 +208,20 @@ impl DatagramPort for UdpPort {
         self.free.push(slot.0);
     }
 
-    fn pollfd(&self) -> libc::pollfd {
+    fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
         let out = match self.out_lens.is_empty() {
             true => 0,
             false => libc::POLLOUT,
         };
-        libc::pollfd {
+        fds.push(libc::pollfd {
             fd: self.socket.as_raw_fd(),
             events: libc::POLLIN | out,
             revents: 0,
-        }
+        });
     }
 
     fn errors(&self) -> u64 {
         self.errors
-    }
-
-    fn last_error(&self) -> Option<&io::Error> {
-        self.last_error.as_ref()
     }
 }
 

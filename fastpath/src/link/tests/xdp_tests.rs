@@ -1,0 +1,177 @@
+//! The packet channel over AF_XDP, between two network namespaces.
+
+use std::process::Command;
+use std::sync::mpsc::channel;
+use std::thread;
+
+use colo_bpf::{LINK_ETHERTYPE, Mac};
+
+use super::*;
+
+const MACS: [Mac; 2] = [[2, 0xc0, 0, 0, 0, 1], [2, 0xc0, 0, 0, 0, 2]];
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "ip {arguments}: {output:?}");
+}
+
+/// Moves the calling thread to a network namespace of its own, which lives as long as sockets in it.
+fn unshare() {
+    // SAFETY: unshare changes only the calling thread, which nothing else shares.
+    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    assert_eq!(unshared, 0, "needs root");
+}
+
+fn link(stream: TcpStream, key: u64) -> PacketLink {
+    let ports = open_ports(&stream, Packets::Xdp);
+    assert_eq!(ports.len(), 1, "AF_XDP on a veth device");
+    PacketLink::with_ports(stream, ports, key).unwrap()
+}
+
+/// Two ends in two namespaces, and a way to send frames from the first to the second's interface.
+fn ends(mtu: u32, queues: u32) -> (Ends, Stranger) {
+    let (here_tid, there_tid) = channel();
+    let (ready, is_ready) = channel();
+    let far = thread::spawn(move || {
+        unshare();
+        // SAFETY: no preconditions.
+        here_tid.send(unsafe { libc::gettid() }).unwrap();
+        is_ready.recv().unwrap();
+        let listener = TcpListener::bind("10.9.0.2:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        (
+            address,
+            thread::spawn(move || link(listener.accept().unwrap().0, 22)),
+        )
+    });
+    let near = thread::spawn(move || {
+        unshare();
+        let tid = there_tid.recv().unwrap();
+        let side = format!("mtu {mtu} numrxqueues {queues} numtxqueues {queues}");
+        ip(&format!(
+            "link add a0 {side} type veth peer name a1 {side} netns {tid}"
+        ));
+        for (n, mac) in MACS.iter().enumerate() {
+            let mac = mac.map(|b| format!("{b:02x}")).join(":");
+            let inside = ["", "nsenter"][n];
+            let run = |arguments: &str| match inside {
+                "" => ip(arguments),
+                _ => {
+                    let status = Command::new("nsenter")
+                        .arg(format!("--net=/proc/{tid}/ns/net"))
+                        .arg("ip")
+                        .args(arguments.split(' '))
+                        .status()
+                        .unwrap();
+                    assert!(status.success(), "{arguments}");
+                }
+            };
+            run(&format!("link set a{n} address {mac}"));
+            run(&format!("addr add 10.9.0.{}/24 dev a{n}", n + 1));
+            run(&format!("link set a{n} up"));
+        }
+        ready.send(()).unwrap();
+        let (address, far) = far.join().unwrap();
+        let stream = TcpStream::connect(address).unwrap();
+        let near = link(stream, 11);
+        ([near, far.join().unwrap()], Stranger::on("a0"))
+    });
+    let (links, stranger) = near.join().unwrap();
+    (Ends::of(links), stranger)
+}
+
+/// A packet socket on the link.
+struct Stranger {
+    fd: std::os::fd::OwnedFd,
+}
+
+impl Stranger {
+    fn on(interface: &str) -> Self {
+        use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+        // SAFETY: plain system call that gives a new descriptor or -1.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+        assert!(fd >= 0);
+        // SAFETY: `fd` was just made and nobody else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let name = std::ffi::CString::new(interface).unwrap();
+        // SAFETY: all zero is a valid sockaddr_ll.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        // SAFETY: `name` is a C string that lives through the call.
+        address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
+        // SAFETY: reads one sockaddr_ll on this stack.
+        let bound = unsafe {
+            libc::bind(
+                fd.as_raw_fd(),
+                (&raw const address).cast(),
+                size_of::<libc::sockaddr_ll>() as u32,
+            )
+        };
+        assert_eq!(bound, 0);
+        Self { fd }
+    }
+
+    fn send(&self, payload: &[u8]) {
+        use std::os::fd::AsRawFd;
+        let kind = LINK_ETHERTYPE.to_be_bytes();
+        let frame = [&MACS[1][..], &[2, 0, 0, 0, 0, 9], &kind, payload].concat();
+        // SAFETY: reads the frame, which lives through the call.
+        let sent =
+            unsafe { libc::send(self.fd.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        assert_eq!(sent, frame.len() as isize);
+    }
+}
+
+#[test]
+fn what_is_said_moves_over_to_af_xdp_and_stays_in_order() {
+    for (mtu, queues) in [(1500, 1), (3000, 2)] {
+        let (mut ends, _) = ends(mtu, queues);
+        ends.talk(500);
+        ends.until_both_use("xdp");
+        ends.talk(1_000);
+        for link in &ends.links {
+            let stats = link.stats();
+            assert!(stats.datagrams_sent > 1_000, "{stats:?}");
+            assert_eq!((stats.fallbacks, stats.foreign, stats.damaged), (0, 0, 0));
+            // A whole frame of the guest's fits only into the larger MTU; of 32 messages 5 are one, 1 is longer.
+            let many = stats.split > ends.serial / 32 * 3;
+            assert_eq!(many, mtu == 1500, "{stats:?}");
+        }
+    }
+}
+
+#[test]
+fn foreign_frames_are_counted_and_harmless() {
+    let (mut ends, stranger) = ends(1500, 1);
+    ends.until_both_use("xdp");
+    let payloads = [&[][..], &[0xc0], &[0xc0; 60], &[0; 1400]];
+    for payload in payloads {
+        stranger.send(payload);
+    }
+    ends.until(|ends| {
+        let stats = ends.links[1].stats();
+        // One of them is an Ethernet header alone.
+        stats.foreign + stats.truncated + stats.send_errors == payloads.len() as u64
+    });
+    ends.talk(200);
+    assert_eq!(ends.carriers(), ["xdp", "xdp"]);
+}
+
+#[test]
+fn a_path_that_breaks_is_left_for_tcp() {
+    let (mut ends, _) = ends(1500, 1);
+    ends.until_both_use("xdp");
+    ends.talk(50);
+    // The far host's own stack gets the frames, and drops them.
+    let Some(datagrams) = &mut ends.links[1].datagrams else {
+        panic!("no datagrams");
+    };
+    datagrams.stop_receiving(0);
+    ends.talk(200);
+    ends.until_both_use("tcp");
+    assert!(ends.links.iter().all(|link| link.stats().fallbacks == 1));
+    ends.talk(50);
+}

@@ -1,0 +1,391 @@
+//! Datagrams of the packet channel as Ethernet frames of their own type, through AF_XDP sockets on the link's interface.
+//!
+//! Invariants: every chunk is in exactly one place: free to receive, in a fill ring, received, free to send, or in the tx ring;
+//! the XDP program takes the link's frames and passes everything else to the host, so that TCP goes on beside them; it leaves
+//! the interface with this value.
+//!
+//! Looks at no datagram: what comes from elsewhere is the reliable layer's to refuse.
+
+mod chunks;
+mod interface;
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use colo_bpf::{Attach, Attached, Groups, LINK_ETHERTYPE, LinkChannel, Mac, XdpError, XdpProgram};
+
+use super::port::{DatagramPort, PortAddress, Slot};
+use super::reliable::RECEIVE_WINDOW;
+use crate::ring::xsk::{
+    BindOptions, CopyMode, Descriptor, Interface, InterfaceError, Kick, Rx, Umem, XskError,
+    XskSocket,
+};
+use chunks::Chunks;
+
+const ETHERNET_BYTES: usize = 14;
+/// What the kernel keeps of a chunk for itself.
+const HEADROOM_BYTES: usize = 256;
+/// Chunks to send from.
+const SEND_CHUNKS: usize = 256;
+/// Chunks beside those that the receive window can hold: for acknowledgements and what is refused.
+const SPARE_CHUNKS: usize = 64;
+/// Chunks in the fill rings of all queues together, and of each at least.
+const FILL_CHUNKS: usize = 512;
+const FILL_CHUNKS_MIN: usize = 64;
+const RING_ENTRIES: u32 = 1024;
+/// The kernel sends so many frames in one call at most, in copy mode.
+const KICK_FRAMES: u32 = 32;
+/// The kernel lets go of a queue a little after its last socket was closed.
+const BUSY_TRIES: u32 = 50;
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+
+/// Why the link has no AF_XDP.
+#[derive(Debug, thiserror::Error)]
+pub enum XdpPortError {
+    /// The address is on no interface.
+    #[error("no interface has the link's address {0}")]
+    NoInterface(std::net::IpAddr),
+    /// The interface.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
+    /// A socket or its memory.
+    #[error(transparent)]
+    Xsk(#[from] XskError),
+    /// The XDP program.
+    #[error(transparent)]
+    Xdp(#[from] XdpError),
+    /// Addresses or memory.
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+#[derive(Debug)]
+struct Queue {
+    socket: XskSocket,
+    /// Chunks in its fill ring and its rx ring.
+    lent: usize,
+    /// The rest of a frame in several pieces is of no use.
+    spoilt: bool,
+}
+
+/// The link's AF_XDP sockets, one for each receive queue of its interface.
+#[derive(Debug)]
+pub struct XdpPort {
+    /// Dropped first: without it no more frames come.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it is held"))]
+    program: XdpProgram,
+    queues: Vec<Queue>,
+    turn: usize,
+    fill_target: usize,
+    chunks: Chunks,
+    /// By chunk: where the datagram lies.
+    places: Box<[(u64, usize)]>,
+    free: Vec<u32>,
+    sendable: VecDeque<u32>,
+    mac: Mac,
+    peer: Mac,
+    mtu: usize,
+    errors: u64,
+}
+
+impl XdpPort {
+    /// On the interface that `stream` uses here.
+    pub fn beside(stream: &TcpStream) -> Result<Self, XdpPortError> {
+        let local = stream.local_addr()?.ip();
+        let name = interface::interface_with(local)?.ok_or(XdpPortError::NoInterface(local))?;
+        let interface = Interface::find(&name)?;
+        let mtu = interface.mtu()? as usize;
+        let chunk_bytes = match mtu + ETHERNET_BYTES + HEADROOM_BYTES {
+            0..=2048 => 2048,
+            _ => 4096,
+        };
+        let mtu = mtu.min(chunk_bytes - HEADROOM_BYTES - ETHERNET_BYTES);
+        let mac = interface.mac()?;
+        let queues = interface.rx_queues()?;
+        let fill_target = (FILL_CHUNKS / queues as usize).max(FILL_CHUNKS_MIN);
+        let receiving = RECEIVE_WINDOW + SPARE_CHUNKS + fill_target * queues as usize;
+        let count = receiving + SEND_CHUNKS;
+        let chunks = Chunks::new(count, chunk_bytes)?;
+        let sockets = bind_all(&chunks, &interface, queues)?;
+        let (program, attached) = take_link_frames(&interface, &sockets)?;
+        let zero_copy = sockets.iter().all(XskSocket::is_zero_copy);
+        let copying = if zero_copy { "zero-copy" } else { "copy" };
+        let at = attached.mode;
+        tracing::info!("packet channel: AF_XDP on {name}: {at} mode, {copying}, {queues} queues");
+        let queue = |socket| Queue {
+            socket,
+            lent: 0,
+            spoilt: false,
+        };
+        let mut port = Self {
+            program,
+            queues: sockets.into_iter().map(queue).collect(),
+            turn: 0,
+            fill_target,
+            chunks,
+            places: vec![(0, 0); count].into_boxed_slice(),
+            free: (0..receiving as u32).collect(),
+            sendable: (receiving as u32..count as u32).collect(),
+            mac,
+            peer: mac,
+            mtu,
+            errors: 0,
+        };
+        port.refill();
+        Ok(port)
+    }
+
+    /// Gives free chunks to the fill rings.
+    fn refill(&mut self) {
+        for queue in &mut self.queues {
+            queue.socket.release_rx();
+            let wanted = self.fill_target.saturating_sub(queue.lent);
+            // Below half is soon enough.
+            if wanted * 2 < self.fill_target {
+                continue;
+            }
+            let room = queue.socket.fill_free(wanted as u32) as usize;
+            for _ in 0..wanted.min(room) {
+                let Some(chunk) = self.free.pop() else { break };
+                let offset = self.chunks.offset_of(chunk as usize);
+                if !matches!(queue.socket.fill(offset), Ok(true)) {
+                    self.free.push(chunk);
+                    break;
+                }
+                queue.lent += 1;
+            }
+            queue.socket.submit_fill();
+            if queue.socket.fill_needs_wakeup()
+                && let Err(e) = queue.socket.wake_rx()
+            {
+                tracing::debug!("packet channel: AF_XDP: {e}");
+                self.errors += 1;
+            }
+        }
+    }
+
+    /// Takes back the chunks whose frames have left.
+    fn reap(&mut self) {
+        let Some(queue) = self.queues.first_mut() else {
+            return;
+        };
+        while let Some(offset) = queue.socket.complete() {
+            self.sendable.push_back(self.chunks.index_of(offset) as u32);
+        }
+        queue.socket.release_completions();
+    }
+
+    /// Makes the kernel send what it was given.
+    fn kick(&mut self) {
+        let Some(queue) = self.queues.first_mut() else {
+            return;
+        };
+        queue.socket.submit_tx();
+        let calls = queue.socket.tx_pending().div_ceil(KICK_FRAMES) + 1;
+        for _ in 0..calls {
+            if queue.socket.tx_pending() == 0 || !queue.socket.tx_needs_wakeup() {
+                break;
+            }
+            match queue.socket.kick_tx() {
+                Ok(Kick::Done) => {}
+                // What stays in the ring is sent with what comes next.
+                Ok(Kick::Again | Kick::Down) => break,
+                Err(e) => {
+                    tracing::debug!("packet channel: AF_XDP: {e}");
+                    self.errors += 1;
+                    break;
+                }
+            }
+        }
+    }
+
+    fn receive_from(&mut self, index: usize) -> Option<Slot> {
+        let queue = &mut self.queues[index];
+        loop {
+            let piece = match queue.socket.receive()? {
+                Rx::Piece(piece) => piece,
+                Rx::Bad { more } => {
+                    queue.spoilt = more;
+                    self.errors += 1;
+                    continue;
+                }
+            };
+            queue.lent = queue.lent.saturating_sub(1);
+            let chunk = self.chunks.index_of(piece.chunk) as u32;
+            let spoilt = std::mem::replace(&mut queue.spoilt, piece.more);
+            let len = (piece.len as usize).saturating_sub(ETHERNET_BYTES);
+            if spoilt || piece.more || len == 0 {
+                self.free.push(chunk);
+                self.errors += 1;
+                continue;
+            }
+            self.places[chunk as usize] = (piece.offset + ETHERNET_BYTES as u64, len);
+            return Some(Slot(chunk));
+        }
+    }
+}
+
+impl DatagramPort for XdpPort {
+    fn address(&self) -> PortAddress {
+        PortAddress::Xdp(self.mac)
+    }
+
+    fn mtu(&self) -> usize {
+        self.mtu
+    }
+
+    fn set_peer(&mut self, peer: PortAddress) {
+        if let PortAddress::Xdp(mac) = peer {
+            self.peer = mac;
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        !self.sendable.is_empty()
+    }
+
+    fn send(&mut self, head: &[u8], payload: &[u8]) -> bool {
+        let body = ETHERNET_BYTES + head.len();
+        let len = body + payload.len();
+        if len > self.mtu + ETHERNET_BYTES {
+            return false;
+        }
+        let Some(chunk) = self.sendable.pop_front() else {
+            return false;
+        };
+        let offset = self.chunks.offset_of(chunk as usize);
+        let frame = self.chunks.get_mut(offset, len);
+        frame[..6].copy_from_slice(&self.peer);
+        frame[6..12].copy_from_slice(&self.mac);
+        frame[12..ETHERNET_BYTES].copy_from_slice(&LINK_ETHERTYPE.to_be_bytes());
+        frame[ETHERNET_BYTES..body].copy_from_slice(head);
+        frame[body..].copy_from_slice(payload);
+        let piece = Descriptor {
+            offset,
+            len: len as u32,
+            more: false,
+        };
+        // The ring has an entry for each chunk.
+        let sent = matches!(self.queues[0].socket.send(piece), Ok(true));
+        if !sent {
+            self.sendable.push_back(chunk);
+        }
+        sent
+    }
+
+    fn flush(&mut self) {
+        self.kick();
+        self.reap();
+        self.refill();
+    }
+
+    fn receive(&mut self) -> Option<Slot> {
+        for _ in 0..self.queues.len() {
+            if let Some(slot) = self.receive_from(self.turn) {
+                return Some(slot);
+            }
+            self.turn = (self.turn + 1) % self.queues.len();
+        }
+        None
+    }
+
+    fn bytes(&self, slot: &Slot) -> &[u8] {
+        let (offset, len) = self.places[slot.0 as usize];
+        self.chunks.get(offset, len)
+    }
+
+    fn release(&mut self, slot: Slot) {
+        self.free.push(slot.0);
+    }
+
+    fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
+        let sending = self.sendable.is_empty();
+        for (index, queue) in self.queues.iter().enumerate() {
+            let out = match index == 0 && sending {
+                true => libc::POLLOUT,
+                false => 0,
+            };
+            fds.push(libc::pollfd {
+                fd: queue.socket.poll_fd(),
+                events: libc::POLLIN | out,
+                revents: 0,
+            });
+        }
+    }
+
+    fn errors(&self) -> u64 {
+        let lost = self.queues.iter().filter_map(|queue| {
+            let counted = queue.socket.statistics().ok()?;
+            Some(counted.rx_dropped + counted.rx_ring_full + counted.fill_ring_empty)
+        });
+        self.errors + lost.sum::<u64>()
+    }
+
+    #[cfg(test)]
+    fn stop_receiving(&mut self) {
+        let nothing = LinkChannel::default();
+        let _ = self.program.set_link_channel(nothing);
+    }
+}
+
+/// A socket on each queue, without copies if the driver can.
+fn bind_all(
+    chunks: &Chunks,
+    interface: &Interface,
+    queues: u32,
+) -> Result<Vec<XskSocket>, XskError> {
+    let bind = |copy_mode| {
+        let umem = chunks.register()?;
+        let options = BindOptions {
+            copy_mode,
+            multi_buffer: false,
+            fill_entries: RING_ENTRIES,
+            completion_entries: RING_ENTRIES,
+            rx_entries: RING_ENTRIES,
+            tx_entries: RING_ENTRIES,
+            ..BindOptions::default()
+        };
+        let each = |queue| bind_patiently(&umem, interface, queue, &options);
+        (0..queues).map(each).collect()
+    };
+    match bind(CopyMode::ZeroCopy) {
+        Err(XskError::NoZeroCopy { .. }) => bind(CopyMode::Copy),
+        done => done,
+    }
+}
+
+fn bind_patiently(
+    umem: &Umem,
+    interface: &Interface,
+    queue: u32,
+    options: &BindOptions,
+) -> Result<XskSocket, XskError> {
+    for _ in 0..BUSY_TRIES {
+        match XskSocket::bind(umem, interface, queue, options) {
+            Err(XskError::Busy { .. }) => std::thread::sleep(BUSY_PAUSE),
+            done => return done,
+        }
+    }
+    XskSocket::bind(umem, interface, queue, options)
+}
+
+/// The program that gives the link's frames to the sockets and all else to the host.
+fn take_link_frames(
+    interface: &Interface,
+    sockets: &[XskSocket],
+) -> Result<(XdpProgram, Attached), XdpError> {
+    let mut program = XdpProgram::load()?;
+    program.set_groups(Groups::Copied)?;
+    program.set_link_channel(LinkChannel {
+        ethertype: Some(LINK_ETHERTYPE),
+        udp_port: None,
+    })?;
+    for socket in sockets {
+        program.set_link_socket(socket.queue(), socket.as_fd())?;
+    }
+    let attached = program.attach(interface.name(), Attach::Best)?;
+    Ok((program, attached))
+}

@@ -1,0 +1,60 @@
+//! Which interface has an address of this host.
+
+use std::ffi::CStr;
+use std::io;
+use std::net::IpAddr;
+
+/// The name of the interface with this address, in the network namespace of the calling thread.
+pub(super) fn interface_with(address: IpAddr) -> io::Result<Option<String>> {
+    let mut first: *mut libc::ifaddrs = std::ptr::null_mut();
+    // SAFETY: the call writes one pointer, to a list that is ours until it is freed below.
+    if unsafe { libc::getifaddrs(&raw mut first) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut found = None;
+    let mut next = first;
+    // SAFETY: `next` is null or an entry of the list, which is not freed before the loop has ended.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        if ip_of(entry.ifa_addr) == Some(address) {
+            // SAFETY: each entry has a name, a C string that lives as long as the list.
+            let name = unsafe { CStr::from_ptr(entry.ifa_name) };
+            found = Some(name.to_string_lossy().into_owned());
+            break;
+        }
+        next = entry.ifa_next;
+    }
+    // SAFETY: the list that getifaddrs has made, and nothing refers to it any more.
+    unsafe { libc::freeifaddrs(first) };
+    Ok(found)
+}
+
+/// The IP address in an entry of the list; other families have none.
+fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
+    // SAFETY: null, or a socket address that lives as long as the list that the caller holds.
+    let family = unsafe { address.as_ref() }?.sa_family;
+    match libc::c_int::from(family) {
+        libc::AF_INET => {
+            // SAFETY: an address of this family is a sockaddr_in.
+            let address = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(IpAddr::from(address.sin_addr.s_addr.to_ne_bytes()))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: an address of this family is a sockaddr_in6.
+            let address = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(IpAddr::from(address.sin6_addr.s6_addr))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_is_found_and_a_foreign_address_is_not() {
+        let of = |text: &str| interface_with(text.parse().unwrap()).unwrap();
+        assert_eq!(of("127.0.0.1").as_deref(), Some("lo"));
+        assert_eq!(of("203.0.113.77"), None);
+    }
+}
