@@ -208,6 +208,8 @@ impl Datagrams {
                 self.heard_on = Some(index);
                 self.ping = None;
             }
+            // Without the peer's offer there is no key to answer with; it asks again.
+            Heard::Probe(_) if self.common.is_empty() => {}
             Heard::Probe(question) => {
                 self.heard_on.get_or_insert(index);
                 let head = self.core.probe(Kind::ProbeAnswer, question, &[]);

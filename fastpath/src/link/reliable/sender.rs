@@ -3,8 +3,8 @@
 //! Invariants: a unit stays, with its number and its bytes, until it is acknowledged or taken back; at most
 //! [`RING_BYTES`] and [`UNITS_MAX`] are kept; nothing is sent that the peer has no room for. No memory is taken after `new`.
 //!
-//! Small messages that follow each other share a unit until it is sent; a larger one is a unit of its own, or several when
-//! it is longer than a datagram.
+//! Messages that follow each other share a unit as long as it is not sent and has room; one that is longer than a datagram
+//! becomes several units.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -18,8 +18,6 @@ pub(in crate::link) const UNITS_MAX: usize = 8192;
 /// With less contiguous room than this, no more work is taken in.
 const ROOM_BYTES: usize = 256 << 10;
 const ROOM_UNITS: usize = 512;
-/// A message up to this length shares a unit with its neighbours.
-const SMALL_BYTES: usize = 256;
 /// So many later units acknowledged: this one is lost (RFC 5681 and RFC 9002 take 3, too).
 const OVERTAKEN: u64 = 3;
 /// Units in flight: at the start, after a silence, and at most.
@@ -43,8 +41,8 @@ struct Unit {
     len: usize,
     /// The message goes on in the next unit.
     more: bool,
-    /// Holds small messages only.
-    small: bool,
+    /// Holds whole messages, and may take more of them.
+    whole: bool,
     state: State,
     sent_us: u64,
     /// Order of transmissions.
@@ -180,11 +178,9 @@ impl Sender {
         self.ring[at..at + head.len()].copy_from_slice(head);
         self.ring[at + head.len()..at + len].copy_from_slice(body);
         self.end = at + len;
-        let small = len <= SMALL_BYTES.min(self.payload_max);
-        if small
-            && let Some(last) = self.units.back_mut()
+        if let Some(last) = self.units.back_mut()
             && last.state == State::Fresh
-            && last.small
+            && last.whole
             && last.at + last.len == at
             && last.len + len <= self.payload_max
         {
@@ -199,7 +195,7 @@ impl Sender {
                 at: at + from,
                 len: if more { self.payload_max } else { len - from },
                 more,
-                small,
+                whole: parts == 1,
                 state: State::Fresh,
                 sent_us: 0,
                 stamp: 0,
@@ -326,17 +322,23 @@ impl Sender {
             self.ask = true;
             self.blocked += 1;
         }
-        if self.rounds == 1 {
+        // The first time one is enough: its acknowledgement tells about the others.
+        let count = if self.rounds > 1 { self.begun } else { 1 };
+        if self.rounds == 2 {
             self.threshold = (self.window / 2).max(WINDOW_MIN);
+            self.window = WINDOW_MIN;
+            self.recovered = self.stamp;
         }
-        self.window = WINDOW_MIN;
-        self.recovered = self.stamp;
-        for unit in self.units.range_mut(..self.begun) {
-            if unit.state == State::InFlight {
-                unit.state = State::Lost;
-                self.in_flight -= 1;
-                self.lost += 1;
-            }
+        let in_flight = |unit: &&mut Unit| unit.state == State::InFlight;
+        for unit in self
+            .units
+            .range_mut(..self.begun)
+            .filter(in_flight)
+            .take(count)
+        {
+            unit.state = State::Lost;
+            self.in_flight -= 1;
+            self.lost += 1;
         }
         self.lost_from = self.first;
         self.arm(now_us);

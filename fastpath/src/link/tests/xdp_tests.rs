@@ -25,14 +25,23 @@ fn unshare() {
     assert_eq!(unshared, 0, "needs root");
 }
 
-fn link(stream: TcpStream, key: u64) -> PacketLink {
-    let ports = open_ports(&stream, Packets::Xdp);
-    assert_eq!(ports.len(), 1, "AF_XDP on a veth device");
+fn link(stream: TcpStream, packets: Packets, key: u64) -> PacketLink {
+    let ports = open_ports(&stream, packets);
+    assert_eq!(
+        ports.len(),
+        usize::from(packets != Packets::Tcp),
+        "AF_XDP on a veth device"
+    );
     PacketLink::with_ports(stream, ports, key).unwrap()
 }
 
 /// Two ends in two namespaces, and a way to send frames from the first to the second's interface.
 fn ends(mtu: u32, queues: u32) -> (Ends, Stranger) {
+    let (links, stranger) = links(mtu, queues, Packets::Xdp);
+    (Ends::of(links), stranger)
+}
+
+fn links(mtu: u32, queues: u32, packets: Packets) -> ([PacketLink; 2], Stranger) {
     let (here_tid, there_tid) = channel();
     let (ready, is_ready) = channel();
     let far = thread::spawn(move || {
@@ -44,7 +53,7 @@ fn ends(mtu: u32, queues: u32) -> (Ends, Stranger) {
         let address = listener.local_addr().unwrap();
         (
             address,
-            thread::spawn(move || link(listener.accept().unwrap().0, 22)),
+            thread::spawn(move || link(listener.accept().unwrap().0, packets, 22)),
         )
     });
     let near = thread::spawn(move || {
@@ -76,11 +85,10 @@ fn ends(mtu: u32, queues: u32) -> (Ends, Stranger) {
         ready.send(()).unwrap();
         let (address, far) = far.join().unwrap();
         let stream = TcpStream::connect(address).unwrap();
-        let near = link(stream, 11);
+        let near = link(stream, packets, 11);
         ([near, far.join().unwrap()], Stranger::on("a0"))
     });
-    let (links, stranger) = near.join().unwrap();
-    (Ends::of(links), stranger)
+    near.join().unwrap()
 }
 
 /// A packet socket on the link.
