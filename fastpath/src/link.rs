@@ -107,18 +107,21 @@ pub struct PacketLink {
 impl PacketLink {
     /// Over a connected stream alone, which becomes non-blocking.
     pub fn new(stream: TcpStream) -> io::Result<Self> {
-        Self::with_ports(stream, Vec::new(), 0)
+        Self::with_ports(stream, Vec::new(), 0, 0)
     }
 
-    /// Over a connected stream and the datagram transports that both ends have. `key`: a random number.
+    /// Over a connected stream and the datagram transports that both ends have. `key`: a random number. Without hearing
+    /// the peer over TCP for `patience_us`, nothing more is sent.
     pub fn with_ports(
         stream: TcpStream,
         ports: Vec<Box<dyn DatagramPort>>,
         key: u64,
+        patience_us: u64,
     ) -> io::Result<Self> {
         // Gone already: the first read will say so.
         let peer = stream.peer_addr().ok();
-        let datagrams = (!ports.is_empty()).then(|| Box::new(Datagrams::new(ports, key)));
+        let datagrams =
+            (!ports.is_empty()).then(|| Box::new(Datagrams::new(ports, key, patience_us)));
         let (reserve, whole) = match datagrams {
             Some(_) => (transport::TAKEN_BACK_MAX, HEAD_BYTES + BODY_MAX),
             None => (0, 0),
@@ -355,7 +358,7 @@ impl PacketLink {
                     }
                 }
                 kind::PING => say(&mut self.stream, kind::PONG, 0, head.seq, &[]),
-                kind::PONG => datagrams.take_pong(head.seq),
+                kind::PONG => datagrams.take_pong(now_us(), head.seq),
                 kind::TO_UNITS if !self.units && head.seq == receiver.next() => {
                     self.units = true;
                     return Ok(InStream::UnitsFirst);

@@ -2,7 +2,7 @@
 
 use super::*;
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -12,6 +12,8 @@ use super::port::{PortAddress, Slot};
 
 mod xdp_tests;
 
+/// Of the link, for TCP.
+const PATIENCE_US: u64 = 1_000_000;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn pair() -> (PacketLink, TcpStream) {
@@ -191,21 +193,46 @@ struct Ends {
     unheard: [VecDeque<(u64, usize, u8)>; 2],
     serial: u64,
     since: Instant,
+    /// What the TCP connection goes through, if anything.
+    relay: Option<[TcpStream; 2]>,
+    relayed: [Vec<u8>; 2],
+}
+
+/// Two connected sockets.
+fn connected() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (a, listener.accept().unwrap().0)
 }
 
 impl Ends {
     fn new(network: &Arc<Network>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (b, _) = listener.accept().unwrap();
+        let (a, b) = connected();
+        Self::over([a, b], network)
+    }
+
+    /// TCP goes through a relay that can be taken away.
+    fn through_relay(network: &Arc<Network>) -> Self {
+        let ((a, near), (far, b)) = (connected(), connected());
+        let relay = [near, far];
+        relay.iter().for_each(|s| s.set_nonblocking(true).unwrap());
+        let relay = Some(relay);
+        Self {
+            relay,
+            ..Self::over([a, b], network)
+        }
+    }
+
+    fn over(streams: [TcpStream; 2], network: &Arc<Network>) -> Self {
         let link = |stream: TcpStream, key: u64| {
             let port = BadPort {
                 port: UdpPort::beside(&stream).unwrap(),
                 network: network.clone(),
                 dice: key,
             };
-            PacketLink::with_ports(stream, vec![Box::new(port)], key).unwrap()
+            PacketLink::with_ports(stream, vec![Box::new(port)], key, PATIENCE_US).unwrap()
         };
+        let [a, b] = streams;
         Self::of([link(a, 0x1234_5678_9abc), link(b, 0xfedc_ba98_7654)])
     }
 
@@ -215,6 +242,8 @@ impl Ends {
             unheard: [VecDeque::new(), VecDeque::new()],
             serial: 0,
             since: Instant::now(),
+            relay: None,
+            relayed: [Vec::new(), Vec::new()],
         }
     }
 
@@ -245,6 +274,17 @@ impl Ends {
     fn step(&mut self) {
         for link in &mut self.links {
             link.flush().unwrap();
+        }
+        if let Some([near, far]) = &self.relay {
+            let mut buffer = [0; 65536];
+            let both = [(near, far), (far, near)];
+            for ((mut from, mut to), waiting) in both.into_iter().zip(&mut self.relayed) {
+                if let Ok(n) = from.read(&mut buffer) {
+                    waiting.extend_from_slice(&buffer[..n]);
+                }
+                let n = to.write(waiting).unwrap_or(0);
+                waiting.drain(..n);
+            }
         }
         for end in [0, 1] {
             self.links[end].fill().unwrap();
@@ -360,7 +400,7 @@ fn a_path_that_loses_long_datagrams_is_not_used() {
 fn rule_22_a_peer_of_an_earlier_version_stays_on_tcp() {
     let (mut old, stream) = pair();
     let port = UdpPort::beside(&stream).unwrap();
-    let mut new = PacketLink::with_ports(stream, vec![Box::new(port)], 5).unwrap();
+    let mut new = PacketLink::with_ports(stream, vec![Box::new(port)], 5, PATIENCE_US).unwrap();
     for seq in 0..50 {
         old.push(&PacketMsg::InputAck { up_to: seq });
         new.push(&PacketMsg::Fetch { seq });
@@ -429,5 +469,31 @@ fn foreign_datagrams_are_counted_and_harmless() {
         stats.foreign + stats.truncated == others.len() as u64
     });
     ends.talk(100);
+    assert_eq!(ends.carriers(), ["udp", "udp"]);
+}
+
+#[test]
+fn rule_18_nothing_is_sent_as_datagrams_once_tcp_is_silent() {
+    let network = Network::new(0);
+    let mut ends = Ends::through_relay(&network);
+    ends.until_both_use("udp");
+    ends.talk(20);
+    let relay = ends.relay.take();
+    let sent = |ends: &Ends| ends.links.each_ref().map(|l| l.stats().datagrams_sent);
+    let (mut before, mut since_us) = (sent(&ends), now_us());
+    while now_us() < since_us + PATIENCE_US {
+        if ends.unheard[0].len() < 200 {
+            ends.say(0, 1);
+            ends.say(1, 1);
+        }
+        ends.step();
+        if sent(&ends) != before {
+            (before, since_us) = (sent(&ends), now_us());
+        }
+    }
+    assert!(ends.unheard.iter().all(|unheard| !unheard.is_empty()));
+    // With TCP back, what was kept back follows.
+    ends.relay = relay;
+    ends.until_heard();
     assert_eq!(ends.carriers(), ["udp", "udp"]);
 }

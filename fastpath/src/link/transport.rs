@@ -8,8 +8,9 @@
 //! again, the units that were not acknowledged come first, with their numbers, and a mark ends them. So no message is lost,
 //! repeated or reordered by a move.
 //!
-//! Invariants: units go as datagrams only after a datagram as long as any has been answered; a transport is given up when
-//! nothing was heard through three timeouts while the peer answered a question over TCP.
+//! Invariants: units go as datagrams only after a datagram as long as any has been answered, and only while TCP is heard: a
+//! host that is cut off for the control channel is cut off for packets, too (rule 18). A transport is given up when nothing
+//! was heard through three timeouts while the peer answered a question over TCP.
 //!
 //! Does not interpret messages.
 
@@ -46,6 +47,8 @@ const PROBES: u32 = 24;
 /// Rest after all transports failed or one was given up.
 const REST_MIN_US: u64 = 1_000_000;
 const REST_MAX_US: u64 = 60_000_000;
+/// Questions over TCP while one answer is good.
+const PINGS_PER_PATIENCE: u64 = 4;
 /// Datagrams taken from a transport at a time.
 const RECEIVE_MAX: usize = 256;
 /// What pushes beyond [`Datagrams::has_room`] find room in without more memory.
@@ -81,17 +84,21 @@ pub(super) struct Datagrams {
     probing: Probing,
     /// A transport whose probe was answered.
     confirmed: Option<usize>,
-    /// The question asked over TCP since the peer was heard last, and the last answer.
+    /// The first question asked over TCP since datagrams were heard last, the last one, and the last answer.
     ping: Option<u64>,
     pings: u64,
     pong: u64,
+    next_ping_us: u64,
+    /// When TCP was heard last, and how long that is good for.
+    stream_heard_us: u64,
+    patience_us: u64,
     /// Messages that found no room, in order.
     overflow: Vec<u8>,
     pub(super) stats: LinkStats,
 }
 
 impl Datagrams {
-    pub(super) fn new(ports: Vec<Box<dyn DatagramPort>>, key: u64) -> Self {
+    pub(super) fn new(ports: Vec<Box<dyn DatagramPort>>, key: u64, patience_us: u64) -> Self {
         Self {
             ports,
             core: Reliable::new(key),
@@ -111,6 +118,9 @@ impl Datagrams {
             ping: None,
             pings: 0,
             pong: 0,
+            next_ping_us: 0,
+            stream_heard_us: 0,
+            patience_us,
             overflow: Vec::with_capacity(OVERFLOW_BYTES),
             stats: LinkStats::default(),
         }
@@ -174,9 +184,15 @@ impl Datagrams {
         self.carrier.is_some() && self.core.sender.can_send()
     }
 
-    /// The question over TCP was answered.
-    pub(super) fn take_pong(&mut self, answered: u64) {
+    /// A question over TCP was answered.
+    pub(super) fn take_pong(&mut self, now_us: u64, answered: u64) {
         self.pong = answered;
+        if now_us >= self.stream_heard_us + self.patience_us {
+            // Datagrams were not even sent: that they were not answered says nothing about them.
+            self.core.sender.heard();
+            self.ping = None;
+        }
+        self.stream_heard_us = now_us;
     }
 
     /// Takes what has come. True if there was anything.
@@ -250,10 +266,12 @@ impl Datagrams {
     pub(super) fn flush(&mut self, now_us: u64, stream: &mut Stream) {
         self.core.handle_timeout(now_us);
         self.probe(now_us);
-        self.move_over(stream);
+        self.move_over(now_us, stream);
         self.move_back(now_us, stream);
+        self.ask_stream(now_us, stream);
         self.drain_overflow();
-        let Some(index) = self.carrier.or(self.heard_on) else {
+        let alive = self.carrier.is_none() || now_us < self.stream_heard_us + self.patience_us;
+        let Some(index) = self.carrier.or(self.heard_on).filter(|_| alive) else {
             return self.flush_ports();
         };
         while self.ports[index].has_room() {
@@ -275,7 +293,10 @@ impl Datagrams {
 
     pub(super) fn deadline_us(&self) -> Option<u64> {
         let probing = self.carrier.is_none() && !self.common.is_empty();
-        let probe_us = probing.then_some(self.probing.next_us);
+        let probe_us = match probing {
+            true => Some(self.probing.next_us),
+            false => self.carrier.map(|_| self.next_ping_us),
+        };
         let core_us = self.core.deadline_us();
         [probe_us, core_us].into_iter().flatten().min()
     }
@@ -329,7 +350,7 @@ impl Datagrams {
     }
 
     /// To datagrams, once a probe was answered.
-    fn move_over(&mut self, stream: &mut Stream) {
+    fn move_over(&mut self, now_us: u64, stream: &mut Stream) {
         let Some(index) = self.confirmed.take().filter(|_| self.carrier.is_none()) else {
             return;
         };
@@ -348,6 +369,8 @@ impl Datagrams {
         self.core.sender.begin(payload_max, self.peer_window);
         self.carrier = Some(index);
         self.ping = None;
+        self.stream_heard_us = now_us;
+        self.next_ping_us = now_us;
     }
 
     /// Back to TCP, when the peer answers there and is not heard here.
@@ -357,9 +380,9 @@ impl Datagrams {
             return;
         }
         let Some(ping) = self.ping else {
-            self.pings += 1;
-            self.ping = Some(self.pings);
-            return say(stream, kind::PING, 0, self.pings, &[]);
+            self.ping = Some(self.pings + 1);
+            self.next_ping_us = now_us;
+            return;
         };
         if self.pong < ping || !self.core.sender.is_stalled() {
             return;
@@ -388,6 +411,15 @@ impl Datagrams {
         probing.valid_from = probing.question + 1;
         probing.next_us = now_us + probing.rest_us;
         probing.rest_us = (2 * probing.rest_us).min(REST_MAX_US);
+    }
+
+    /// Whether TCP still works is to be known while nothing else goes over it.
+    fn ask_stream(&mut self, now_us: u64, stream: &mut Stream) {
+        if self.carrier.is_some() && self.next_ping_us <= now_us {
+            self.pings += 1;
+            self.next_ping_us = now_us + self.patience_us / PINGS_PER_PATIENCE;
+            say(stream, kind::PING, 0, self.pings, &[]);
+        }
     }
 
     fn drain_overflow(&mut self) {

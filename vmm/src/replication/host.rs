@@ -192,7 +192,9 @@ impl Replica {
     pub(super) fn packet_link(&self, stream: TcpStream) -> io::Result<PacketLink> {
         let ports = open_ports(&stream, self.replication.packets);
         let key = random_number().map_err(io::Error::other)?;
-        PacketLink::with_ports(stream, ports, key)
+        // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
+        let patience_us = self.timing().detection_us() / 2;
+        PacketLink::with_ports(stream, ports, key, patience_us)
     }
 
     pub(super) fn block_alone(&self) -> bool {

@@ -32,7 +32,7 @@ fn link(stream: TcpStream, packets: Packets, key: u64) -> PacketLink {
         usize::from(packets != Packets::Tcp),
         "AF_XDP on a veth device"
     );
-    PacketLink::with_ports(stream, ports, key).unwrap()
+    PacketLink::with_ports(stream, ports, key, PATIENCE_US).unwrap()
 }
 
 /// Two ends in two namespaces, and a way to send frames from the first to the second's interface.
