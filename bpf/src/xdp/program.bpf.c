@@ -4,8 +4,8 @@
 // host, which keeps its management traffic on the same NIC.
 //
 // Invariants: a frame is classified by what it is, never by the mode, so that a promotion changes
-// nothing but the fate of the guest's frames; the guest's frames never reach the host's stack; zero
-// in every map is mute (nothing for the guest leaves the NIC). Every path counts once.
+// nothing but the fate of the guest's frames; frames to the guest's address never reach the host's
+// stack; zero in every map is mute (nothing for the guest leaves the NIC). Every path counts once.
 //
 // Does not change frames, and does not know connections.
 

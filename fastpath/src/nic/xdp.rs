@@ -7,6 +7,10 @@
 //! its queues or itself is counted, watched and used again when it is back: meanwhile what is sent
 //! is lost, as on a wire.
 //!
+//! Frames are seen as they lie in memory. A driver that takes VLAN tags out of them is named at the
+//! start; who sends over a virtual link (veth, bridge) must compute its checksums itself
+//! (`ethtool -K NAME tx off`), because nobody completes them on the way.
+//!
 //! All frames leave by the first queue, so that a flow stays in order. Starting pins the area, guest
 //! RAM included, which takes as long as touching all of it. Does not configure addresses
 //! or queues, and does not steer flows.

@@ -74,6 +74,11 @@ impl XdpNic {
             source,
         })?);
         let (name, how) = (&self.config.interface, self.describe());
+        if self.interface.strips_tags().unwrap_or(false) {
+            info!(
+                "{name}: if the guest uses VLANs, leave it their tags: ethtool -K {name} rxvlan off"
+            );
+        }
         match reasons.last() {
             None => info!("{name}: {how}"),
             Some(reason) => info!("{name}: {how}; nothing better, because {reason}"),

@@ -14,6 +14,9 @@ use colo_bpf::Mac;
 
 /// `ETHTOOL_GCHANNELS` of `linux/ethtool.h`
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
+/// `ETHTOOL_GFLAGS` and one of the flags
+const ETHTOOL_GFLAGS: u32 = 0x25;
+const ETH_FLAG_RXVLAN: u32 = 1 << 8;
 
 /// A network interface could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +85,16 @@ impl Interface {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(self.rx_queues_in_sysfs()),
             Err(e) => Err(self.refused("queues", e)),
         }
+    }
+
+    /// Whether VLAN tags are taken out of received frames, so that an XDP program does not see them.
+    pub fn strips_tags(&self) -> Result<bool, InterfaceError> {
+        let mut flags = [ETHTOOL_GFLAGS, 0_u32]; // struct ethtool_value
+        let mut request = self.request();
+        request.ifr_ifru.ifru_data = flags.as_mut_ptr().cast();
+        interface_ioctl(libc::SIOCETHTOOL as libc::c_ulong, &mut request)
+            .map_err(|e| self.refused("offloads", e))?;
+        Ok(flags[1] & ETH_FLAG_RXVLAN != 0)
     }
 
     /// Counts what the kernel shows as files; 1 where that is another namespace's view.

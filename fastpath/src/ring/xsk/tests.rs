@@ -546,6 +546,8 @@ fn what_cannot_be_bound_is_named() {
         let interface = Interface::find("a0").unwrap();
         assert_eq!(interface.mtu().unwrap(), 1500);
         assert_ne!(interface.mac().unwrap(), [0; 6]);
+        assert!(interface.strips_tags().is_ok());
+        assert!(interface.addresses().is_ok());
 
         let zero_copy = BindOptions {
             copy_mode: CopyMode::ZeroCopy,
