@@ -46,7 +46,10 @@ fn compile() -> Result<(), String> {
         command.arg("-isystem").arg(headers);
     }
     let output = command.output().map_err(|e| {
-        format!("cannot run {clang} (needed to compile {SOURCE}): {e}; {PACKAGES}; or name a clang in the environment variable CLANG")
+        format!(
+            "cannot run {clang} (needed to compile {SOURCE}): {e}; {PACKAGES}; \
+             or name a clang in the environment variable CLANG"
+        )
     })?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

@@ -11,8 +11,8 @@
 //! start; who sends over a virtual link (veth, bridge) must compute its checksums itself
 //! (`ethtool -K NAME tx off`), because nobody completes them on the way.
 //!
-//! All frames leave by the first queue, so that a flow stays in order. Starting pins the area, guest
-//! RAM included, which takes as long as touching all of it. Does not configure addresses
+//! All frames leave by the first queue, so that a flow stays in order. Starting pins the area,
+//! guest RAM included, which takes as long as touching all of it. Does not configure addresses
 //! or queues, and does not steer flows.
 
 mod copies;

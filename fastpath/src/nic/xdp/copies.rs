@@ -1,8 +1,8 @@
 //! Copies of broadcast and multicast that the host gets: a packet socket with a ring in shared
 //! memory (packet_mmap.rst), so that looking for frames costs no system call.
 //!
-//! Invariants: a frame in the ring is ours from the moment its status says so until we give it back;
-//! what the host itself sends is not copied; frames longer than a place in the ring are counted and
+//! Invariants: a frame in the ring is ours from when its status says so until we give it back; what
+//! the host itself sends is not copied; frames longer than a place in the ring are counted and
 //! dropped.
 //!
 //! Does not decide whether the guest may hear them.
@@ -189,8 +189,8 @@ impl Copies {
 
     /// The first word of a place.
     fn status(&self) -> &AtomicU32 {
-        // SAFETY: in the mapping, aligned as a place is, alive with `self`; the kernel only accesses
-        // it whole.
+        // SAFETY: in the mapping, aligned as a place is, alive with `self`; the kernel accesses it
+        // whole.
         unsafe { self.place().cast::<AtomicU32>().as_ref() }
     }
 }

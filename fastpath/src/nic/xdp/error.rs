@@ -33,9 +33,9 @@ pub enum XdpNicError {
     },
     /// The guest's frames may need several buffers.
     #[error(
-        "net.mtu = {wanted} needs AF_XDP frames in several buffers, which this kernel or the driver \
-         of \"{interface}\" does not take (Linux 6.6 or later does); lower net.mtu to {max} or use a \
-         TAP device"
+        "net.mtu = {wanted} needs AF_XDP frames in several buffers, which this kernel or the \
+         driver of \"{interface}\" does not take (Linux 6.6 or later does); lower net.mtu to {max} \
+         or use a TAP device"
     )]
     LongFrames {
         /// Which.

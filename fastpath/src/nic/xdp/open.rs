@@ -242,8 +242,8 @@ impl XdpNic {
     }
 }
 
-/// Registers `bytes` of the pool's area from offset `at` on, cut so that no slot is written beyond its
-/// end.
+/// Registers `bytes` of the pool's area from offset `at` on, cut so that no slot is written beyond
+/// its end.
 fn register(frames: &FramePool, at: usize, bytes: usize) -> Result<Umem, XdpNicError> {
     let slot_bytes = frames.slot_bytes();
     let chunk_bytes = match slot_bytes {

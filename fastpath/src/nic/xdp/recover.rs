@@ -1,7 +1,7 @@
 //! What a NIC does when its link, its queues or the NIC itself go, and when they come back.
 //!
-//! Invariants: a slot that the kernel may still write goes back to the pool only when the kernel has
-//! let go of it.
+//! Invariants: a slot that the kernel may still write goes back to the pool only when it has let go
+//! of it.
 //!
 //! Does not find out that something has changed; the watch does.
 
@@ -64,12 +64,12 @@ impl XdpNic {
                 warn!("{name}: the link is gone");
             }
         }
+        if let Err(e) = self.set_host_addresses(&seen.addresses) {
+            warn!("{}: {e}", self.config.interface);
+        }
         if self.retry_at_us.is_some() {
             self.retry_at_us = Some(0);
             return;
-        }
-        if let Err(e) = self.set_host_addresses(&seen.addresses) {
-            warn!("{}: {e}", self.config.interface);
         }
         let bound = self.queues.len() as u32;
         let is_same = seen.index == Some(self.interface.index());

@@ -85,8 +85,8 @@ pub enum XskError {
     },
     /// The driver copies.
     #[error(
-        "the driver of \"{interface}\" has no zero-copy AF_XDP on queue {queue}: {source}; use copy \
-         mode"
+        "the driver of \"{interface}\" has no zero-copy AF_XDP on queue {queue}: {source}; use \
+         copy mode"
     )]
     NoZeroCopy {
         /// Where.

@@ -87,7 +87,7 @@ impl Interface {
         }
     }
 
-    /// Whether VLAN tags are taken out of received frames, so that an XDP program does not see them.
+    /// Whether VLAN tags are taken out of received frames, and an XDP program does not see them.
     pub fn strips_tags(&self) -> Result<bool, InterfaceError> {
         let mut flags = [ETHTOOL_GFLAGS, 0_u32]; // struct ethtool_value
         let mut request = self.request();

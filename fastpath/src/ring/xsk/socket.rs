@@ -393,7 +393,8 @@ impl XskSocket {
         }
     }
 
-    /// Makes the kernel look at the tx ring. In copy mode one call sends a bounded number of frames.
+    /// Makes the kernel look at the tx ring. In copy mode one call sends 32 frames before Linux 6.17,
+    /// later what the ring holds.
     pub fn kick_tx(&self) -> io::Result<Kick> {
         outcome(sys::send_nothing(self.fd.as_fd()))
     }

@@ -158,7 +158,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: this is the mapping that `new` made, and whoever has pointers into it owns `self`.
+        // SAFETY: the mapping that `new` made, and whoever has pointers into it owns `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.bytes) };
     }
 }
