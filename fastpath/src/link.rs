@@ -47,6 +47,8 @@ pub use xdp::{XdpPort, XdpPortError};
 /// While datagrams carry both directions, TCP is looked at this often, when idle and when busy.
 const STREAM_IDLE_US: u64 = 50;
 const STREAM_BUSY_US: u64 = 500;
+/// Looks at the datagrams after the end of the connection; the receive window needs fewer.
+const DRAINS_MAX: usize = 8;
 
 /// Why the packet channel is unusable.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +104,8 @@ pub struct PacketLink {
     whole: Vec<u8>,
     streamed_us: u64,
     eager: bool,
+    /// The connection has ended, and what had come as datagrams was taken.
+    drained: bool,
 }
 
 impl PacketLink {
@@ -139,6 +143,7 @@ impl PacketLink {
             whole: Vec::with_capacity(whole),
             streamed_us: 0,
             eager: false,
+            drained: false,
         })
     }
 
@@ -152,7 +157,8 @@ impl PacketLink {
 
     /// When [`Self::fill`] and [`Self::flush`] are to be called though nothing has come.
     pub fn deadline_us(&self) -> Option<u64> {
-        self.datagrams.as_ref().and_then(|d| d.deadline_us())
+        let datagrams = self.datagrams.as_ref().filter(|_| !self.stream.is_ended());
+        datagrams.and_then(|d| d.deadline_us())
     }
 
     /// Ends the connection.
@@ -189,7 +195,7 @@ impl PacketLink {
 
     /// Sends what the sockets take. An error comes from [`Self::fill`], after what the peer said before it.
     pub fn flush(&mut self) -> Result<(), PacketLinkError> {
-        if let Some(datagrams) = &mut self.datagrams {
+        if let Some(datagrams) = self.datagrams.as_mut().filter(|_| !self.stream.is_ended()) {
             datagrams.flush(now_us(), &mut self.stream);
         }
         self.stream.flush();
@@ -204,7 +210,7 @@ impl PacketLink {
             return self.end().map_or(Ok(any), Err);
         };
         let now_us = now_us();
-        let mut any = datagrams.fill(now_us);
+        let mut any = !self.drained && datagrams.fill(now_us);
         let spared_us = match (any, self.units && datagrams.carries() && !self.eager) {
             (_, false) => 0,
             (false, true) => STREAM_IDLE_US,
@@ -213,10 +219,14 @@ impl PacketLink {
         if now_us >= self.streamed_us + spared_us {
             self.streamed_us = now_us;
             any |= self.stream.fill();
-            if self.stream.is_ended() {
-                // What was sent before the end of the connection has arrived by now.
-                any |= datagrams.fill(now_us);
-            }
+        }
+        if self.stream.is_ended() && !self.drained {
+            // What was sent before the end of the connection has arrived by now; what comes later is not heard.
+            self.drained = true;
+            any |= (0..DRAINS_MAX)
+                .take_while(|_| datagrams.fill(now_us))
+                .count()
+                > 0;
         }
         match any {
             true => Ok(true),

@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
@@ -338,4 +339,110 @@ fn a_pair_over_udp_serves_and_survives_its_primary() {
 #[test]
 fn a_pair_over_af_xdp_serves_and_survives_its_primary() {
     serves_and_survives("xdp");
+}
+
+/// Causes of divergence that are not a matter of time on a busy machine.
+fn unlike(pair: &Pair) -> Vec<String> {
+    let status = pair.primary.status().unwrap();
+    let causes = status["divergences"].as_object().unwrap();
+    let names = causes.keys().filter(|name| !name.contains("deadline"));
+    names.cloned().collect()
+}
+
+/// Whether what a host says to the other may go as UDP.
+fn let_udp_out(pair: &Pair, host: Host, may: bool) {
+    let verb = if may { "del" } else { "add" };
+    let mut command = pair.topology.host(host).command("ip");
+    command.args(["rule", verb, "ipproto", "udp", "blackhole"]);
+    assert!(command.status().unwrap().success());
+}
+
+#[test]
+fn without_datagrams_a_pair_goes_on_over_tcp_and_later_back() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = Pair::start(&carried_by(&bench, "udp"), bench.dir()).unwrap();
+    for host in [Host::A, Host::B] {
+        wait_carrier(&mut pair, host, "udp");
+    }
+    let mut echo = Echo::connect(&pair);
+    echo.talk(50);
+    for host in [Host::A, Host::B] {
+        let_udp_out(&pair, host, false);
+    }
+    // What the guest says now is answered all the same.
+    echo.talk(200);
+    for host in [Host::A, Host::B] {
+        let link = wait_carrier(&mut pair, host, "tcp");
+        assert!(link["fallbacks"].as_u64() >= Some(1), "{link}");
+    }
+    echo.talk(50);
+    for host in [Host::A, Host::B] {
+        let_udp_out(&pair, host, true);
+    }
+    for host in [Host::A, Host::B] {
+        wait_carrier(&mut pair, host, "udp");
+    }
+    echo.talk(50);
+    assert_eq!(unlike(&pair), Vec::<String>::new());
+}
+
+/// Sends frames of the link's EtherType to host b, from nobody.
+fn send_foreign_frames(payloads: &[&[u8]]) {
+    // SAFETY: plain system call that gives a new descriptor or -1.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+    assert!(fd >= 0);
+    // SAFETY: `fd` was just made and nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all zero is a valid sockaddr_ll; the name is a C string.
+    let (mut address, index): (libc::sockaddr_ll, _) =
+        unsafe { (std::mem::zeroed(), libc::if_nametoindex(c"link0".as_ptr())) };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_ifindex = index as i32;
+    for payload in payloads {
+        let head = [2, 0xc0, 0x10, 0, 0, 0x0b, 2, 0, 0, 0, 0, 9, 0x88, 0xb5];
+        let frame = [&head[..], payload].concat();
+        // SAFETY: reads the frame and the address, which live through the call.
+        let sent = unsafe {
+            libc::sendto(
+                fd.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const address).cast(),
+                size_of::<libc::sockaddr_ll>() as u32,
+            )
+        };
+        assert_eq!(sent, frame.len() as isize);
+    }
+}
+
+#[test]
+fn foreign_frames_on_the_link_are_counted_and_harmless() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut pair = Pair::start(&carried_by(&bench, "xdp"), bench.dir()).unwrap();
+    for host in [Host::A, Host::B] {
+        wait_carrier(&mut pair, host, "xdp");
+    }
+    let mut echo = Echo::connect(&pair);
+    echo.talk(50);
+    let payloads = [&[0xc0][..], &[0xc0; 60], &[0; 1400], &[0xff; 1500]];
+    let send = || send_foreign_frames(&payloads);
+    pair.topology.host(Host::A).run(send).unwrap();
+    let counted = |status: &serde_json::Value| {
+        let link = &status["link"];
+        let count = |name: &str| link[name].as_u64().unwrap();
+        count("foreign") + count("truncated") == 4
+    };
+    let secondary = pair.process(Host::B);
+    secondary.wait_status("foreign", ENDED, counted).unwrap();
+    echo.talk(50);
+    assert_eq!(unlike(&pair), Vec::<String>::new());
+    assert_eq!(
+        pair.wait_protected(Host::A).unwrap()["link"]["carrier"],
+        "xdp"
+    );
 }

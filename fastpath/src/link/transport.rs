@@ -48,7 +48,7 @@ const PROBES: u32 = 24;
 const REST_MIN_US: u64 = 1_000_000;
 const REST_MAX_US: u64 = 60_000_000;
 /// Questions over TCP while one answer is good.
-const PINGS_PER_PATIENCE: u64 = 4;
+const PINGS_PER_PATIENCE: u64 = 3;
 /// Datagrams taken from a transport at a time.
 const RECEIVE_MAX: usize = 256;
 /// What pushes beyond [`Datagrams::has_room`] find room in without more memory.
