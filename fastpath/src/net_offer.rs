@@ -7,7 +7,8 @@
 
 use colo_bpf::Mac;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 /// `virtio_net_config` up to `mtu`: mac, status, max_virtqueue_pairs, mtu.
@@ -24,8 +25,17 @@ pub struct NetOffer {
 
 impl NetOffer {
     /// Features besides those of rings and transport.
-    pub const FEATURES: u64 =
-        1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_MTU | 1 << VIRTIO_NET_F_STATUS;
+    pub const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
+        | 1 << VIRTIO_NET_F_MTU
+        | 1 << VIRTIO_NET_F_STATUS
+        | Self::CHECKSUM
+        | Self::MERGEABLE;
+
+    /// The guest may leave checksums of what it sends to the device.
+    pub const CHECKSUM: u64 = 1 << VIRTIO_NET_F_CSUM;
+
+    /// A frame for the guest may lie in several of its buffers.
+    pub const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
     /// The configuration space while the link is up.
     pub fn config(&self) -> [u8; NET_CONFIG_BYTES] {

@@ -9,6 +9,8 @@
 mod command;
 mod edge;
 mod idle;
+mod merge;
+mod offload;
 mod port;
 mod role;
 mod wires;
@@ -260,3 +262,7 @@ fn pin(cpu: Option<usize>) {
 #[cfg(test)]
 #[path = "worker/tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "worker/feature_tests.rs"]
+mod feature_tests;

@@ -44,6 +44,8 @@ pub struct QueueState {
     pub event_idx: bool,
     /// `VIRTIO_F_INDIRECT_DESC` was negotiated.
     pub indirect: bool,
+    /// What was negotiated of the device type's own features, bits 0 to 23 (virtio 1.3 section 6).
+    pub device_features: u64,
     /// Guest physical address of the descriptor table.
     pub descriptors: u64,
     /// Guest physical address of the available (driver) ring.
@@ -176,6 +178,21 @@ impl Virtqueue {
         self.state.next_avail = self.state.next_avail.wrapping_sub(1);
     }
 
+    /// Puts the chains of the last `count` pops back, unread.
+    pub fn undo_pops(&mut self, count: u16) {
+        self.state.next_avail = self.state.next_avail.wrapping_sub(count);
+    }
+
+    /// Entries of the queue.
+    pub fn size(&self) -> u16 {
+        self.state.size
+    }
+
+    /// What was negotiated of the device type's own features.
+    pub fn device_features(&self) -> u64 {
+        self.state.device_features
+    }
+
     /// Hands a chain back, with `written` bytes in its writable part. The guest sees it after
     /// [`Virtqueue::publish`].
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
@@ -186,6 +203,13 @@ impl Virtqueue {
             self.publish_index();
         }
         Ok(())
+    }
+
+    /// Makes the next `count` completions become visible together.
+    pub fn make_room(&mut self, count: u16) {
+        if u32::from(self.unpublished) + u32::from(count) > u32::from(self.state.size) {
+            self.publish_index();
+        }
     }
 
     /// Shows the guest what was completed. Gives whether it wants to be called for it (virtio 1.3
@@ -215,6 +239,22 @@ impl Virtqueue {
             self.ring.write_used_flags(USED_F_NO_NOTIFY);
         }
         Ok(())
+    }
+
+    /// Asks the guest to ring for a chain behind those that are there, which do not suffice. Gives whether one
+    /// came before the guest could see that: then the device must not sleep.
+    pub fn notify_of_more(&mut self) -> Result<bool, RingError> {
+        self.look_at_avail()?;
+        let seen = self.avail_seen;
+        if self.state.event_idx {
+            self.ring.write_avail_event(seen);
+        } else {
+            self.ring.write_used_flags(0);
+        }
+        // As in `enable_notifications`.
+        fence(Ordering::SeqCst);
+        self.look_at_avail()?;
+        Ok(self.avail_seen != seen)
     }
 
     /// Asks the guest to ring for the next chain. Gives whether chains came before it could see

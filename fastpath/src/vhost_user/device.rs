@@ -257,6 +257,7 @@ impl<G: GuestSide> Device<G> {
             ready: true,
             event_idx: self.negotiated(VIRTIO_RING_F_EVENT_IDX),
             indirect: self.negotiated(VIRTIO_RING_F_INDIRECT_DESC),
+            device_features: self.features & NetOffer::FEATURES,
             descriptors,
             avail,
             used,

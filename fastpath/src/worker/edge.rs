@@ -57,6 +57,8 @@ impl Edge {
         stages: Option<Box<Stages>>,
         stats: Arc<WorkerStats>,
     ) -> Self {
+        let mut port = port;
+        port.set_frame_max(usize::from(nic.mtu()) + LINK_HEADER_MAX);
         Self {
             frames,
             nic,

@@ -15,10 +15,13 @@ use colo_compare::{HEADER_MAX, Token};
 use tracing::warn;
 
 use crate::frame::{Buffer, CopyCause, FramePool, IN_PLACE_MIN, PIECES_MAX};
+use crate::net_offer::NetOffer;
 use crate::ring::{Call, Chain, GuestBytes, GuestRam, QueueState, RingError, Segment, Virtqueue};
 use crate::stats::WorkerStats;
 use crate::vhost_user::GuestRings;
 
+use super::merge::Merge;
+use super::offload::Request;
 use super::wires::{PortWiring, Wires};
 
 /// Bytes of `virtio_net_hdr` in front of every frame (`VIRTIO_F_VERSION_1`).
@@ -45,6 +48,10 @@ pub enum Delivery {
 struct Queues {
     guest_rx: Virtqueue,
     guest_tx: Virtqueue,
+    /// A frame for the guest may take several buffers.
+    mergeable: bool,
+    /// The guest may ask for checksums.
+    checksum: bool,
 }
 
 /// Queues in service, and the memory they are in.
@@ -63,6 +70,9 @@ pub struct GuestPort {
     /// Counts activations: a buffer of an earlier life is nobody's.
     life: u32,
     chain: Chain,
+    merge: Merge,
+    /// Longest frame for the guest.
+    frame_max: usize,
     stats: Arc<WorkerStats>,
 }
 
@@ -74,8 +84,15 @@ impl GuestPort {
             service: None,
             life: 0,
             chain: Chain::default(),
+            merge: Merge::default(),
+            frame_max: 0,
             stats,
         }
+    }
+
+    /// Sets how long frames for the guest are at most.
+    pub(super) fn set_frame_max(&mut self, frame_max: usize) {
+        self.frame_max = frame_max;
     }
 
     /// Connects a guest that brings its own memory, and serves its queues.
@@ -102,7 +119,12 @@ impl GuestPort {
         let ram = wires.ram.clone();
         let queues = Virtqueue::new(ram.clone(), guest_rx).and_then(|guest_rx| {
             let guest_tx = Virtqueue::new(ram.clone(), guest_tx)?;
-            Ok(Queues { guest_rx, guest_tx })
+            Ok(Queues {
+                mergeable: guest_rx.device_features() & NetOffer::MERGEABLE != 0,
+                checksum: guest_tx.device_features() & NetOffer::CHECKSUM != 0,
+                guest_rx,
+                guest_tx,
+            })
         });
         match queues {
             Ok(queues) => {
@@ -132,10 +154,22 @@ impl GuestPort {
         self.service.is_some()
     }
 
-    /// Whether the guest has a receive buffer.
+    /// Whether the guest has room for the longest frame, or all the room that it can ever have.
     pub fn has_room(&mut self) -> bool {
-        self.on_queues(|q, _, _| q.guest_rx.has_available())
-            .unwrap_or(false)
+        let need = NET_HEADER_BYTES + self.frame_max;
+        let Some(service) = &mut self.service else {
+            return false;
+        };
+        let room = match service.queues.mergeable {
+            true => self
+                .merge
+                .has_room(&mut service.queues.guest_rx, &mut self.chain, need),
+            false => service.queues.guest_rx.has_available(),
+        };
+        room.unwrap_or_else(|e| {
+            self.fault(&e);
+            false
+        })
     }
 
     /// Whether the guest has something to send.
@@ -146,8 +180,18 @@ impl GuestPort {
 
     /// Puts a frame into the guest's receive queue.
     pub fn deliver(&mut self, frame: &[u8]) -> Delivery {
-        let done = self.on_queues(|q, chain, ram| deliver(&mut q.guest_rx, chain, ram, frame));
-        let delivery = done.unwrap_or(Delivery::NoRoom);
+        let Some(service) = &mut self.service else {
+            return Delivery::NoRoom;
+        };
+        let (queue, chain, ram) = (&mut service.queues.guest_rx, &mut self.chain, &service.ram);
+        let done = match service.queues.mergeable {
+            true => self.merge.deliver(queue, chain, ram, frame),
+            false => deliver(queue, chain, ram, frame),
+        };
+        let delivery = done.unwrap_or_else(|e| {
+            self.fault(&e);
+            Delivery::NoRoom
+        });
         match delivery {
             Delivery::Done => {
                 self.stats.guest_rx_frames.add(1);
@@ -178,7 +222,7 @@ impl GuestPort {
                     life,
                     copied,
                 };
-                take(&mut q.guest_tx, chain, ram, out)
+                take(q, chain, ram, out)
             });
             match taken? {
                 Taken::Nothing => return None,
@@ -237,8 +281,9 @@ impl GuestPort {
     /// Asks for notifications of output if that is wanted, and of receive buffers when there are
     /// none. Gives whether there is work already, or may be that nobody rings for.
     pub fn sleep_mode(&mut self, wants_output: bool) -> bool {
+        let has_room = self.has_room();
         let asked = self.on_queues(|q, _, _| {
-            let refilled = !q.guest_rx.has_available()? && q.guest_rx.enable_notifications()?;
+            let refilled = !has_room && q.guest_rx.notify_of_more()?;
             let output = wants_output && q.guest_tx.enable_notifications()?;
             Ok(output || refilled)
         });
@@ -311,7 +356,7 @@ fn deliver(
 }
 
 /// Writes what belongs into one segment, `at` bytes into header and frame. Gives how much.
-fn scatter(
+pub(super) fn scatter(
     ram: &GuestRam,
     segment: Segment,
     at: usize,
@@ -346,11 +391,13 @@ enum Taken {
 }
 
 fn take(
-    queue: &mut Virtqueue,
+    queues: &mut Queues,
     chain: &mut Chain,
     ram: &GuestRam,
     out: Out<'_>,
 ) -> Result<Taken, RingError> {
+    let queue = &mut queues.guest_tx;
+    let checksum = queues.checksum;
     if !queue.pop(chain)? {
         return Ok(Taken::Nothing);
     }
@@ -361,16 +408,22 @@ fn take(
         && (segment.len as usize) < NET_HEADER_BYTES + IN_PLACE_MIN.min(out.max)
         && segment.len as usize >= NET_HEADER_BYTES + FRAME_MIN
     {
-        return take_short(
-            queue,
-            chain.head(),
-            ram.view(segment.gpa, segment.len)?,
-            out,
-        );
+        let buffer = ram.view(segment.gpa, segment.len)?;
+        let mut header = [0; NET_HEADER_BYTES];
+        buffer.copy_to(0, &mut header);
+        if Request::of(&header, checksum) == Request::Nothing {
+            return take_short(queue, chain.head(), buffer, out);
+        }
     }
     let total = Chain::bytes_of(chain.readable());
     let good = (NET_HEADER_BYTES + FRAME_MIN) as u64..=(NET_HEADER_BYTES + out.max) as u64;
-    if !good.contains(&total) || asks_for_offload(chain.readable(), ram)? {
+    let mut request = Request::Refused;
+    if good.contains(&total) {
+        let mut header = [0; NET_HEADER_BYTES];
+        copy_range(chain.readable(), ram, 0, &mut header)?;
+        request = Request::of(&header, checksum);
+    }
+    if request == Request::Refused {
         queue.complete(chain.head(), 0)?;
         return Ok(Taken::Bad);
     }
@@ -384,14 +437,23 @@ fn take(
         Some(cause) => Err(cause),
         None => behind(chain.readable(), front, &mut rest).ok_or(CopyCause::Scattered),
     };
-    let mut failed = Ok(());
+    let behind = rest.unwrap_or(&[]);
+    let mut filled = Ok(false);
     let fill = |slot: &mut [u8], n: usize| {
-        failed = copy_range(chain.readable(), ram, NET_HEADER_BYTES, &mut slot[..n]);
-        failed.is_ok().then_some(n)
+        let held = &mut slot[..n];
+        filled =
+            copy_range(chain.readable(), ram, NET_HEADER_BYTES, held).and_then(
+                |()| match request {
+                    Request::Checksum(partial) => partial.complete(held, behind, ram),
+                    Request::Nothing | Request::Refused => Ok(true),
+                },
+            );
+        matches!(filled, Ok(true)).then_some(n)
     };
     let (token, cause) = place(out, chain.head(), rest, len, fill);
-    failed?;
-    if cause.is_some() {
+    filled?;
+    // What is not in place is the guest's again, also when it was of no use.
+    if cause.is_some() || token.is_none() {
         queue.complete(chain.head(), 0)?;
     }
     match token {
@@ -401,7 +463,7 @@ fn take(
 }
 
 /// The common case of short frames: header and frame in one buffer, which is long enough and not too
-/// long.
+/// long, and nothing asked for.
 #[inline]
 fn take_short(
     queue: &mut Virtqueue,
@@ -409,12 +471,7 @@ fn take_short(
     buffer: GuestBytes<'_>,
     out: Out<'_>,
 ) -> Result<Taken, RingError> {
-    let mut header = [0; NET_HEADER_BYTES];
-    buffer.copy_to(0, &mut header);
     queue.complete(head, 0)?;
-    if header[0] != 0 || header[1] != 0 {
-        return Ok(Taken::Bad);
-    }
     let len = buffer.len() - NET_HEADER_BYTES;
     let token = out.frames.fill(|slot| {
         buffer.copy_to(NET_HEADER_BYTES, &mut slot[..len]);
@@ -446,13 +503,6 @@ fn place(
             (token, Some(cause))
         }
     }
-}
-
-/// Whether flags or gso_type of the header are set: no offload was offered.
-fn asks_for_offload(segments: &[Segment], ram: &GuestRam) -> Result<bool, RingError> {
-    let mut header = [0; NET_HEADER_BYTES];
-    copy_range(segments, ram, 0, &mut header)?;
-    Ok(header[0] != 0 || header[1] != 0)
 }
 
 /// Copies `out.len()` bytes that begin `skip` bytes into the segments; the caller has checked that

@@ -1,37 +1,28 @@
-//! The network device: one queue pair, no offloads, served by the packet worker.
+//! The network device: one queue pair, served by the packet worker.
 //!
 //! Invariants: from activation to deactivation only the worker touches the queues.
 //!
 //! Does not see packets.
 
 use colo_fastpath::Mac;
+use colo_fastpath::net_offer::{NET_CONFIG_BYTES, NetOffer};
 use colo_fastpath::ring::{QUEUE_SIZE_MAX, QueueState};
 use colo_fastpath::worker::{PortState, WorkerHandle};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
-};
 
 use crate::devices::virtio_mmio::{Backend, BackendError};
-
-/// `virtio_net_config` up to `mtu`: mac, status, max_virtqueue_pairs, mtu.
-const CONFIG_BYTES: usize = 12;
 
 /// The backend of a network device.
 #[derive(Debug)]
 pub struct Net {
-    config: [u8; CONFIG_BYTES],
+    config: [u8; NET_CONFIG_BYTES],
     worker: WorkerHandle,
 }
 
 impl Net {
     /// A network device that `worker` serves.
     pub fn new(mac: Mac, mtu: u16, worker: WorkerHandle) -> Self {
-        let mut config = [0; CONFIG_BYTES];
-        config[..6].copy_from_slice(&mac);
-        config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        config[8..10].copy_from_slice(&1_u16.to_le_bytes());
-        config[10..].copy_from_slice(&mtu.to_le_bytes());
+        let config = NetOffer { mac, mtu }.config();
         Self { config, worker }
     }
 }
@@ -42,7 +33,7 @@ impl Backend for Net {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_MTU | 1 << VIRTIO_NET_F_STATUS
+        NetOffer::FEATURES
     }
 
     fn queue_sizes_max(&self) -> &'static [u16] {

@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::machine::RecordError;
 
-use super::state::DeviceState;
+use super::state::{DEVICE_FEATURES, DeviceState};
 
 /// Size of a window.
 pub const WINDOW_BYTES: u64 = 512;
@@ -274,6 +274,7 @@ impl VirtioMmio {
         for queue in &mut self.regs.queues {
             queue.event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
             queue.indirect = features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0;
+            queue.device_features = features & DEVICE_FEATURES;
         }
         let negotiated = self.regs.status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
         if !negotiated || !self.regs.queues.iter().all(|queue| queue.ready) {

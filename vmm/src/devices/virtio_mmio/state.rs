@@ -3,6 +3,7 @@
 //! Invariants: fixed little-endian, versioned; queues are captured at a packet boundary.
 
 use colo_fastpath::ring::{QUEUE_SIZE_MAX, QueueState};
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_DRIVER_OK;
 
 use crate::machine::RecordError;
 use crate::machine::record::{Kind, Reader, Writer};
@@ -13,6 +14,9 @@ const KIND: Kind = Kind {
     version: 1,
 };
 const QUEUES_MAX: u32 = 64;
+
+/// The feature bits that belong to the type of a device (virtio 1.3 section 2.2).
+pub(super) const DEVICE_FEATURES: u64 = 0xff_ffff;
 
 /// One device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -83,7 +87,11 @@ impl DeviceState {
             return Err(reader.bad("number of queues"));
         }
         for _ in 0..count {
-            state.queues.push(read_queue(&mut reader)?);
+            let mut queue = read_queue(&mut reader)?;
+            if state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+                queue.device_features = state.driver_features & DEVICE_FEATURES;
+            }
+            state.queues.push(queue);
         }
         reader.finish()?;
         Ok(state)
@@ -113,6 +121,8 @@ fn read_queue(reader: &mut Reader<'_>) -> Result<QueueState, RecordError> {
         ready: reader.flag("ready")?,
         event_idx: reader.flag("event_idx")?,
         indirect: reader.flag("indirect")?,
+        // Those of the record's head, if the driver has started.
+        device_features: 0,
         descriptors: reader.u64()?,
         avail: reader.u64()?,
         used: reader.u64()?,

@@ -83,7 +83,7 @@ impl Bench {
         self.write(0x24, 1);
         self.write(0x20, 1); // VERSION_1
         self.write(0x24, 0);
-        self.write(0x20, 1 << 29 | 1 << 28); // EVENT_IDX, INDIRECT_DESC
+        self.write(0x20, 1 << 29 | 1 << 28 | 1 << 5); // EVENT_IDX, INDIRECT_DESC, the device's own
         self.write(0x70, 11);
     }
 
@@ -129,6 +129,7 @@ fn a_driver_finds_and_starts_its_device() {
         ready: true,
         event_idx: true,
         indirect: true,
+        device_features: 1 << 5,
         descriptors: 0x1_0000_1000,
         avail: 0x2000,
         used: 0x3000,
