@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::place::{BenchError, Outcome, Place};
-use crate::{datapath_echo, datapath_idle, datapath_latency, datapath_vhost};
+use crate::{datapath_echo, datapath_forward, datapath_idle, datapath_latency, datapath_vhost};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -20,6 +20,8 @@ enum Kind {
     Latency,
     /// CPU of a pair with nothing to do, beside a guest that is not replicated
     Idle,
+    /// From one port to another through a driver's rings, beside AF_XDP rings alone
+    Forward,
     /// Compared pairs of two guests' virtqueues, beside DPDK's vhost that only takes the packets
     Virtqueues,
 }
@@ -51,7 +53,7 @@ pub(crate) struct DatapathArgs {
     /// What is measured [default: all]
     #[arg(long, value_delimiter = ',')]
     kind: Vec<Kind>,
-    /// Bytes of payload of `echo`, of a whole frame of `virtqueues`
+    /// Bytes of payload of `echo` and `forward`, of a whole frame of `virtqueues`
     #[arg(long, value_delimiter = ',', default_value = "64,1400",
         value_parser = clap::value_parser!(u16).range(60..=1472))]
     payload: Vec<u16>,
@@ -120,6 +122,9 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Outcome, BenchEr
     }
     if measures(Kind::Idle) {
         rows.extend(datapath_idle::run(args, place)?);
+    }
+    if measures(Kind::Forward) {
+        rows.extend(datapath_forward::run(args)?);
     }
     let mut text: String = rows.iter().map(|row| row.text()).collect();
     let mut json: Vec<Value> = rows.iter().map(|row| row.json()).collect();

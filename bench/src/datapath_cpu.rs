@@ -75,6 +75,17 @@ impl CpuTimes {
     }
 }
 
+/// CPU time of the calling thread.
+pub(crate) fn thread_cpu_ns() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the kernel writes one timespec that lives on this stack.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 fn read_thread(path: &Path) -> Option<ThreadTime> {
     let read = |file: &str| fs::read_to_string(path.join(file)).ok();
     Some(ThreadTime {
