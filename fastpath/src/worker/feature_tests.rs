@@ -5,6 +5,7 @@ use std::sync::Arc;
 use colo_compare::Frames;
 use colo_compare::testing::{Side, udp};
 use proptest::prelude::*;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::port::{Delivery, GuestPort};
 use crate::frame::{CopyCause, FramePool};
@@ -217,6 +218,46 @@ fn without_mergeable_buffers_a_frame_has_one() {
     assert_eq!(bench.port.deliver(&pattern(150)), Delivery::TooSmall);
     assert_eq!(bench.port.deliver(&pattern(80)), Delivery::Done);
     assert_eq!(bench.received().0[10], 1);
+}
+
+#[test]
+fn each_queue_has_its_line_and_a_broken_one_is_reported() {
+    let mut bench = bench(0);
+    let line = || EventFd::new(EFD_NONBLOCK).unwrap();
+    let (kicks, calls, errors) = ([line(), line()], [line(), line()], [line(), line()]);
+    let copies = |lines: &[EventFd; 2]| lines.each_ref().map(|l| Some(l.try_clone().unwrap()));
+    bench.port.detach();
+    bench.port.attach(GuestRings {
+        ram: bench.ram.clone(),
+        queues: [bench.guest_rx.queue_state(), bench.guest_tx.queue_state()],
+        kicks: copies(&kicks),
+        calls: copies(&calls),
+        errors: copies(&errors),
+    });
+    assert!(!bench.port.sleep_mode(true), "both queues ring");
+    kicks[1].write(3).unwrap();
+    bench.port.drain_kicks();
+    assert_eq!(bench.stats.guest_kicks.get(), 3);
+
+    bench.offer_room(&[2000]);
+    assert_eq!(bench.port.deliver(&pattern(60)), Delivery::Done);
+    bench.port.flush();
+    assert_eq!(calls[0].read().unwrap(), 1);
+    assert!(calls[1].read().is_err());
+
+    // A chain that is its own successor.
+    let itself = Segment {
+        gpa: DATA,
+        len: 100,
+    };
+    bench.guest_tx.write_descriptor(0, itself, 1, 0).unwrap();
+    bench.guest_tx.offer_head(0).unwrap();
+    assert!(bench.taken(None).is_none());
+    assert!(!bench.port.is_active());
+    assert_eq!(bench.stats.ring_errors.get(), 1);
+    assert!(errors.iter().all(|line| line.read().is_ok()));
+    assert_eq!(bench.port.deliver(&pattern(60)), Delivery::NoRoom);
+    assert!(bench.port.detach().is_none());
 }
 
 #[test]
