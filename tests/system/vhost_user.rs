@@ -1,4 +1,4 @@
-//! `colo vhost` with DPDK's virtio driver as its guest.
+//! `colo vhost` with DPDK's virtio driver as its guest, and with one of QEMU's.
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use colo_lab::comparator::QEMU;
 use colo_lab::netns::Netns;
 use colo_lab::process::Process;
 use colo_lab::testpmd::{End, HugePages, PROGRAM, Testpmd, TestpmdOptions};
@@ -32,8 +33,8 @@ struct Port {
 }
 
 impl Port {
-    fn start(poll: &str) -> Option<Self> {
-        let bench = Bench::new(&[PROGRAM])?;
+    fn start(poll: &str, programs: &[&str]) -> Option<Self> {
+        let bench = Bench::new(programs)?;
         let netns = Netns::create(&format!("colo-vhost-{}", std::process::id())).unwrap();
         // Nothing but what the test sends goes through the device.
         netns
@@ -207,7 +208,7 @@ fn probe(number: u32) -> Vec<u8> {
 
 #[test]
 fn what_testpmd_sends_is_on_the_wire_and_counted() {
-    let Some(mut port) = Port::start("adaptive") else {
+    let Some(mut port) = Port::start("adaptive", &[PROGRAM]) else {
         return;
     };
     let wire = port.wire();
@@ -251,7 +252,7 @@ fn frames_go_through_testpmd_and_come_back_as_they_were() {
                 return;
             }
         };
-        let Some(mut port) = Port::start(poll) else {
+        let Some(mut port) = Port::start(poll, &[PROGRAM]) else {
             return;
         };
         let _testpmd = port.testpmd("io", huge);
@@ -263,8 +264,44 @@ fn frames_go_through_testpmd_and_come_back_as_they_were() {
 }
 
 #[test]
+fn a_guest_of_qemu_boots_over_it() {
+    let Some(mut port) = Port::start("adaptive", &[QEMU]) else {
+        return;
+    };
+    let wire = port.wire();
+    let socket = port.socket.display();
+    let mut command = Command::new(QEMU);
+    command.args([
+        "-nodefaults",
+        "-display",
+        "none",
+        "-accel",
+        "tcg",
+        "-m",
+        "128",
+    ]);
+    command.args(["-object", "memory-backend-memfd,id=ram,size=128M,share=on"]);
+    command.args(["-machine", "q35,memory-backend=ram", "-boot", "n"]);
+    command.args(["-chardev", &format!("socket,id=port,path={socket}")]);
+    command.args(["-netdev", "vhost-user,id=net,chardev=port"]);
+    command.args(["-device", "virtio-net-pci,netdev=net,mac=52:54:00:c0:77:01"]);
+    let _qemu = Process::spawn("qemu", command, port.bench.dir()).unwrap();
+    // The firmware of the network card asks for an address (DHCP, RFC 2131).
+    loop {
+        let frame = wire.receive(PATIENCE).expect("a frame of the firmware's");
+        let is_dhcp = frame.len() > 282 && frame[34..38] == [0, 68, 0, 67];
+        if is_dhcp && frame[6..12] == GUEST_MAC {
+            break;
+        }
+    }
+    let status = port.wait("serving", |_| true);
+    assert_eq!(number(&status, "/vhost_user/refused"), 0);
+    assert_eq!(number(&status, "/worker/ring_errors"), 0);
+}
+
+#[test]
 fn a_testpmd_that_is_killed_is_followed_by_another() {
-    let Some(mut port) = Port::start("interrupt") else {
+    let Some(mut port) = Port::start("interrupt", &[PROGRAM]) else {
         return;
     };
     let wire = port.wire();

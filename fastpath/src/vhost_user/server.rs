@@ -12,11 +12,11 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use tracing::{info, warn};
-use vhost::vhost_user::{BackendReqHandler, Error};
+use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::net_offer::NetOffer;
@@ -119,7 +119,7 @@ impl Drop for VhostUserServer {
 }
 
 impl Shared {
-    fn peer(&self) -> std::sync::MutexGuard<'_, Option<UnixStream>> {
+    fn peer(&self) -> MutexGuard<'_, Option<UnixStream>> {
         self.peer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -163,8 +163,20 @@ impl Shared {
             if self.is_stopping() {
                 break "this side stops".to_owned();
             }
+            let early = peek_enable(&handler);
             match handler.handle_request() {
                 Ok(()) => self.stats.requests.add(1),
+                // QEMU enables rings once it knows that there is such a request, and only later acknowledges
+                // the feature, for which the crate waits.
+                Err(Error::InactiveFeature(_)) if early.is_some() => {
+                    self.stats.requests.add(1);
+                    if let Some((index, on)) = early
+                        && let Err(e) = locked(device).set_vring_enable(index, on)
+                    {
+                        self.stats.refused.add(1);
+                        break format!("it is sent away: {e}");
+                    }
+                }
                 Err(e @ (Error::Disconnected | Error::SocketBroken(_))) => break e.to_string(),
                 Err(e) => {
                     self.stats.refused.add(1);
@@ -173,8 +185,7 @@ impl Shared {
             }
         };
         *self.peer() = None;
-        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-        if device.disconnected().is_err() {
+        if locked(device).disconnected().is_err() {
             warn!("vhost-user: the packet worker has ended");
         }
         self.stats.disconnections.add(1);
@@ -191,6 +202,27 @@ impl Shared {
         // SAFETY: two pollfds on this stack.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
     }
+}
+
+fn locked<G>(device: &Mutex<Device<G>>) -> MutexGuard<'_, Device<G>> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The ring and the wish of the request that waits, if it is one to enable or disable a ring.
+fn peek_enable(connection: &impl AsRawFd) -> Option<(u32, bool)> {
+    /// `VHOST_USER_SET_VRING_ENABLE`
+    const CODE: u32 = 18;
+    let mut words = [0_u32; 5];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the buffer lives through the call and is as long as said; descriptors that come with the request
+    // stay in the socket, as the call does not ask for them.
+    let got = unsafe {
+        let buffer = words.as_mut_ptr().cast();
+        libc::recv(connection.as_raw_fd(), buffer, size_of_val(&words), flags)
+    };
+    let [code, _, size, index, on] = words;
+    let whole = got == size_of_val(&words) as isize;
+    (whole && code == CODE && size == 8 && on < 2).then_some((index, on == 1))
 }
 
 fn listen(path: &Path) -> Result<UnixListener, SocketError> {

@@ -123,9 +123,13 @@ struct Guest {
 
 impl Guest {
     fn connect(path: &Path) -> Self {
+        Self::over(Frontend::connect(path, 2).unwrap())
+    }
+
+    fn over(frontend: Frontend) -> Self {
         let files = REGIONS.iter().map(|_| memory_file(2 * REGION_BYTES));
         Self {
-            frontend: Frontend::connect(path, 2).unwrap(),
+            frontend,
             files: files.collect(),
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
@@ -403,6 +407,30 @@ fn request(mut wire: &UnixStream, code: u32, body: &[u8]) {
     }
     bytes.extend_from_slice(body);
     wire.write_all(&bytes).unwrap();
+}
+
+#[test]
+fn rings_may_be_enabled_before_features_are_acknowledged() {
+    let bench = Bench::new(false);
+    let wire = UnixStream::connect(bench.path()).unwrap();
+    // SET_VRING_ENABLE of both, as QEMU 7.2 sends it, and never again.
+    request(&wire, 18, &[0, 0, 0, 0, 1, 0, 0, 0]);
+    request(&wire, 18, &[1, 0, 0, 0, 1, 0, 0, 0]);
+    let mut guest = Guest::over(Frontend::from_stream(wire.try_clone().unwrap(), 2));
+    guest.negotiate(VERSION_1 | PROTOCOL);
+    guest.share_memory();
+    guest.set_ring(0, 0);
+    bench.expect_nothing();
+    guest.set_ring(1, 0);
+    bench.next_attach();
+    assert_eq!(bench.server.stats().refused, 0);
+
+    drop((wire, guest));
+    bench.expect_detach();
+    let wire = UnixStream::connect(bench.path()).unwrap();
+    request(&wire, 18, &[2, 0, 0, 0, 1, 0, 0, 0]);
+    expect_end(&wire);
+    assert_eq!(bench.server.stats().refused, 1, "there is no ring 2");
 }
 
 #[test]
