@@ -91,12 +91,21 @@ impl Client {
         })
     }
 
-    /// As many as a window allows, for so long.
+    /// As many as a window allows, for so long. They are sent by half windows: who answers each
+    /// datagram with the next makes everybody on the path take them one by one.
     pub(crate) fn saturate(&mut self, window: u64, time: Duration) -> io::Result<Echoes> {
         let (mut echoes, begun) = (Echoes::new(), Instant::now());
+        let window = window.min(WINDOW_MAX);
         while begun.elapsed() < time {
-            let room = self.flight.room(window.min(WINDOW_MAX));
-            self.send(room.min(BATCH as u64) as usize, &mut echoes)?;
+            let mut room = self.flight.room(window);
+            if room < window.div_ceil(2) {
+                room = 0;
+            }
+            while room > 0 {
+                let count = room.min(BATCH as u64);
+                self.send(count as usize, &mut echoes)?;
+                room -= count;
+            }
             if self.receive(true, &mut echoes)? == 0 {
                 echoes.lost += self.flight.give_up();
             }
