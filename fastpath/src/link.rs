@@ -14,6 +14,8 @@ use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::ops::Range;
 
+use colo_compare::Token;
+
 mod datagram;
 mod digests;
 mod msg;
@@ -31,6 +33,7 @@ mod xdp;
 mod tests;
 
 use crate::clock::now_us;
+use crate::frame::FramePool;
 use msg::{BODY_MAX, HEAD_BYTES, Head};
 use port::DatagramPort;
 use reliable::Held;
@@ -42,7 +45,7 @@ pub use msg::{Malformed, PacketMsg};
 pub use open::{Packets, open_ports};
 pub use stats::LinkStats;
 pub use udp::UdpPort;
-pub use xdp::{XdpPort, XdpPortError};
+pub use xdp::{PoolMemory, XdpPort, XdpPortError};
 
 /// While datagrams carry both directions, TCP is looked at this often, when idle and when busy.
 const STREAM_IDLE_US: u64 = 50;
@@ -62,6 +65,16 @@ pub enum PacketLinkError {
     /// The bytes are no message.
     #[error("packet channel: {0}")]
     Malformed(#[from] Malformed),
+    /// A frame that the peer should have been too small for.
+    #[error(
+        "packet channel: a frame of {len} bytes, at most {max} go into a slot; give both hosts the same net.mtu"
+    )]
+    LongFrame {
+        /// Its length.
+        len: usize,
+        /// What a slot holds.
+        max: usize,
+    },
 }
 
 /// The unit that messages are being read from.
@@ -80,6 +93,31 @@ enum Place {
     Stream,
     Slot,
     Whole,
+}
+
+/// What a role is told.
+#[derive(Debug)]
+pub enum Incoming<'a> {
+    /// [`PacketMsg::Input`], in a slot of the pool.
+    Input {
+        /// Epoch it was delivered in.
+        epoch: u64,
+        /// Its place in the order of delivery.
+        seq: u64,
+        /// From the Ethernet header on.
+        token: Token,
+    },
+    /// [`PacketMsg::Output`], in a slot of the pool.
+    Output {
+        /// The SVM's epoch.
+        epoch: u64,
+        /// Names it in `Released`.
+        seq: u64,
+        /// From the Ethernet header on.
+        token: Token,
+    },
+    /// Any other message.
+    Msg(PacketMsg<'a>),
 }
 
 /// What the stream had.
@@ -106,6 +144,15 @@ pub struct PacketLink {
     eager: bool,
     /// The connection has ended, and what had come as datagrams was taken.
     drained: bool,
+    frames: FrameCounts,
+}
+
+/// What became of received frames.
+#[derive(Debug, Default)]
+struct FrameCounts {
+    in_place: u64,
+    copied: u64,
+    slot_waits: u64,
 }
 
 impl PacketLink {
@@ -143,6 +190,7 @@ impl PacketLink {
             whole: Vec::with_capacity(whole),
             streamed_us: 0,
             eager: false,
+            frames: FrameCounts::default(),
             drained: false,
         })
     }
@@ -239,14 +287,114 @@ impl PacketLink {
         let Some((head, place, range)) = self.locate()? else {
             return Ok(None);
         };
-        let body = match (place, &self.reading, &self.datagrams) {
+        Ok(Some(PacketMsg::decode(head, self.body(&place, range))?))
+    }
+
+    /// Lets a transport that shares the memory of this pool take the slots that it lacks. To be called before
+    /// [`Self::fill`], always with the same pool.
+    pub fn borrow_slots(&mut self, frames: &mut FramePool) {
+        if let Some(datagrams) = &mut self.datagrams {
+            datagrams.borrow_slots(frames);
+        }
+    }
+
+    /// Gives all slots of the pool back.
+    pub fn leave(mut self, frames: &mut FramePool) {
+        if let Some(datagrams) = &mut self.datagrams {
+            datagrams.leave(frames);
+        }
+    }
+
+    /// The next whole message that was read. A frame is given in a slot of the pool: in the one where it was received,
+    /// where that is possible, else as a copy. Nothing is read as long as no slot is free.
+    pub fn next(
+        &mut self,
+        frames: &mut FramePool,
+    ) -> Result<Option<Incoming<'_>>, PacketLinkError> {
+        if frames.free_slots() == 0 {
+            self.frames.slot_waits += 1;
+            return Ok(None);
+        }
+        let Some((head, place, range)) = self.locate()? else {
+            return Ok(None);
+        };
+        let (epoch, seq) = (head.epoch, head.seq);
+        let is_input = match PacketMsg::decode(head, self.body(&place, range.clone()))? {
+            PacketMsg::Input { .. } => true,
+            PacketMsg::Output { .. } => false,
+            _ => {
+                let msg = PacketMsg::decode(head, self.body(&place, range))?;
+                return Ok(Some(Incoming::Msg(msg)));
+            }
+        };
+        let token = self.take_frame(&place, range, frames)?;
+        Ok(Some(match is_input {
+            true => Incoming::Input { epoch, seq, token },
+            false => Incoming::Output { epoch, seq, token },
+        }))
+    }
+
+    /// The frame that was just located. Where it is the longer part of what is left of its datagram, it stays where it
+    /// is, and what follows it is put aside; else it is copied.
+    fn take_frame(
+        &mut self,
+        place: &Place,
+        range: Range<usize>,
+        frames: &mut FramePool,
+    ) -> Result<Token, PacketLinkError> {
+        if let Some(token) = self.adopt(place, range.clone(), frames) {
+            self.frames.in_place += 1;
+            return Ok(token);
+        }
+        self.frames.copied += 1;
+        let (len, max) = (range.len(), frames.frame_bytes_max());
+        let token = frames.from_bytes(self.body(place, range));
+        token.ok_or(PacketLinkError::LongFrame { len, max })
+    }
+
+    fn adopt(
+        &mut self,
+        place: &Place,
+        range: Range<usize>,
+        frames: &mut FramePool,
+    ) -> Option<Token> {
+        let datagrams = self.datagrams.as_mut()?;
+        let in_slot = matches!(place, Place::Slot);
+        let longer = |unit: &Held| range.len() >= unit.end - range.end;
+        let mut unit = match std::mem::replace(&mut self.reading, Reading::Nothing) {
+            Reading::Slot(unit) if in_slot && longer(&unit) => unit,
+            reading => {
+                self.reading = reading;
+                return None;
+            }
+        };
+        let rest = &datagrams.bytes(unit.port, &unit.slot)[range.end..unit.end];
+        self.whole.extend_from_slice(rest);
+        match datagrams.adopt(unit.port, unit.slot, range, frames) {
+            Ok(token) => {
+                if !self.whole.is_empty() {
+                    self.reading = Reading::Whole(0);
+                }
+                Some(token)
+            }
+            Err(slot) => {
+                self.whole.clear();
+                unit.slot = slot;
+                self.reading = Reading::Slot(unit);
+                None
+            }
+        }
+    }
+
+    /// Where the body of a message lies that was just located.
+    fn body(&self, place: &Place, range: Range<usize>) -> &[u8] {
+        match (place, &self.reading, &self.datagrams) {
             (Place::Slot, Reading::Slot(unit), Some(datagrams)) => {
                 &datagrams.bytes(unit.port, &unit.slot)[range]
             }
             (Place::Whole, ..) => &self.whole[range],
             _ => self.stream.bytes(range),
-        };
-        Ok(Some(PacketMsg::decode(head, body)?))
+        }
     }
 
     /// Counters.
@@ -261,6 +409,9 @@ impl PacketLink {
         };
         stats.sent_bytes += self.stream.sent_bytes;
         stats.received_bytes += self.stream.received_bytes;
+        stats.frames_in_place = self.frames.in_place;
+        stats.frames_copied = self.frames.copied;
+        stats.slot_waits = self.frames.slot_waits;
         stats
     }
 

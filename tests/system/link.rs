@@ -11,7 +11,7 @@ use std::time::Duration;
 use colo_control::Msg;
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::process::Process;
-use colo_lab::topology::{GUEST, Host};
+use colo_lab::topology::{GUEST, Host, Topology};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
 
@@ -445,4 +445,51 @@ fn foreign_frames_on_the_link_are_counted_and_harmless() {
         pair.wait_protected(Host::A).unwrap()["link"]["carrier"],
         "xdp"
     );
+}
+
+/// With frames of up to 1514 bytes and a link that carries them whole.
+fn compares_in_place(xdp: Option<&str>) {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut settings = carried_by(&bench, "xdp");
+    settings.xdp = xdp.map(str::to_owned);
+    let topology = Topology::with(settings.uplink()).unwrap();
+    for host in [Host::A, Host::B] {
+        let longer = "link set link0 mtu 1700\n";
+        topology.host(host).batch(longer).unwrap();
+    }
+    let mut pair = Pair::start_in(topology, &settings, bench.dir()).unwrap();
+    for host in [Host::A, Host::B] {
+        wait_carrier(&mut pair, host, "xdp");
+    }
+    let mut echo = Echo::connect(&pair);
+    echo.talk(400);
+    for host in [Host::A, Host::B] {
+        let link = wait_carrier(&mut pair, host, "xdp");
+        println!("{host:?}: {link}");
+        let count = |key: &str| link[key].as_u64().unwrap();
+        let (in_place, copied) = (count("frames_in_place"), count("frames_copied"));
+        assert!(in_place > 400 && in_place > 4 * copied, "{link}");
+        assert_eq!(count("pool_refusals"), 0, "{link}");
+    }
+    pair.primary.kill().unwrap();
+    echo.talk(20);
+    pair.restart(Host::A, "secondary").unwrap();
+    pair.wait_protected(Host::B).unwrap();
+    wait_carrier(&mut pair, Host::B, "xdp");
+    echo.talk(400);
+    let link = wait_carrier(&mut pair, Host::B, "xdp");
+    println!("after a takeover: {link}");
+    assert!(link["frames_in_place"].as_u64() > Some(400), "{link}");
+}
+
+#[test]
+fn over_af_xdp_frames_are_compared_where_they_were_received_beside_a_tap_device() {
+    compares_in_place(None);
+}
+
+#[test]
+fn over_af_xdp_frames_are_compared_where_they_were_received_beside_an_af_xdp_nic() {
+    compares_in_place(Some("driver"));
 }

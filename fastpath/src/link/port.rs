@@ -9,6 +9,9 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use colo_bpf::Mac;
+use colo_compare::Token;
+
+use crate::frame::FramePool;
 
 /// A received datagram in a transport's memory. It is given back with [`DatagramPort::release`].
 #[derive(Debug, PartialEq, Eq)]
@@ -80,6 +83,34 @@ pub trait DatagramPort: Send + fmt::Debug {
 
     /// Gives a slot back.
     fn release(&mut self, slot: Slot);
+
+    /// Takes slots of the pool that it lacks to send from and receive into, if it was opened for that pool's memory.
+    fn borrow_slots(&mut self, frames: &mut FramePool) {
+        let _ = frames;
+    }
+
+    /// Makes `len` bytes from byte `start` of the datagram on a frame where they lie, and takes another slot of the
+    /// pool instead. Gives the slot back where that cannot be.
+    fn adopt(
+        &mut self,
+        slot: Slot,
+        start: usize,
+        len: usize,
+        frames: &mut FramePool,
+    ) -> Result<Token, Slot> {
+        let _ = (start, len, frames);
+        Err(slot)
+    }
+
+    /// Ends the use of the pool: every slot is given back, and nothing is sent or received any more.
+    fn leave(&mut self, frames: &mut FramePool) {
+        let _ = frames;
+    }
+
+    /// Times that the pool's memory could not be used, and what comes is copied.
+    fn pool_refusals(&self) -> u64 {
+        0
+    }
 
     /// Adds what to wait for.
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>);

@@ -37,6 +37,14 @@ pub struct LinkStats {
     pub out_of_window: u64,
     /// Datagrams that the system refused to send or had no room to receive.
     pub send_errors: u64,
+    /// Frames that stayed in the slot of the pool where the NIC had put them.
+    pub frames_in_place: u64,
+    /// Frames that were copied into a slot.
+    pub frames_copied: u64,
+    /// Times that reading waited for a free slot.
+    pub slot_waits: u64,
+    /// Connections whose AF_XDP sockets could not share the pool's memory.
+    pub pool_refusals: u64,
     /// Smoothed round-trip time in microseconds, the peer's delay included.
     pub rtt_us: u64,
 }
@@ -60,6 +68,10 @@ impl LinkStats {
             (&mut self.duplicates, earlier.duplicates),
             (&mut self.out_of_window, earlier.out_of_window),
             (&mut self.send_errors, earlier.send_errors),
+            (&mut self.frames_in_place, earlier.frames_in_place),
+            (&mut self.frames_copied, earlier.frames_copied),
+            (&mut self.slot_waits, earlier.slot_waits),
+            (&mut self.pool_refusals, earlier.pool_refusals),
         ];
         for (counter, more) in counters {
             *counter += more;

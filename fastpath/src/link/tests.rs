@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::port::{PortAddress, Slot};
 
+mod pool_tests;
 mod xdp_tests;
 
 /// Of the link, for TCP.
@@ -113,7 +114,8 @@ fn a_closed_peer_is_noticed() {
 /// A UDP port in a bad network.
 #[derive(Debug)]
 struct BadPort {
-    port: UdpPort,
+    port: Box<dyn DatagramPort>,
+    mtu_max: usize,
     network: Arc<Network>,
     dice: u64,
 }
@@ -155,7 +157,7 @@ impl DatagramPort for BadPort {
         self.port.address()
     }
     fn mtu(&self) -> usize {
-        self.port.mtu().min(1472)
+        self.port.mtu().min(self.mtu_max)
     }
     fn set_peer(&mut self, peer: PortAddress) {
         self.port.set_peer(peer);
@@ -178,6 +180,24 @@ impl DatagramPort for BadPort {
     fn release(&mut self, slot: Slot) {
         self.port.release(slot);
     }
+    fn borrow_slots(&mut self, frames: &mut FramePool) {
+        self.port.borrow_slots(frames);
+    }
+    fn adopt(
+        &mut self,
+        slot: Slot,
+        start: usize,
+        len: usize,
+        frames: &mut FramePool,
+    ) -> Result<Token, Slot> {
+        self.port.adopt(slot, start, len, frames)
+    }
+    fn leave(&mut self, frames: &mut FramePool) {
+        self.port.leave(frames);
+    }
+    fn pool_refusals(&self) -> u64 {
+        self.port.pool_refusals()
+    }
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
         self.port.poll_fds(fds);
     }
@@ -196,6 +216,8 @@ struct Ends {
     /// What the TCP connection goes through, if anything.
     relay: Option<[TcpStream; 2]>,
     relayed: [Vec<u8>; 2],
+    /// Where frames are received, if they become tokens.
+    pools: Option<[pool_tests::Pool; 2]>,
 }
 
 /// Two connected sockets.
@@ -226,7 +248,8 @@ impl Ends {
     fn over(streams: [TcpStream; 2], network: &Arc<Network>) -> Self {
         let link = |stream: TcpStream, key: u64| {
             let port = BadPort {
-                port: UdpPort::beside(&stream).unwrap(),
+                port: Box::new(UdpPort::beside(&stream).unwrap()),
+                mtu_max: 1472,
                 network: network.clone(),
                 dice: key,
             };
@@ -244,6 +267,7 @@ impl Ends {
             since: Instant::now(),
             relay: None,
             relayed: [Vec::new(), Vec::new()],
+            pools: None,
         }
     }
 
@@ -254,6 +278,8 @@ impl Ends {
             self.serial += 1;
             let seq = self.serial;
             let len = match seq % 16 {
+                // Longer than a datagram, not longer than a slot.
+                0 if self.pools.is_some() => 3_000 + seq as usize % 1_000,
                 0 => 9_000 + seq as usize % 1_000,
                 1..=4 => 1_514,
                 _ => 14 + seq as usize % 200,
@@ -287,6 +313,9 @@ impl Ends {
             }
         }
         for end in [0, 1] {
+            if let Some(pools) = &mut self.pools {
+                self.links[end].borrow_slots(&mut pools[end].frames);
+            }
             self.links[end].fill().unwrap();
             self.hear(end);
         }
@@ -299,6 +328,9 @@ impl Ends {
     }
 
     fn hear(&mut self, end: usize) {
+        if self.pools.is_some() {
+            return self.hear_in_pool(end);
+        }
         while let Some(msg) = self.links[end].next_msg().unwrap() {
             let (PacketMsg::Input { seq, frame, .. } | PacketMsg::Output { seq, frame, .. }) = msg
             else {

@@ -14,6 +14,10 @@
 //!
 //! Does not interpret messages.
 
+use std::ops::Range;
+
+use colo_compare::Token;
+
 use super::datagram::{HEADER_BYTES, Kind};
 use super::msg::{HEAD_BYTES, Head};
 use super::offer::{self, Offer};
@@ -21,6 +25,7 @@ use super::port::{DatagramPort, PortKind, Slot};
 use super::reliable::{Heard, RECEIVE_WINDOW, RING_BYTES, Reliable, UNITS_MAX};
 use super::stats::LinkStats;
 use super::stream::Stream;
+use crate::frame::FramePool;
 
 /// Kinds of messages between the two link layers; unknown to earlier versions, which skip them.
 pub(super) mod kind {
@@ -262,6 +267,29 @@ impl Datagrams {
         self.ports[port].release(slot);
     }
 
+    /// Lets the transports take slots of the pool that they lack.
+    pub(super) fn borrow_slots(&mut self, frames: &mut FramePool) {
+        self.ports
+            .iter_mut()
+            .for_each(|port| port.borrow_slots(frames));
+    }
+
+    /// Makes a part of what was received a frame where it lies.
+    pub(super) fn adopt(
+        &mut self,
+        port: usize,
+        slot: Slot,
+        range: Range<usize>,
+        frames: &mut FramePool,
+    ) -> Result<Token, Slot> {
+        self.ports[port].adopt(slot, range.start, range.len(), frames)
+    }
+
+    /// Gives all slots of the pool back. Nothing is sent or received any more.
+    pub(super) fn leave(&mut self, frames: &mut FramePool) {
+        self.ports.iter_mut().for_each(|port| port.leave(frames));
+    }
+
     /// Sends what may be sent; moves to datagrams or back to TCP when that is due.
     pub(super) fn flush(&mut self, now_us: u64, stream: &mut Stream) {
         self.core.handle_timeout(now_us);
@@ -320,6 +348,7 @@ impl Datagrams {
             duplicates: dropped.duplicate,
             out_of_window: dropped.beyond,
             send_errors: self.ports.iter().map(|port| port.errors()).sum(),
+            pool_refusals: self.ports.iter().map(|port| port.pool_refusals()).sum(),
             ..self.stats
         }
     }

@@ -1,13 +1,16 @@
 //! Datagrams of the packet channel as Ethernet frames of their own type, through AF_XDP sockets on the link's interface.
 //!
-//! Invariants: every chunk is in exactly one place: free to receive, in a fill ring, received, free to send, or in the tx ring;
-//! the XDP program takes the link's frames and passes everything else to the host, so that TCP goes on beside them; it leaves
+//! The chunks are the port's own, or slots of the worker's frame pool: then a received frame becomes a token where it lies.
+//!
+//! Invariants: every chunk is in exactly one place: free to receive, in a fill ring, received, free to send, or in the tx ring,
+//! or else it is the pool's, and the pool gets back all that it has lent; the XDP program takes the link's frames and passes everything else to the host, so that TCP goes on beside them; it leaves
 //! the interface with this value.
 //!
 //! Looks at no datagram: what comes from elsewhere is the reliable layer's to refuse.
 
 mod chunks;
 mod interface;
+mod shared;
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,14 +19,19 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use colo_bpf::{Attach, Attached, Groups, LINK_ETHERTYPE, LinkChannel, Mac, XdpError, XdpProgram};
+use colo_compare::Token;
 
 use super::port::{DatagramPort, PortAddress, Slot};
 use super::reliable::RECEIVE_WINDOW;
+use crate::frame::FramePool;
 use crate::ring::xsk::{
     BindOptions, CopyMode, Descriptor, Interface, InterfaceError, Kick, Rx, Umem, XskError,
     XskSocket,
 };
 use chunks::Chunks;
+
+pub use chunks::PoolMemory;
+use shared::Loan;
 
 const ETHERNET_BYTES: usize = 14;
 /// What the kernel keeps of a chunk for itself.
@@ -57,6 +65,17 @@ pub enum XdpPortError {
     /// The XDP program.
     #[error(transparent)]
     Xdp(#[from] XdpError),
+    /// The pool is too small to lend so many slots.
+    #[error("host.frame_slots = {slots} are too few for {queues} queues; raise it")]
+    FewSlots {
+        /// How many there are.
+        slots: usize,
+        /// For how many queues.
+        queues: u32,
+    },
+    /// Slots below the smallest chunk.
+    #[error("frame slots of less than 2048 bytes are too small for AF_XDP")]
+    SmallSlots,
     /// Addresses or memory.
     #[error("{0}")]
     System(#[from] io::Error),
@@ -85,36 +104,86 @@ pub struct XdpPort {
     places: Box<[(u64, usize)]>,
     free: Vec<u32>,
     sendable: VecDeque<u32>,
+    /// With the pool's memory.
+    loan: Option<Loan>,
+    pool_refusals: u64,
     mac: Mac,
     peer: Mac,
     mtu: usize,
     errors: u64,
 }
 
-impl XdpPort {
-    /// On the interface that `stream` uses here.
-    pub fn beside(stream: &TcpStream) -> Result<Self, XdpPortError> {
-        let local = stream.local_addr()?.ip();
-        let name = interface::interface_with(local)?.ok_or(XdpPortError::NoInterface(local))?;
-        let interface = Interface::find(&name)?;
-        let mtu = interface.mtu()? as usize;
-        let chunk_bytes = match mtu + ETHERNET_BYTES + HEADROOM_BYTES {
-            0..=2048 => 2048,
-            _ => 4096,
-        };
-        let mtu = mtu.min(chunk_bytes - HEADROOM_BYTES - ETHERNET_BYTES);
-        let mac = interface.mac()?;
-        let queues = interface.rx_queues()?;
+/// What the sockets receive into and send from.
+#[derive(Debug)]
+struct Memory {
+    chunks: Chunks,
+    sockets: Vec<XskSocket>,
+    count: usize,
+    payload_max: usize,
+    /// Chunks that the fill ring of each queue should have.
+    fill_target: usize,
+    free: Vec<u32>,
+    sendable: VecDeque<u32>,
+    loan: Option<Loan>,
+}
+
+impl Memory {
+    /// Memory of the port's own.
+    fn own(interface: &Interface, mtu: usize, queues: u32) -> Result<Self, XdpPortError> {
+        let chunk_bytes = if mtu <= payload_max(2048) { 2048 } else { 4096 };
         let fill_target = (FILL_CHUNKS / queues as usize).max(FILL_CHUNKS_MIN);
         let receiving = RECEIVE_WINDOW + SPARE_CHUNKS + fill_target * queues as usize;
         let count = receiving + SEND_CHUNKS;
         let chunks = Chunks::new(count, chunk_bytes)?;
-        let sockets = bind_all(&chunks, &interface, queues)?;
-        let (program, attached) = take_link_frames(&interface, &sockets)?;
-        let zero_copy = sockets.iter().all(XskSocket::is_zero_copy);
+        let sockets = bind_all(&chunks, interface, queues)?;
+        Ok(Self {
+            chunks,
+            sockets,
+            count,
+            payload_max: payload_max(chunk_bytes),
+            fill_target,
+            free: (0..receiving as u32).collect(),
+            sendable: (receiving as u32..count as u32).collect(),
+            loan: None,
+        })
+    }
+}
+
+/// The longest datagram that a chunk holds.
+fn payload_max(chunk_bytes: usize) -> usize {
+    chunk_bytes - HEADROOM_BYTES - ETHERNET_BYTES
+}
+
+impl XdpPort {
+    /// On the interface that `stream` uses here; where possible in the memory of `pool`.
+    pub fn beside(stream: &TcpStream, pool: Option<&PoolMemory>) -> Result<Self, XdpPortError> {
+        let local = stream.local_addr()?.ip();
+        let name = interface::interface_with(local)?.ok_or(XdpPortError::NoInterface(local))?;
+        let interface = Interface::find(&name)?;
+        let mtu = interface.mtu()? as usize;
+        let mac = interface.mac()?;
+        let queues = interface.rx_queues()?;
+        let mut pool_refusals = 0;
+        let shared = pool.and_then(|pool| {
+            let opened = shared::open(pool, &interface, queues);
+            let refused = |e: &XdpPortError| {
+                tracing::warn!("packet channel: AF_XDP on {name}: frames will be copied: {e}");
+                pool_refusals += 1;
+            };
+            opened.inspect_err(refused).ok()
+        });
+        let memory = match shared {
+            Some(memory) => memory,
+            None => Memory::own(&interface, mtu, queues)?,
+        };
+        let (program, attached) = take_link_frames(&interface, &memory.sockets)?;
+        let zero_copy = memory.sockets.iter().all(XskSocket::is_zero_copy);
         let copying = if zero_copy { "zero-copy" } else { "copy" };
+        let place = memory.loan.as_ref().map_or("", |_| ", in the frame pool");
         let at = attached.mode;
-        tracing::info!("packet channel: AF_XDP on {name}: {at} mode, {copying}, {queues} queues");
+        tracing::info!(
+            "packet channel: AF_XDP on {name}: {at} mode, {copying}, {queues} queues{place}"
+        );
         let queue = |socket| Queue {
             socket,
             lent: 0,
@@ -122,16 +191,18 @@ impl XdpPort {
         };
         let mut port = Self {
             program,
-            queues: sockets.into_iter().map(queue).collect(),
+            queues: memory.sockets.into_iter().map(queue).collect(),
             turn: 0,
-            fill_target,
-            chunks,
-            places: vec![(0, 0); count].into_boxed_slice(),
-            free: (0..receiving as u32).collect(),
-            sendable: (receiving as u32..count as u32).collect(),
+            fill_target: memory.fill_target,
+            chunks: memory.chunks,
+            places: vec![(0, 0); memory.count].into_boxed_slice(),
+            free: memory.free,
+            sendable: memory.sendable,
+            loan: memory.loan,
+            pool_refusals,
             mac,
             peer: mac,
-            mtu,
+            mtu: mtu.min(memory.payload_max),
             errors: 0,
         };
         port.refill();
@@ -216,6 +287,10 @@ impl XdpPort {
             queue.lent = queue.lent.saturating_sub(1);
             let chunk = self.chunks.index_of(piece.chunk) as u32;
             let spoilt = std::mem::replace(&mut queue.spoilt, piece.more);
+            if self.loan.as_ref().is_some_and(|loan| !loan.has(chunk)) {
+                self.errors += 1;
+                continue;
+            }
             let len = (piece.len as usize).saturating_sub(ETHERNET_BYTES);
             if spoilt || piece.more || len == 0 {
                 self.free.push(chunk);
@@ -301,8 +376,32 @@ impl DatagramPort for XdpPort {
         self.free.push(slot.0);
     }
 
+    fn borrow_slots(&mut self, frames: &mut FramePool) {
+        self.borrow_from(frames);
+    }
+
+    fn adopt(
+        &mut self,
+        slot: Slot,
+        start: usize,
+        len: usize,
+        frames: &mut FramePool,
+    ) -> Result<Token, Slot> {
+        self.adopt_into(slot, start, len, frames)
+    }
+
+    fn leave(&mut self, frames: &mut FramePool) {
+        self.leave_pool(frames);
+    }
+
+    fn pool_refusals(&self) -> u64 {
+        self.pool_refusals
+    }
+
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
-        let sending = self.sendable.is_empty();
+        // Before the pool has lent any, none comes back either.
+        let can_send = self.loan.as_ref().is_none_or(Loan::can_send);
+        let sending = can_send && self.sendable.is_empty();
         for (index, queue) in self.queues.iter().enumerate() {
             let out = match index == 0 && sending {
                 true => libc::POLLOUT,
@@ -339,21 +438,25 @@ fn bind_all(
 ) -> Result<Vec<XskSocket>, XskError> {
     let bind = |copy_mode| {
         let umem = chunks.register()?;
-        let options = BindOptions {
-            copy_mode,
-            multi_buffer: false,
-            fill_entries: RING_ENTRIES,
-            completion_entries: RING_ENTRIES,
-            rx_entries: RING_ENTRIES,
-            tx_entries: RING_ENTRIES,
-            ..BindOptions::default()
-        };
+        let options = bind_options(copy_mode);
         let each = |queue| bind_patiently(&umem, interface, queue, &options);
         (0..queues).map(each).collect()
     };
     match bind(CopyMode::ZeroCopy) {
         Err(XskError::NoZeroCopy { .. }) => bind(CopyMode::Copy),
         done => done,
+    }
+}
+
+fn bind_options(copy_mode: CopyMode) -> BindOptions {
+    BindOptions {
+        copy_mode,
+        multi_buffer: false,
+        fill_entries: RING_ENTRIES,
+        completion_entries: RING_ENTRIES,
+        rx_entries: RING_ENTRIES,
+        tx_entries: RING_ENTRIES,
+        ..BindOptions::default()
     }
 }
 

@@ -10,7 +10,7 @@ use hdrhistogram::Histogram;
 use super::{PairEvent, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
-use crate::link::{LinkStats, PacketLink, PacketLinkError, PacketMsg};
+use crate::link::{Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg};
 use crate::mailbox::Post;
 use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
 
@@ -126,14 +126,14 @@ impl PrimaryRole {
     }
 
     /// Takes the packet channel to a joining secondary. Frames go over it from the first cut on.
-    pub fn attach(&mut self, link: PacketLink) {
-        self.detach();
+    pub fn attach(&mut self, edge: &mut Edge, link: PacketLink) {
+        self.detach(edge);
         self.link = Some(link);
         self.awake_us = now_us();
     }
 
     /// Lets go of the packet channel. What is held stays held.
-    pub fn detach(&mut self) {
+    pub fn detach(&mut self, edge: &mut Edge) {
         // What was decided about one secondary's output or input means nothing to the next.
         self.mirrors = false;
         self.released_seqs.clear();
@@ -141,6 +141,7 @@ impl PrimaryRole {
         if let Some(link) = self.link.take() {
             self.past_link.add(&link.stats());
             let _ = link.shutdown(Shutdown::Both);
+            link.leave(&mut edge.frames);
         }
     }
 
@@ -190,7 +191,7 @@ impl PrimaryRole {
 
     /// The generation is ours alone: everything leaves.
     pub fn go_alone(&mut self, edge: &mut Edge) {
-        self.detach();
+        self.detach(edge);
         // Nobody can take over from a host that stands alone, however long it stood still.
         (self.muted, self.diverging) = (false, false);
         self.path.go_alone(now_us(), &mut edge.frames);
@@ -255,7 +256,7 @@ impl PrimaryRole {
             }
             Err(e) => {
                 self.link = Some(link);
-                self.detach();
+                self.detach(edge);
                 self.post.send(PairEvent::LinkDown {
                     reason: e.to_string(),
                 });
@@ -270,6 +271,7 @@ impl PrimaryRole {
         edge: &mut Edge,
         now_us: u64,
     ) -> Result<usize, PacketLinkError> {
+        link.borrow_slots(&mut edge.frames);
         link.fill()?;
         let read = self.read_link(link, edge, now_us);
         self.compare_batch(edge, now_us);
@@ -284,17 +286,24 @@ impl PrimaryRole {
     ) -> Result<usize, PacketLinkError> {
         let mut n = 0;
         while n < 4 * BATCH && edge.frames.free_slots() > 0 {
-            let Some(msg) = link.next_msg()? else { break };
+            let Some(incoming) = link.next(&mut edge.frames)? else {
+                break;
+            };
             n += 1;
-            if let PacketMsg::Output { epoch, seq, frame } = msg {
-                if let Some(token) = edge.frames.from_bytes(frame) {
+            let msg = match incoming {
+                Incoming::Msg(msg) => msg,
+                Incoming::Output { epoch, seq, token } => {
                     self.output_batch.push((epoch, seq, token));
+                    if self.output_batch.len() == BATCH {
+                        self.compare_batch(edge, now_us);
+                    }
+                    continue;
                 }
-                if self.output_batch.len() == BATCH {
-                    self.compare_batch(edge, now_us);
+                Incoming::Input { token, .. } => {
+                    edge.release(token);
+                    continue;
                 }
-                continue;
-            }
+            };
             // Messages keep their order.
             self.compare_batch(edge, now_us);
             match msg {
@@ -422,7 +431,7 @@ impl PrimaryRole {
         n += self.announcements(edge);
         self.send_released(edge);
         self.report_released();
-        self.flush_link();
+        self.flush_link(edge);
         n
     }
 
@@ -482,10 +491,10 @@ impl PrimaryRole {
         }
     }
 
-    fn flush_link(&mut self) {
+    fn flush_link(&mut self, edge: &mut Edge) {
         let Some(link) = &mut self.link else { return };
         if let Err(e) = link.flush() {
-            self.detach();
+            self.detach(edge);
             self.post.send(PairEvent::LinkDown {
                 reason: e.to_string(),
             });
@@ -543,7 +552,7 @@ impl Role for PrimaryRole {
     }
 
     fn leave(&mut self, edge: &mut Edge) {
-        self.detach();
+        self.detach(edge);
         for token in self.unsent.drain(..) {
             edge.release(token);
         }

@@ -7,7 +7,7 @@ use colo_compare::{Limits, SecondaryAction, SecondaryPath, SecondaryStats};
 
 use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
-use crate::link::{LinkStats, PacketLink, PacketLinkError, PacketMsg};
+use crate::link::{Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg};
 use crate::mailbox::Post;
 use crate::nic::Filter;
 use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
@@ -121,9 +121,10 @@ impl SecondaryRole {
     }
 
     /// Lets go of the packet channel, what was received is kept.
-    pub fn detach(&mut self) {
+    pub fn detach(&mut self, edge: &mut Edge) {
         if let Some(link) = self.link.take() {
             let _ = link.shutdown(Shutdown::Both);
+            link.leave(&mut edge.frames);
         }
     }
 
@@ -141,7 +142,7 @@ impl SecondaryRole {
             link.read_all();
         }
         while self.poll_link(edge, now_us) > 0 {}
-        self.detach();
+        self.detach(edge);
         let path = self.path.take()?;
         if let Err(e) = edge.set_filter(Filter::Guest(self.mac)) {
             tracing::error!("the NIC's filter cannot be opened, the guest hears nothing: {e}");
@@ -173,7 +174,7 @@ impl SecondaryRole {
             }
             Err(reason) => {
                 self.link = Some(link);
-                self.detach();
+                self.detach(edge);
                 self.post.send(PairEvent::LinkDown { reason });
                 1
             }
@@ -191,21 +192,26 @@ impl SecondaryRole {
         };
         let mut n = 0;
         let text = |e: PacketLinkError| e.to_string();
+        link.borrow_slots(&mut edge.frames);
         link.fill().map_err(text)?;
         while n < 4 * BATCH && edge.frames.free_slots() > RESERVED_SLOTS {
-            let Some(msg) = link.next_msg().map_err(text)? else {
+            let Some(incoming) = link.next(&mut edge.frames).map_err(text)? else {
                 break;
             };
             n += 1;
-            match msg {
-                PacketMsg::Input { epoch, seq, frame } => {
-                    let token = edge
-                        .frames
-                        .from_bytes(frame)
-                        .ok_or("frame longer than the MTU")?;
+            let msg = match incoming {
+                Incoming::Msg(msg) => msg,
+                Incoming::Input { epoch, seq, token } => {
                     path.handle_mirror(now_us, &mut edge.frames, epoch, seq, token)
                         .map_err(|e| e.to_string())?;
+                    continue;
                 }
+                Incoming::Output { token, .. } => {
+                    edge.release(token);
+                    continue;
+                }
+            };
+            match msg {
                 PacketMsg::Released { seqs } => {
                     for seq in seqs.chunks_exact(8) {
                         let mut bytes = [0; 8];
@@ -289,7 +295,7 @@ impl SecondaryRole {
         if let Some(link) = &mut self.link
             && let Err(e) = link.flush()
         {
-            self.detach();
+            self.detach(edge);
             self.post.send(PairEvent::LinkDown {
                 reason: e.to_string(),
             });
@@ -340,7 +346,7 @@ impl Role for SecondaryRole {
         }
     }
 
-    fn leave(&mut self, _edge: &mut Edge) {
-        self.detach();
+    fn leave(&mut self, edge: &mut Edge) {
+        self.detach(edge);
     }
 }

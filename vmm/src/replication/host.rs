@@ -15,7 +15,7 @@ use colo_compare::Limits;
 use colo_control::{Geometry, Outcome, Record, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
-use colo_fastpath::link::{PacketLink, open_ports};
+use colo_fastpath::link::{PacketLink, PoolMemory, open_ports};
 use colo_fastpath::mailbox::Mailbox;
 use colo_fastpath::nic::Filter;
 use colo_fastpath::pair::{PrimaryRole, PrimaryRoleConfig};
@@ -190,7 +190,9 @@ impl Replica {
 
     /// The packet channel over a connection, with the datagram transports that this host has for it.
     pub(super) fn packet_link(&self, stream: TcpStream) -> io::Result<PacketLink> {
-        let ports = open_ports(&stream, self.replication.packets);
+        let worker = self.machine.worker();
+        let pool = worker.execute(|edge, _| PoolMemory::of(&edge.frames)).ok();
+        let ports = open_ports(&stream, self.replication.packets, pool.as_ref());
         let key = random_number().map_err(io::Error::other)?;
         // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
         let patience_us = self.timing().detection_us() / 2;

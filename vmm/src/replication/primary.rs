@@ -275,7 +275,7 @@ impl PrimaryShell {
         // The peer takes a closed channel as our end: be silent before it can see one (rule 18).
         self.on_role(|role, edge| {
             role.set_lease(edge, 0);
-            role.detach();
+            role.detach(edge);
         });
         let _ = link.control.flush();
         let _ = link.pages_end.shutdown(Shutdown::Both);
@@ -358,7 +358,7 @@ impl PrimaryShell {
         };
         self.checkpoint_begun_us = now_us();
         match self.replica.packet_link(packets) {
-            Ok(packets) => self.on_role(move |role, _| role.attach(packets)),
+            Ok(packets) => self.on_role(move |role, edge| role.attach(edge, packets)),
             Err(e) => return self.link_down(&e.to_string()),
         }
         let generation = self.core.record().generation;

@@ -26,7 +26,7 @@ fn unshare() {
 }
 
 fn link(stream: TcpStream, packets: Packets, key: u64) -> PacketLink {
-    let ports = open_ports(&stream, packets);
+    let ports = open_ports(&stream, packets, None);
     assert_eq!(
         ports.len(),
         usize::from(packets != Packets::Tcp),
@@ -42,6 +42,19 @@ fn ends(mtu: u32, queues: u32) -> (Ends, Stranger) {
 }
 
 fn links(mtu: u32, queues: u32, packets: Packets) -> ([PacketLink; 2], Stranger) {
+    links_opened(mtu, queues, move |stream, end| {
+        link(stream, packets, [11, 22][end])
+    })
+}
+
+/// Two ends as `open` makes them.
+pub(super) fn links_opened(
+    mtu: u32,
+    queues: u32,
+    open: impl Fn(TcpStream, usize) -> PacketLink + Send + Sync + 'static,
+) -> ([PacketLink; 2], Stranger) {
+    let open = Arc::new(open);
+    let open_far = open.clone();
     let (here_tid, there_tid) = channel();
     let (ready, is_ready) = channel();
     let far = thread::spawn(move || {
@@ -53,7 +66,7 @@ fn links(mtu: u32, queues: u32, packets: Packets) -> ([PacketLink; 2], Stranger)
         let address = listener.local_addr().unwrap();
         (
             address,
-            thread::spawn(move || link(listener.accept().unwrap().0, packets, 22)),
+            thread::spawn(move || open_far(listener.accept().unwrap().0, 1)),
         )
     });
     let near = thread::spawn(move || {
@@ -85,14 +98,14 @@ fn links(mtu: u32, queues: u32, packets: Packets) -> ([PacketLink; 2], Stranger)
         ready.send(()).unwrap();
         let (address, far) = far.join().unwrap();
         let stream = TcpStream::connect(address).unwrap();
-        let near = link(stream, packets, 11);
+        let near = open(stream, 0);
         ([near, far.join().unwrap()], Stranger::on("a0"))
     });
     near.join().unwrap()
 }
 
 /// A packet socket on the link.
-struct Stranger {
+pub(super) struct Stranger {
     fd: std::os::fd::OwnedFd,
 }
 
