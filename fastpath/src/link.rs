@@ -65,7 +65,7 @@ pub enum PacketLinkError {
     /// The bytes are no message.
     #[error("packet channel: {0}")]
     Malformed(#[from] Malformed),
-    /// A frame that the peer should have been too small for.
+    /// A frame that is longer than the slots of this host.
     #[error(
         "packet channel: a frame of {len} bytes, at most {max} go into a slot; give both hosts the same net.mtu"
     )]
