@@ -3,8 +3,8 @@
 //! The chunks are the port's own, or slots of the worker's frame pool: then a received frame becomes a token where it lies.
 //!
 //! Invariants: every chunk is in exactly one place: free to receive, in a fill ring, received, free to send, or in the tx ring,
-//! or else it is the pool's, and the pool gets back all that it has lent; the XDP program takes the link's frames and passes everything else to the host, so that TCP goes on beside them; it leaves
-//! the interface with this value.
+//! or else it is the pool's, and the pool gets back all that it has lent; the XDP program takes the link's frames and passes
+//! everything else to the host, so that TCP goes on beside them; it leaves the interface with this value.
 //!
 //! Looks at no datagram: what comes from elsewhere is the reliable layer's to refuse.
 
@@ -164,17 +164,16 @@ impl XdpPort {
         let mac = interface.mac()?;
         let queues = interface.rx_queues()?;
         let mut pool_refusals = 0;
-        let shared = pool.and_then(|pool| {
-            let opened = shared::open(pool, &interface, queues);
-            let refused = |e: &XdpPortError| {
-                tracing::warn!("packet channel: AF_XDP on {name}: frames will be copied: {e}");
-                pool_refusals += 1;
-            };
-            opened.inspect_err(refused).ok()
-        });
-        let memory = match shared {
-            Some(memory) => memory,
+        let memory = match pool.map(|pool| shared::open(pool, &interface, queues)) {
+            Some(Ok(memory)) => memory,
             None => Memory::own(&interface, mtu, queues)?,
+            Some(Err(e)) => {
+                // What is not the pool's fault fails again.
+                let memory = Memory::own(&interface, mtu, queues)?;
+                tracing::warn!("packet channel: AF_XDP on {name}: frames will be copied: {e}");
+                pool_refusals = 1;
+                memory
+            }
         };
         let (program, attached) = take_link_frames(&interface, &memory.sockets)?;
         let zero_copy = memory.sockets.iter().all(XskSocket::is_zero_copy);
