@@ -50,8 +50,10 @@ use watch::Watch;
 pub use error::XdpNicError;
 pub use stats::{XdpNicSnapshot, XdpNicStats};
 
-/// Who sleeps with frames in the kernel's hands looks after them again after this time.
-const REAP_US: u64 = 200;
+/// Who sleeps with frames in the kernel's hands looks after them again after this time. Nobody waits
+/// for them before: half of the guest's ring is never kept, and slots are many. A short time costs
+/// a wake-up for nearly every sleep.
+const REAP_US: u64 = 5000;
 
 /// Which way of AF_XDP is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,9 +22,6 @@ use crate::vhost_user::GuestRings;
 use super::port::{Delivery, GuestPort, PortState};
 use super::role::BATCH;
 
-/// Buffers of the guest that frames may keep; the others stay free for what it sends next.
-const IN_PLACE_MAX: usize = QUEUE_SIZE_MAX as usize / 2;
-
 /// A NIC in a report.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct NicReport {
@@ -198,7 +195,7 @@ impl Edge {
     /// The next frame from the guest; a long one stays where it is until it is released, or
     /// settled.
     pub fn guest_take_in_place(&mut self) -> Option<Token> {
-        let is_pressed = self.frames.in_place() >= IN_PLACE_MAX;
+        let is_pressed = self.frames.in_place() >= self.port.in_place_max();
         self.take(is_pressed.then_some(CopyCause::Pressure))
     }
 

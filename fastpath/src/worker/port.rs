@@ -178,6 +178,13 @@ impl GuestPort {
             .unwrap_or(false)
     }
 
+    /// Transmit buffers that frames may keep: the others stay free for what the guest sends next.
+    pub fn in_place_max(&self) -> usize {
+        let queues = self.service.as_ref().map(|service| &service.queues);
+        let size = queues.map_or(0, |queues| queues.guest_tx.size());
+        usize::from(size / 2)
+    }
+
     /// Puts a frame into the guest's receive queue.
     pub fn deliver(&mut self, frame: &[u8]) -> Delivery {
         let Some(service) = &mut self.service else {
