@@ -17,6 +17,8 @@ use crate::{compare_core, compare_instructions, compare_path};
 enum Kind {
     /// In memory, beside a memcmp of as many bytes
     Core,
+    /// In memory, with the SVM's output as headers and digests
+    Digest,
     /// Instructions that callgrind counts in `colo compare --sockets`
     Instructions,
     /// CPU time of `colo compare --sockets` beside QEMU's object
@@ -72,6 +74,9 @@ pub(crate) fn run(args: &CompareArgs, place: &Place) -> Result<Outcome, BenchErr
         eprintln!("{shape:?}");
         if measures(Kind::Core) {
             rows.extend(compare_core::run(shape, args.rounds as usize)?);
+        }
+        if measures(Kind::Digest) {
+            rows.push(compare_core::run_digest(shape, args.rounds as usize)?);
         }
         let peer_can = shape.flows <= PEER_FLOWS_MAX;
         if measures(Kind::Instructions) && peer_can {

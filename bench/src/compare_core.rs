@@ -1,13 +1,14 @@
-//! `core`: what the comparator costs per pair of frames in memory, beside a memcmp of as many bytes.
+//! `core`: what the comparator costs per pair of frames in memory, beside a memcmp of as many bytes. `digest`: the
+//! same with the SVM's output as headers and digests.
 //!
 //! Invariants: a figure is given only when every pair of its run was released by match; the comparison
 //! and the memcmp take turns. The median batch counts, because on a shared machine some are interrupted.
 //!
-//! Does not count the making of frames, nor the clients' ACKs that let history go.
+//! Does not count the making of frames and of the SVM's digests, nor the clients' ACKs that let history go.
 
 use std::time::Instant;
 
-use colo_compare::testing::{Segment, Side, udp};
+use colo_compare::testing::{Segment, Side, digest_key, udp};
 use colo_compare::{Action, Frames, Limits, PathError, PrimaryPath, Right, Token};
 use colo_fastpath::frame::FramePool;
 use colo_fastpath::hint::use_huge_pages;
@@ -24,15 +25,16 @@ const SLOT_BYTES: usize = 2048;
 /// Pairs of one run.
 const PAIRS: usize = 1_000_000;
 
-/// Both rows of a shape: ours and the memcmp.
-pub(crate) fn run(shape: Shape, rounds: usize) -> Result<[CompareRow; 2], BenchError> {
-    let (mut core, mut memcmp) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        core.push(measure_core(shape, PAIRS)?);
-        memcmp.push(measure_memcmp(shape.payload, PAIRS));
-    }
+/// The row of a shape with digests.
+pub(crate) fn run_digest(shape: Shape, rounds: usize) -> Result<CompareRow, BenchError> {
+    let measure = |_| measure_core(shape, PAIRS, true);
+    let all = (0..rounds).map(measure).collect::<Result<Vec<_>, _>>()?;
+    Ok(row("digest", shape, Range::of(all).median))
+}
+
+fn row(kind: &'static str, shape: Shape, ns: f64) -> CompareRow {
     let bits = Traffic::new(shape).frame_len() as f64 * 8.0;
-    let row = |kind, ns: f64| CompareRow {
+    CompareRow {
         kind,
         protocol: shape.protocol.name(),
         payload: shape.payload,
@@ -41,9 +43,18 @@ pub(crate) fn run(shape: Shape, rounds: usize) -> Result<[CompareRow; 2], BenchE
         pairs_per_s: Some(1e9 / ns),
         gbit_s: Some(bits / ns),
         ..CompareRow::default()
-    };
-    let median = |values| Range::of(values).median;
-    Ok([row("core", median(core)), row("memcmp", median(memcmp))])
+    }
+}
+
+/// Both rows of a shape: ours and the memcmp.
+pub(crate) fn run(shape: Shape, rounds: usize) -> Result<[CompareRow; 2], BenchError> {
+    let (mut core, mut memcmp) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        core.push(measure_core(shape, PAIRS, false)?);
+        memcmp.push(measure_memcmp(shape.payload, PAIRS));
+    }
+    let row = |kind, values| row(kind, shape, Range::of(values).median);
+    Ok([row("core", core), row("memcmp", memcmp)])
 }
 
 /// Makes the frames of many flows from one template.
@@ -84,6 +95,10 @@ impl Traffic {
         self.template.len()
     }
 
+    fn header_len(&self) -> usize {
+        self.template.len() - self.payload
+    }
+
     /// Writes the next frame of `flow`: the peer's address and port name the flow.
     fn write(&self, flow: u32, frame: &mut [u8]) {
         frame.copy_from_slice(&self.template);
@@ -120,6 +135,8 @@ struct Bench {
     path: PrimaryPath,
     frames: FramePool,
     traffic: Traffic,
+    /// Of the payload, which all frames have in common.
+    digest: Option<u128>,
     epoch: u64,
     svm_seq: u64,
     now_us: u64,
@@ -128,7 +145,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(shape: Shape) -> Result<Self, BenchError> {
+    fn new(shape: Shape, has_digests: bool) -> Result<Self, BenchError> {
         let limits = Limits {
             max_flows: shape.flows.next_power_of_two().max(64),
             max_unacked_inputs: u64::MAX,
@@ -143,10 +160,14 @@ impl Bench {
         path.set_lease(0, &mut frames, u64::MAX);
         path.commit(0, &mut frames, first).map_err(failed)?;
         path.caught_up(0, first + 1);
+        let traffic = Traffic::new(shape);
+        let key = has_digests.then(digest_key);
+        path.set_digest_key(key.clone());
         let mut bench = Self {
             path,
             frames,
-            traffic: Traffic::new(shape),
+            digest: key.map(|key| key.of(&traffic.template[traffic.header_len()..])),
+            traffic,
             epoch: first + 1,
             svm_seq: 0,
             now_us: 0,
@@ -157,10 +178,11 @@ impl Bench {
         Ok(bench)
     }
 
-    fn frame(&mut self, flow: u32) -> Option<Token> {
-        let (traffic, len) = (&self.traffic, self.traffic.frame_len());
+    /// The next frame of a flow, or `len` bytes of it.
+    fn frame(&mut self, flow: u32, len: usize) -> Option<Token> {
+        let traffic = &self.traffic;
         self.frames.fill(|slot| {
-            traffic.write(flow, &mut slot[..len]);
+            traffic.write(flow, &mut slot[..traffic.frame_len()]);
             Some(len)
         })
     }
@@ -174,7 +196,7 @@ impl Bench {
                 }
                 Action::Mirror { token, .. } => self.frames.release(token),
                 Action::SvmReleased { .. } => self.reported += 1,
-                Action::PendingReleased { .. } | Action::Checkpoint(_) => {}
+                Action::PendingReleased { .. } | Action::Checkpoint(_) | Action::Fetch { .. } => {}
             }
         }
     }
@@ -184,9 +206,14 @@ impl Bench {
         let exhausted = || BenchError::Failed("the frame pool is too small".into());
         let mut pvm = Vec::with_capacity(BATCH);
         let mut svm = Vec::with_capacity(BATCH);
+        let frame_len = self.traffic.frame_len();
+        let svm_len = match self.digest {
+            Some(_) => self.traffic.header_len(),
+            None => frame_len,
+        };
         for &flow in flows {
-            pvm.push(self.frame(flow).ok_or_else(exhausted)?);
-            svm.push(self.frame(flow).ok_or_else(exhausted)?);
+            pvm.push(self.frame(flow, frame_len).ok_or_else(exhausted)?);
+            svm.push(self.frame(flow, svm_len).ok_or_else(exhausted)?);
             self.traffic.advance(flow);
         }
         self.now_us += 10;
@@ -210,9 +237,17 @@ impl Bench {
         self.path.expect(&self.frames, svm.iter());
         for token in svm {
             self.svm_seq += 1;
-            let (epoch, seq) = (self.epoch, self.svm_seq);
-            self.path
-                .handle_svm_output(now_us, &mut self.frames, epoch, seq, token);
+            let (epoch, seq, frames) = (self.epoch, self.svm_seq, &mut self.frames);
+            match self.digest {
+                None => self
+                    .path
+                    .handle_svm_output(now_us, frames, epoch, seq, token),
+                Some(digest) => {
+                    let n = self.traffic.payload as u16;
+                    self.path
+                        .handle_svm_digest(now_us, frames, epoch, seq, token, n, digest);
+                }
+            }
         }
         self.act();
     }
@@ -253,8 +288,8 @@ fn order(flows: u32) -> impl FnMut() -> u32 {
     }
 }
 
-fn measure_core(shape: Shape, pairs: usize) -> Result<f64, BenchError> {
-    let mut bench = Bench::new(shape)?;
+fn measure_core(shape: Shape, pairs: usize, has_digests: bool) -> Result<f64, BenchError> {
+    let mut bench = Bench::new(shape, has_digests)?;
     let flows = u32::try_from(shape.flows).unwrap_or(u32::MAX);
     let mut next = order(flows);
     let mut batch = |n: usize| -> Vec<u32> { (0..n).map(|_| next()).collect() };

@@ -15,7 +15,7 @@ mod slots;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-use colo_compare::{Frames, HEADER_MAX, Token};
+use colo_compare::{DigestKey, Frames, HEADER_MAX, Token};
 
 use crate::hint::prefetch;
 use crate::ring::{Area, GuestRam, Segment, fold};
@@ -590,6 +590,11 @@ impl Frames for FramePool {
 
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]) {
         out.copy_from_slice(&self.bytes(token)[at..at + out.len()]);
+    }
+
+    fn digest(&self, token: &Token, at: usize, n: usize, key: &DigestKey) -> u128 {
+        self.settle(token.slot(), CopyCause::Compared);
+        key.of(&self.host_bytes(token.slot())[at..at + n])
     }
 
     fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16 {

@@ -1,5 +1,5 @@
 //! The comparator against a slow one that was written from the rules: on random traces both must
-//! decide the same after every event.
+//! decide the same after every event, with the SVM's output as bytes and as digests.
 //!
 //! `COLO_MODEL_SEED=n` replays one seed and shows its trace; `COLO_MODEL_SEEDS=count` sets how many
 //! are run, `COLO_MODEL_FIRST=n` the first.
@@ -35,9 +35,11 @@ fn describe(seed: u64, report: &Report) -> String {
 #[test]
 fn both_comparators_decide_the_same() {
     if let Some(seed) = number("COLO_MODEL_SEED") {
-        let report = run(seed, Flaw::None);
-        println!("{}", describe(seed, &report));
-        assert!(report.failure.is_none());
+        for digests in [false, true] {
+            let report = run(seed, Flaw::None, digests);
+            println!("digests {digests}: {}", describe(seed, &report));
+            assert!(report.failure.is_none());
+        }
         return;
     }
     let seeds = number("COLO_MODEL_SEEDS").unwrap_or(SEEDS);
@@ -45,8 +47,14 @@ fn both_comparators_decide_the_same() {
     let mut total = Report::default();
     let mut open = 0;
     for seed in first..first + seeds {
-        let report = run(seed, Flaw::None);
+        let report = run(seed, Flaw::None, false);
         assert!(report.failure.is_none(), "{}", describe(seed, &report));
+        let digests = run(seed, Flaw::None, true);
+        assert!(
+            digests.failure.is_none(),
+            "with digests: {}",
+            describe(seed, &digests)
+        );
         total.events += report.events;
         total.matched += report.matched;
         total.free += report.free;
@@ -74,7 +82,7 @@ fn both_comparators_decide_the_same() {
 const FLAW_SEEDS: u64 = 2000;
 
 fn caught(flaw: Flaw) {
-    let shows = |seed: &u64| run(*seed, flaw).failure.is_some();
+    let shows = |seed: &u64| run(*seed, flaw, false).failure.is_some();
     let seed = (0..FLAW_SEEDS).find(shows);
     println!("{flaw:?}: seed {seed:?}");
     assert!(

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
 
-use colo_compare::testing::VecFrames;
+use colo_compare::testing::{SvmSource, VecFrames};
 use colo_compare::{
     Action, Cause, Direction, FlowKey, Limits, Policy, PolicyAction, PrimaryPath, Right, Rule, wire,
 };
@@ -44,6 +44,9 @@ struct Run {
     /// The PVM at the cut that is in flight.
     snapshot: Option<Guest>,
     svm_seq: u64,
+    svm_source: SvmSource,
+    /// Decided by the fast comparator in this event.
+    decided: VecDeque<Action>,
     svm_epoch: u64,
     /// Datagrams of the SVM that are overtaken by others.
     delayed: VecDeque<Message>,
@@ -122,8 +125,11 @@ fn by_flow<'a>(frames: impl Iterator<Item = (&'a [u8], Right)>) -> Leaving<'a> {
 }
 
 /// Plays one seed.
-pub fn run(seed: u64, flaw: Flaw) -> Report {
-    let mut run = Run::new(seed, flaw);
+pub fn run(seed: u64, flaw: Flaw, digests: bool) -> Report {
+    let mut run = Run::new(seed, flaw, digests);
+    if digests {
+        run.svm_source = SvmSource::digesting(&mut run.fast);
+    }
     let events = 50 + run.prng.below(350);
     for _ in 0..events {
         let told = run.step();
@@ -141,10 +147,14 @@ pub fn run(seed: u64, flaw: Flaw) -> Report {
 }
 
 impl Run {
-    fn new(seed: u64, flaw: Flaw) -> Self {
+    fn new(seed: u64, flaw: Flaw, digests: bool) -> Self {
         let mut prng = Prng::new(seed);
         let plans = guests::plans(&mut prng);
-        let limits = limits(&mut prng, flaw);
+        let mut limits = limits(&mut prng, flaw);
+        if digests {
+            // What waits for the bytes of a digest takes room for a moment.
+            limits.max_held_frames = 400;
+        }
         let mut fast = PrimaryPath::with_policy(limits, policy(&plans));
         let mut frames = VecFrames::new(4000);
         let first = fast.pair(0).expect("alone before");
@@ -162,6 +172,8 @@ impl Run {
             frames,
             snapshot: None,
             svm_seq: 0,
+            svm_source: SvmSource::default(),
+            decided: VecDeque::new(),
             svm_epoch: 2,
             delayed: VecDeque::new(),
             now_us: 0,
@@ -210,6 +222,7 @@ impl Run {
             let token = self.frames.insert(&bytes).expect("a slot");
             self.fast
                 .handle_guest_tx(self.now_us, &mut self.frames, token);
+            self.answer();
             let id = self.slow.pvm(message);
             self.encoded.insert(id, bytes);
         }
@@ -251,9 +264,10 @@ impl Run {
         let (svm_seq, epoch) = (self.svm_seq, self.svm_epoch);
         self.note(format_args!("SVM {svm_seq} in {epoch}: {message:?}"));
         let bytes = message.encode(&self.plans[message.flow]);
-        let token = self.frames.insert(&bytes).expect("a slot");
-        self.fast
-            .handle_svm_output(self.now_us, &mut self.frames, epoch, svm_seq, token);
+        let name = (epoch, svm_seq);
+        self.svm_source
+            .send(&mut self.fast, &mut self.frames, self.now_us, name, &bytes);
+        self.answer();
         self.slow.svm(epoch, svm_seq, message);
     }
 
@@ -398,13 +412,30 @@ impl Run {
         }
     }
 
+    /// What the fast comparator asks for it gets at once.
+    fn answer(&mut self) {
+        loop {
+            while let Some(action) = self.fast.poll_action() {
+                match action {
+                    Action::Fetch { svm_seq } => self.svm_source.fetch(svm_seq),
+                    action => self.decided.push_back(action),
+                }
+            }
+            let (source, frames) = (&mut self.svm_source, &mut self.frames);
+            if !source.answer(&mut self.fast, frames, self.now_us) {
+                return;
+            }
+        }
+    }
+
     /// What the fast comparator decided in this event against what the slow one did.
     fn compare(&mut self) -> Result<(), String> {
         let slow = self.slow.outcome();
         let mut released: Vec<(Vec<u8>, Right)> = Vec::new();
         let (mut reported, mut requested) = (BTreeSet::new(), None);
         let mut pending_released = None;
-        while let Some(action) = self.fast.poll_action() {
+        self.answer();
+        while let Some(action) = self.decided.pop_front() {
             self.note(format_args!("  fast: {action:?}"));
             match action {
                 Action::Release { token, right, .. } => {
@@ -412,11 +443,13 @@ impl Run {
                 }
                 Action::Mirror { token, .. } => drop(self.frames.take(token)),
                 Action::SvmReleased { svm_seq } => {
+                    self.svm_source.released(svm_seq);
                     if !reported.insert(svm_seq) {
                         return Err(format!("{svm_seq} is reported twice"));
                     }
                 }
                 Action::PendingReleased { epoch } => pending_released = Some(epoch),
+                Action::Fetch { .. } => unreachable!("it is answered"),
                 Action::Checkpoint(divergence) => requested = Some(class(divergence.cause)),
             }
         }

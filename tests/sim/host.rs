@@ -125,16 +125,19 @@ impl Process {
 
     /// The first holder of the VM.
     pub fn primary(plan: &Plan, inc: u64, host: usize, record: Record) -> Self {
-        let path = PrimaryPath::new(plan.limits);
+        let mut path = PrimaryPath::new(plan.limits);
+        path.set_digest_key(plan.digest_key());
         let side = PrimarySide::new(plan, host, path, record);
         Self::new(inc, Role::Primary(Box::new(side)), Some(Guest::default()))
     }
 
     /// One that joins; its incarnation is its session.
     pub fn secondary(plan: &Plan, inc: u64, host: usize) -> Self {
+        let mut path = SecondaryPath::new(plan.limits);
+        path.set_digests(plan.digest_key());
         let side = SecondarySide {
             core: Secondary::new(NAMES[host].into(), plan.timing, inc, Vec::new()),
-            path: SecondaryPath::new(plan.limits),
+            path,
             stopped: true,
             arriving: None,
             staged: None,

@@ -48,6 +48,18 @@ pub enum LinkMsg {
         seq: u64,
         frame: Vec<u8>,
     },
+    /// The headers of an output, and the digest of the rest.
+    Digest {
+        epoch: u64,
+        seq: u64,
+        headers: Vec<u8>,
+        payload_len: u16,
+        digest: u128,
+    },
+    /// The bytes of a digest are needed.
+    Fetch {
+        seq: u64,
+    },
     Released {
         seq: u64,
     },

@@ -55,6 +55,8 @@ fn every_seed_keeps_every_promise() {
         total.takeovers += outcome.takeovers;
         total.commits += outcome.commits;
         total.matches += outcome.matches;
+        total.digests += outcome.digests;
+        total.fetched += outcome.fetched;
         total.events += outcome.events;
         total.joins += outcome.joins;
         lost += u64::from(outcome.vm_lost);
@@ -69,8 +71,15 @@ fn every_seed_keeps_every_promise() {
         }
     }
     println!(
-        "{seeds} seeds: {} events, {} answers, {} commits, {} takeovers, {} joins, {} matches, {lost} lost VMs",
-        total.events, total.answers, total.commits, total.takeovers, total.joins, total.matches
+        "{seeds} seeds: {} events, {} answers, {} commits, {} takeovers, {} joins, {} matches, {} digests, {} fetched, {lost} lost VMs",
+        total.events,
+        total.answers,
+        total.commits,
+        total.takeovers,
+        total.joins,
+        total.matches,
+        total.digests,
+        total.fetched
     );
     if let Some(&seed) = failed.first() {
         panic!(

@@ -2,7 +2,7 @@
 //!
 //! Invariant: after [`Plan::calm_us`] nothing more goes wrong.
 
-use colo_compare::Limits;
+use colo_compare::{DigestKey, Limits, testing};
 use colo_control::Timing;
 
 use crate::client::Plan as ClientPlan;
@@ -144,10 +144,17 @@ pub struct Plan {
     pub pause_us: u64,
     /// Guests run so long after they could, at most, by host.
     pub guest_delay_us: [u64; 2],
+    /// The secondary's output travels as digests.
+    pub digests: bool,
     pub calm_us: u64,
 }
 
 impl Plan {
+    /// What the pair digests with, if it does.
+    pub fn digest_key(&self) -> Option<DigestKey> {
+        self.digests.then(testing::digest_key)
+    }
+
     /// The plan of a seed.
     pub fn draw(chance: &mut Prng, mutation: Mutation) -> Self {
         let calm_us = 2_000_000;
@@ -189,6 +196,7 @@ impl Plan {
             chunks: chance.range(1, 12),
             pause_us: chance.range(100, 5_000),
             guest_delay_us: std::array::from_fn(|_| chance.range(20, 800)),
+            digests: chance.chance(500),
             calm_us,
         }
     }

@@ -131,6 +131,8 @@ pub struct Outcome {
     pub takeovers: u64,
     pub commits: u64,
     pub matches: u64,
+    pub digests: u64,
+    pub fetched: u64,
     pub joins: u64,
     pub events: u64,
     pub vm_lost: bool,

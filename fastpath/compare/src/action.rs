@@ -45,6 +45,13 @@ pub enum Action {
         /// The number under which the secondary sent it.
         svm_seq: u64,
     },
+    /// Ask the secondary for the bytes of this output of the SVM, whose digest does not say enough:
+    /// `SecondaryPath::fetch` there, and what it sends then for
+    /// [`crate::PrimaryPath::handle_svm_output`] here.
+    Fetch {
+        /// The number under which the secondary sent the digest.
+        svm_seq: u64,
+    },
     /// Tell the secondary that the pending output of the checkpoint of this epoch has been
     /// released (rule 12).
     PendingReleased {
@@ -69,6 +76,20 @@ pub enum SecondaryAction {
         epoch: u64,
         /// Its number.
         svm_seq: u64,
+    },
+    /// Send the headers of the stored output to the primary, with a digest for the payload behind
+    /// them: see `SecondaryPath`.
+    SendDigest {
+        /// The epoch in which the SVM produced it.
+        epoch: u64,
+        /// Its number.
+        svm_seq: u64,
+        /// Bytes of the frame that are sent.
+        header_len: u16,
+        /// Bytes that the digest stands for.
+        payload_len: u16,
+        /// Of the payload and its length.
+        digest: u128,
     },
     /// Tell the primary that the SVM has consumed its backlog (rule 9).
     CaughtUp {

@@ -168,11 +168,12 @@ impl Divergence {
         secondary: Option<Place<'_>>,
     ) -> Self {
         let show = |place: Option<Place<'_>>| match place {
-            Some((token, end, at)) => {
-                let left = usize::from(end).saturating_sub(at);
+            // Nothing is at hand behind the headers that come with a digest.
+            Some((token, end, at)) if at < usize::from(end) => {
+                let left = usize::from(end) - at;
                 Shown::read(left, |out| frames.copy_out(token, at, out))
             }
-            None => Shown::default(),
+            _ => Shown::default(),
         };
         Self {
             offset: offset as u32,

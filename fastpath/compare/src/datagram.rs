@@ -8,7 +8,7 @@
 use crate::cause::{Cause, Divergence, Shown};
 use crate::flow::{FlowKey, Protocol};
 use crate::frames::{Frames, HEADER_MAX, Token};
-use crate::ledger::{Ledger, SvmFrame};
+use crate::ledger::{Ledger, Payload, SvmFrame};
 use crate::list::{Lists, NIL};
 use crate::span::Span;
 use crate::stream::Content;
@@ -34,6 +34,15 @@ impl Flow {
             .map(|datagram| datagram.at_us)
     }
 
+    /// The same of one whose bytes are at hand, if they are needed.
+    pub(crate) fn comparable_since_us(&self, svm: &Lists<SvmFrame>) -> Option<u64> {
+        let mut all = svm.iter(&self.svm).map(|(_, datagram)| datagram);
+        let is_comparable =
+            |datagram: &&SvmFrame| !datagram.reported && !datagram.waits_for_bytes();
+        all.find(|datagram| is_comparable(datagram))
+            .map(|datagram| datagram.at_us)
+    }
+
     /// Judges the flow's next frame. Two that differ may be out of order: only a full window on
     /// both sides proves a difference at once.
     pub(crate) fn judge_datagram<F: Frames + ?Sized>(
@@ -41,25 +50,44 @@ impl Flow {
         head: u32,
         held: &mut Lists<Held>,
         rules: Rules,
-        svm: &mut Lists<SvmFrame>,
+        ledger: &mut Ledger,
         frames: &F,
     ) -> Content {
         let Some(frame) = held.get(head) else {
             return Content::Wait;
         };
-        let is_equal = |other: &SvmFrame| {
+        let mut doubtful = NIL;
+        let mut is_equal = |at: u32, other: &SvmFrame| {
             let sides = ((&frame.token, &frame.packet), (&other.token, &other.packet));
-            // A decided piece of a fragmented packet is no counterpart of another one.
-            !other.reported && difference(sides, rules.ignored, frames).is_none()
+            let Some(digest) = other.payload.digest() else {
+                return difference(sides, rules.ignored, frames).is_none();
+            };
+            let verdict = by_digest(sides, digest, ledger, frames);
+            // Bytes say what it is that differs, and whether a policy leaves it out.
+            let says_enough = match verdict {
+                ByDigest::Same | ByDigest::OtherHeaders => true,
+                ByDigest::OtherDigest => rules.ignored.is_none() && at != self.svm.head,
+                ByDigest::NoKey => false,
+            };
+            if !says_enough && doubtful == NIL {
+                doubtful = at;
+            }
+            verdict == ByDigest::Same
         };
-        let found = svm
+        // A decided piece of a fragmented packet is no counterpart of another one.
+        let found = ledger
+            .svm
             .iter(&self.svm)
             .take(rules.window)
-            .find(|(_, other)| is_equal(other));
+            .find(|(at, other)| !other.reported && is_equal(*at, other));
         self.mark = found.map_or(NIL, |(at, _)| at);
         if self.mark != NIL {
             return Content::Matched;
         }
+        if doubtful != NIL {
+            return Content::Fetch(doubtful);
+        }
+        let svm = &mut ledger.svm;
         if frame.packet.fragment.is_some() {
             let judged = self.judge_fragment(head, held, svm, rules.window, frames);
             return judged.unwrap_or(Content::Wait);
@@ -85,7 +113,10 @@ impl Flow {
         first
             .and_then(|other| {
                 let sides = ((&frame.token, &frame.packet), (&other.token, &other.packet));
-                difference(sides, rules.ignored, frames)
+                match other.payload {
+                    Payload::Bytes => difference(sides, rules.ignored, frames),
+                    _ => Some(difference_unseen(sides, frames)),
+                }
             })
             .unwrap_or_else(|| Divergence::plain(Cause::Deadline, None))
     }
@@ -119,12 +150,6 @@ pub(crate) fn surplus_is_harmless(key: &FlowKey) -> bool {
     }
 }
 
-/// Where the payload begins that a policy's byte numbers count from.
-fn payload_at(packet: &Layout) -> usize {
-    let header = if packet.sum_at == 0 { 0 } else { 8 };
-    usize::from(packet.l4) + header
-}
-
 /// Compares two whole frames, but for what may rightly differ.
 pub(crate) fn difference<F: Frames + ?Sized>(
     ((a, a_packet), (b, b_packet)): ((&Token, &Layout), (&Token, &Layout)),
@@ -133,7 +158,8 @@ pub(crate) fn difference<F: Frames + ?Sized>(
 ) -> Option<Divergence> {
     let (a_end, b_end) = (usize::from(a_packet.end), usize::from(b_packet.end));
     let end = a_end.min(b_end);
-    let payload = payload_at(a_packet).min(end);
+    // A policy's byte numbers count from there.
+    let payload = usize::from(a_packet.payload_at()).min(end);
     let masked = payload.min(MASKED_MAX);
     let in_headers = masked_difference(
         (frames.header(a), a_packet),
@@ -169,6 +195,58 @@ pub(crate) fn difference<F: Frames + ?Sized>(
         primary: Shown::read(a_end - at, |out| frames.copy_out(a, at, out)),
         secondary: Shown::read(b_end - at, |out| frames.copy_out(b, at, out)),
     })
+}
+
+/// What a digest says about a frame and the headers that came with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ByDigest {
+    Same,
+    /// The headers differ, or the length.
+    OtherHeaders,
+    OtherDigest,
+    /// The digest says nothing.
+    NoKey,
+}
+
+/// Compares a whole frame with the headers of another one and the digest of what is behind them.
+pub(crate) fn by_digest<F: Frames + ?Sized>(
+    ((a, a_packet), (b, b_packet)): ((&Token, &Layout), (&Token, &Layout)),
+    digest: u128,
+    ledger: &Ledger,
+    frames: &F,
+) -> ByDigest {
+    let payload = usize::from(b_packet.payload_at());
+    let sides = ((frames.header(a), a_packet), (frames.header(b), b_packet));
+    let same_place = a_packet.payload_at() == b_packet.payload_at() && a_packet.end == b_packet.end;
+    if !same_place || masked_difference(sides.0, sides.1, payload).is_some() {
+        return ByDigest::OtherHeaders;
+    }
+    let n = usize::from(a_packet.end) - payload;
+    match ledger.digest_is(digest, frames, (a, payload, n)) {
+        Some(true) => ByDigest::Same,
+        Some(false) => ByDigest::OtherDigest,
+        None => ByDigest::NoKey,
+    }
+}
+
+/// How a frame differs from another one of which there are only the headers.
+fn difference_unseen<F: Frames + ?Sized>(
+    ((a, a_packet), (b, b_packet)): ((&Token, &Layout), (&Token, &Layout)),
+    frames: &F,
+) -> Divergence {
+    let (a_end, b_payload) = (usize::from(a_packet.end), b_packet.payload_at());
+    let n = usize::from(a_packet.payload_at().min(b_payload));
+    let sides = ((frames.header(a), a_packet), (frames.header(b), b_packet));
+    let in_headers = masked_difference(sides.0, sides.1, n);
+    let cause = match in_headers {
+        _ if a_packet.end != b_packet.end => Cause::Length,
+        Some(at) if at < usize::from(a_packet.l4) => Cause::Header,
+        _ => Cause::Payload,
+    };
+    let at = in_headers.unwrap_or(n);
+    let plain = Divergence::plain(cause, None);
+    let primary = (a, a_packet.end, at.min(a_end));
+    plain.showing(frames, at, Some(primary), Some((b, b_payload, at)))
 }
 
 /// Compares the first `n` bytes of two frames. Most are equal byte for byte or differ only in the

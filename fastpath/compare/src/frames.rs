@@ -5,6 +5,8 @@
 //!
 //! Does not store anything itself.
 
+use crate::digest::DigestKey;
+
 /// Most bytes of a frame that [`Frames::header`] gives: Ethernet with two VLAN tags, IPv6 with
 /// extension headers or IPv4 with options, TCP with options.
 pub const HEADER_MAX: usize = 256;
@@ -78,6 +80,12 @@ pub trait Frames {
 
     /// Copies `out.len()` bytes at `at`, for logs and reports.
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]);
+
+    /// The keyed digest of `n` bytes at `at`. From then on the frame must leave with the bytes that
+    /// were digested.
+    fn digest(&self, token: &Token, at: usize, n: usize, key: &DigestKey) -> u128 {
+        key.of_chunks(n, |from, out| self.copy_out(token, at + from, out))
+    }
 
     /// Ones' complement sum (RFC 1071, not inverted, folded to 16 bits) of `n` bytes at `at`, as if
     /// `at` were even.

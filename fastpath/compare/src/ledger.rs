@@ -4,9 +4,11 @@
 //! in the order in which they were decided.
 
 use alloc::collections::VecDeque;
+use alloc::vec::Vec;
 
 use crate::action::{Action, Right};
 use crate::cause::Divergence;
+use crate::digest::DigestKey;
 use crate::frames::{Frames, Token};
 use crate::limits::Limits;
 use crate::list::{Ends, Lists};
@@ -27,6 +29,49 @@ pub(crate) struct SvmFrame {
     pub(crate) incarnation: u32,
     /// All of it has left; it stays to be compared with retransmissions.
     pub(crate) reported: bool,
+    pub(crate) payload: Payload,
+}
+
+/// What is at hand of a frame's payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Payload {
+    /// The bytes, in the frame.
+    Bytes,
+    /// A digest; the frame ends with its headers.
+    Digest([u8; 16]),
+    /// The same, and the bytes have been asked for.
+    Asked([u8; 16]),
+}
+
+impl Payload {
+    #[inline(always)]
+    pub(crate) fn digest_of(digest: u128) -> Self {
+        Self::Digest(digest.to_le_bytes())
+    }
+
+    /// The digest, where the bytes are not at hand.
+    #[inline(always)]
+    pub(crate) fn digest(&self) -> Option<u128> {
+        match self {
+            Self::Bytes => None,
+            Self::Digest(digest) | Self::Asked(digest) => Some(u128::from_le_bytes(*digest)),
+        }
+    }
+}
+
+impl SvmFrame {
+    /// The secondary has been asked for the bytes, and must keep them.
+    pub(crate) fn waits_for_bytes(&self) -> bool {
+        matches!(self.payload, Payload::Asked(_)) && !self.reported
+    }
+
+    /// Where the bytes end that are at hand.
+    pub(crate) fn known_end(&self) -> u16 {
+        match self.payload {
+            Payload::Bytes => self.packet.end,
+            _ => self.packet.payload_at(),
+        }
+    }
 }
 
 /// An [`Action`] without the rare big one.
@@ -51,6 +96,9 @@ enum Step {
     SvmReleased {
         svm_seq: u64,
     },
+    Fetch {
+        svm_seq: u64,
+    },
     PendingReleased {
         epoch: u64,
     },
@@ -66,6 +114,11 @@ pub(crate) struct Ledger {
     checkpoint: Option<Divergence>,
     pub(crate) stats: PrimaryStats,
     pub(crate) svm: Lists<SvmFrame>,
+    /// Compares with digests; without it bytes are asked for.
+    pub(crate) digest_key: Option<DigestKey>,
+    /// What this epoch has asked the bytes of and not got, in order.
+    asked: Vec<u64>,
+    max_asked: usize,
 }
 
 impl Ledger {
@@ -79,6 +132,9 @@ impl Ledger {
             checkpoint: None,
             stats: PrimaryStats::default(),
             svm: Lists::with_capacity(limits.max_svm_frames),
+            digest_key: None,
+            asked: Vec::with_capacity(limits.max_svm_frames),
+            max_asked: limits.max_svm_frames,
         }
     }
 
@@ -120,6 +176,7 @@ impl Ledger {
                     token,
                 },
                 Step::SvmReleased { svm_seq } => Action::SvmReleased { svm_seq },
+                Step::Fetch { svm_seq } => Action::Fetch { svm_seq },
                 Step::PendingReleased { epoch } => Action::PendingReleased { epoch },
                 // A later reason has replaced this one.
                 Step::Checkpoint => match self.checkpoint.take() {
@@ -151,6 +208,7 @@ impl Ledger {
                 token,
             },
             Action::SvmReleased { svm_seq } => Step::SvmReleased { svm_seq },
+            Action::Fetch { svm_seq } => Step::Fetch { svm_seq },
             Action::PendingReleased { epoch } => Step::PendingReleased { epoch },
             Action::Checkpoint(divergence) => {
                 self.checkpoint = Some(divergence);
@@ -207,6 +265,48 @@ impl Ledger {
         self.steps.push_back(Step::SvmReleased { svm_seq });
     }
 
+    /// Whether `n` bytes of a frame at `at` have this digest; `None` without a key.
+    #[inline]
+    pub(crate) fn digest_is<F: Frames + ?Sized>(
+        &self,
+        digest: u128,
+        frames: &F,
+        (token, at, n): (&Token, usize, usize),
+    ) -> Option<bool> {
+        let key = self.digest_key.as_ref()?;
+        Some(frames.digest(token, at, n, key) == digest)
+    }
+
+    /// Asks for the bytes of a frame of which there is only a digest, once. What has been reported
+    /// the secondary has no more. What finds no room to be remembered waits for its deadline.
+    pub(crate) fn fetch(&mut self, at: u32) {
+        let Some(frame) = self.svm.get_mut(at).filter(|frame| !frame.reported) else {
+            return;
+        };
+        if let Payload::Digest(digest) = frame.payload
+            && self.asked.len() < self.max_asked
+        {
+            frame.payload = Payload::Asked(digest);
+            let svm_seq = frame.svm_seq;
+            let place = self.asked.partition_point(|asked| *asked < svm_seq);
+            self.asked.insert(place, svm_seq);
+            self.stats.fetched += 1;
+            self.act(Action::Fetch { svm_seq });
+        }
+    }
+
+    /// Whether these bytes were asked for. Says so once.
+    #[inline(always)]
+    pub(crate) fn is_answer(&mut self, svm_seq: u64) -> bool {
+        !self.asked.is_empty() && self.take_answer(svm_seq)
+    }
+
+    #[cold]
+    fn take_answer(&mut self, svm_seq: u64) -> bool {
+        let place = self.asked.binary_search(&svm_seq);
+        place.is_ok_and(|place| self.asked.remove(place) == svm_seq)
+    }
+
     /// Takes a frame of the SVM out of its flow, unreported.
     pub(crate) fn recycle_svm<F: Frames + ?Sized>(
         &mut self,
@@ -239,6 +339,8 @@ impl Ledger {
         frames: &mut F,
         mut is_dropped: impl FnMut(&SvmFrame) -> bool,
     ) {
+        // What was asked of an epoch that is over is answered to nobody.
+        self.asked.clear();
         for at in 0..self.svm.nodes() {
             if self.svm.get(at).is_some_and(&mut is_dropped)
                 && let Some(frame) = self.svm.take(at)

@@ -20,7 +20,7 @@ pub struct Limits {
     /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false. 144 bytes each
     /// on the primary, 4 on the secondary, for the pending output of a checkpoint.
     pub max_held_frames: usize,
-    /// SVM frames kept by the comparator, history included. 112 bytes each on the primary.
+    /// SVM frames kept by the comparator, history included. 136 bytes each on the primary.
     pub max_svm_frames: usize,
     /// Bytes of one flow's released SVM segments that are kept until the client's ACK. They stay in
     /// their frames, of which there are `max_svm_frames` at most.
@@ -32,8 +32,10 @@ pub struct Limits {
     /// to acknowledge and asks for a checkpoint. 184 bytes each on the secondary.
     pub max_input_frames: usize,
     /// SVM output that the secondary stores until the primary reports it released; above it
-    /// [`crate::SecondaryPath::room`] is false. 16 bytes each on the secondary.
+    /// [`crate::SecondaryPath::room`] is false. 40 bytes each on the secondary.
     pub max_stored_output: usize,
+    /// Payload of fewer bytes travels as it is, also where digests are asked for.
+    pub digest_min_bytes: usize,
     /// How late the SVM's equal output may be.
     pub compare_deadline_us: u64,
     /// How late the secondary's acknowledgement of input may be (rule 6).
@@ -86,6 +88,7 @@ impl Default for Limits {
             max_unacked_inputs: 1024,
             max_input_frames: 4096,
             max_stored_output: 4096,
+            digest_min_bytes: 128,
             compare_deadline_us: 20_000,
             ack_deadline_us: 100_000,
             lag_deadline_us: 2_000_000,

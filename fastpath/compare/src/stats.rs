@@ -38,6 +38,12 @@ pub struct PrimaryStats {
     pub svm_stale: u64,
     /// SVM output that found no room (a checkpoint follows).
     pub svm_overflow: u64,
+    /// SVM output that came as a digest.
+    pub digests: u64,
+    /// Digests whose headers do not say what they stand for: bytes were asked for.
+    pub bad_digests: u64,
+    /// SVM output whose bytes were asked for, because its digest did not say enough.
+    pub fetched: u64,
     /// SVM datagrams that the PVM never sent.
     pub svm_surplus: u64,
     /// SVM segments given up as history before the client acknowledged them.
@@ -88,6 +94,12 @@ pub struct SecondaryStats {
     pub pure_acks: u64,
     /// SVM frames sent to the primary.
     pub sent: u64,
+    /// The same, only those of which a digest was sent.
+    pub digests: u64,
+    /// Digests whose bytes the primary asked for.
+    pub fetched: u64,
+    /// Bytes that the primary asked for and that are not here any more, or travel anyway.
+    pub fetched_in_vain: u64,
     /// Pair translations learnt.
     pub learnt: u64,
     /// Input frames dropped by a commit that includes them.

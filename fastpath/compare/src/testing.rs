@@ -3,10 +3,13 @@
 //! Invariant: a slot that is used after its release, released twice or leaked is noticed:
 //! [`VecFrames`] panics or [`VecFrames::used`] tells.
 
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::digest::DigestKey;
 use crate::frames::{Frames, HEADER_MAX, Token};
+use crate::primary::PrimaryPath;
 use crate::wire::checksum::{fold, ones_sum};
 use crate::wire::tcp::ACK;
 use crate::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
@@ -382,6 +385,90 @@ fn transport_sum(frame: &[u8], l4: usize, protocol: u8) -> u16 {
         sum += u32::from(ones_sum(addresses)) + length + u32::from(protocol);
     }
     fold(sum)
+}
+
+/// The digests of tests.
+pub fn digest_key() -> DigestKey {
+    DigestKey::new(*b"a key for tests.").expect("not zero")
+}
+
+/// The headers of a frame, how many bytes are behind them, and their digest; `None` for a frame
+/// that travels as it is.
+pub fn digested<'a>(frame: &'a [u8], key: &DigestKey) -> Option<(&'a [u8], u16, u128)> {
+    let packet = crate::wire::parse(frame, frame.len(), crate::Direction::FromGuest);
+    let (at, end) = (usize::from(packet.payload_at()), usize::from(packet.end));
+    let is_digested = packet.is_digestible() && at < end;
+    is_digested.then(|| (&frame[..at], (end - at) as u16, key.of(&frame[at..end])))
+}
+
+/// The SVM's output on its way to a path: as bytes, or as digests whose bytes follow when the path
+/// asks for them.
+#[derive(Debug, Default)]
+pub struct SvmSource {
+    key: Option<DigestKey>,
+    /// What was sent as a digest and is not released: its epoch, and the frame.
+    sent: BTreeMap<u64, (u64, Vec<u8>)>,
+    asked: VecDeque<u64>,
+}
+
+impl SvmSource {
+    /// One that digests all that can be.
+    pub fn digesting(path: &mut PrimaryPath) -> Self {
+        path.set_digest_key(Some(digest_key()));
+        Self {
+            key: Some(digest_key()),
+            ..Self::default()
+        }
+    }
+
+    /// Sends one frame.
+    pub fn send(
+        &mut self,
+        path: &mut PrimaryPath,
+        frames: &mut VecFrames,
+        now_us: u64,
+        (epoch, svm_seq): (u64, u64),
+        bytes: &[u8],
+    ) {
+        match self.key.as_ref().and_then(|key| digested(bytes, key)) {
+            Some((headers, n, digest)) => {
+                let token = frames.insert(headers).expect("a slot");
+                self.sent.insert(svm_seq, (epoch, bytes.to_vec()));
+                path.handle_svm_digest(now_us, frames, epoch, svm_seq, token, n, digest);
+            }
+            _ => {
+                let token = frames.insert(bytes).expect("a slot");
+                path.handle_svm_output(now_us, frames, epoch, svm_seq, token);
+            }
+        }
+    }
+
+    /// The path asks for bytes.
+    pub fn fetch(&mut self, svm_seq: u64) {
+        self.asked.push_back(svm_seq);
+    }
+
+    /// How many questions are open.
+    pub fn asked(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// The path has released what this stood for.
+    pub fn released(&mut self, svm_seq: u64) {
+        self.sent.remove(&svm_seq);
+    }
+
+    /// Answers the oldest question. False when there is none.
+    pub fn answer(&mut self, path: &mut PrimaryPath, frames: &mut VecFrames, now_us: u64) -> bool {
+        let Some(svm_seq) = self.asked.pop_front() else {
+            return false;
+        };
+        if let Some((epoch, bytes)) = self.sent.get(&svm_seq) {
+            let token = frames.insert(bytes).expect("a slot");
+            path.handle_svm_output(now_us, frames, *epoch, svm_seq, token);
+        }
+        true
+    }
 }
 
 /// Whether the checksums of an untagged packet without IP options are right.

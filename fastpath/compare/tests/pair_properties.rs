@@ -4,7 +4,7 @@
 
 mod dice;
 
-use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right};
+use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right, digest_key};
 use colo_compare::wire::tcp::{ACK, FIN, SYN, Tcp};
 use colo_compare::{
     Action, Cause, Direction, Limits, PrimaryPath, Right, SecondaryAction, SecondaryPath, Token,
@@ -40,8 +40,17 @@ fn tcp_of(bytes: &[u8], direction: Direction) -> Tcp {
 impl Both {
     fn new(side: Side, limits: Limits) -> Self {
         let mut frames = VecFrames::new(10_000);
+        let limits = Limits {
+            digest_min_bytes: 1,
+            ..limits
+        };
         let mut primary = PrimaryPath::new(limits);
         let mut secondary = SecondaryPath::new(limits);
+        // These tests run twice: `digests.rs` is made of the same files.
+        if env!("CARGO_CRATE_NAME") == "digests" {
+            primary.set_digest_key(Some(digest_key()));
+            secondary.set_digests(Some(digest_key()));
+        }
         let epoch = primary.pair(0).unwrap();
         primary.set_lease(0, &mut frames, u64::MAX);
         let mut record = Vec::new();
@@ -127,6 +136,7 @@ impl Both {
             Action::PendingReleased { epoch } => {
                 self.secondary.handle_pending_released(frames, epoch);
             }
+            Action::Fetch { svm_seq } => self.secondary.fetch(svm_seq),
             Action::Checkpoint(divergence) => self.causes.push(divergence.cause),
         }
     }
@@ -145,6 +155,27 @@ impl Both {
                 let copy = frames.insert(&bytes).unwrap();
                 self.primary
                     .handle_svm_output(now_us, frames, epoch, svm_seq, copy);
+            }
+            SecondaryAction::SendDigest {
+                epoch,
+                svm_seq,
+                header_len,
+                payload_len,
+                digest,
+            } => {
+                let stored = frames.bytes(self.secondary.output(svm_seq).unwrap());
+                assert!(checksums_are_right(stored));
+                let headers = stored[..usize::from(header_len)].to_vec();
+                let token = frames.insert(&headers).unwrap();
+                self.primary.handle_svm_digest(
+                    now_us,
+                    frames,
+                    epoch,
+                    svm_seq,
+                    token,
+                    payload_len,
+                    digest,
+                );
             }
             SecondaryAction::CaughtUp { epoch } => self.primary.caught_up(now_us, epoch),
             SecondaryAction::RequestCheckpoint(cause) => self.causes.push(cause),

@@ -4,9 +4,9 @@
 
 mod fixed;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
-use colo_compare::testing::{Segment, Side, echo, ip_frame, udp};
+use colo_compare::testing::{Segment, Side, digest_key, digested, echo, ip_frame, udp};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN};
 use colo_compare::{
     ANNOUNCEMENT_MAX, Action, Cause, Direction, Frames, Limits, Policy, PolicyAction, PrimaryPath,
@@ -227,6 +227,9 @@ struct Life {
     in_flight: Option<u64>,
     record: Option<Vec<u8>>,
     export: Vec<u8>,
+    /// What was sent as a digest, and what the path has asked for of it.
+    digested: HashMap<u64, (u64, Vec<u8>)>,
+    asked: Vec<u64>,
     tally: Tally,
 }
 
@@ -237,9 +240,11 @@ impl Life {
         } else {
             Policy::default()
         };
+        let mut path = PrimaryPath::with_policy(limits, policy);
+        path.set_digest_key(Some(digest_key()));
         let mut life = Self {
             pool: Pool::new(SLOTS),
-            path: PrimaryPath::with_policy(limits, policy),
+            path,
             dice: Dice(seed),
             now_us: 1_000_000,
             has_policy,
@@ -255,6 +260,8 @@ impl Life {
             in_flight: None,
             record,
             export: Vec::with_capacity(limits.xlate_record_max()),
+            digested: HashMap::new(),
+            asked: Vec::new(),
             tally: Tally::default(),
         };
         life.inherit();
@@ -296,6 +303,7 @@ impl Life {
                 }
                 Action::SvmReleased { .. } => self.tally.reports += 1,
                 Action::PendingReleased { .. } | Action::Checkpoint(_) => {}
+                Action::Fetch { svm_seq } => self.asked.push(svm_seq),
             }
         }
     }
@@ -522,7 +530,25 @@ impl Life {
         }
     }
 
+    /// Bytes that the path asked for, of what it has released meanwhile too.
+    fn svm_answers(&mut self) -> bool {
+        let Some((svm_seq, epoch, bytes)) = self.asked.pop().and_then(|svm_seq| {
+            let (epoch, bytes) = self.digested.remove(&svm_seq)?;
+            Some((svm_seq, epoch, bytes))
+        }) else {
+            return false;
+        };
+        let token = self.pool.insert(&bytes).unwrap();
+        self.call("handle_svm_output", |path, pool, now_us| {
+            path.handle_svm_output(now_us, pool, epoch, svm_seq, token);
+        });
+        true
+    }
+
     fn svm_sends(&mut self) {
+        if self.below(2) == 0 && self.svm_answers() {
+            return;
+        }
         // Late, and out of order.
         let at = self.below(4) as usize;
         let Some(bytes) = self.to_svm.remove(at) else {
@@ -537,6 +563,16 @@ impl Life {
         self.tally.early_output += u64::from(self.in_flight.is_some() && epoch == now);
         self.svm_seq += 1;
         let svm_seq = self.svm_seq;
+        if self.below(2) == 0
+            && let Some((headers, n, digest)) = digested(&bytes, &digest_key())
+        {
+            let token = self.pool.insert(headers).unwrap();
+            self.digested.insert(svm_seq, (epoch, bytes.clone()));
+            self.call("handle_svm_digest", |path, pool, now_us| {
+                path.handle_svm_digest(now_us, pool, epoch, svm_seq, token, n, digest);
+            });
+            return;
+        }
         let token = self.pool.insert(&bytes).unwrap();
         self.call("handle_svm_output", |path, pool, now_us| {
             path.handle_svm_output(now_us, pool, epoch, svm_seq, token);
@@ -786,6 +822,8 @@ fn seen(all: &[(PrimaryStats, Tally)]) -> Vec<(String, u64)> {
     note("released_by_policy", &|(s, _)| s.released_by_policy);
     note("released_alone", &|(s, _)| s.released_alone);
     note("mirrored", &|(s, _)| s.mirrored);
+    note("digests", &|(s, _)| s.digests);
+    note("fetched", &|(s, _)| s.fetched);
     note("svm_stale", &|(s, _)| s.svm_stale);
     note("svm_overflow", &|(s, _)| s.svm_overflow);
     note("svm_surplus", &|(s, _)| s.svm_surplus);

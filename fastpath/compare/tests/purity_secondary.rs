@@ -4,7 +4,7 @@
 
 mod fixed;
 
-use colo_compare::testing::{Segment, Side, ip_frame, udp};
+use colo_compare::testing::{Segment, Side, digest_key, ip_frame, udp};
 use colo_compare::wire::tcp::{ACK, RST, SYN};
 use colo_compare::{Cause, Frames, Limits, PrimaryPath, SecondaryAction, SecondaryPath};
 use fixed::{Dice, Pool, allocations, pure};
@@ -20,6 +20,7 @@ fn limits() -> Limits {
         max_unacked_inputs: 12,
         max_input_frames: 40,
         max_stored_output: 20,
+        digest_min_bytes: 1,
         hash_seed: 0x5eed,
         ..Limits::default()
     }
@@ -54,9 +55,11 @@ struct Life {
 
 impl Life {
     fn new(seed: u64, record: Vec<u8>) -> Self {
+        let mut path = SecondaryPath::new(limits());
+        path.set_digests(Some(digest_key()));
         let mut life = Self {
             pool: Pool::new(SLOTS),
-            path: SecondaryPath::new(limits()),
+            path,
             dice: Dice(seed),
             now_us: 0,
             connections: [Connection::default(); PORTS as usize],
@@ -196,10 +199,21 @@ impl Life {
                     assert!(self.path.output(svm_seq).is_some());
                     self.unreported.push(svm_seq);
                 }
+                SecondaryAction::SendDigest { svm_seq, .. } => {
+                    assert!(self.path.output(svm_seq).is_some());
+                    self.unreported.push(svm_seq);
+                }
                 SecondaryAction::CaughtUp { .. } => {}
                 SecondaryAction::RequestCheckpoint(cause) => self.requests.push(cause),
             }
         }
+    }
+
+    fn fetch(&mut self) {
+        // Mostly of what is there.
+        let newest = self.unreported.last().copied().unwrap_or(1);
+        let svm_seq = newest.saturating_sub(self.below(6));
+        pure("fetch", || self.path.fetch(svm_seq));
     }
 
     fn report(&mut self) {
@@ -251,7 +265,8 @@ impl Life {
             30..=54 => self.svm_sends(),
             55..=79 => self.deliver(),
             80..=88 => self.act(),
-            89..=94 => self.report(),
+            89..=93 => self.report(),
+            94 => self.fetch(),
             95 => self.now_us += self.below(400_000),
             96 if !self.stopped => {
                 pure("stop", || self.path.stop());
@@ -283,6 +298,7 @@ fn a_secondary_path_takes_no_memory_after_new() {
         let stats = *life.path.stats();
         assert!(life.commits > 50 && life.aborts > 20);
         assert!(stats.mirrored > 3000 && stats.redelivered > 50 && stats.sent > 1000);
+        assert!(stats.digests > 100 && stats.fetched > 20 && stats.fetched_in_vain > 20);
         assert!(stats.learnt > 20 && stats.dropped_by_commit > 500);
         requests.append(&mut life.requests);
         let Life {

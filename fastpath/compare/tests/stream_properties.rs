@@ -4,7 +4,7 @@
 
 mod dice;
 
-use colo_compare::testing::{Segment, Side, VecFrames};
+use colo_compare::testing::{Segment, Side, SvmSource, VecFrames};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN, URG};
 use colo_compare::{Action, Direction, PrimaryPath, Right, wire};
 use dice::{Dice, limits, tagged};
@@ -77,6 +77,7 @@ struct Run {
     released: Vec<(usize, Vec<u8>, bool, Right)>,
     checkpoints: usize,
     reports: Vec<u64>,
+    svm_source: SvmSource,
 }
 
 impl Run {
@@ -105,7 +106,12 @@ impl Run {
             released: Vec::new(),
             checkpoints: 0,
             reports: Vec::new(),
+            svm_source: SvmSource::default(),
         };
+        // These tests run twice: `digests.rs` is made of the same files.
+        if env!("CARGO_CRATE_NAME") == "digests" {
+            run.svm_source = SvmSource::digesting(&mut run.path);
+        }
         run.handshake();
         run
     }
@@ -146,9 +152,14 @@ impl Run {
         let token = self.path.handle_nic(self.now_us, &mut self.frames, token);
         self.path
             .handle_delivered(self.now_us, &mut self.frames, token);
+        let mut action = self.path.poll_action();
+        while let Some(Action::Fetch { svm_seq }) = action {
+            self.svm_source.fetch(svm_seq);
+            action = self.path.poll_action();
+        }
         let Some(Action::Mirror {
             input_seq, token, ..
-        }) = self.path.poll_action()
+        }) = action
         else {
             panic!("not mirrored")
         };
@@ -165,10 +176,9 @@ impl Run {
 
     fn svm(&mut self, bytes: &[u8]) {
         self.svm_seq += 1;
-        let token = self.frames.insert(&tagged(bytes, self.tags)).unwrap();
-        let (now_us, epoch) = (self.now_us, self.epoch);
-        self.path
-            .handle_svm_output(now_us, &mut self.frames, epoch, self.svm_seq, token);
+        let (bytes, name) = (tagged(bytes, self.tags), (self.epoch, self.svm_seq));
+        self.svm_source
+            .send(&mut self.path, &mut self.frames, self.now_us, name, &bytes);
     }
 
     fn place(&self, at: usize) -> u32 {
@@ -193,6 +203,16 @@ impl Run {
     }
 
     fn collect(&mut self) {
+        self.collect_unanswered();
+        while self
+            .svm_source
+            .answer(&mut self.path, &mut self.frames, self.now_us)
+        {
+            self.collect_unanswered();
+        }
+    }
+
+    fn collect_unanswered(&mut self) {
         while let Some(action) = self.path.poll_action() {
             match action {
                 Action::Release { token, right, .. } => {
@@ -206,7 +226,11 @@ impl Run {
                     self.high = self.high.max(from + data.len());
                     self.released.push((from, data, tcp.has(FIN), right));
                 }
-                Action::SvmReleased { svm_seq } => self.reports.push(svm_seq),
+                Action::SvmReleased { svm_seq } => {
+                    self.svm_source.released(svm_seq);
+                    self.reports.push(svm_seq);
+                }
+                Action::Fetch { svm_seq } => self.svm_source.fetch(svm_seq),
                 Action::Checkpoint(_) => self.checkpoints += 1,
                 Action::PendingReleased { .. } => {}
                 Action::Mirror { .. } => panic!("nothing to mirror"),

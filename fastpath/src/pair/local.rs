@@ -149,7 +149,10 @@ impl LocalPairRole {
                     self.send(edge, token);
                 }
                 Action::Mirror { token, .. } => edge.release(token),
-                Action::SvmReleased { .. } | Action::PendingReleased { .. } => {}
+                // All bytes are at hand: nothing is fetched.
+                Action::SvmReleased { .. }
+                | Action::PendingReleased { .. }
+                | Action::Fetch { .. } => {}
                 Action::Checkpoint(divergence) => {
                     tracing::debug!("{divergence:?}");
                     wants_checkpoint = true;

@@ -421,6 +421,8 @@ impl PrimaryRole {
                     self.released_seqs.extend_from_slice(&svm_seq.to_le_bytes());
                 }
                 Action::PendingReleased { epoch } => self.released_pending = Some(epoch),
+                // Output comes as bytes.
+                Action::Fetch { .. } => {}
                 Action::Checkpoint(divergence) => {
                     self.diverging = true;
                     edge.settle_all();

@@ -270,7 +270,9 @@ impl SecondaryRole {
                 SecondaryAction::AckInput { up_to } => {
                     push(&mut self.link, &PacketMsg::InputAck { up_to });
                 }
-                SecondaryAction::SendOutput { epoch, svm_seq } => {
+                // Who does not know digests takes the bytes.
+                SecondaryAction::SendOutput { epoch, svm_seq }
+                | SecondaryAction::SendDigest { epoch, svm_seq, .. } => {
                     if let Some(token) = path.output(svm_seq) {
                         let frame = edge.frames.bytes(token);
                         push(

@@ -237,7 +237,8 @@ impl Shell<'_> {
         if let Some(link) = side.link {
             self.world.close(link, self.host, true);
         }
-        let path = side.path.take_over(now, &mut p.frames);
+        let mut path = side.path.take_over(now, &mut p.frames);
+        path.set_digest_key(self.world.plan.digest_key());
         let record = Record {
             generation,
             holder: NAMES[self.host].into(),

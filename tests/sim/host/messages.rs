@@ -51,6 +51,24 @@ impl Shell<'_> {
                         .handle_svm_output(now, &mut p.frames, epoch, seq, token);
                 }
             }
+            (
+                Role::Primary(side),
+                LinkMsg::Digest {
+                    epoch,
+                    seq,
+                    headers,
+                    payload_len,
+                    digest,
+                },
+            ) => {
+                self.world
+                    .trace(|| format!("svm digest {epoch} {seq} {payload_len}"));
+                let (path, frames) = (&mut side.path, &mut p.frames);
+                if let Some(token) = frames.insert(&headers) {
+                    path.handle_svm_digest(now, frames, epoch, seq, token, payload_len, digest);
+                }
+            }
+            (Role::Secondary(side), LinkMsg::Fetch { seq }) => side.path.fetch(seq),
             (Role::Primary(side), LinkMsg::InputAck { up_to }) => {
                 side.path.handle_input_ack(now, &mut p.frames, up_to);
             }

@@ -184,6 +184,10 @@ impl Shell<'_> {
                 PathAction::SvmReleased { svm_seq } => {
                     self.send(Channel::Packets, LinkMsg::Released { seq: svm_seq });
                 }
+                PathAction::Fetch { svm_seq } => {
+                    self.world.outcome.fetched += 1;
+                    self.send(Channel::Packets, LinkMsg::Fetch { seq: svm_seq });
+                }
                 PathAction::PendingReleased { epoch } => {
                     self.send(Channel::Packets, LinkMsg::PendingReleased { epoch });
                 }
@@ -220,10 +224,30 @@ impl Shell<'_> {
                         frame,
                     }
                 }
+                SecondaryAction::SendDigest {
+                    epoch,
+                    svm_seq,
+                    header_len,
+                    payload_len,
+                    digest,
+                } => {
+                    let Some(token) = side.path.output(svm_seq) else {
+                        continue;
+                    };
+                    let headers = p.frames.bytes(token)[..usize::from(header_len)].to_vec();
+                    self.world.outcome.digests += 1;
+                    LinkMsg::Digest {
+                        epoch,
+                        seq: svm_seq,
+                        headers,
+                        payload_len,
+                        digest,
+                    }
+                }
                 SecondaryAction::CaughtUp { epoch } => LinkMsg::CaughtUp { epoch },
                 SecondaryAction::RequestCheckpoint(_) => LinkMsg::CheckpointWanted,
             };
-            let point = matches!(msg, LinkMsg::Output { .. });
+            let point = matches!(msg, LinkMsg::Output { .. } | LinkMsg::Digest { .. });
             self.send(Channel::Packets, msg);
             if point {
                 self.pass("output_sent");

@@ -5,8 +5,10 @@
 //! happens, then its arguments (see [`World::step`]). Both guests' frames are built from few
 //! flows, places and contents, so that equal, unequal, late and repeated output all happen often.
 //! Checked after every step: see [`Checker`]. At the end two commits release all that is held.
+//! Each program runs twice: the SVM's output comes as it is, and as digests whose bytes come a step
+//! after they were asked for.
 
-use colo_compare::testing::VecFrames;
+use colo_compare::testing::{SvmSource, VecFrames};
 use colo_compare::{
     Action, Direction, Limits, PathError, Policy, PolicyAction, PolicyProtocol, PrimaryPath, Rule,
     Token,
@@ -19,14 +21,24 @@ use super::trace;
 
 /// The body of the target.
 pub fn comparator(input: &[u8]) {
+    run(input, false);
+    run(input, true);
+}
+
+fn run(input: &[u8], has_digests: bool) {
     let mut bytes = Bytes::new(input);
     let (a, b) = (bytes.u8(), bytes.u8());
     let mut world = match b >> 4 {
         15 => World::after_takeover(limits(a, b)),
         choice => World::new(limits(a, b), policy(choice)),
     };
+    if has_digests {
+        world.svm_source = SvmSource::digesting(&mut world.path);
+    }
     while !bytes.is_empty() {
+        let asked = world.svm_source.asked();
         world.step(&mut bytes);
+        world.answer(asked);
     }
     world.finish();
 }
@@ -86,6 +98,7 @@ struct World {
     now: Now,
     checker: Checker,
     svm_seq: u64,
+    svm_source: SvmSource,
     input_seq: u64,
     /// The epoch that the SVM runs in.
     svm_epoch: u64,
@@ -123,6 +136,7 @@ impl World {
             now,
             checker,
             svm_seq: 0,
+            svm_source: SvmSource::default(),
             input_seq: 0,
             svm_epoch: 0,
         }
@@ -207,11 +221,24 @@ impl World {
             let packet = frame.parse(Direction::FromGuest);
             self.checker.svm_sent(packet, frame, epoch, self.svm_seq);
         }
-        let token = self.frames.insert(frame.bytes()).expect("bounded");
-        let (now_us, svm_seq) = (self.now.us, self.svm_seq);
-        self.path
-            .handle_svm_output(now_us, &mut self.frames, epoch, svm_seq, token);
+        let (now_us, name) = (self.now.us, (epoch, self.svm_seq));
+        self.svm_source.send(
+            &mut self.path,
+            &mut self.frames,
+            now_us,
+            name,
+            frame.bytes(),
+        );
         self.act();
+    }
+
+    /// The bytes come of the oldest digests that were asked for.
+    fn answer(&mut self, asked: usize) {
+        for _ in 0..asked {
+            self.svm_source
+                .answer(&mut self.path, &mut self.frames, self.now.us);
+            self.act();
+        }
     }
 
     fn input(&mut self, frame: &Frame) {
@@ -404,7 +431,11 @@ impl World {
                     assert_eq!((epoch, input_seq), (self.now.epoch, self.input_seq));
                     self.frames.take(token);
                 }
-                Action::SvmReleased { svm_seq } => self.checker.reported(svm_seq, &self.now),
+                Action::SvmReleased { svm_seq } => {
+                    self.svm_source.released(svm_seq);
+                    self.checker.reported(svm_seq, &self.now);
+                }
+                Action::Fetch { svm_seq } => self.svm_source.fetch(svm_seq),
                 Action::PendingReleased { epoch } => {
                     self.checker.pending_released(epoch, &self.now)
                 }

@@ -5,9 +5,10 @@
 //! any bytes.
 //! Checked: no panic; acknowledgements of input and numbers of output only go up, and name what
 //! is there; what goes to the SVM and to the comparator keeps right checksums right; bounds hold;
-//! after a takeover or an end no slot is lost.
+//! after a takeover or an end no slot is lost. Each program runs twice: output is sent as it is, and as
+//! digests.
 
-use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right};
+use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right, digest_key, digested};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN};
 use colo_compare::{Action, Direction, Limits, PrimaryPath, SecondaryAction, SecondaryPath, Token};
 
@@ -17,8 +18,16 @@ use super::trace;
 
 /// The body of the target.
 pub fn secondary(input: &[u8]) {
+    run(input, false);
+    run(input, true);
+}
+
+fn run(input: &[u8], has_digests: bool) {
     let mut bytes = Bytes::new(input);
     let mut world = World::new(limits(bytes.u8()));
+    if has_digests {
+        world.path.set_digests(Some(digest_key()));
+    }
     while !bytes.is_empty() {
         world.step(&mut bytes);
     }
@@ -35,6 +44,7 @@ fn limits(choice: u8) -> Limits {
         max_held_frames: 64,
         max_svm_frames: 64,
         redeliver_us: 100,
+        digest_min_bytes: 1,
         ..Limits::default()
     }
 }
@@ -48,6 +58,8 @@ struct World {
     received: u64,
     acked: u64,
     last_svm_seq: u64,
+    /// Bytes that are to be sent after a digest.
+    fetched: Option<u64>,
     /// Whether a takeover ends the life.
     takes_over: bool,
 }
@@ -62,6 +74,7 @@ impl World {
             received: 0,
             acked: 0,
             last_svm_seq: 0,
+            fetched: None,
             takes_over: false,
         }
     }
@@ -99,7 +112,8 @@ impl World {
                 let epoch = u64::from(choice >> 4);
                 self.path.handle_pending_released(&mut self.frames, epoch);
             }
-            12 => self.path.stop(),
+            12 if choice & 16 == 0 => self.path.stop(),
+            12 => self.fetch(u64::from(bytes.u8())),
             13 => self.path.resume_unchanged(),
             14 => self.commit(choice >> 4, bytes),
             _ => {
@@ -146,6 +160,18 @@ impl World {
                 assert_eq!(is_right, self::is_right(bytes), "its checksum");
             }
         }
+    }
+
+    /// The bytes of an output are needed: they are sent once, if a digest was.
+    fn fetch(&mut self, svm_seq: u64) {
+        let is_stored = self.path.output(svm_seq).is_some();
+        let before = self.path.stats().fetched;
+        self.path.fetch(svm_seq);
+        let is_sent = self.path.stats().fetched > before;
+        assert!(is_stored || !is_sent);
+        self.fetched = is_sent.then_some(svm_seq);
+        self.act();
+        assert_eq!(self.fetched, None, "asked for, and not sent");
     }
 
     fn deliver(&mut self, is_full: bool) {
@@ -200,8 +226,28 @@ impl World {
             }
             SecondaryAction::SendOutput { epoch, svm_seq } => {
                 assert_eq!(epoch, self.path.epoch());
+                if self.fetched.take() == Some(svm_seq) {
+                    return None;
+                }
                 assert!(svm_seq > self.last_svm_seq, "numbers go up");
                 self.last_svm_seq = svm_seq;
+                Some(svm_seq)
+            }
+            SecondaryAction::SendDigest {
+                epoch,
+                svm_seq,
+                header_len,
+                payload_len,
+                digest,
+            } => {
+                assert_eq!(epoch, self.path.epoch());
+                assert!(svm_seq > self.last_svm_seq, "numbers go up");
+                self.last_svm_seq = svm_seq;
+                let output = self.path.output(svm_seq).expect("it is stored");
+                let bytes = self.frames.bytes(output);
+                let (headers, n, expected) = digested(bytes, &digest_key()).expect("of one");
+                assert_eq!(headers.len(), usize::from(header_len));
+                assert_eq!((n, expected), (payload_len, digest));
                 Some(svm_seq)
             }
             SecondaryAction::CaughtUp { epoch } => {

@@ -278,7 +278,7 @@ impl Engine {
                 Action::SvmReleased { svm_seq } => {
                     self.svm_settled += u64::from(svm_seq > self.svm_forgotten);
                 }
-                Action::PendingReleased { .. } => {}
+                Action::PendingReleased { .. } | Action::Fetch { .. } => {}
             }
         }
         Ok(())

@@ -5,9 +5,11 @@ use crate::action::{Action, PathError, Right};
 use crate::cause::{Cause, Divergence};
 use crate::flow::Direction;
 use crate::frames::{Frames, Token};
+use crate::ledger::Payload;
 use crate::list::Ends;
 use crate::policy::Opener;
 use crate::table::{DEFERRED, Held};
+use crate::wire;
 
 /// A frame that the checkpoint carries as pending output (rule 12).
 #[derive(Debug)]
@@ -169,7 +171,12 @@ impl PrimaryPath {
                 frames.release(frame.token);
                 continue;
             }
-            let key = self.parse(frames, &frame.token, Direction::FromGuest).key;
+            let (header, len) = frames.view(&frame.token);
+            let len = match frame.payload {
+                Payload::Bytes => len,
+                _ => usize::from(frame.packet.end),
+            };
+            let key = wire::parse(header, len, Direction::FromGuest).key;
             let place = self.flows.find(&key);
             self.compare_svm(now_us, frames, place, &key, frame);
         }

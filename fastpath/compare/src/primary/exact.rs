@@ -5,9 +5,9 @@
 //! and leaves the same state behind; what is not plain is left to it.
 
 use super::PrimaryPath;
-use crate::datagram::difference;
+use crate::datagram::{ByDigest, by_digest, difference};
 use crate::frames::{Frames, Token};
-use crate::ledger::SvmFrame;
+use crate::ledger::{Payload, SvmFrame};
 use crate::table::{FlowId, Wait, seen};
 use crate::wire::{Packet, Tcp, header_difference};
 
@@ -21,7 +21,7 @@ impl PrimaryPath {
         frames: &mut F,
         id: FlowId,
         packet: &Packet,
-        output: (u64, &mut Token),
+        output: (u64, &mut Token, Option<u128>),
     ) -> bool {
         // With rules or translations there is more to do.
         if self.frozen || self.muted || !self.policy.is_empty() || self.client.len() > 0 {
@@ -40,7 +40,7 @@ impl PrimaryPath {
         frames: &mut F,
         id: FlowId,
         (packet, tcp): (&Packet, &Tcp),
-        (svm_seq, token): (u64, &mut Token),
+        (svm_seq, token, digest): (u64, &mut Token, Option<u128>),
     ) -> bool {
         let Some(flow) = self.flows.get_mut(id) else {
             return false;
@@ -68,16 +68,25 @@ impl PrimaryPath {
         }
         let (a, b) = (head_tcp.payload_at, tcp.payload_at);
         let (a, b, n) = (usize::from(a), usize::from(b), usize::from(tcp.payload_len));
-        if !frames.match_payload(&head.token, a, token, b, n) {
+        let is_equal = match digest {
+            None => frames.match_payload(&head.token, a, token, b, n),
+            Some(digest) => {
+                self.ledger.digest_is(digest, frames, (&head.token, a, n)) == Some(true)
+            }
+        };
+        if !is_equal {
             return false;
         }
+        // Where the SVM's bytes are not here, those that leave are kept as history.
+        let copy = digest.and_then(|_| frames.duplicate(&head.token));
+        let pvm_packet = head.packet;
         let (pvm_token, held_us) = (head.token.take(), now_us.saturating_sub(head.at_us));
         self.held.discard(&mut flow.held, at);
         self.ledger.release_match(pvm_token, held_us, svm_seq);
         flow.wait = Wait::Peer;
         flow.use_now(now_us, seen::SVM);
         flow.stream.left_exactly(tcp);
-        let history = SvmFrame {
+        let mut history = SvmFrame {
             packet: packet.layout,
             token: token.take(),
             epoch: self.comparing,
@@ -86,7 +95,12 @@ impl PrimaryPath {
             flow: id,
             incarnation: flow.stream.incarnation(),
             reported: true,
+            payload: digest.map_or(Payload::Bytes, Payload::digest_of),
         };
+        if let Some(copy) = copy {
+            frames.release(core::mem::replace(&mut history.token, copy));
+            (history.packet, history.payload) = (pvm_packet, Payload::Bytes);
+        }
         self.ledger.svm.push_back(&mut flow.svm, history);
         let max_bytes = self.limits.max_history_bytes.min(u32::MAX as usize) as u32;
         flow.limit_history(max_bytes, &mut self.ledger, frames);
@@ -105,7 +119,7 @@ impl PrimaryPath {
         frames: &mut F,
         id: FlowId,
         packet: &Packet,
-        (svm_seq, token): (u64, &mut Token),
+        (svm_seq, token, digest): (u64, &mut Token, Option<u128>),
     ) -> bool {
         let Some(flow) = self.flows.get_mut(id) else {
             return false;
@@ -119,7 +133,11 @@ impl PrimaryPath {
             && head.stamp <= self.input_ack
             && head.matched_to.is_none();
         let sides = ((&head.token, &head.packet), (&*token, &packet.layout));
-        if !is_next || difference(sides, None, frames).is_some() {
+        let is_equal = || match digest {
+            None => difference(sides, None, frames).is_none(),
+            Some(digest) => by_digest(sides, digest, &self.ledger, frames) == ByDigest::Same,
+        };
+        if !is_next || !is_equal() {
             return false;
         }
         let (pvm_token, held_us) = (head.token.take(), now_us.saturating_sub(head.at_us));

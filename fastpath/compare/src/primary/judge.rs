@@ -53,8 +53,7 @@ impl PrimaryPath {
             }
             (_, None) => {
                 let rules = rules(&self.limits, policy);
-                let svm = &mut self.ledger.svm;
-                flow.judge_datagram(at, &mut self.held, rules, svm, frames)
+                flow.judge_datagram(at, &mut self.held, rules, &mut self.ledger, frames)
             }
         };
         let wait = match content {
@@ -78,6 +77,10 @@ impl PrimaryPath {
             }
             Content::Wait if policy == PolicyAction::Hold => Wait::Policy,
             Content::Wait => Wait::Peer,
+            Content::Fetch(at) => {
+                self.ledger.fetch(at);
+                Wait::Peer
+            }
             Content::Matched | Content::Free if stamp > self.input_ack => Wait::InputAck,
             Content::Matched | Content::Free => Wait::Lease,
         };
@@ -154,6 +157,9 @@ impl PrimaryPath {
         let Some(head) = self.held.get_mut(at) else {
             return;
         };
+        if right == Right::Match {
+            flow.keep_bytes(head, &mut self.ledger, frames);
+        }
         let (token, incarnation, at_us) = (head.token.take(), head.incarnation, head.at_us);
         let (tcp, fragment) = (head.packet.tcp, head.packet.fragment);
         if self.client.len() > 0 {
@@ -398,7 +404,7 @@ impl PrimaryPath {
                 // Both have sent something, and it differs.
                 let other_us = match flow.is_tcp() {
                     true => None,
-                    false => flow.surplus_since_us(&self.ledger.svm),
+                    false => flow.comparable_since_us(&self.ledger.svm),
                 };
                 let settled = other_us
                     .map(|other_us| (from_us.max(other_us) + limits.settle_us, Cause::Payload));

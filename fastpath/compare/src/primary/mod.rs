@@ -20,6 +20,7 @@ use alloc::vec::Vec;
 use crate::action::{Action, PathError};
 use crate::announce::{ANNOUNCEMENT_MAX, Addresses, Again};
 use crate::cause::{Cause, Divergence};
+use crate::digest::DigestKey;
 use crate::flat::Hash;
 use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
@@ -169,6 +170,12 @@ impl PrimaryPath {
         }
         self.policy = policy;
         Ok(())
+    }
+
+    /// What the secondary digests with, agreed when the two hosts paired; without it, the bytes of
+    /// each digest are asked for.
+    pub fn set_digest_key(&mut self, key: Option<DigestKey>) {
+        self.ledger.digest_key = key;
     }
 
     /// The path of a host that takes over: alone, with the translations it has inherited.

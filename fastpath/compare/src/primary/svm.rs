@@ -4,16 +4,20 @@
 //! secondary still has it, and what waits for it goes on waiting.
 
 use super::PrimaryPath;
+use crate::action::Action;
 use crate::cause::{Cause, Divergence};
 use crate::flat::Hash;
 use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
-use crate::ledger::SvmFrame;
+use crate::ledger::{Payload, SvmFrame};
+use crate::list::NIL;
 use crate::policy::{Opener, PolicyAction};
 use crate::table::{DEFERRED, FlowId, seen};
+use crate::wire::{self, Packet};
 
 impl PrimaryPath {
-    /// Takes a frame that the SVM sent in `epoch`, in the PVM's guest space.
+    /// Takes a frame that the SVM sent in `epoch`, in the PVM's guest space; or the bytes that an
+    /// [`crate::Action::Fetch`] of this number has asked for, which take the digest's place.
     pub fn handle_svm_output<F: Frames + ?Sized>(
         &mut self,
         now_us: u64,
@@ -21,6 +25,43 @@ impl PrimaryPath {
         epoch: u64,
         svm_seq: u64,
         token: Token,
+    ) {
+        if self.ledger.is_answer(svm_seq) {
+            self.take_bytes(now_us, frames, svm_seq, token);
+        } else {
+            self.take_svm(now_us, frames, epoch, (svm_seq, token), None);
+        }
+    }
+
+    /// Takes the headers of a frame that the SVM sent in `epoch`, in the PVM's guest space, and the
+    /// digest of the `payload_len` bytes behind them.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "a message of the link, field by field"
+    )]
+    pub fn handle_svm_digest<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        epoch: u64,
+        svm_seq: u64,
+        token: Token,
+        payload_len: u16,
+        digest: u128,
+    ) {
+        self.ledger.stats.digests += 1;
+        let digest = Some((payload_len, digest));
+        self.take_svm(now_us, frames, epoch, (svm_seq, token), digest);
+    }
+
+    #[inline(always)]
+    fn take_svm<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        epoch: u64,
+        (svm_seq, token): (u64, Token),
+        digest: Option<(u16, u128)>,
     ) {
         self.ledger.stats.svm_output += 1;
         if !self.paired || epoch < self.comparing || (self.frozen && epoch == self.comparing) {
@@ -42,12 +83,23 @@ impl PrimaryPath {
             self.request(Divergence::plain(Cause::OutputOverflow, None));
             return;
         }
-        let packet = self.parse(frames, &token, Direction::FromGuest);
+        let behind = digest.map_or(0, |(payload_len, _)| usize::from(payload_len));
+        let (header, len) = frames.view(&token);
+        let packet = wire::parse(header, len + behind, Direction::FromGuest);
+        if let Some((payload_len, _)) = digest
+            && !fits_digest(frames, &token, &packet, payload_len)
+        {
+            self.ledger.stats.bad_digests += 1;
+            frames.release(token);
+            self.ledger.act(Action::Fetch { svm_seq });
+            return;
+        }
+        let digest = digest.map(|(_, digest)| digest);
         let place = self.flows.find(&packet.key);
         let mut token = token;
         if epoch == self.comparing
             && let Some(id) = place.1
-            && self.match_exactly(now_us, frames, id, &packet, (svm_seq, &mut token))
+            && self.match_exactly(now_us, frames, id, &packet, (svm_seq, &mut token, digest))
         {
             return;
         }
@@ -60,12 +112,55 @@ impl PrimaryPath {
             flow: DEFERRED,
             incarnation: 0,
             reported: false,
+            payload: digest.map_or(Payload::Bytes, Payload::digest_of),
         };
         if epoch > self.comparing {
             // Only the epoch that follows the cut can send before its commit is known here.
             self.ledger.svm.push_back(&mut self.deferred_svm, frame);
         } else {
             self.compare_svm(now_us, frames, place, &packet.key, frame);
+        }
+    }
+
+    /// Puts the bytes of a frame where only their digest was.
+    #[cold]
+    fn take_bytes<F: Frames + ?Sized>(
+        &mut self,
+        now_us: u64,
+        frames: &mut F,
+        svm_seq: u64,
+        token: Token,
+    ) {
+        let packet = self.parse(frames, &token, Direction::FromGuest);
+        let id = self.flows.id_of(&packet.key);
+        let flow = id.and_then(|id| self.flows.get_mut(id));
+        let (Some(id), Some(flow)) = (id, flow) else {
+            frames.release(token);
+            return;
+        };
+        let at = {
+            let mut all = self.ledger.svm.iter(&flow.svm);
+            let place = all.find(|(_, frame)| frame.svm_seq == svm_seq);
+            place.map_or(NIL, |(at, _)| at)
+        };
+        let frame = self.ledger.svm.get_mut(at);
+        let is_wanted = |frame: &&mut SvmFrame| {
+            frame.payload != Payload::Bytes && frame.packet == packet.layout
+        };
+        let Some(frame) = frame.filter(is_wanted) else {
+            // Its flow has no use for it any more.
+            frames.release(token);
+            return;
+        };
+        frames.release(core::mem::replace(&mut frame.token, token));
+        frame.payload = Payload::Bytes;
+        let divergence = match frame.packet.tcp {
+            Some(_) => flow.bytes_came(at, &mut self.ledger, frames),
+            None => None,
+        };
+        match divergence {
+            Some(divergence) => self.diverge(id, divergence),
+            None => self.pump(now_us, frames, id),
         }
     }
 
@@ -134,4 +229,18 @@ impl PrimaryPath {
             self.check_openers(id);
         }
     }
+}
+
+/// Whether the headers of a frame are all that its token holds, and say that so many bytes
+/// follow as a digest can stand for.
+fn fits_digest<F: Frames + ?Sized>(
+    frames: &F,
+    token: &Token,
+    packet: &Packet,
+    payload_len: u16,
+) -> bool {
+    let at = packet.payload_at();
+    packet.is_digestible()
+        && usize::from(at) == frames.len(token)
+        && packet.end.checked_sub(at) == Some(payload_len)
 }

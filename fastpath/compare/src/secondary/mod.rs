@@ -8,6 +8,7 @@
 //! as the primary keeps to [`Limits::max_unacked_inputs`] and the shell asks
 //! [`SecondaryPath::room`]; who does not is served all the same.
 
+mod output;
 mod pair;
 
 use alloc::collections::VecDeque;
@@ -16,6 +17,7 @@ use alloc::vec::Vec;
 use crate::action::{Action, PathError, Right, SecondaryAction};
 use crate::announce::Addresses;
 use crate::cause::Cause;
+use crate::digest::DigestKey;
 use crate::flat::Slot;
 use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
@@ -27,6 +29,7 @@ use crate::stats::SecondaryStats;
 use crate::wire::tcp::{ACK, RST, SYN, Tcp};
 use crate::wire::{self, Packet, Quoted};
 use crate::xlate::ClientTable;
+use output::Stored;
 use pair::PairTable;
 
 /// Input on its way to the guest.
@@ -35,12 +38,6 @@ pub(crate) struct Queued {
     pub(crate) epoch: u64,
     pub(crate) input_seq: u64,
     pub(crate) token: Token,
-}
-
-#[derive(Debug)]
-struct Stored {
-    svm_seq: u64,
-    token: Token,
 }
 
 /// See the module.
@@ -66,6 +63,9 @@ pub struct SecondaryPath {
     next_svm_seq: u64,
     /// Output from here on has not been given to the shell for sending.
     unsent_svm_seq: u64,
+    digest_key: Option<DigestKey>,
+    /// Output of which the primary needs the bytes, after all.
+    fetched: VecDeque<u64>,
     /// Pending output of the last commit, until it is reported released (rule 12).
     pending: VecDeque<Token>,
     pending_epoch: u64,
@@ -98,6 +98,8 @@ impl SecondaryPath {
             outputs: VecDeque::with_capacity(limits.max_stored_output),
             next_svm_seq: 1,
             unsent_svm_seq: 1,
+            digest_key: None,
+            fetched: VecDeque::with_capacity(limits.max_stored_output),
             pending: VecDeque::with_capacity(limits.max_held_frames),
             pending_epoch: 0,
             pending_released: 0,
@@ -136,10 +138,8 @@ impl SecondaryPath {
 
     /// What is to be done next.
     pub fn poll_action(&mut self) -> Option<SecondaryAction> {
-        if let Some(svm_seq) = self.next_unsent() {
-            self.unsent_svm_seq = svm_seq + 1;
-            let epoch = self.epoch;
-            return Some(SecondaryAction::SendOutput { epoch, svm_seq });
+        if let Some(action) = self.next_send() {
+            return Some(action);
         }
         if let Some(cause) = self.request.take() {
             return Some(SecondaryAction::RequestCheckpoint(cause));
@@ -160,18 +160,6 @@ impl SecondaryPath {
             });
         }
         None
-    }
-
-    /// What is stored is of the present epoch: a commit drops the rest.
-    fn next_unsent(&self) -> Option<u64> {
-        let newest = self.outputs.back()?;
-        if newest.svm_seq < self.unsent_svm_seq {
-            return None;
-        }
-        let at = self
-            .outputs
-            .partition_point(|stored| stored.svm_seq < self.unsent_svm_seq);
-        self.outputs.get(at).map(|stored| stored.svm_seq)
     }
 
     /// Takes a mirrored input frame. Numbers go up by one, from 1 in each session.
@@ -342,7 +330,8 @@ impl SecondaryPath {
         }
         let svm_seq = self.next_svm_seq;
         self.next_svm_seq += 1;
-        self.outputs.push_back(Stored { svm_seq, token });
+        let stored = self.stored(frames, &packet, svm_seq, token);
+        self.outputs.push_back(stored);
         self.stats.sent += 1;
         if !self.room() {
             self.request(Cause::OutputOverflow);
@@ -382,27 +371,6 @@ impl SecondaryPath {
             self.pairs.svm_ack(slot, tcp.ack);
         }
         slot
-    }
-
-    /// The stored output of that number, in the PVM's space.
-    pub fn output(&self, svm_seq: u64) -> Option<&Token> {
-        self.position(svm_seq).map(|at| &self.outputs[at].token)
-    }
-
-    fn position(&self, svm_seq: u64) -> Option<usize> {
-        self.outputs
-            .binary_search_by_key(&svm_seq, |stored| stored.svm_seq)
-            .ok()
-    }
-
-    /// The primary has released what this output stands for (rule 9).
-    pub fn handle_released<F: Frames + ?Sized>(&mut self, frames: &mut F, svm_seq: u64) {
-        let stored = self
-            .position(svm_seq)
-            .and_then(|at| self.outputs.remove(at));
-        stored
-            .into_iter()
-            .for_each(|stored| frames.release(stored.token));
     }
 
     /// The primary has released the pending output of the checkpoint of `epoch` (rule 12). May
@@ -477,6 +445,7 @@ impl SecondaryPath {
         self.outputs
             .drain(..)
             .for_each(|stored| frames.release(stored.token));
+        self.fetched.clear();
         self.pairs.clear();
     }
 

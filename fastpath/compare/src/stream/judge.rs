@@ -3,7 +3,8 @@
 //! Invariant: nothing here changes what is kept of the SVM, but for entering a new connection.
 
 use super::segments::{
-    compare_bytes, different_flags, different_headers, headers_at, same_message,
+    compare_bytes, different_flags, different_headers, headers_at, judge_digest, same_message,
+    unseen,
 };
 use super::{Content, IgnoredBytes, Mark, holds, tcp_of};
 use crate::cause::{Cause, Divergence};
@@ -83,10 +84,19 @@ impl Flow {
         })
     }
 
-    /// The first of the SVM's segments that has not been matched.
+    /// The first of the SVM's segments that has not been matched. What has left and is only waiting
+    /// for its bytes is none.
     fn svm_beyond<'a>(&self, incarnation: u32, ledger: &'a Ledger) -> Option<&'a SvmFrame> {
-        let next = ledger.svm.get(self.mark);
-        next.filter(|next| next.incarnation == incarnation)
+        let from = Ends {
+            head: self.mark,
+            tail: self.svm.tail,
+        };
+        let all = ledger.svm.iter(&from).map(|(_, frame)| frame);
+        let mut open = all.filter(|frame| {
+            let has_left = frame.waits_for_bytes() && self.stream.has_left(tcp_of(frame).end());
+            !frame.reported && !has_left
+        });
+        open.next().filter(|next| next.incarnation == incarnation)
     }
 
     fn judge_syn<F: Frames + ?Sized>(
@@ -129,7 +139,8 @@ impl Flow {
         ledger: &Ledger,
         frames: &F,
     ) -> Content {
-        let mut at = self.stream.floor(tcp.payload_seq());
+        let floor = self.stream.floor(tcp.payload_seq());
+        let mut at = floor;
         if seq::le(tcp.end(), at) {
             return Content::Free;
         }
@@ -144,7 +155,7 @@ impl Flow {
             if svm_end.is_some_and(|end| seq::le(end, at)) {
                 return Content::Differs(self.too_long(head, tcp, at, frames));
             }
-            let Some(other) = self.holder(head.incarnation, at, &ledger.svm) else {
+            let Some((node, other)) = self.holder(head.incarnation, at, &ledger.svm) else {
                 head.matched_to = Some(at);
                 return self.wait_unless_reset(head, ledger, frames);
             };
@@ -152,6 +163,33 @@ impl Flow {
                 return Content::Differs(divergence);
             }
             let other_tcp = tcp_of(other);
+            if let Some(digest) = other.payload.digest() {
+                let other_end = other_tcp.payload_end();
+                let is_whole = svm_end.is_none_or(|svm_end| seq::le(other_end, svm_end));
+                let found = (other, digest);
+                match judge_digest((&head.token, tcp), found, is_whole, ledger, frames) {
+                    Some(true) => {
+                        at = other_end;
+                        continue;
+                    }
+                    // What has left is held by nobody any more: a commit has to cover the rest.
+                    None if other.reported => {
+                        head.matched_to = Some(at);
+                        return self.wait_unless_reset(head, ledger, frames);
+                    }
+                    Some(false) if other.reported => {
+                        let counts = seq::le(floor, other_tcp.payload_seq()) && ignored.is_none();
+                        return match counts {
+                            true => Content::Differs(unseen(head, tcp, other_tcp, frames)),
+                            false => self.wait_unless_reset(head, ledger, frames),
+                        };
+                    }
+                    _ => {
+                        head.matched_to = Some(at);
+                        return Content::Fetch(node);
+                    }
+                }
+            }
             let left = |tcp: &Tcp| u32::from(tcp.payload_len) - tcp.payload_offset(at);
             let end = at.wrapping_add(left(tcp).min(left(other_tcp)));
             let end = svm_end.map_or(end, |svm_end| seq::min(end, svm_end));
@@ -183,7 +221,7 @@ impl Flow {
         incarnation: u32,
         at: u32,
         svm: &'a Lists<SvmFrame>,
-    ) -> Option<&'a SvmFrame> {
+    ) -> Option<(u32, &'a SvmFrame)> {
         let stream = &self.stream;
         if incarnation == stream.svm_incarnation
             && stream
@@ -202,12 +240,11 @@ impl Flow {
             tail: self.svm.tail,
         };
         svm.iter(&from)
-            .map(|(_, frame)| frame)
-            .take_while(|s| {
+            .take_while(|(_, s)| {
                 s.incarnation < incarnation
                     || s.incarnation == incarnation && seq::le(tcp_of(s).payload_seq(), at)
             })
-            .find(|s| holds(s, incarnation, at))
+            .find(|(_, s)| holds(s, incarnation, at))
     }
 
     fn missing_fin<F: Frames + ?Sized>(
@@ -218,12 +255,12 @@ impl Flow {
         ledger: &Ledger,
         frames: &F,
     ) -> Content {
-        let Some(other) = self.holder(head.incarnation, at, &ledger.svm) else {
+        let Some((_, other)) = self.holder(head.incarnation, at, &ledger.svm) else {
             return self.wait_unless_reset(head, ledger, frames);
         };
         let other_tcp = tcp_of(other);
         let place = usize::from(other_tcp.payload_at) + other_tcp.payload_offset(at) as usize;
-        let secondary = (&other.token, other.packet.end, place);
+        let secondary = (&other.token, other.known_end(), place);
         let plain = Divergence::plain(Cause::Length, None);
         let offset = tcp.payload_offset(at) as usize;
         Content::Differs(plain.showing(frames, offset, None, Some(secondary)))

@@ -4,14 +4,14 @@
 //! Invariants: `svm` is sorted by connection, then place; `mark` is its first segment that is not
 //! reported, so nothing before it is looked at for bytes that have not left.
 
-use super::segments::compare_bytes;
+use super::segments::same_overlap;
 use super::{Mark, size, tcp_of};
 use crate::cause::Divergence;
 use crate::frames::Frames;
-use crate::ledger::{Ledger, SvmFrame};
+use crate::ledger::{Ledger, Payload, SvmFrame};
 use crate::list::{Lists, NIL};
 use crate::seq;
-use crate::table::{Flow, seen};
+use crate::table::{Flow, Held, seen};
 use crate::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
 
 impl Flow {
@@ -60,6 +60,43 @@ impl Flow {
         self.stream.raise(Mark::LeftHigh, tcp.end());
         self.report_left(ledger);
         self.limit_history(max_history_bytes, ledger, frames);
+    }
+
+    /// A segment is about to leave: where it has been compared with digests, its bytes are kept as
+    /// history instead, so that retransmissions that are cut otherwise can be compared. Where there
+    /// is no slot for them the digest stays.
+    pub(crate) fn keep_bytes<F: Frames + ?Sized>(
+        &self,
+        head: &Held,
+        ledger: &mut Ledger,
+        frames: &mut F,
+    ) {
+        let Some(head_tcp) = &head.packet.tcp else {
+            return;
+        };
+        let mut at = self.mark;
+        while let Some(frame) = ledger.svm.get_mut(at) {
+            let tcp = *tcp_of(frame);
+            if !seq::lt(tcp.payload_seq(), head_tcp.payload_end()) {
+                break;
+            }
+            let from = head_tcp.payload_offset(tcp.payload_seq());
+            let is_within =
+                u64::from(from) + u64::from(tcp.payload_len) <= u64::from(head_tcp.payload_len);
+            if frame.payload != Payload::Bytes
+                && frame.incarnation == head.incarnation
+                && is_within
+                && let Some(copy) = frames.duplicate(&head.token)
+            {
+                frames.release(core::mem::replace(&mut frame.token, copy));
+                frame.payload = Payload::Bytes;
+                let payload_at = head_tcp.payload_at + from as u16;
+                frame.packet = head.packet;
+                frame.packet.end = payload_at + tcp.payload_len;
+                frame.packet.tcp = Some(Tcp { payload_at, ..tcp });
+            }
+            at = ledger.svm.next(at);
+        }
     }
 
     #[inline]
@@ -121,7 +158,9 @@ impl Flow {
                 }
                 break;
             }
-            if !frame.reported && frame.incarnation == incarnation && seq::le(tcp.end(), high) {
+            // The secondary has to keep what it has been asked for.
+            let has_left = frame.incarnation == incarnation && seq::le(tcp.end(), high);
+            if !frame.reported && has_left && !frame.waits_for_bytes() {
                 frame.reported = true;
                 let svm_seq = frame.svm_seq;
                 self.stream.history_bytes += size(&tcp);
@@ -182,6 +221,7 @@ impl Flow {
         frames: &mut F,
     ) {
         let stream = &mut self.stream;
+        let (entered, high) = (stream.incarnation, stream.get(Mark::LeftHigh));
         stream.incarnation = incarnation;
         stream.syn_left = false;
         for mark in [Mark::JudgedIsn, Mark::Base, Mark::Una, Mark::LeftHigh] {
@@ -192,7 +232,13 @@ impl Flow {
             let mut at = ends.head;
             while let Some(frame) = ledger.svm.get(at) {
                 let next = ledger.svm.next(at);
-                if frame.incarnation < incarnation {
+                // What has left and was only waiting for its bytes needs them no more.
+                let has_left = frame.waits_for_bytes()
+                    && frame.incarnation == entered
+                    && high.is_some_and(|high| seq::le(tcp_of(frame).end(), high));
+                if has_left && entered < incarnation {
+                    ledger.settle_svm(ends, at, frames);
+                } else if frame.incarnation < incarnation {
                     ledger.recycle_svm(ends, at, frames);
                 }
                 at = next;
@@ -254,11 +300,6 @@ impl Flow {
             .is_none_or(|high| seq::le(high, from));
         stream.raise(Mark::SvmHigh, tcp.payload_end());
         let has_left = incarnation == stream.incarnation && stream.has_left(tcp.end());
-        let divergence = if is_next {
-            None
-        } else {
-            self.contradiction(&frame, tcp, &ledger.svm, frames)
-        };
         let is_before = |old: &SvmFrame| {
             old.incarnation < incarnation
                 || (old.incarnation == incarnation && seq::le(tcp_of(old).payload_seq(), from))
@@ -276,29 +317,56 @@ impl Flow {
         if self.mark == NIL || passed_mark {
             self.mark = at;
         }
+        let divergence = if is_next {
+            None
+        } else {
+            self.contradiction(at, ledger, frames)
+        };
         if has_left {
             self.report_left(ledger);
         }
         divergence
     }
 
-    /// Compares a new SVM segment with what the SVM sent before at the same place.
-    fn contradiction<F: Frames + ?Sized>(
-        &self,
-        new: &SvmFrame,
-        new_tcp: &Tcp,
-        svm: &Lists<SvmFrame>,
+    /// The bytes of a segment are at hand that was a digest before.
+    pub(crate) fn bytes_came<F: Frames + ?Sized>(
+        &mut self,
+        at: u32,
+        ledger: &mut Ledger,
         frames: &F,
     ) -> Option<Divergence> {
-        svm.iter(&self.svm)
-            .map(|(_, old)| old)
-            .filter(|old| old.incarnation == new.incarnation)
-            .find_map(|old| {
-                let old_tcp = tcp_of(old);
-                let (from, end) = old_tcp.overlap(new_tcp)?;
-                let sides = ((&old.token, old_tcp), (&new.token, new_tcp));
-                compare_bytes(sides, from, end, None, frames)
-            })
+        let divergence = self.contradiction(at, ledger, frames);
+        self.report_left(ledger);
+        divergence
+    }
+
+    /// Compares a segment of the SVM with what the SVM sent otherwise at the same place. Asks for
+    /// the bytes where digests do not tell.
+    fn contradiction<F: Frames + ?Sized>(
+        &self,
+        new_at: u32,
+        ledger: &mut Ledger,
+        frames: &F,
+    ) -> Option<Divergence> {
+        let mut at = self.svm.head;
+        while let (Some(old), Some(new)) = (ledger.svm.get(at), ledger.svm.get(new_at)) {
+            let next = ledger.svm.next(at);
+            if at != new_at
+                && old.incarnation == new.incarnation
+                && let Some(span) = tcp_of(old).overlap(tcp_of(new))
+            {
+                match same_overlap(old, new, span, ledger, frames) {
+                    Some(Ok(())) => {}
+                    Some(Err(divergence)) => return Some(divergence),
+                    None => {
+                        ledger.fetch(at);
+                        ledger.fetch(new_at);
+                    }
+                }
+            }
+            at = next;
+        }
+        None
     }
 
     /// Since when the SVM's reset or SYN has had no PVM counterpart.

@@ -29,6 +29,8 @@ pub(crate) enum Content {
     Free,
     /// The SVM has not sent enough yet.
     Wait,
+    /// The SVM has sent it, but only the bytes at this node say whether it is the same.
+    Fetch(u32),
     /// The SVM has sent something else.
     Differs(Divergence),
 }

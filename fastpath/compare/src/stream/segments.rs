@@ -5,7 +5,7 @@
 use super::{Content, IgnoredBytes, tcp_of};
 use crate::cause::{Cause, Divergence, Shown};
 use crate::frames::{Frames, Token};
-use crate::ledger::SvmFrame;
+use crate::ledger::{Ledger, SvmFrame};
 use crate::table::Held;
 use crate::wire::header_difference;
 use crate::wire::tcp::{Tcp, URG};
@@ -54,7 +54,7 @@ pub(super) fn headers_at<F: Frames + ?Sized>(
     let plain = Divergence::plain(cause, None);
     let (a_at, b_at) = (usize::from(head.packet.l4), usize::from(other.packet.l4));
     let primary = (&head.token, head.packet.end, a_at + at);
-    let secondary = (&other.token, other.packet.end, b_at + at);
+    let secondary = (&other.token, other.known_end(), b_at + at);
     plain.showing(frames, a_at + at, Some(primary), Some(secondary))
 }
 
@@ -78,7 +78,7 @@ pub(super) fn different_headers<F: Frames + ?Sized>(
         let plain = Divergence::plain(Cause::Header, None);
         let at = offset as usize;
         let primary = (&head.token, head.packet.end, at);
-        let secondary = (&other.token, other.packet.end, at);
+        let secondary = (&other.token, other.known_end(), at);
         return Some(plain.showing(frames, at, Some(primary), Some(secondary)));
     }
     let urgent = |tcp: &Tcp| {
@@ -86,6 +86,71 @@ pub(super) fn different_headers<F: Frames + ?Sized>(
             .then(|| tcp.seq.wrapping_add(u32::from(tcp.urgent)))
     };
     (urgent(tcp) != urgent(tcp_of(other))).then(|| different_flags(head, other, frames))
+}
+
+/// Whether the part of a segment that another one covers has that one's digest. `None` when the
+/// other one is not all within, or without a key.
+pub(super) fn judge_digest<F: Frames + ?Sized>(
+    (token, tcp): (&Token, &Tcp),
+    (other, digest): (&SvmFrame, u128),
+    is_whole: bool,
+    ledger: &Ledger,
+    frames: &F,
+) -> Option<bool> {
+    let other_tcp = tcp_of(other);
+    let n = other_tcp.payload_len;
+    let from = tcp.payload_offset(other_tcp.payload_seq());
+    let is_within = u64::from(from) + u64::from(n) <= u64::from(tcp.payload_len);
+    if !is_within || !is_whole {
+        return None;
+    }
+    let at = usize::from(tcp.payload_at) + from as usize;
+    ledger.digest_is(digest, frames, (token, at, usize::from(n)))
+}
+
+/// A divergence from bytes of which there is only the digest.
+pub(super) fn unseen<F: Frames + ?Sized>(
+    head: &Held,
+    tcp: &Tcp,
+    other: &Tcp,
+    frames: &F,
+) -> Divergence {
+    let from = tcp.payload_offset(other.payload_seq()) as usize;
+    let primary = (
+        &head.token,
+        head.packet.end,
+        usize::from(tcp.payload_at) + from,
+    );
+    Divergence::plain(Cause::Payload, None).showing(frames, from, Some(primary), None)
+}
+
+/// Whether two segments of the SVM say the same where they overlap; `None` when only bytes tell that
+/// are not at hand.
+pub(super) fn same_overlap<F: Frames + ?Sized>(
+    old: &SvmFrame,
+    new: &SvmFrame,
+    (from, end): (u32, u32),
+    ledger: &Ledger,
+    frames: &F,
+) -> Option<Result<(), Divergence>> {
+    let (a, b) = (tcp_of(old), tcp_of(new));
+    let is_same = match (old.payload.digest(), new.payload.digest()) {
+        (None, None) => {
+            let sides = ((&old.token, a), (&new.token, b));
+            let divergence = compare_bytes(sides, from, end, None, frames);
+            return Some(divergence.map_or(Ok(()), Err));
+        }
+        (None, Some(digest)) => judge_digest((&old.token, a), (new, digest), true, ledger, frames)?,
+        (Some(digest), None) => judge_digest((&new.token, b), (old, digest), true, ledger, frames)?,
+        (Some(x), Some(y)) => {
+            let same_place = (a.payload_seq(), a.payload_len) == (b.payload_seq(), b.payload_len);
+            same_place.then_some(x == y)?
+        }
+    };
+    Some(match is_same {
+        true => Ok(()),
+        false => Err(Divergence::plain(Cause::Payload, None)),
+    })
 }
 
 /// Compares the bytes `from..end` of the stream in two segments that both hold them.

@@ -113,6 +113,23 @@ impl Fragment {
 const _: () = assert!(size_of::<Layout>() == 40);
 
 impl Layout {
+    /// Where the payload begins.
+    pub(crate) fn payload_at(&self) -> u16 {
+        match &self.tcp {
+            Some(tcp) => tcp.payload_at,
+            None if self.sum_at == 0 => self.l4,
+            None => self.l4 + 8,
+        }
+    }
+
+    /// Plain TCP data or a whole UDP datagram, of which a digest can stand for the payload.
+    pub(crate) fn is_digestible(&self) -> bool {
+        match &self.tcp {
+            Some(tcp) => tcp.is_plain_data,
+            None => self.sum_at == UDP_SUM_AT,
+        }
+    }
+
     /// Untagged IPv4 without options, and not a fragment.
     pub(crate) fn is_plain(&self) -> bool {
         self.l3 == 14 && self.l4 == 34 && self.network == Network::V4 && self.fragment.is_none()

@@ -1,7 +1,7 @@
 //! A primary path whose input and SVM output are given by hand.
 #![allow(dead_code, missing_docs, reason = "each test file uses a part of it")]
 
-use colo_compare::testing::{Segment, Side, VecFrames};
+use colo_compare::testing::{Segment, Side, SvmSource, VecFrames};
 use colo_compare::{Action, Cause, Limits, Policy, PrimaryPath, Right};
 
 pub const SIDES: [Side; 2] = [Side::V4, Side::V6];
@@ -18,6 +18,12 @@ pub struct Pair {
     pub reported: Vec<u64>,
     pub causes: Vec<Cause>,
     pub pending_released: Vec<u64>,
+    svm_source: SvmSource,
+}
+
+/// These tests run twice: `digests.rs` is made of the same files.
+pub fn has_digests() -> bool {
+    env!("CARGO_CRATE_NAME") == "digests"
 }
 
 impl Pair {
@@ -41,7 +47,11 @@ impl Pair {
             reported: Vec::new(),
             causes: Vec::new(),
             pending_released: Vec::new(),
+            svm_source: SvmSource::default(),
         };
+        if has_digests() {
+            pair.svm_source = SvmSource::digesting(&mut pair.path);
+        }
         let first = pair.path.pair(pair.now_us).unwrap();
         pair.lease(u64::MAX);
         pair.commit(first);
@@ -97,10 +107,9 @@ impl Pair {
 
     pub fn svm_in(&mut self, epoch: u64, bytes: &[u8]) {
         self.svm_seq += 1;
-        let token = self.frames.insert(bytes).unwrap();
-        let (now_us, svm_seq) = (self.now_us, self.svm_seq);
-        self.path
-            .handle_svm_output(now_us, &mut self.frames, epoch, svm_seq, token);
+        let name = (epoch, self.svm_seq);
+        self.svm_source
+            .send(&mut self.path, &mut self.frames, self.now_us, name, bytes);
         self.act();
     }
 
@@ -109,6 +118,16 @@ impl Pair {
     }
 
     pub fn act(&mut self) {
+        self.act_unanswered();
+        while self
+            .svm_source
+            .answer(&mut self.path, &mut self.frames, self.now_us)
+        {
+            self.act_unanswered();
+        }
+    }
+
+    fn act_unanswered(&mut self) {
         while let Some(action) = self.path.poll_action() {
             match action {
                 Action::Release { token, right, .. } => {
@@ -123,7 +142,11 @@ impl Pair {
                     self.frames.take(token);
                     self.mirrored.push((epoch, input_seq));
                 }
-                Action::SvmReleased { svm_seq } => self.reported.push(svm_seq),
+                Action::SvmReleased { svm_seq } => {
+                    self.svm_source.released(svm_seq);
+                    self.reported.push(svm_seq);
+                }
+                Action::Fetch { svm_seq } => self.svm_source.fetch(svm_seq),
                 Action::PendingReleased { epoch } => self.pending_released.push(epoch),
                 Action::Checkpoint(divergence) => self.causes.push(divergence.cause),
             }

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right};
+use colo_compare::testing::{Segment, Side, VecFrames, checksums_are_right, digest_key};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
 use colo_compare::{
     Action, Direction, Divergence, Frames, Limits, Pending, PrimaryPath, SecondaryAction,
@@ -437,6 +437,10 @@ impl Rig {
                 let secondary = self.secondary.as_mut().expect("reported to nobody");
                 secondary.handle_pending_released(&mut self.frames, epoch);
             }
+            Action::Fetch { svm_seq } => {
+                let secondary = self.secondary.as_mut().expect("asked of nobody");
+                secondary.fetch(svm_seq);
+            }
             Action::Checkpoint(divergence) => self.requests.push(divergence),
         }
     }
@@ -469,6 +473,26 @@ impl Rig {
                     let copy = frames.duplicate(stored).expect("a slot");
                     self.primary
                         .handle_svm_output(now_us, frames, epoch, svm_seq, copy);
+                }
+                SecondaryAction::SendDigest {
+                    epoch,
+                    svm_seq,
+                    header_len,
+                    payload_len,
+                    digest,
+                } => {
+                    let stored = frames.bytes(secondary.output(svm_seq).expect("stored"));
+                    let headers = stored[..usize::from(header_len)].to_vec();
+                    let token = frames.insert(&headers).expect("a slot");
+                    self.primary.handle_svm_digest(
+                        now_us,
+                        frames,
+                        epoch,
+                        svm_seq,
+                        token,
+                        payload_len,
+                        digest,
+                    );
                 }
                 SecondaryAction::CaughtUp { epoch } => self.primary.caught_up(now_us, epoch),
                 SecondaryAction::RequestCheckpoint(cause) => {
@@ -517,7 +541,17 @@ impl Rig {
     /// A secondary joins and gets its first checkpoint. Its guest's later sequence numbers are its
     /// own.
     pub fn join(&mut self) {
-        self.secondary = Some(SecondaryPath::new(self.limits));
+        let limits = Limits {
+            digest_min_bytes: 1,
+            ..self.limits
+        };
+        let mut secondary = SecondaryPath::new(limits);
+        // These tests run twice: `digests.rs` is made of the same files.
+        if env!("CARGO_CRATE_NAME") == "digests" {
+            self.primary.set_digest_key(Some(digest_key()));
+            secondary.set_digests(Some(digest_key()));
+        }
+        self.secondary = Some(secondary);
         let epoch = self.primary.pair(self.now_us).expect("alone before");
         self.refresh_lease();
         let snapshot = self.capture(epoch);

@@ -261,6 +261,8 @@ impl<'a> Replay<'a> {
             Action::Checkpoint(divergence) => self.wanted = Some((divergence, self.now_us)),
             // The last of what a checkpoint lets go.
             Action::PendingReleased { .. } => self.end_checkpoint(),
+            // All bytes are at hand.
+            Action::Fetch { .. } => {}
         }
     }
 
