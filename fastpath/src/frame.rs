@@ -593,7 +593,8 @@ impl Frames for FramePool {
     }
 
     fn digest(&self, token: &Token, at: usize, n: usize, key: &DigestKey) -> u128 {
-        self.settle(token.slot(), CopyCause::Compared);
+        // There are no bytes to leave with but the frame's own.
+        self.settle(token.slot(), CopyCause::Digested);
         key.of(&self.host_bytes(token.slot())[at..at + n])
     }
 

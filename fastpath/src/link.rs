@@ -40,7 +40,9 @@ use reliable::Held;
 use stream::Stream;
 use transport::{Datagrams, kind, say};
 
-pub use digests::{BadEntry, DIGESTS_MAX, Digest, DigestReader, DigestWriter, HEADERS_MAX};
+pub use digests::{
+    BadEntry, DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, DigestWriter, HEADERS_MAX,
+};
 pub use msg::{Malformed, PacketMsg};
 pub use open::{Packets, open_ports};
 pub use stats::LinkStats;
@@ -65,6 +67,9 @@ pub enum PacketLinkError {
     /// The bytes are no message.
     #[error("packet channel: {0}")]
     Malformed(#[from] Malformed),
+    /// Nor are the entries in it.
+    #[error("packet channel: {0}")]
+    BadEntry(#[from] BadEntry),
     /// A frame that is longer than the slots of this host.
     #[error(
         "packet channel: a frame of {len} bytes, at most {max} go into a slot; give both hosts the same net.mtu"

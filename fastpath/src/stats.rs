@@ -100,6 +100,8 @@ counters! {
         copied_pressure_bytes,
         /// ... because it was compared otherwise than as a whole with its counterpart.
         copied_compared_bytes,
+        /// ... because it was compared by its digest.
+        copied_digested_bytes,
         /// ... because it was undecided at a capture, or while a divergence was pending.
         copied_undecided_bytes,
         /// ... because the secondary works on copies.
@@ -131,6 +133,7 @@ impl WorkerStats {
             CopyCause::Scattered => &self.copied_scattered_bytes,
             CopyCause::Pressure => &self.copied_pressure_bytes,
             CopyCause::Compared => &self.copied_compared_bytes,
+            CopyCause::Digested => &self.copied_digested_bytes,
             CopyCause::Undecided => &self.copied_undecided_bytes,
             CopyCause::Role => &self.copied_role_bytes,
             CopyCause::Gathered => &self.copied_gathered_bytes,

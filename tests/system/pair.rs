@@ -128,6 +128,52 @@ fn rule_10_payload_may_be_copied_before_it_is_compared() {
     }
 }
 
+fn digesting_pair() -> Option<(Bench, Pair)> {
+    let bench = Bench::new(&clients::PROGRAMS)?;
+    let mut settings = bench.settings();
+    settings.primary_extra = "[compare]\nmode = \"digest\"\n".to_owned();
+    let pair = Pair::start(&settings, bench.dir()).unwrap();
+    Some((bench, pair))
+}
+
+#[test]
+fn digests_take_little_of_the_link_and_clients_notice_nothing() {
+    let Some((bench, mut pair)) = digesting_pair() else {
+        return;
+    };
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    clients::curl_sees_state(&pair.topology.client);
+    for guest in GUEST {
+        clients::redis_cli(&pair.topology.client, guest);
+        clients::ping(&pair.topology.client, guest);
+    }
+    assert_paired(&mut pair);
+    let link_bytes = |pair: &Pair| {
+        let status = pair.primary.status().unwrap();
+        (
+            number(&status, "link_bytes"),
+            number(&status["worker"], "guest_tx_bytes"),
+        )
+    };
+    let before = link_bytes(&pair);
+    clients::wrk(&pair.topology.client, GUEST[0], "/bytes/1000000", 4, 3);
+    let after = link_bytes(&pair);
+    let (link, output) = (after.0 - before.0, after.1 - before.1);
+    let share = link as f64 / output as f64;
+    println!(
+        "link {link} bytes both ways for {output} bytes of output: {:.1} %",
+        share * 100.0
+    );
+    assert!(share < 0.1, "{share}");
+    assert_paired(&mut pair);
+    let status = pair.primary.status().unwrap();
+    assert!(number(&status, "digests") > 1000, "{status}");
+    println!(
+        "{} digests, {} fetched",
+        status["digests"], status["fetched"]
+    );
+}
+
 #[test]
 fn wrk_notices_nothing() {
     let Some((_bench, mut pair)) = pair() else {

@@ -108,10 +108,23 @@ pub struct Config {
     pub test: TestConfig,
 }
 
+/// What is compared on the primary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CompareMode {
+    /// The secondary's bytes.
+    #[default]
+    Bytes,
+    /// Keyed digests of its payload; bytes only where these do not tell enough.
+    Digest,
+}
+
 /// `[compare]`
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CompareConfig {
+    /// What the secondary sends of its output; the primary's file decides.
+    pub mode: CompareMode,
     /// Rules for single flows: see [`colo_fastpath::policy`].
     pub policy: Option<PathBuf>,
     /// What that file says.

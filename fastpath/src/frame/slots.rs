@@ -40,6 +40,8 @@ pub enum CopyCause {
     Pressure,
     /// Compared otherwise than as a whole with its counterpart.
     Compared,
+    /// Compared by its digest, with a counterpart that is not here.
+    Digested,
     /// Undecided when the guest's state was captured, or when a divergence was pending.
     Undecided,
     /// The role works on copies (the secondary).

@@ -18,6 +18,8 @@ const PLACES: usize = 64;
 pub const HEADERS_MAX: usize = 128;
 /// Longest entry.
 const ENTRY_MAX: usize = 3 + 8 + 2 + HEADERS_MAX + HEADERS_MAX / 8 + 16;
+/// Shortest entry: headers without a difference.
+pub const DIGEST_MIN: usize = 3 + 16;
 /// Bytes of a full message.
 pub const DIGESTS_MAX: usize = 4096;
 

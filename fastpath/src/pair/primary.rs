@@ -4,18 +4,25 @@ use std::collections::VecDeque;
 use std::net::Shutdown;
 
 use colo_bpf::Mac;
-use colo_compare::{ANNOUNCEMENT_MAX, Action, Limits, Policy, PrimaryPath, PrimaryStats, Token};
+use colo_compare::{
+    ANNOUNCEMENT_MAX, Action, DigestKey, Limits, Policy, PrimaryPath, PrimaryStats, Token,
+};
 use hdrhistogram::Histogram;
 
 use super::{PairEvent, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
-use crate::link::{Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg};
+use crate::link::{
+    DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, Incoming, LinkStats, PacketLink,
+    PacketLinkError, PacketMsg,
+};
 use crate::mailbox::Post;
 use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
 
 /// Longest time recorded.
 const HOLD_MAX_US: u64 = 600_000_000;
+/// Slots that one message of digests may take.
+const DIGESTS_PER_MSG: usize = DIGESTS_MAX / DIGEST_MIN;
 /// Bytes of sequence numbers per message.
 const RELEASED_BYTES_MAX: usize = 32 << 10;
 
@@ -30,6 +37,8 @@ pub struct PrimaryRoleConfig {
     pub gap_limit_us: u64,
     /// Slots of the worker's frame pool.
     pub frame_slots: u32,
+    /// With a key the secondary sends digests in the place of long payloads; not all zeros.
+    pub digest_key: Option<[u8; 16]>,
 }
 
 /// What the packet side contributes to a checkpoint (rule 12).
@@ -67,6 +76,8 @@ pub struct PrimaryRole {
     hold_us: Histogram<u64>,
     released_seqs: Vec<u8>,
     released_pending: Option<u64>,
+    digest_key: Option<[u8; 16]>,
+    digests: DigestReader,
     gap_limit_us: u64,
     awake_us: u64,
     gaps: u64,
@@ -107,6 +118,8 @@ impl PrimaryRole {
             hold_us: hold_us.expect("constant bounds"),
             released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
             released_pending: None,
+            digest_key: config.digest_key,
+            digests: DigestReader::default(),
             gap_limit_us: config.gap_limit_us,
             awake_us: now_us(),
             gaps: 0,
@@ -126,8 +139,14 @@ impl PrimaryRole {
     }
 
     /// Takes the packet channel to a joining secondary. Frames go over it from the first cut on.
-    pub fn attach(&mut self, edge: &mut Edge, link: PacketLink) {
+    pub fn attach(&mut self, edge: &mut Edge, mut link: PacketLink) {
         self.detach(edge);
+        self.digests = DigestReader::default();
+        self.path
+            .set_digest_key(self.digest_key.and_then(DigestKey::new));
+        if let Some(key) = self.digest_key {
+            link.push(&PacketMsg::DigestKey { key });
+        }
         self.link = Some(link);
         self.awake_us = now_us();
     }
@@ -285,7 +304,7 @@ impl PrimaryRole {
         now_us: u64,
     ) -> Result<usize, PacketLinkError> {
         let mut n = 0;
-        while n < 4 * BATCH && edge.frames.free_slots() > 0 {
+        while n < 4 * BATCH && edge.frames.free_slots() > DIGESTS_PER_MSG {
             let Some(incoming) = link.next(&mut edge.frames)? else {
                 break;
             };
@@ -312,11 +331,22 @@ impl PrimaryRole {
                 }
                 PacketMsg::CaughtUp { epoch } => self.path.caught_up(now_us, epoch),
                 PacketMsg::CheckpointWanted => self.post.send(PairEvent::PeerWantsCheckpoint),
+                PacketMsg::Digests { epoch, entries } => {
+                    let (path, frames) = (&mut self.path, &mut edge.frames);
+                    let take = |d: &Digest<'_>| {
+                        if let Some(token) = frames.from_bytes(d.header) {
+                            let (len, digest) = (d.payload_len, d.digest);
+                            path.handle_svm_digest(
+                                now_us, frames, epoch, d.seq, token, len, digest,
+                            );
+                        }
+                    };
+                    self.digests.read(entries, take)?;
+                }
                 PacketMsg::Output { .. }
                 | PacketMsg::Input { .. }
                 | PacketMsg::Released { .. }
                 | PacketMsg::PendingReleased { .. }
-                | PacketMsg::Digests { .. }
                 | PacketMsg::DigestKey { .. }
                 | PacketMsg::Fetch { .. } => {}
             }
@@ -421,8 +451,11 @@ impl PrimaryRole {
                     self.released_seqs.extend_from_slice(&svm_seq.to_le_bytes());
                 }
                 Action::PendingReleased { epoch } => self.released_pending = Some(epoch),
-                // Output comes as bytes.
-                Action::Fetch { .. } => {}
+                Action::Fetch { svm_seq } => {
+                    if let Some(link) = &mut self.link {
+                        link.push(&PacketMsg::Fetch { seq: svm_seq });
+                    }
+                }
                 Action::Checkpoint(divergence) => {
                     self.diverging = true;
                     edge.settle_all();

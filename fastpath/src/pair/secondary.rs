@@ -3,11 +3,13 @@
 use std::net::Shutdown;
 
 use colo_bpf::Mac;
-use colo_compare::{Limits, SecondaryAction, SecondaryPath, SecondaryStats};
+use colo_compare::{DigestKey, Frames, Limits, SecondaryAction, SecondaryPath, SecondaryStats};
 
 use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
-use crate::link::{Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg};
+use crate::link::{
+    Digest, DigestWriter, HEADERS_MAX, Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg,
+};
 use crate::mailbox::Post;
 use crate::nic::Filter;
 use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
@@ -36,6 +38,7 @@ pub struct SecondaryRole {
     /// Gone once it was turned into the primary's.
     path: Option<SecondaryPath>,
     link: Option<PacketLink>,
+    digests: Digests,
     post: Post<PairEvent>,
     mac: Mac,
     /// The SVM stands still: its queues are not touched, the link is read on.
@@ -48,6 +51,7 @@ impl SecondaryRole {
         Self {
             path: Some(SecondaryPath::new(config.limits)),
             link: Some(link),
+            digests: Digests::default(),
             post,
             mac: config.mac,
             stopped: true,
@@ -222,6 +226,8 @@ impl SecondaryRole {
                 PacketMsg::PendingReleased { epoch } => {
                     path.handle_pending_released(&mut edge.frames, epoch);
                 }
+                PacketMsg::DigestKey { key } => path.set_digests(DigestKey::new(key)),
+                PacketMsg::Fetch { seq } => path.fetch(seq),
                 _ => {}
             }
         }
@@ -270,9 +276,27 @@ impl SecondaryRole {
                 SecondaryAction::AckInput { up_to } => {
                     push(&mut self.link, &PacketMsg::InputAck { up_to });
                 }
-                // Who does not know digests takes the bytes.
+                SecondaryAction::SendDigest {
+                    epoch,
+                    svm_seq,
+                    header_len,
+                    payload_len,
+                    digest,
+                } if usize::from(header_len) <= HEADERS_MAX => {
+                    if let Some(token) = path.output(svm_seq) {
+                        let header = &edge.frames.header(token)[..usize::from(header_len)];
+                        let digest = Digest {
+                            seq: svm_seq,
+                            header,
+                            payload_len,
+                            digest,
+                        };
+                        self.digests.add(&mut self.link, epoch, &digest);
+                    }
+                }
                 SecondaryAction::SendOutput { epoch, svm_seq }
                 | SecondaryAction::SendDigest { epoch, svm_seq, .. } => {
+                    self.digests.send(&mut self.link);
                     if let Some(token) = path.output(svm_seq) {
                         let frame = edge.frames.bytes(token);
                         push(
@@ -286,6 +310,7 @@ impl SecondaryRole {
                     }
                 }
                 SecondaryAction::CaughtUp { epoch } => {
+                    self.digests.send(&mut self.link);
                     push(&mut self.link, &PacketMsg::CaughtUp { epoch });
                 }
                 SecondaryAction::RequestCheckpoint(cause) => {
@@ -294,6 +319,7 @@ impl SecondaryRole {
                 }
             }
         }
+        self.digests.send(&mut self.link);
         if let Some(link) = &mut self.link
             && let Err(e) = link.flush()
         {
@@ -303,6 +329,29 @@ impl SecondaryRole {
             });
         }
         n
+    }
+}
+
+/// Digests on their way to the link.
+#[derive(Debug, Default)]
+struct Digests {
+    writer: DigestWriter,
+}
+
+impl Digests {
+    fn add(&mut self, link: &mut Option<PacketLink>, epoch: u64, digest: &Digest<'_>) {
+        if !self.writer.has_room(epoch) {
+            self.send(link);
+        }
+        self.writer.push(epoch, digest);
+    }
+
+    /// What was collected goes before what is said next.
+    fn send(&mut self, link: &mut Option<PacketLink>) {
+        if let Some((epoch, entries)) = self.writer.collected() {
+            push(link, &PacketMsg::Digests { epoch, entries });
+            self.writer.clear();
+        }
     }
 }
 

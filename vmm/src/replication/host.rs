@@ -26,7 +26,7 @@ use super::link::{self, LinkError};
 use super::report::PairStatus;
 use super::wait::Waiter;
 use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
-use crate::config::{Alone, Config, ReplicationConfig};
+use crate::config::{Alone, CompareMode, Config, ReplicationConfig};
 use crate::machine::{Events, Machine, MachineError, VmExit};
 use crate::nic::{self, NicError};
 use crate::status::{MachineStatus, StatusError, StatusSocket};
@@ -109,6 +109,7 @@ pub struct Replica {
     pub(super) host: String,
     pub(super) limits: Limits,
     pub(super) mac: Mac,
+    digest_key: Option<[u8; 16]>,
     pub(super) status: Status,
     stop: Arc<StopRequest>,
     powered_off: bool,
@@ -162,6 +163,7 @@ impl Replica {
                 ..limits(&replication, config.host.frame_slots)
             },
             mac: config.net.mac,
+            digest_key: digest_key(config.compare.mode)?,
             status: Status {
                 socket: status,
                 name: config.vm.name.clone(),
@@ -209,6 +211,7 @@ impl Replica {
             policy: self.config.compare.rules.clone(),
             gap_limit_us: self.timing().detection_us() / 2,
             frame_slots: self.config.host.frame_slots,
+            digest_key: self.digest_key,
         }
     }
 
@@ -266,6 +269,18 @@ impl Replica {
             .map(|(name, value)| (name.to_owned(), value))
             .collect()
     }
+}
+
+/// A key for digests, if they are wanted.
+fn digest_key(mode: CompareMode) -> Result<Option<[u8; 16]>, ReplicaError> {
+    if mode == CompareMode::Bytes {
+        return Ok(None);
+    }
+    let halves = [random_number()?, random_number()? | 1];
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&halves[0].to_le_bytes());
+    key[8..].copy_from_slice(&halves[1].to_le_bytes());
+    Ok(Some(key))
 }
 
 fn limits(replication: &ReplicationConfig, frame_slots: u32) -> Limits {

@@ -143,6 +143,8 @@ pub struct PairStatus {
     pub page_bytes: u64,
     pub mirrored: u64,
     pub redelivered: u64,
+    pub digests: u64,
+    pub fetched: u64,
 }
 
 impl PairStatus {
@@ -189,6 +191,8 @@ impl PairStatus {
             page_bytes: times.page_bytes,
             mirrored: stats.mirrored,
             redelivered: stats.redelivered,
+            digests: stats.digests,
+            fetched: stats.fetched,
         }
     }
 
@@ -201,6 +205,8 @@ impl PairStatus {
             link: report.link,
             mirrored: report.stats.mirrored,
             redelivered: report.stats.redelivered,
+            digests: report.stats.digests,
+            fetched: report.stats.fetched,
             ..Self::default()
         }
     }
