@@ -164,7 +164,8 @@ fn digests_take_little_of_the_link_and_clients_notice_nothing() {
         "link {link} bytes both ways for {output} bytes of output: {:.1} %",
         share * 100.0
     );
-    assert!(share < 0.1, "{share}");
+    // 4.2 % were seen; lost and repeated datagrams and the mirrored input are in it.
+    assert!(share < 0.06, "{share}");
     assert_paired(&mut pair);
     let status = pair.primary.status().unwrap();
     assert!(number(&status, "digests") > 1000, "{status}");
@@ -172,6 +173,25 @@ fn digests_take_little_of_the_link_and_clients_notice_nothing() {
         "{} digests, {} fetched",
         status["digests"], status["fetched"]
     );
+}
+
+#[test]
+fn a_pair_that_compares_digests_survives_a_kill() {
+    let Some((_bench, mut pair)) = digesting_pair() else {
+        return;
+    };
+    let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let report = load.finish().unwrap();
+    let survival = report.survival.unwrap();
+    assert!(survival.connections_before > 0);
+    assert_eq!(survival.connections_lost, 0, "{:#?}", report.notes);
+    let errors = report.wrong_responses + report.client_errors;
+    assert_eq!(errors, 0, "{report:?}");
 }
 
 #[test]
