@@ -42,6 +42,8 @@ pub const UPLINK: &str = "uplink";
 const PREFIX: &str = "colo-";
 const LINK_V4: [&str; 2] = ["10.78.0.1", "10.78.0.2"];
 const LINK_MAC: [&str; 2] = ["02:c0:10:00:00:0a", "02:c0:10:00:00:0b"];
+/// A guest's full frame fits into one datagram.
+const LINK_MTU: u32 = 2000;
 /// Nobody has this address: frames sent to it disappear.
 const NOBODY_MAC: &str = "02:c0:10:00:00:ff";
 
@@ -221,7 +223,8 @@ impl Topology {
         let [mac_a, mac_b] = LINK_MAC;
         let far = self.host(Host::B).name();
         self.host(Host::A).batch(&format!(
-            "link add link0 address {mac_a} type veth peer name link0 address {mac_b} netns {far}\n"
+            "link add link0 mtu {LINK_MTU} address {mac_a} type veth \
+             peer name link0 mtu {LINK_MTU} address {mac_b} netns {far}\n"
         ))?;
         for host in [Host::A, Host::B] {
             let address = host.link_address();
