@@ -6,6 +6,8 @@
 //! keeps its slot number until it is removed; nothing allocates after `new`. The hash is keyed,
 //! because clients choose addresses and ports.
 
+use core::hint::select_unpredictable;
+
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -190,7 +192,7 @@ impl<V> FlatTable<V> {
         // When two are alike, what comes out is neither.
         let if_like = |bucket: &u64| {
             let is_like = (bucket ^ hash.0) >> 32 == 0;
-            *bucket as u32 & u32::from(is_like).wrapping_neg()
+            select_unpredictable(is_like, *bucket as u32, EMPTY as u32)
         };
         (if_like(a) | if_like(b) | if_like(c) | if_like(d)).wrapping_sub(1)
     }
