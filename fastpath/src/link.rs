@@ -40,9 +40,7 @@ use reliable::Held;
 use stream::Stream;
 use transport::{Datagrams, kind, say};
 
-pub use digests::{
-    BadEntry, DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, DigestWriter, HEADERS_MAX,
-};
+pub use digests::{BadEntry, DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, DigestWriter};
 pub use msg::{Malformed, PacketMsg};
 pub use open::{Packets, open_ports};
 pub use stats::LinkStats;

@@ -11,6 +11,9 @@ use core::fmt;
 use polyval::Polyval;
 use polyval::universal_hash::UniversalHash;
 
+/// Longest headers of a frame whose payload travels as a digest.
+pub const DIGEST_HEADERS_MAX: usize = 128;
+
 /// Bytes that [`DigestKey::of_chunks`] reads at a time.
 const CHUNK_BYTES: usize = 512;
 

@@ -15,7 +15,7 @@ use super::msg::u64_at;
 /// Headers that both ends remember.
 const PLACES: usize = 64;
 /// Longest headers that an entry takes.
-pub const HEADERS_MAX: usize = 128;
+pub const HEADERS_MAX: usize = colo_compare::DIGEST_HEADERS_MAX;
 /// Longest entry.
 const ENTRY_MAX: usize = 3 + 8 + 2 + HEADERS_MAX + HEADERS_MAX / 8 + 16;
 /// Shortest entry: headers without a difference.

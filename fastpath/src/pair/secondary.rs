@@ -8,7 +8,7 @@ use colo_compare::{DigestKey, Frames, Limits, SecondaryAction, SecondaryPath, Se
 use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role};
 use crate::clock::now_us;
 use crate::link::{
-    Digest, DigestWriter, HEADERS_MAX, Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg,
+    Digest, DigestWriter, Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg,
 };
 use crate::mailbox::Post;
 use crate::nic::Filter;
@@ -282,7 +282,7 @@ impl SecondaryRole {
                     header_len,
                     payload_len,
                     digest,
-                } if usize::from(header_len) <= HEADERS_MAX => {
+                } => {
                     if let Some(token) = path.output(svm_seq) {
                         let header = &edge.frames.header(token)[..usize::from(header_len)];
                         let digest = Digest {
@@ -294,8 +294,7 @@ impl SecondaryRole {
                         self.digests.add(&mut self.link, epoch, &digest);
                     }
                 }
-                SecondaryAction::SendOutput { epoch, svm_seq }
-                | SecondaryAction::SendDigest { epoch, svm_seq, .. } => {
+                SecondaryAction::SendOutput { epoch, svm_seq } => {
                     self.digests.send(&mut self.link);
                     if let Some(token) = path.output(svm_seq) {
                         let frame = edge.frames.bytes(token);

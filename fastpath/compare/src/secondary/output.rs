@@ -5,9 +5,8 @@
 
 use super::SecondaryPath;
 use crate::action::SecondaryAction;
-use crate::digest::DigestKey;
+use crate::digest::{DIGEST_HEADERS_MAX, DigestKey};
 use crate::frames::{Frames, Token};
-use crate::headers::HEADER_LEN_MAX;
 use crate::wire::Packet;
 
 #[derive(Debug)]
@@ -85,7 +84,7 @@ impl SecondaryPath {
         if let Some(key) = &self.digest_key
             && packet.is_digestible()
             && is_large
-            && usize::from(header_len) <= HEADER_LEN_MAX
+            && usize::from(header_len) <= DIGEST_HEADERS_MAX
         {
             let (at, n) = (usize::from(header_len), usize::from(payload_len));
             let digest = frames.digest(&stored.token, at, n, key);
