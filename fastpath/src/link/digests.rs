@@ -107,7 +107,7 @@ impl DigestWriter {
         self.out.is_empty() || (self.epoch == epoch && self.out.len() + ENTRY_MAX <= DIGESTS_MAX)
     }
 
-    /// Adds a digest. Its headers are at most [`HEADERS_MAX`] bytes long, and there is room.
+    /// Adds a digest. Its headers are at most [`colo_compare::DIGEST_HEADERS_MAX`] bytes long, and there is room.
     pub fn push(&mut self, epoch: u64, digest: &Digest<'_>) {
         self.epoch = epoch;
         let place = place_of(digest.header);
