@@ -96,6 +96,8 @@ impl Pieces {
 pub struct FramePool {
     memory: SlotMemory,
     slots: Box<[Slot]>,
+    /// Where the frames are that are in place.
+    places: Box<[Cell<Place>]>,
     free: Vec<u32>,
     /// Where in-place frames lie; one guest at a time.
     guest: Option<Arc<GuestRam>>,
@@ -125,6 +127,7 @@ impl FramePool {
         Ok(Self {
             memory: SlotMemory::map(area, slots, slot_bytes)?,
             slots: (0..slots).map(|_| Slot::default()).collect(),
+            places: (0..slots).map(|_| Cell::default()).collect(),
             free: (0..slots).rev().collect(),
             guest: None,
             returned: RefCell::new(Vec::with_capacity(slots as usize)),
@@ -219,7 +222,8 @@ impl FramePool {
         let place = Place::new(buffer, rest)?;
         let token = self.fill(fill)?;
         let slot = &self.slots[token.slot() as usize];
-        slot.place_rest(place);
+        slot.place_rest(&place);
+        self.places[token.slot() as usize].set(place);
         self.in_place.set(self.in_place.get() + 1);
         Some(token)
     }
@@ -319,7 +323,7 @@ impl FramePool {
             return;
         }
         for slot in 0..self.slots.len() as u32 {
-            if self.slots[slot as usize].place().is_some() {
+            if self.slots[slot as usize].is_in_place() {
                 self.settle(slot, cause);
             }
         }
@@ -337,13 +341,12 @@ impl FramePool {
             return Pieces::one(self.join_twin(token.slot(), twin, at));
         }
         self.seal(token);
-        let state = &self.slots[token.slot() as usize];
         let held = self.host_bytes(token.slot());
         let mut pieces = Pieces::one(Piece {
             address: held.as_ptr(),
             len: held.len(),
         });
-        if let (Some(place), Some(guest)) = (state.place(), &self.guest) {
+        if let (Some(place), Some(guest)) = (self.place_of(token.slot()), &self.guest) {
             for segment in place.rest() {
                 let len = segment.len as usize;
                 // In RAM when the buffer was taken, and RAM does not shrink.
@@ -415,7 +418,7 @@ impl FramePool {
         if let Some((twin, _)) = state.twin() {
             // What is held was compared as well; only the rest is missing.
             self.memory.append(slot, at, &self.host_bytes(twin)[held..]);
-        } else if let (Some(place), Some(guest)) = (state.place(), &self.guest) {
+        } else if let (Some(place), Some(guest)) = (self.place_of(slot), &self.guest) {
             for segment in place.rest() {
                 self.memory.append_guest(slot, at, guest, *segment);
                 at += segment.len as usize;
@@ -426,8 +429,15 @@ impl FramePool {
         self.stats.count_copied(cause, (len - held) as u64);
     }
 
+    /// Where the rest of a frame lies that is in place.
+    fn place_of(&self, slot: u32) -> Option<Place> {
+        let is_there = self.slots[slot as usize].is_in_place();
+        is_there.then(|| self.places[slot as usize].get())
+    }
+
     fn drop_place(&self, slot: u32) {
-        if let Some(place) = self.slots[slot as usize].take_place() {
+        if self.slots[slot as usize].leave_place() {
+            let place = self.places[slot as usize].get();
             self.in_place.set(self.in_place.get() - 1);
             self.returned.borrow_mut().push(place.buffer());
         }
@@ -446,7 +456,7 @@ impl FramePool {
     /// Makes `svm` the twin of `pvm` if that is in place and the layouts agree.
     fn pair(&self, pvm: u32, at: usize, svm: u32, svm_at: usize, n: usize) {
         let (a, b) = (&self.slots[pvm as usize], &self.slots[svm as usize]);
-        let whole = a.place().is_some() && at == svm_at && at <= a.held().min(HEADER_MAX);
+        let whole = a.is_in_place() && at == svm_at && at <= a.held().min(HEADER_MAX);
         let ends = at + n == a.len() && svm_at + n == b.held() && b.held() == b.len();
         // A slot that is on its way already must not get another header.
         if whole && ends && !b.is_shared() {
@@ -459,7 +469,7 @@ impl FramePool {
     /// Compares as [`FramePool::equals_in_place`] does and keeps the sum of what it compared.
     fn sum_in_place(&self, pvm: u32, at: usize, svm: &[u8]) -> Option<bool> {
         let state = &self.slots[pvm as usize];
-        let (place, guest) = (state.place()?, self.guest.as_ref()?);
+        let (place, guest) = (self.place_of(pvm)?, self.guest.as_ref()?);
         let held = self.host_bytes(pvm);
         let fits = at <= held.len().min(HEADER_MAX) && state.len() - at == svm.len();
         if !fits || !checksum::applies(held, state.len(), at) {
@@ -493,7 +503,7 @@ impl FramePool {
     /// Compares what lies in the guest with host bytes: whole segments, in order.
     fn equals_in_place(&self, pvm: u32, at: usize, svm: &[u8]) -> Option<bool> {
         let state = &self.slots[pvm as usize];
-        let (place, guest) = (state.place()?, self.guest.as_ref()?);
+        let (place, guest) = (self.place_of(pvm)?, self.guest.as_ref()?);
         let held = self.host_bytes(pvm);
         if at > held.len() || state.len() - at != svm.len() {
             return None;
@@ -580,8 +590,7 @@ impl Frames for FramePool {
             Some(true) => {
                 self.pair(pvm.slot(), pvm_at, svm.slot(), svm_at, n);
                 // Layouts that do not fit: bind the bytes by a copy, and compare that.
-                state.place().is_none()
-                    || self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none()
+                !state.is_in_place() || self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none()
             }
             Some(false) => false,
             None => self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none(),

@@ -21,7 +21,7 @@ const SEGMENTS_MAX: usize = 4;
 pub(super) const NO_SLOT: u32 = u32::MAX;
 
 /// A buffer of the guest that a frame lies in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Buffer {
     /// Which life of the queue it belongs to.
     pub life: u32,
@@ -53,7 +53,7 @@ pub enum CopyCause {
 }
 
 /// What of a frame still lies in the guest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Place {
     buffer: Buffer,
     segments: [Segment; SEGMENTS_MAX],
@@ -85,7 +85,7 @@ impl Place {
     }
 }
 
-/// What is known of a slot. Cells, because a comparison, which only reads, may settle a frame.
+/// What is known of a slot, in one cache line. Cells, because a comparison, which only reads, may settle a frame.
 #[derive(Debug)]
 pub(super) struct Slot {
     start: Cell<u32>,
@@ -97,12 +97,14 @@ pub(super) struct Slot {
     /// The slot whose payload this frame leaves with, and where that begins.
     twin: Cell<u32>,
     twin_at: Cell<u32>,
-    place: Cell<Option<Place>>,
+    in_place: Cell<bool>,
     /// The sum of the payload from `twin_at` on, when it was compared where it lies.
     sum: Cell<Option<u16>>,
     /// When the frame entered the stage that it is in; 0: not known.
     stamp_ns: Cell<u64>,
 }
+
+const _: () = assert!(size_of::<Slot>() <= 64);
 
 impl Default for Slot {
     fn default() -> Self {
@@ -113,7 +115,7 @@ impl Default for Slot {
             shares: Cell::new(0),
             twin: Cell::new(NO_SLOT),
             twin_at: Cell::new(0),
-            place: Cell::new(None),
+            in_place: Cell::new(false),
             sum: Cell::new(None),
             stamp_ns: Cell::new(0),
         }
@@ -139,9 +141,9 @@ impl Slot {
         self.stamp_ns.get()
     }
 
-    pub(super) fn place_rest(&self, place: Place) {
+    pub(super) fn place_rest(&self, place: &Place) {
         self.len.set(self.held.get() + place.bytes() as u32);
-        self.place.set(Some(place));
+        self.in_place.set(true);
     }
 
     pub(super) fn strip_front(&self, n: usize) {
@@ -171,12 +173,16 @@ impl Slot {
         self.held.set(self.len.get());
     }
 
-    pub(super) fn place(&self) -> Option<Place> {
-        self.place.get()
+    /// Whether the rest of the frame still lies in the guest.
+    #[inline]
+    pub(super) fn is_in_place(&self) -> bool {
+        self.in_place.get()
     }
 
-    pub(super) fn take_place(&self) -> Option<Place> {
-        self.place.take()
+    /// It does not any more. Whether it did.
+    #[inline]
+    pub(super) fn leave_place(&self) -> bool {
+        self.in_place.replace(false)
     }
 
     /// The slot that the payload is taken from, and where it begins there.

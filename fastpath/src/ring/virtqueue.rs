@@ -61,7 +61,7 @@ pub struct QueueState {
 }
 
 /// One buffer of a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {
     /// Guest physical address.
     pub gpa: u64,
