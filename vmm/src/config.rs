@@ -509,6 +509,10 @@ impl Check<'_> {
             .is_some_and(|path| !path.is_empty());
         let advice = "write \"file:\" and a path that both hosts reach";
         self.that(file, "replication.arbiter", &r.arbiter, advice)?;
+        // The roles keep 512 slots free for what comes over the link.
+        let advice = "a pair needs at least 1024";
+        let enough = host.frame_slots >= 1024;
+        self.that(enough, "host.frame_slots", host.frame_slots, advice)?;
         let fits = r.hold_frames > 0 && r.hold_frames <= host.frame_slots;
         let advice = "must be between 1 and host.frame_slots";
         self.that(fits, "replication.hold_frames", r.hold_frames, advice)

@@ -66,6 +66,11 @@ fn errors_name_file_field_value_and_remedy() {
             "interface = \"e\"\nxdp = \"magic\"",
             "magic",
         ),
+        (
+            "poll = \"interrupt\"",
+            "frame_slots = 512",
+            "host.frame_slots = 512: a pair needs at least 1024",
+        ),
         ("52:54", "53:54", "net.mac"),
         ("52:54", "5254", "is not like \"52:54:00:c0:10:01\""),
         ("poll = \"interrupt\"", "poll = \"never\"", "never"),
