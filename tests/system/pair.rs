@@ -11,6 +11,9 @@ use colo_tests::bench::Bench;
 use colo_tests::clients;
 use serde_json::Value;
 
+/// Longest wait for answers of the guest.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 fn pair() -> Option<(Bench, Pair)> {
     let bench = Bench::new(&clients::PROGRAMS)?;
     let pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
@@ -181,11 +184,14 @@ fn a_pair_that_compares_digests_survives_a_kill() {
         return;
     };
     let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
-    std::thread::sleep(Duration::from_secs(1));
+    assert!(load.wait_answers(200, PATIENCE), "no answers");
     load.mark_kill();
     pair.primary.kill().unwrap();
     pair.wait_alone(Host::B).unwrap();
-    std::thread::sleep(Duration::from_secs(1));
+    assert!(
+        load.wait_answers(200, PATIENCE),
+        "no answers after the kill"
+    );
     let report = load.finish().unwrap();
     let survival = report.survival.unwrap();
     assert!(survival.connections_before > 0);

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
+use std::time::Duration;
+
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::netns::Netns;
 use colo_lab::pair::{Pair, Settings, Single};
@@ -11,6 +13,8 @@ use colo_tests::bench::Bench;
 use colo_tests::clients;
 use serde_json::Value;
 
+/// Longest wait for answers of the guest.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// An address of host a itself, on the interface that it shares with its guest.
 const HOST_ADDRESS: &str = "10.77.0.200";
 
@@ -92,11 +96,14 @@ fn a_pair_is_served_and_survives_a_kill() {
     assert_eq!(secondary["worker"]["nic_rx_frames"], 0, "rule 24");
 
     let load = Load::start(&pair.topology.client, LoadConfig::new(8, 1)).unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    assert!(load.wait_answers(200, PATIENCE), "no answers");
     load.mark_kill();
     pair.primary.kill().unwrap();
     pair.wait_alone(Host::B).unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    assert!(
+        load.wait_answers(200, PATIENCE),
+        "no answers after the kill"
+    );
     let report = load.finish().unwrap();
     let survival = report.survival.unwrap();
     assert!(survival.connections_before > 0);

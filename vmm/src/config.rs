@@ -344,19 +344,12 @@ impl CompareConfig {
 impl Config {
     /// Reads and checks a file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(path, &text)
+        Self::parse(path, &text_of(path)?)
     }
 
     /// Checks the text of a file; `path` is for errors and relative paths.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let mut config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source,
-        })?;
+        let mut config: Self = fields_of(path, text)?;
         let base = path.parent().unwrap_or(Path::new(""));
         if let Kernel::File(file) = config.vm.kernel() {
             config.vm.kernel = base.join(file).to_string_lossy().into_owned();
@@ -373,6 +366,23 @@ impl Config {
         }
         Ok(config)
     }
+}
+
+/// Reads a file.
+fn text_of(path: &Path) -> Result<String, ConfigError> {
+    let path_is = |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    std::fs::read_to_string(path).map_err(path_is)
+}
+
+/// What the text of a file says, unchecked.
+fn fields_of<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
+    toml::from_str(text).map_err(|source| ConfigError::Parse {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 struct Check<'a> {

@@ -22,6 +22,7 @@ mod sys;
 mod umem;
 
 pub use error::XskError;
+pub(crate) use interface::ip_of;
 pub use interface::{Interface, InterfaceError};
 pub use socket::{
     BadDescriptor, BindOptions, CopyMode, Descriptor, Kick, Received, Rx, XskSocket, XskStatistics,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{Check, ConfigError, HostConfig, NetConfig};
+use super::{Check, ConfigError, HostConfig, NetConfig, fields_of, text_of};
 
 /// A whole file: `[net]` with `vhost_user`, and `[host]`.
 #[derive(Clone, Debug, Deserialize)]
@@ -22,19 +22,12 @@ pub struct VhostConfig {
 impl VhostConfig {
     /// Reads and checks a file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(path, &text)
+        Self::parse(path, &text_of(path)?)
     }
 
     /// Checks the text of a file; `path` is for errors and relative paths.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let mut config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source,
-        })?;
+        let mut config: Self = fields_of(path, text)?;
         let base = path.parent().unwrap_or(Path::new(""));
         config.host.status = config.host.status.map(|status| base.join(status));
         config.net.vhost_user = config.net.vhost_user.map(|socket| base.join(socket));

@@ -4,6 +4,8 @@ use std::ffi::CStr;
 use std::io;
 use std::net::IpAddr;
 
+use crate::ring::xsk::ip_of;
+
 /// The name of the interface with this address, in the network namespace of the calling thread.
 pub(super) fn interface_with(address: IpAddr) -> io::Result<Option<String>> {
     let mut first: *mut libc::ifaddrs = std::ptr::null_mut();
@@ -26,25 +28,6 @@ pub(super) fn interface_with(address: IpAddr) -> io::Result<Option<String>> {
     // SAFETY: the list that getifaddrs has made, and nothing refers to it any more.
     unsafe { libc::freeifaddrs(first) };
     Ok(found)
-}
-
-/// The IP address in an entry of the list; other families have none.
-fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
-    // SAFETY: null, or a socket address that lives as long as the list that the caller holds.
-    let family = unsafe { address.as_ref() }?.sa_family;
-    match libc::c_int::from(family) {
-        libc::AF_INET => {
-            // SAFETY: an address of this family is a sockaddr_in.
-            let address = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
-            Some(IpAddr::from(address.sin_addr.s_addr.to_ne_bytes()))
-        }
-        libc::AF_INET6 => {
-            // SAFETY: an address of this family is a sockaddr_in6.
-            let address = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
-            Some(IpAddr::from(address.sin6_addr.s6_addr))
-        }
-        _ => None,
-    }
 }
 
 #[cfg(test)]

@@ -195,7 +195,7 @@ impl Interface {
 }
 
 /// The IP address in an entry of the list; other families have none.
-fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
+pub(crate) fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
     // SAFETY: null, or a socket address that lives as long as the list that the caller holds.
     let family = unsafe { address.as_ref() }?.sa_family;
     match libc::c_int::from(family) {
