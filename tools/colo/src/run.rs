@@ -86,7 +86,7 @@ fn try_run(path: &Path) -> Result<VmExit, RunError> {
         .transpose()?;
     let nic = nic::open(&config.net, Filter::Guest(config.net.mac))?;
     let carrier = nic.describe();
-    let (machine, events) = Machine::create_stopped(&config, nic, Box::new(io::stdout()))?;
+    let (machine, events) = Machine::create_stopped(&config, vec![nic], Box::new(io::stdout()))?;
     machine.load(&image)?;
     drop(image);
     let started = Instant::now();

@@ -73,6 +73,9 @@ pub enum MachineError {
     /// The packet worker.
     #[error(transparent)]
     Worker(#[from] WorkerGone),
+    /// A machine needs one.
+    #[error("a machine needs a NIC")]
+    NoNic,
     /// A thread or descriptor.
     #[error("no descriptors or threads for the machine: {0}")]
     Host(#[from] io::Error),
@@ -118,12 +121,12 @@ impl Events {
     }
 }
 
-/// A machine: RAM, vCPU threads, one network device and its worker.
+/// A machine: RAM, vCPU threads, one network device and its workers.
 #[derive(Debug)]
 pub struct Machine {
     // Fields are dropped in this order: vCPUs first, RAM (inside `vm`) last.
     vcpus: Vec<VcpuHandle>,
-    worker: WorkerHandle,
+    workers: Vec<WorkerHandle>,
     net: Arc<Mutex<VirtioMmio>>,
     kernel: String,
     cmdline: String,
@@ -131,11 +134,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes a machine with nothing loaded and all vCPUs paused. The guest's console goes to
-    /// `console`.
+    /// Makes a machine with nothing loaded and all vCPUs paused, with a worker for each of `nics`:
+    /// the ends of its NIC, one for each shard. The guest's console goes to `console`.
     pub fn create_stopped(
         config: &Config,
-        nic: Box<dyn Nic>,
+        nics: Vec<Box<dyn Nic>>,
         console: Box<dyn Write + Send>,
     ) -> Result<(Self, Events), MachineError> {
         check_memory(config.vm.ram_mib)?;
@@ -146,13 +149,9 @@ impl Machine {
         let call = Arc::new(Call::new(interrupt.try_clone()?));
         let kick = EventFd::new(EFD_NONBLOCK)?;
         vm.add_ioeventfd(MMIO_BASE + NOTIFY_OFFSET, &kick)?;
-        let wiring = PortWiring {
-            ram,
-            call: call.clone(),
-            kick: kick.try_clone()?,
-        };
-        let worker = colo_fastpath::worker::spawn(worker_config(&config.host), nic, wiring)?;
-        let backend = Net::new(config.net.mac, config.net.mtu, worker.clone());
+        let workers = spawn_workers(&config.host, nics, &ram, &call, &kick)?;
+        let first = workers.first().ok_or(MachineError::NoNic)?.clone();
+        let backend = Net::new(config.net.mac, config.net.mtu, first);
         let net = Arc::new(Mutex::new(VirtioMmio::new(Box::new(backend), call, kick)));
 
         let platform = Arc::new(Platform::new(
@@ -173,7 +172,7 @@ impl Machine {
         Ok((
             Self {
                 vcpus,
-                worker,
+                workers,
                 net,
                 kernel,
                 cmdline,
@@ -203,9 +202,14 @@ impl Machine {
         self.vm.ram()
     }
 
-    /// The packet worker.
+    /// The packet workers, one for each shard: worker `i` serves queue pair `i`. There is at least one.
+    pub fn workers(&self) -> &[WorkerHandle] {
+        &self.workers
+    }
+
+    /// The first packet worker.
     pub fn worker(&self) -> &WorkerHandle {
-        &self.worker
+        &self.workers[0]
     }
 
     /// Number of vCPUs.
@@ -251,9 +255,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Reads all devices as one record. vCPUs are paused and the worker is quiesced (it stays so).
+    /// Reads all devices as one record. vCPUs are paused and the workers are quiesced (they stay so).
     pub fn save_devices(&self) -> Result<Vec<u8>, MachineError> {
-        let queues = self.worker.quiesce()?;
+        for worker in &self.workers[1..] {
+            worker.quiesce()?;
+        }
+        let queues = self.worker().quiesce()?;
         Ok(lock(&self.net)
             .save(queues.as_ref().map(|q| q.as_slice()))
             .to_bytes())
@@ -265,7 +272,7 @@ impl Machine {
         Ok(lock(&self.net).check(&state)?)
     }
 
-    /// Replaces all devices. vCPUs are paused; the worker may run or not.
+    /// Replaces all devices. vCPUs are paused; the workers may run or not.
     pub fn restore_devices(&self, record: &[u8]) -> Result<(), MachineError> {
         let state = DeviceState::from_bytes(record)?;
         Ok(lock(&self.net).restore(&state)?)
@@ -295,7 +302,7 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpu.stop();
         }
-        self.worker.stop();
+        self.workers.iter().for_each(WorkerHandle::stop);
     }
 }
 
@@ -305,9 +312,33 @@ impl Drop for Machine {
     }
 }
 
-fn worker_config(host: &HostConfig) -> WorkerConfig {
+fn spawn_workers(
+    host: &HostConfig,
+    nics: Vec<Box<dyn Nic>>,
+    ram: &Arc<GuestRam>,
+    call: &Arc<Call>,
+    kick: &EventFd,
+) -> io::Result<Vec<WorkerHandle>> {
+    let mut workers = Vec::with_capacity(nics.len());
+    for (shard, nic) in nics.into_iter().enumerate() {
+        let wiring = PortWiring {
+            ram: ram.clone(),
+            call: call.clone(),
+            kick: kick.try_clone()?,
+        };
+        let config = worker_config(host, shard);
+        let spawned = colo_fastpath::worker::spawn(config, nic, wiring);
+        workers.push(spawned.inspect_err(|_| workers.iter().for_each(WorkerHandle::stop))?);
+    }
+    Ok(workers)
+}
+
+fn worker_config(host: &HostConfig, shard: usize) -> WorkerConfig {
     WorkerConfig {
-        name: "worker".to_owned(),
+        name: match shard {
+            0 => "worker".to_owned(),
+            shard => format!("worker{shard}"),
+        },
         poll: host.poll,
         cpu: host.cpu,
         frame_slots: host.frame_slots,

@@ -71,7 +71,7 @@ fn lab() -> Lab {
     let (nic, wire) = SocketNic::pair(1500).unwrap();
     let console = Console::default();
     let (machine, events) =
-        Machine::create_stopped(&config, Box::new(nic), Box::new(console.clone())).unwrap();
+        Machine::create_stopped(&config, vec![Box::new(nic)], Box::new(console.clone())).unwrap();
     Lab {
         machine,
         events,

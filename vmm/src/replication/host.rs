@@ -154,7 +154,8 @@ impl Replica {
             .ok_or(ReplicaError::NotConfigured)?;
         let arbiter = FileArbiter::from_spec(&replication.arbiter)?;
         let nic = nic::open(&config.net, filter)?;
-        let (machine, events) = Machine::create_stopped(config, nic, Box::new(Console::default()))?;
+        let (machine, events) =
+            Machine::create_stopped(config, vec![nic], Box::new(Console::default()))?;
         Ok(Self {
             host: replication.link_listen.to_string(),
             limits: Limits {
