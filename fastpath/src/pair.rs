@@ -10,6 +10,7 @@ mod primary;
 mod secondary;
 
 use std::any::Any;
+use std::sync::mpsc::Receiver;
 
 use colo_compare::Divergence;
 
@@ -49,9 +50,36 @@ fn on_role<R: Role, T: Send + 'static>(
     worker: &WorkerHandle,
     task: impl FnOnce(&mut R, &mut Edge) -> T + Send + 'static,
 ) -> Option<T> {
-    let outcome = worker.execute(move |edge, role| {
+    begin_on_role(worker, task)?.recv().ok().flatten()
+}
+
+/// Runs `task` on the roles of all `workers` at the same time, each with its item. `None` if one of
+/// them is gone or no `R`; the others have done it then.
+fn on_roles<R: Role, I: Send + 'static, T: Send + 'static>(
+    workers: &[WorkerHandle],
+    items: impl IntoIterator<Item = I>,
+    task: impl Fn(&mut R, &mut Edge, I) -> T + Clone + Send + 'static,
+) -> Option<Vec<T>> {
+    let begin = |(worker, item)| {
+        let task = task.clone();
+        begin_on_role(worker, move |role, edge| task(role, edge, item))
+    };
+    // All are told before any is waited for.
+    let answers: Vec<_> = workers.iter().zip(items).map(begin).collect();
+    let results: Vec<_> = answers
+        .into_iter()
+        .map(|answer| answer?.recv().ok().flatten())
+        .collect();
+    results.into_iter().collect()
+}
+
+fn begin_on_role<R: Role, T: Send + 'static>(
+    worker: &WorkerHandle,
+    task: impl FnOnce(&mut R, &mut Edge) -> T + Send + 'static,
+) -> Option<Receiver<Option<T>>> {
+    let begun = worker.begin(move |edge, role| {
         let role: &mut dyn Any = role;
         role.downcast_mut::<R>().map(|role| task(role, edge))
     });
-    outcome.ok().flatten()
+    begun.ok()
 }

@@ -5,6 +5,42 @@
 use crate::action::Right;
 use crate::cause::Cause;
 
+/// Declares counters that can be summed up over the shards of a VM.
+macro_rules! summable {
+    ($(#[$attribute:meta])* pub struct $name:ident {
+        $($(#[$field_attribute:meta])* pub $field:ident: $kind:ty,)*
+    }) => {
+        $(#[$attribute])*
+        pub struct $name { $($(#[$field_attribute])* pub $field: $kind,)* }
+
+        impl $name {
+            /// Adds what another shard counted.
+            pub fn add(&mut self, other: &Self) {
+                $(self.$field.sum_up(&other.$field);)*
+            }
+        }
+    };
+}
+
+trait SumUp {
+    fn sum_up(&mut self, other: &Self);
+}
+
+impl SumUp for u64 {
+    fn sum_up(&mut self, other: &Self) {
+        *self += other;
+    }
+}
+
+impl SumUp for [u64; Cause::COUNT] {
+    fn sum_up(&mut self, other: &Self) {
+        for (count, more) in self.iter_mut().zip(other) {
+            *count += more;
+        }
+    }
+}
+
+summable! {
 /// What a [`crate::PrimaryPath`] has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PrimaryStats {
@@ -59,6 +95,7 @@ pub struct PrimaryStats {
     /// Inherited input put to the guest again.
     pub redelivered: u64,
 }
+}
 
 impl PrimaryStats {
     /// A frame has left; `is_data` when it carries TCP payload or is a datagram.
@@ -79,6 +116,7 @@ impl PrimaryStats {
     }
 }
 
+summable! {
 /// What a `SecondaryPath` has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SecondaryStats {
@@ -106,4 +144,24 @@ pub struct SecondaryStats {
     pub dropped_by_commit: u64,
     /// Checkpoint requests, by cause.
     pub requests: [u64; Cause::COUNT],
+}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_counter_of_every_shard_counts() {
+        let mut sum = PrimaryStats::default();
+        let mut one = PrimaryStats {
+            produced: 3,
+            ..PrimaryStats::default()
+        };
+        one.divergences[Cause::COUNT - 1] = 2;
+        sum.add(&one);
+        sum.add(&one);
+        assert_eq!((sum.produced, sum.divergences[Cause::COUNT - 1]), (6, 4));
+        assert_eq!(sum.compared, 0);
+    }
 }

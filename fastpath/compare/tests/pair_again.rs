@@ -56,3 +56,30 @@ fn rule_19_output_held_since_the_loss_leaves_with_the_next_commit_in_order() {
         assert_eq!(frames.used(), 0);
     }
 }
+
+#[test]
+fn rule_4_a_cut_that_another_shard_could_not_make_is_taken_back() {
+    let mut frames = VecFrames::new(100);
+    let mut path = PrimaryPath::new(Limits::default());
+    let first = path.pair_again(0, &mut frames).unwrap();
+    path.commit(1, &mut frames, first).unwrap();
+    let epoch = path.epoch();
+    produce(&mut path, &mut frames, &answer(1));
+    let cut = path.cut(2).unwrap();
+    assert_eq!(
+        path.uncut(cut + 1).unwrap_err(),
+        PathError::WrongEpoch {
+            expected: cut,
+            found: cut + 1
+        }
+    );
+    path.uncut(cut).unwrap();
+    assert_eq!((cut, path.epoch()), (epoch, epoch));
+    // The epoch goes on: its output is compared as if nothing had been.
+    let token = frames.insert(&answer(1)).unwrap();
+    path.handle_svm_output(3, &mut frames, epoch, 1, token);
+    let left = released(&mut path, &mut frames);
+    assert_eq!(left, [(answer(1), Right::Match)]);
+    assert_eq!(path.cut(4), Ok(epoch));
+    path.close(&mut frames);
+}

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use colo_bpf::Mac;
 use colo_compare::{
@@ -9,7 +11,7 @@ use colo_compare::{
 };
 use hdrhistogram::Histogram;
 
-use super::{PairEvent, RESERVED_SLOTS, on_role};
+use super::{PairEvent, RESERVED_SLOTS, on_role, on_roles};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
 use crate::link::{
@@ -37,6 +39,8 @@ pub struct PrimaryRoleConfig {
     pub gap_limit_us: u64,
     /// Slots of the worker's frame pool.
     pub frame_slots: u32,
+    /// How often a thread of this VM has stood still; its shards count together.
+    pub gaps: Arc<AtomicU64>,
     /// With a key the secondary sends digests in the place of long payloads; not all zeros.
     pub digest_key: Option<[u8; 16]>,
 }
@@ -63,6 +67,19 @@ pub struct PrimaryReport {
     pub link: LinkStats,
 }
 
+impl PrimaryReport {
+    /// Of all shards together; `None` without any.
+    pub fn sum(reports: Vec<Self>) -> Option<Self> {
+        reports.into_iter().reduce(|mut sum, report| {
+            sum.stats.add(&report.stats);
+            sum.link.add(&report.link);
+            // Their bounds are equal.
+            let _ = sum.hold_us.add(&report.hold_us);
+            sum
+        })
+    }
+}
+
 /// The primary's role.
 #[derive(Debug)]
 pub struct PrimaryRole {
@@ -80,7 +97,7 @@ pub struct PrimaryRole {
     digests: DigestReader,
     gap_limit_us: u64,
     awake_us: u64,
-    gaps: u64,
+    gaps: Arc<AtomicU64>,
     mirrors: bool,
     muted: bool,
     /// A checkpoint was asked for and is not committed: what is undecided lies in copies.
@@ -122,7 +139,7 @@ impl PrimaryRole {
             digests: DigestReader::default(),
             gap_limit_us: config.gap_limit_us,
             awake_us: now_us(),
-            gaps: 0,
+            gaps: config.gaps.clone(),
             mirrors: false,
             muted: false,
             diverging: false,
@@ -136,6 +153,24 @@ impl PrimaryRole {
         task: impl FnOnce(&mut Self, &mut Edge) -> T + Send + 'static,
     ) -> Option<T> {
         on_role(worker, task)
+    }
+
+    /// Runs `task` on all workers' threads, and waits for all; `None` if one of them is gone or in another role.
+    pub fn on_workers<T: Send + 'static>(
+        workers: &[WorkerHandle],
+        task: impl Fn(&mut Self, &mut Edge) -> T + Clone + Send + 'static,
+    ) -> Option<Vec<T>> {
+        let no_items = std::iter::repeat(());
+        on_roles(workers, no_items, move |role, edge, ()| task(role, edge))
+    }
+
+    /// As [`Self::on_workers`], with an item for each.
+    pub fn on_each<I: Send + 'static, T: Send + 'static>(
+        workers: &[WorkerHandle],
+        items: impl IntoIterator<Item = I>,
+        task: impl Fn(&mut Self, &mut Edge, I) -> T + Clone + Send + 'static,
+    ) -> Option<Vec<T>> {
+        on_roles(workers, items, task)
     }
 
     /// Takes the packet channel to a joining secondary. Frames go over it from the first cut on.
@@ -190,6 +225,13 @@ impl PrimaryRole {
         })
     }
 
+    /// Takes a cut back that another shard could not make. The worker is still quiesced.
+    pub fn uncut(&mut self, epoch: u64) {
+        if let Err(e) = self.path.uncut(epoch) {
+            tracing::error!("{e}");
+        }
+    }
+
     /// The checkpoint of `epoch` is committed.
     pub fn commit(&mut self, edge: &mut Edge, epoch: u64) {
         self.diverging = false;
@@ -224,9 +266,9 @@ impl PrimaryRole {
     }
 
     /// What may leave does so again. `gaps` is the last count that the control thread has heard of: the word
-    /// of the arbiter on an earlier gap says nothing about a later one.
+    /// of the arbiter on an earlier gap says nothing about a later one, in whichever shard.
     pub fn unmute(&mut self, edge: &mut Edge, gaps: u64) {
-        if gaps == self.gaps {
+        if gaps == self.gaps.load(Ordering::SeqCst) {
             self.muted = false;
             self.path.unmute(now_us(), &mut edge.frames);
             self.act(edge);
@@ -519,9 +561,8 @@ impl PrimaryRole {
         let gap_us = now_us.saturating_sub(self.awake_us);
         if self.link.is_some() && gap_us > self.gap_limit_us {
             self.awake_us = now_us;
-            self.gaps += 1;
             self.mute();
-            let gaps = self.gaps;
+            let gaps = self.gaps.fetch_add(1, Ordering::SeqCst) + 1;
             self.post.send(PairEvent::ClockGap { gap_us, gaps });
         }
     }

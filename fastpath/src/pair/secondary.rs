@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use colo_bpf::Mac;
 use colo_compare::{DigestKey, Frames, Limits, SecondaryAction, SecondaryPath, SecondaryStats};
 
-use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role};
+use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role, on_roles};
 use crate::clock::now_us;
 use crate::link::{
     Digest, DigestWriter, Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg,
@@ -30,6 +30,17 @@ pub struct SecondaryReport {
     pub stats: SecondaryStats,
     /// The packet channel's.
     pub link: LinkStats,
+}
+
+impl SecondaryReport {
+    /// Of all shards together; `None` without any.
+    pub fn sum(reports: Vec<Self>) -> Option<Self> {
+        reports.into_iter().reduce(|mut sum, report| {
+            sum.stats.add(&report.stats);
+            sum.link.add(&report.link);
+            sum
+        })
+    }
 }
 
 /// The secondary's role.
@@ -66,15 +77,43 @@ impl SecondaryRole {
         on_role(worker, task)
     }
 
+    /// Runs `task` on all workers' threads, and waits for all; `None` if one of them is gone or in another role.
+    pub fn on_workers<T: Send + 'static>(
+        workers: &[WorkerHandle],
+        task: impl Fn(&mut Self, &mut Edge) -> T + Clone + Send + 'static,
+    ) -> Option<Vec<T>> {
+        let no_items = std::iter::repeat(());
+        on_roles(workers, no_items, move |role, edge, ()| task(role, edge))
+    }
+
+    /// As [`Self::on_workers`], with an item for each.
+    pub fn on_each<I: Send + 'static, T: Send + 'static>(
+        workers: &[WorkerHandle],
+        items: impl IntoIterator<Item = I>,
+        task: impl Fn(&mut Self, &mut Edge, I) -> T + Clone + Send + 'static,
+    ) -> Option<Vec<T>> {
+        on_roles(workers, items, task)
+    }
+
     /// The SVM has stopped for a checkpoint: its last output goes to the link.
     pub fn stop(&mut self, edge: &mut Edge) {
-        let now_us = now_us();
-        while self.take_output(edge, now_us) > 0 {}
+        self.take_rest(edge);
         if let Some(path) = &mut self.path {
             path.stop();
         }
         self.stopped = true;
         self.act(edge);
+    }
+
+    /// Takes what a stopped SVM has in its queues. Gives how many frames that were: some may be another shard's.
+    pub fn take_rest(&mut self, edge: &mut Edge) -> usize {
+        let now_us = now_us();
+        let (mut n, mut all) = (1, 0);
+        while n > 0 {
+            n = self.take_output(edge, now_us);
+            all += n;
+        }
+        all
     }
 
     /// The checkpoint failed: the SVM goes on where it stopped.

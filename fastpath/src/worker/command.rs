@@ -119,12 +119,21 @@ impl WorkerHandle {
         &self,
         task: impl FnOnce(&mut Edge, &mut dyn Role) -> R + Send + 'static,
     ) -> Result<R, WorkerGone> {
-        self.ask(|reply| {
-            Command::Run(Box::new(move |edge, role| {
-                // A caller that no longer waits is no concern of the worker's.
-                let _ = reply.send(task(edge, role));
-            }))
-        })
+        self.begin(task)?.recv().map_err(|_| WorkerGone)
+    }
+
+    /// As [`Self::execute`], but does not wait: the result comes from the channel, which closes without one when the
+    /// worker ends.
+    pub fn begin<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut Edge, &mut dyn Role) -> R + Send + 'static,
+    ) -> Result<Receiver<R>, WorkerGone> {
+        let (reply, answer) = channel();
+        self.send(Command::Run(Box::new(move |edge, role| {
+            // A caller that no longer waits is no concern of the worker's.
+            let _ = reply.send(task(edge, role));
+        })))?;
+        Ok(answer)
     }
 
     /// The counters of this moment.

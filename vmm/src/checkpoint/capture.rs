@@ -19,6 +19,7 @@ use colo_fastpath::pair::{CutState, PrimaryRole};
 use colo_fastpath::ring::GuestRam;
 
 use super::pages::{PAGE_BYTES, PageBitmap, PageSet};
+use super::pending;
 use super::transfer::{Checkpoint, Sender, State, StateKind, TransferError};
 use crate::machine::{Machine, MachineError};
 use crate::testpoint::{Point, reached};
@@ -275,7 +276,7 @@ impl CaptureThread {
         machine.pause_vcpus()?;
         let mut cost = CaptureCost::default();
         let outcome = self.capture_stopped(checkpoint, first, svm_dirty, start, &mut cost);
-        let resumed = machine.worker().resume().map_err(|_| CaptureError::Role);
+        let resumed = machine.resume_workers().map_err(CaptureError::Machine);
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
         outcome.and(resumed)?;
@@ -291,14 +292,12 @@ impl CaptureThread {
         cost: &mut CaptureCost,
     ) -> Result<(), CaptureError> {
         let machine = self.machine.clone();
-        let gone = |_| CaptureError::Role;
-        machine.worker().quiesce().map_err(gone)?;
-        let cut = PrimaryRole::on_worker(machine.worker(), move |role, edge| role.cut(edge, first));
-        let cut = cut.flatten().ok_or(CaptureError::Role)?;
+        machine.quiesce_workers()?;
+        let cuts = cut_all(&machine, first).ok_or(CaptureError::Role)?;
         cost.quiesce_us = start.elapsed().as_micros() as u64;
 
-        cost.pending_frames = cut.pending.len() as u64;
-        checkpoint.states = self.states(cut)?;
+        cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
+        checkpoint.states = self.states(cuts)?;
         let after_state_us = start.elapsed().as_micros() as u64;
         cost.state_us = after_state_us - cost.quiesce_us;
 
@@ -313,7 +312,7 @@ impl CaptureThread {
         Ok(())
     }
 
-    fn states(&self, cut: CutState) -> Result<Vec<State>, CaptureError> {
+    fn states(&self, cuts: Vec<CutState>) -> Result<Vec<State>, CaptureError> {
         let state = |kind: StateKind, index: usize, bytes| State {
             kind: kind as u16,
             index: index as u16,
@@ -324,12 +323,30 @@ impl CaptureThread {
             states.push(state(StateKind::Vcpu, i, vcpu.to_bytes()));
         }
         states.push(state(StateKind::Devices, 0, self.machine.save_devices()?));
-        states.push(state(StateKind::Translations, 0, cut.translations));
-        for (i, frame) in cut.pending.into_iter().enumerate() {
-            states.push(state(StateKind::Pending, i, frame));
+        for (shard, cut) in cuts.into_iter().enumerate() {
+            let pending = pending::to_bytes(&cut.pending);
+            states.push(state(StateKind::Pending, shard, pending));
+            states.push(state(StateKind::Translations, shard, cut.translations));
         }
         Ok(states)
     }
+}
+
+/// Ends the epoch in all shards, or in none (rule 4).
+fn cut_all(machine: &Machine, first: bool) -> Option<Vec<CutState>> {
+    let workers = machine.workers();
+    let cuts = PrimaryRole::on_workers(workers, move |role, edge| role.cut(edge, first))?;
+    if cuts.iter().all(Option::is_some) {
+        return Some(cuts.into_iter().flatten().collect());
+    }
+    let epochs = cuts.iter().map(|cut| cut.as_ref().map(|cut| cut.epoch));
+    let epochs: Vec<_> = epochs.collect();
+    let _ = PrimaryRole::on_each(workers, epochs, |role, _, epoch| {
+        if let Some(epoch) = epoch {
+            role.uncut(epoch);
+        }
+    });
+    None
 }
 
 fn send_round(

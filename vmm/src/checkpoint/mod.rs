@@ -6,5 +6,6 @@
 
 pub mod capture;
 pub mod pages;
+mod pending;
 pub mod stage;
 pub mod transfer;

@@ -14,9 +14,12 @@ use std::time::Instant;
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::SecondaryRole;
 use colo_fastpath::ring::{GuestRam, MemoryError};
+use colo_fastpath::worker::Edge;
 
 use super::pages::{PAGE_BYTES, PageSet};
+use super::pending;
 use super::transfer::{Checkpoint, Incoming, Receiver, StateKind};
+use crate::machine::record::RecordError;
 use crate::machine::{Machine, MachineError, VcpuState};
 use crate::testpoint::{Point, reached};
 
@@ -108,9 +111,16 @@ struct Accepted {
     epoch: u64,
     vcpus: Vec<VcpuState>,
     devices: Vec<u8>,
+    /// What each shard gets.
+    shards: Vec<ShardState>,
+    pages: PageSet,
+}
+
+/// The packet side of a checkpoint, of one shard.
+#[derive(Debug, Clone)]
+struct ShardState {
     translations: Vec<u8>,
     pending: Vec<Vec<u8>>,
-    pages: PageSet,
 }
 
 /// The thread's state.
@@ -242,22 +252,30 @@ impl StageThread {
         let vcpus = vcpus.map_err(MachineError::from)?;
         let devices = exactly("device", StateKind::Devices, 1)?[0].to_vec();
         self.machine.check_devices(&devices)?;
-        let translations = exactly("translation", StateKind::Translations, 1)?[0].to_vec();
-        let record = translations.clone();
-        SecondaryRole::on_worker(self.machine.worker(), move |role, _| role.check(&record))
-            .ok_or(StageError::Role)?
-            .map_err(StageError::Translations)?;
-        let pending = stage
-            .of_kind(StateKind::Pending)
+        let shards = self.machine.workers().len();
+        let translations = exactly("translation", StateKind::Translations, shards)?;
+        let pending = exactly("pending output", StateKind::Pending, shards)?;
+        let shards = translations
             .into_iter()
-            .map(<[u8]>::to_vec)
-            .collect();
+            .zip(pending)
+            .map(|(translations, pending)| {
+                Ok(ShardState {
+                    translations: translations.to_vec(),
+                    pending: pending::from_bytes(pending)?,
+                })
+            })
+            .collect::<Result<Vec<_>, RecordError>>()
+            .map_err(MachineError::from)?;
+        let records = shards.iter().map(|shard| shard.translations.clone());
+        let records: Vec<_> = records.collect();
+        on_each(&self.machine, records, |role, _, record| {
+            role.check(&record)
+        })?;
         Ok(Accepted {
             epoch: stage.epoch,
             vcpus,
             devices,
-            translations,
-            pending,
+            shards,
             pages: stage.pages,
         })
     }
@@ -271,33 +289,40 @@ impl StageThread {
             self.live = true;
         }
         // The worker looks at the rings even while its role stands still; half-written ones make no sense.
-        machine
-            .worker()
-            .restore(None)
-            .map_err(|_| StageError::Role)?;
+        machine.release_queues()?;
         let pages = accepted.pages.numbers.len() as u64;
         write_pages(machine.ram(), &accepted.pages)?;
         machine.restore_vcpus(&accepted.vcpus)?;
         machine.restore_devices(&accepted.devices)?;
-        let (epoch, pending) = (accepted.epoch, accepted.pending);
-        let translations = accepted.translations;
-        SecondaryRole::on_worker(machine.worker(), move |role, edge| {
-            role.commit(edge, epoch, &pending, &translations)
-        })
-        .ok_or(StageError::Role)?
-        .map_err(StageError::Translations)?;
+        let epoch = accepted.epoch;
+        on_each(machine, accepted.shards, move |role, edge, shard| {
+            role.commit(edge, epoch, &shard.pending, &shard.translations)
+        })?;
         // What the apply wrote is what the primary has: the SVM's dirty set starts empty.
         let mut forget = vec![0; machine.ram().bitmap_words()];
         machine.take_dirty(&mut forget)?;
         reached(Point::Applied);
-        SecondaryRole::on_worker(machine.worker(), |role, _| role.start())
-            .ok_or(StageError::Role)?;
+        on_each(machine, vec![(); machine.workers().len()], |role, _, ()| {
+            role.start();
+            Ok(())
+        })?;
         machine.resume_vcpus()?;
         Ok(ApplyCost {
             apply_us: start.elapsed().as_micros() as u64,
             pages,
         })
     }
+}
+
+/// Runs `task` on the roles of all shards; the first refusal counts.
+fn on_each<I: Send + 'static>(
+    machine: &Machine,
+    items: Vec<I>,
+    task: impl Fn(&mut SecondaryRole, &mut Edge, I) -> Result<(), String> + Clone + Send + 'static,
+) -> Result<(), StageError> {
+    let results = SecondaryRole::on_each(machine.workers(), items, task).ok_or(StageError::Role)?;
+    let all: Result<(), String> = results.into_iter().collect();
+    all.map_err(StageError::Translations)
 }
 
 fn write_pages(ram: &GuestRam, pages: &PageSet) -> Result<(), MemoryError> {

@@ -28,8 +28,8 @@ pub enum StateKind {
     Devices = 2,
     /// The client-facing translations and the guest's addresses.
     Translations = 3,
-    /// One frame of pending output (rule 12).
-    Pending = 4,
+    /// A shard's pending output (rule 12). 4 was one frame of it.
+    Pending = 5,
 }
 
 /// One piece of machine state.

@@ -9,6 +9,7 @@ pub(crate) mod record;
 mod vcpu;
 mod vcpu_state;
 mod vm;
+mod workers;
 
 pub use boot::{BootError, STACK_BYTES};
 pub use build::{Event, Events, Machine, MachineError};

@@ -8,17 +8,18 @@
 use std::io::{self, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use colo_compare::Limits;
 use colo_control::{Geometry, Outcome, Record, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
-use colo_fastpath::link::{PacketLink, PoolMemory, open_ports};
-use colo_fastpath::mailbox::Mailbox;
+use colo_fastpath::link::{PacketLink, Packets, PoolMemory, open_ports};
+use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::nic::Filter;
-use colo_fastpath::pair::{PrimaryRole, PrimaryRoleConfig};
+use colo_fastpath::pair::{PairEvent, PrimaryRole, PrimaryRoleConfig};
+use colo_fastpath::worker::WorkerHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::arbiter::{ArbiterError, FileArbiter};
@@ -191,11 +192,30 @@ impl Replica {
         }
     }
 
-    /// The packet channel over a connection, with the datagram transports that this host has for it.
-    pub(super) fn packet_link(&self, stream: TcpStream) -> io::Result<PacketLink> {
-        let worker = self.machine.worker();
+    /// The packet channels of all shards over their connections, with the datagram transports that this host has for
+    /// them.
+    pub(super) fn packet_links(&self, streams: Vec<TcpStream>) -> io::Result<Vec<PacketLink>> {
+        let workers = self.machine.workers();
+        if streams.len() != workers.len() {
+            let (theirs, ours) = (streams.len(), workers.len());
+            return Err(io::Error::other(format!(
+                "host.shards: {theirs} packet channels for {ours} shards; give both hosts the same number"
+            )));
+        }
+        let links = streams.into_iter().zip(workers);
+        links
+            .map(|(stream, worker)| self.packet_link(stream, worker))
+            .collect()
+    }
+
+    fn packet_link(&self, stream: TcpStream, worker: &WorkerHandle) -> io::Result<PacketLink> {
         let pool = worker.execute(|edge, _| PoolMemory::of(&edge.frames)).ok();
-        let ports = open_ports(&stream, self.replication.packets, pool.as_ref());
+        // All shards' frames of the link come to one queue of an interface, which one AF_XDP socket can have.
+        let packets = match self.replication.packets {
+            Packets::Auto if self.machine.workers().len() > 1 => Packets::Tcp,
+            packets => packets,
+        };
+        let ports = open_ports(&stream, packets, pool.as_ref());
         let key = random_number().map_err(io::Error::other)?;
         // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
         let patience_us = self.timing().detection_us() / 2;
@@ -213,7 +233,19 @@ impl Replica {
             gap_limit_us: self.timing().detection_us() / 2,
             frame_slots: self.config.host.frame_slots,
             digest_key: self.digest_key,
+            gaps: Arc::new(AtomicU64::new(0)),
         }
+    }
+
+    /// Puts all workers into the role of a primary without a secondary.
+    fn speak_as_primary(&self, post: &Post<PairEvent>) -> Result<(), ReplicaError> {
+        let config = self.primary_role();
+        for worker in self.machine.workers() {
+            let role = PrimaryRole::new(&config, self.mac, post.clone());
+            let set = worker.set_role(Box::new(role));
+            set.map_err(|_| ReplicaError::WorkerGone)?;
+        }
+        Ok(())
     }
 
     pub(super) fn add_fds(&self, waiter: &mut Waiter) {
@@ -263,6 +295,7 @@ impl Replica {
             ("vm.vcpus", vm.vcpus.to_string()),
             ("net.mac", mac),
             ("net.mtu", net.mtu.to_string()),
+            ("host.shards", self.machine.workers().len().to_string()),
             ("host.cpuid", cpuid_digest()),
         ];
         pairs
@@ -348,11 +381,7 @@ pub fn run_primary(
         }
     };
     let (post, pair_events) = Mailbox::new().map_err(ReplicaError::System)?;
-    let role = PrimaryRole::new(&replica.primary_role(), replica.mac, post);
-    let worker = replica.machine.worker();
-    worker
-        .set_role(Box::new(role))
-        .map_err(|_| ReplicaError::WorkerGone)?;
+    replica.speak_as_primary(&post)?;
     let geometry = replica.geometry();
     let machine = replica.machine.clone();
     let shell = PrimaryShell::new(replica, geometry, record, 1, 0, pair_events)?;
@@ -397,8 +426,9 @@ fn bind_status(config: &Config) -> Result<Option<Arc<StatusSocket>>, ReplicaErro
 fn join(replica: &Replica) -> Result<Option<link::Channels>, ReplicaError> {
     let mut waiter = Waiter::default();
     let mut told = false;
+    let shards = replica.machine.workers().len();
     loop {
-        match link::connect(replica.replication.link_peer, fresh_session()?) {
+        match link::connect(replica.replication.link_peer, fresh_session()?, shards) {
             Ok(channels) => return Ok(Some(channels)),
             Err(e) if !told => {
                 tracing::info!("{e}; trying on");

@@ -1,8 +1,9 @@
-//! The link between the two hosts: three TCP channels of one session.
+//! The link between the two hosts: the TCP channels of one session.
 //!
-//! Each channel starts with a preamble `"COLOLINK" version:u16 channel:u8 0 session:u64` (little-endian), which the
-//! joining side sends. *Control* carries [`colo_control::Msg`], *packets* mirrored input and SVM output, *pages*
-//! checkpoints. Separate channels, so that bulk pages never stand before a heartbeat or a packet.
+//! Each channel starts with a preamble `"COLOLINK" version:u16 channel:u8 more:u8 session:u64` (little-endian), which
+//! the joining side sends. Channel 0, *control*, carries [`colo_control::Msg`]; 1, *packets*, mirrored input and SVM
+//! output of the first shard; 2, *pages*, checkpoints; from 3 on the packets of further shards, `more` in number.
+//! Separate channels, so that bulk pages never stand before a heartbeat or a packet.
 //!
 //! Does not interpret what the channels carry.
 
@@ -18,7 +19,11 @@ const LINK_VERSION: u16 = 1;
 /// A peer that has not sent its preamble and all channels by then is dropped.
 const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Half-open connections kept at a time.
-const WAITING_MAX: usize = 12;
+const WAITING_MAX: usize = 32;
+/// Shards of a VM at most.
+pub const SHARDS_MAX: usize = 8;
+/// Channels besides the packets of further shards.
+const CHANNELS: usize = 3;
 
 /// Why a link could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -43,34 +48,50 @@ pub enum LinkError {
     },
 }
 
-/// The three connected channels.
+/// The connected channels.
 #[derive(Debug)]
 pub struct Channels {
     /// The session that the joining side chose.
     pub session: u64,
     /// Control messages.
     pub control: TcpStream,
-    /// Packets.
-    pub packets: TcpStream,
+    /// Packets, of each shard.
+    pub packets: Vec<TcpStream>,
     /// Checkpoints.
     pub pages: TcpStream,
 }
 
-/// Joins: connects all channels to a primary.
-pub fn connect(address: SocketAddr, session: u64) -> Result<Channels, LinkError> {
-    let open = |channel: u8| {
+/// Joins: connects all channels to a primary; `shards` is 1 to [`SHARDS_MAX`].
+pub fn connect(address: SocketAddr, session: u64, shards: usize) -> Result<Channels, LinkError> {
+    let more = shards.clamp(1, SHARDS_MAX) - 1;
+    let open = |channel: usize| {
         let mut stream = TcpStream::connect_timeout(&address, PREAMBLE_TIMEOUT)?;
         stream.set_nodelay(true)?;
-        stream.write_all(&preamble(channel, session))?;
+        stream.write_all(&preamble(channel as u8, more as u8, session))?;
         Ok(stream)
     };
-    let named = |source| LinkError::Connect { address, source };
-    Ok(Channels {
-        session,
-        control: open(0).map_err(named)?,
-        packets: open(1).map_err(named)?,
-        pages: open(2).map_err(named)?,
-    })
+    let open_all = || (0..CHANNELS + more).map(open).collect();
+    let streams: io::Result<Vec<_>> = open_all();
+    let channels = streams.and_then(|streams| {
+        let session_of = Channels::of(session, streams);
+        session_of.ok_or_else(|| io::ErrorKind::NotConnected.into())
+    });
+    channels.map_err(|source| LinkError::Connect { address, source })
+}
+
+impl Channels {
+    fn of(session: u64, streams: impl IntoIterator<Item = TcpStream>) -> Option<Self> {
+        let mut streams = streams.into_iter();
+        let control = streams.next()?;
+        let first = streams.next()?;
+        let pages = streams.next()?;
+        Some(Self {
+            session,
+            control,
+            packets: std::iter::once(first).chain(streams).collect(),
+            pages,
+        })
+    }
 }
 
 /// The primary's side: accepts channels and puts sessions together.
@@ -78,9 +99,16 @@ pub fn connect(address: SocketAddr, session: u64) -> Result<Channels, LinkError>
 pub struct Listener {
     socket: TcpListener,
     waiting: Vec<Waiting>,
-    sessions: HashMap<u64, (Instant, [Option<TcpStream>; 3])>,
+    sessions: HashMap<u64, Session>,
     /// Connections dropped because they were no colo link.
     pub refused: u64,
+}
+
+/// A session that is being put together.
+#[derive(Debug)]
+struct Session {
+    since: Instant,
+    channels: Vec<Option<TcpStream>>,
 }
 
 #[derive(Debug)]
@@ -130,16 +158,22 @@ impl Listener {
             }
         }
         self.sessions
-            .retain(|_, (since, _)| since.elapsed() < PREAMBLE_TIMEOUT);
+            .retain(|_, session| session.since.elapsed() < PREAMBLE_TIMEOUT);
         for mut waiting in std::mem::take(&mut self.waiting) {
             match waiting.read_preamble() {
                 Ok(None) if waiting.since.elapsed() < PREAMBLE_TIMEOUT => {
                     self.waiting.push(waiting)
                 }
-                Ok(Some((channel, session))) => {
-                    let entry = self.sessions.entry(session);
-                    let (_, slots) = entry.or_insert_with(|| (Instant::now(), [None, None, None]));
-                    slots[channel] = Some(waiting.stream);
+                Ok(Some(preamble)) => {
+                    let entry = self.sessions.entry(preamble.session);
+                    let session = entry.or_insert_with(|| Session {
+                        since: Instant::now(),
+                        channels: (0..CHANNELS + preamble.more).map(|_| None).collect(),
+                    });
+                    match session.channels.get_mut(preamble.channel) {
+                        Some(channel) => *channel = Some(waiting.stream),
+                        None => self.refused += 1,
+                    }
                 }
                 Ok(None) | Err(_) => {
                     self.refused += 1;
@@ -153,25 +187,24 @@ impl Listener {
     }
 
     fn take_complete(&mut self) -> Option<Channels> {
-        let complete =
-            |(_, slots): &(Instant, [Option<TcpStream>; 3])| slots.iter().all(Option::is_some);
-        let session = *self.sessions.iter().find(|(_, entry)| complete(entry))?.0;
-        let (_, slots) = self.sessions.remove(&session)?;
-        let [Some(control), Some(packets), Some(pages)] = slots else {
-            return None;
-        };
-        Some(Channels {
-            session,
-            control,
-            packets,
-            pages,
-        })
+        let is_complete = |session: &Session| session.channels.iter().all(Option::is_some);
+        let mut sessions = self.sessions.iter();
+        let session = *sessions.find(|(_, session)| is_complete(session))?.0;
+        let streams = self.sessions.remove(&session)?.channels;
+        Channels::of(session, streams.into_iter().flatten())
     }
 }
 
+/// What a channel says of itself.
+struct Preamble {
+    channel: usize,
+    more: usize,
+    session: u64,
+}
+
 impl Waiting {
-    /// Channel and session once the preamble is whole.
-    fn read_preamble(&mut self) -> io::Result<Option<(usize, u64)>> {
+    /// The preamble once it is whole.
+    fn read_preamble(&mut self) -> io::Result<Option<Preamble>> {
         let mut buffer = [0u8; PREAMBLE_LEN];
         let missing = PREAMBLE_LEN - self.got.len();
         match self.stream.read(&mut buffer[..missing]) {
@@ -187,21 +220,26 @@ impl Waiting {
             return Ok(None);
         }
         let version = u16::from_le_bytes([self.got[8], self.got[9]]);
-        let channel = usize::from(self.got[10]);
-        if version != LINK_VERSION || channel > 2 {
+        let (channel, more) = (usize::from(self.got[10]), usize::from(self.got[11]));
+        if version != LINK_VERSION || more >= SHARDS_MAX || channel >= CHANNELS + more {
             return Err(io::ErrorKind::InvalidData.into());
         }
         let mut session = [0; 8];
         session.copy_from_slice(&self.got[12..20]);
-        Ok(Some((channel, u64::from_le_bytes(session))))
+        Ok(Some(Preamble {
+            channel,
+            more,
+            session: u64::from_le_bytes(session),
+        }))
     }
 }
 
-fn preamble(channel: u8, session: u64) -> [u8; PREAMBLE_LEN] {
+fn preamble(channel: u8, more: u8, session: u64) -> [u8; PREAMBLE_LEN] {
     let mut out = [0; PREAMBLE_LEN];
     out[..8].copy_from_slice(MAGIC);
     out[8..10].copy_from_slice(&LINK_VERSION.to_le_bytes());
     out[10] = channel;
+    out[11] = more;
     out[12..].copy_from_slice(&session.to_le_bytes());
     out
 }
@@ -231,17 +269,24 @@ mod tests {
     fn channels_of_two_sessions_are_not_mixed() {
         let (mut listener, address) = listener();
         let mut ours = Vec::new();
-        for session in [11, 22] {
-            let mut channels = connect(address, session).unwrap();
-            channels.packets.write_all(&session.to_le_bytes()).unwrap();
+        for (session, shards) in [(11u64, 1), (22, 3)] {
+            let mut channels = connect(address, session, shards).unwrap();
+            for (shard, packets) in channels.packets.iter_mut().enumerate() {
+                let name = session + shard as u64;
+                packets.write_all(&name.to_le_bytes()).unwrap();
+            }
             ours.push(channels);
         }
         for _ in 0..2 {
             let mut theirs = poll_until(|| listener.poll());
-            theirs.packets.set_nonblocking(false).unwrap();
-            let mut bytes = [0; 8];
-            theirs.packets.read_exact(&mut bytes).unwrap();
-            assert_eq!(u64::from_le_bytes(bytes), theirs.session);
+            let shards = if theirs.session == 11 { 1 } else { 3 };
+            assert_eq!(theirs.packets.len(), shards);
+            for (shard, packets) in theirs.packets.iter_mut().enumerate() {
+                packets.set_nonblocking(false).unwrap();
+                let mut bytes = [0; 8];
+                packets.read_exact(&mut bytes).unwrap();
+                assert_eq!(u64::from_le_bytes(bytes), theirs.session + shard as u64);
+            }
         }
     }
 
@@ -254,7 +299,7 @@ mod tests {
             assert!(listener.poll().is_none());
             (listener.refused == 1).then_some(())
         });
-        let _ours = connect(address, 5).unwrap();
+        let _ours = connect(address, 5, 1).unwrap();
         assert_eq!(poll_until(|| listener.poll()).session, 5);
     }
 

@@ -14,7 +14,8 @@ use std::thread::JoinHandle;
 use colo_control::{Action, Geometry, Msg, Outcome, Primary, PrimaryEvent, PrimaryState, Record};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
-use colo_fastpath::pair::{PairEvent, PrimaryRole};
+use colo_fastpath::pair::{PairEvent, PrimaryReport, PrimaryRole};
+use colo_fastpath::worker::Edge;
 
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError, unix_seconds};
@@ -48,7 +49,7 @@ pub struct PrimaryShell {
 struct Link {
     control: ControlLink,
     /// Handed to worker and checkpoint thread when the synchronisation starts.
-    packets: Option<TcpStream>,
+    packets: Option<Vec<TcpStream>>,
     pages: Option<TcpStream>,
     /// To end it while the checkpoint thread writes.
     pages_end: TcpStream,
@@ -357,10 +358,13 @@ impl PrimaryShell {
             return;
         };
         self.checkpoint_begun_us = now_us();
-        match self.replica.packet_link(packets) {
-            Ok(packets) => self.on_role(move |role, edge| role.attach(edge, packets)),
+        let links = match self.replica.packet_links(packets) {
+            Ok(links) => links,
             Err(e) => return self.link_down(&e.to_string()),
-        }
+        };
+        let workers = self.replica.machine.workers();
+        let attached = PrimaryRole::on_each(workers, links, PrimaryRole::attach);
+        told(attached);
         let generation = self.core.record().generation;
         self.order(CaptureCommand::Sync { stream, generation });
     }
@@ -385,13 +389,11 @@ impl PrimaryShell {
         }
     }
 
-    fn on_role(
-        &self,
-        task: impl FnOnce(&mut PrimaryRole, &mut colo_fastpath::worker::Edge) + Send + 'static,
-    ) {
-        if PrimaryRole::on_worker(self.replica.machine.worker(), task).is_none() {
-            tracing::error!("the packet worker has ended or is in another role");
-        }
+    fn on_role(&self, task: impl Fn(&mut PrimaryRole, &mut Edge) + Clone + Send + 'static) {
+        told(PrimaryRole::on_workers(
+            self.replica.machine.workers(),
+            task,
+        ));
     }
 
     // ---- status ----
@@ -422,9 +424,17 @@ impl PrimaryShell {
 
     fn status(&self) -> Option<PairStatus> {
         let standing = self.standing();
-        let report =
-            PrimaryRole::on_worker(self.replica.machine.worker(), |role, _| role.report())?;
+        let workers = self.replica.machine.workers();
+        let reports = PrimaryRole::on_workers(workers, |role, _| role.report())?;
+        let report = PrimaryReport::sum(reports)?;
         Some(PairStatus::of_primary(standing, &report, &self.times))
+    }
+}
+
+/// Complains if not all workers were there.
+fn told<T>(answers: Option<Vec<T>>) {
+    if answers.is_none() {
+        tracing::error!("a packet worker has ended or is in another role");
     }
 }
 

@@ -6,13 +6,17 @@
 //! Does not decide anything about roles.
 
 use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use colo_control::{Action, Geometry, Outcome, Record, Secondary, SecondaryEvent, SecondaryState};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
-use colo_fastpath::pair::{PairEvent, PrimaryRole, SecondaryRole, SecondaryRoleConfig};
+use colo_fastpath::pair::{
+    PairEvent, PrimaryRole, SecondaryReport, SecondaryRole, SecondaryRoleConfig,
+};
+use colo_fastpath::worker::Edge;
 
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
@@ -74,20 +78,16 @@ impl SecondaryShell {
         let (stage_post, stage_events) = Mailbox::new().map_err(system)?;
         let (stage, commands) = channel();
         let pages_end = channels.pages.try_clone().map_err(system)?;
-        let packets = replica.packet_link(channels.packets).map_err(system)?;
+        let links = replica.packet_links(channels.packets).map_err(system)?;
         let role = SecondaryRoleConfig {
             limits: replica.limits,
             mac: replica.mac,
         };
-        let worker = replica.machine.worker();
-        let gone = |_| ReplicaError::WorkerGone;
-        worker
-            .set_role(Box::new(SecondaryRole::new(
-                &role,
-                packets,
-                pair_post.clone(),
-            )))
-            .map_err(gone)?;
+        for (worker, link) in replica.machine.workers().iter().zip(links) {
+            let role = SecondaryRole::new(&role, link, pair_post.clone());
+            let set = worker.set_role(Box::new(role));
+            set.map_err(|_| ReplicaError::WorkerGone)?;
+        }
         let thread = StageThread::new(replica.machine.clone(), channels.pages, stage_post);
         let stage_thread = std::thread::Builder::new()
             .name("checkpoint".to_owned())
@@ -175,7 +175,7 @@ impl SecondaryShell {
         if fault.is_some() || self.replica.take_power_off() {
             let what = fault.unwrap_or_else(|| "it powered off".to_owned());
             tracing::warn!("the SVM stopped ({what}); asking for a checkpoint");
-            self.on_role(|role, _| role.want_checkpoint());
+            self.on_first_role(SecondaryRole::want_checkpoint);
         }
         if self.replica.wants_stop() {
             tracing::info!("stopping; the primary goes on alone");
@@ -326,6 +326,11 @@ impl SecondaryShell {
     fn stop_svm(&mut self) -> Result<(), ReplicaError> {
         let machine = &self.replica.machine;
         machine.pause_vcpus()?;
+        // What one shard takes from its queues may be another's.
+        let workers = machine.workers();
+        let take_rest = || SecondaryRole::on_workers(workers, SecondaryRole::take_rest);
+        let found_any = || take_rest().is_some_and(|found| found.iter().any(|&n| n > 0));
+        while workers.len() > 1 && found_any() {}
         self.on_role(|role, edge| role.stop(edge));
         self.replica.machine.take_dirty(&mut self.dirty.words)?;
         Ok(())
@@ -339,21 +344,10 @@ impl SecondaryShell {
     }
 
     fn take_over(&mut self, generation: u64) {
-        let config = self.replica.primary_role();
-        let post = self.pair_post.clone();
-        let worker = self.replica.machine.worker();
-        let role = SecondaryRole::on_worker(worker, move |role, edge| {
-            role.take_over(edge, &config, post)
+        self.path_epoch = self.promote().unwrap_or_else(|| {
+            tracing::error!("a packet worker has ended; the guest is cut off");
+            1
         });
-        match role.flatten().map(|role| worker.set_role(role)) {
-            Some(Ok(())) => {}
-            _ => tracing::error!("the packet worker has ended; the guest is cut off"),
-        }
-        let epoch = PrimaryRole::on_worker(worker, |role, edge| {
-            role.speak(edge);
-            role.epoch()
-        });
-        self.path_epoch = epoch.unwrap_or(1);
         if let Err(e) = self.replica.machine.set_dirty_logging(false) {
             tracing::warn!("dirty logging stays on, the guest runs slower than it could: {e}");
         }
@@ -366,18 +360,43 @@ impl SecondaryShell {
         self.end = Some(End::TookOver(record));
     }
 
-    fn on_role(
-        &self,
-        task: impl FnOnce(&mut SecondaryRole, &mut colo_fastpath::worker::Edge) + Send + 'static,
-    ) {
-        if SecondaryRole::on_worker(self.replica.machine.worker(), task).is_none() {
+    /// Puts all workers into the role of the primary. Gives the epoch that they are in.
+    fn promote(&self) -> Option<u64> {
+        let workers = self.replica.machine.workers();
+        let config = Arc::new(self.replica.primary_role());
+        let post = self.pair_post.clone();
+        let roles = SecondaryRole::on_workers(workers, move |role, edge| {
+            role.take_over(edge, &config, post.clone())
+        })?;
+        for (worker, role) in workers.iter().zip(roles) {
+            worker.set_role(role?).ok()?;
+        }
+        let epochs = PrimaryRole::on_workers(workers, |role, edge| {
+            role.speak(edge);
+            role.epoch()
+        })?;
+        epochs.into_iter().max()
+    }
+
+    fn on_role(&self, task: impl Fn(&mut SecondaryRole, &mut Edge) + Clone + Send + 'static) {
+        if SecondaryRole::on_workers(self.replica.machine.workers(), task).is_none() {
+            tracing::error!("a packet worker has ended or is in another role");
+        }
+    }
+
+    /// Says something that the peer needs to hear once.
+    fn on_first_role(&self, task: impl FnOnce(&mut SecondaryRole) + Send + 'static) {
+        let first = self.replica.machine.workers().first();
+        let done = first.and_then(|w| SecondaryRole::on_worker(w, |role, _| task(role)));
+        if done.is_none() {
             tracing::error!("the packet worker has ended or is in another role");
         }
     }
 
     fn status(&self) -> Option<PairStatus> {
-        let worker = self.replica.machine.worker();
-        let report = SecondaryRole::on_worker(worker, |role, _| role.report())?;
+        let workers = self.replica.machine.workers();
+        let reports = SecondaryRole::on_workers(workers, |role, _| role.report())?;
+        let report = SecondaryReport::sum(reports)?;
         Some(PairStatus::of_secondary(self.standing(), &report))
     }
 

@@ -33,6 +33,14 @@ impl PrimaryPath {
         Ok(covered)
     }
 
+    /// Takes the last cut back: one capture is one cut across all shards (rule 4), and another shard could not make
+    /// it. To be called before anything else happens to this path.
+    pub fn uncut(&mut self, epoch: u64) -> Result<(), PathError> {
+        self.end_flight(epoch)?;
+        self.epoch = epoch;
+        Ok(())
+    }
+
     /// The undecided frames that the checkpoint in flight covers, in production order.
     pub fn pending(&mut self) -> impl Iterator<Item = Pending<'_>> {
         let covered = self.cut.unwrap_or(self.epoch);

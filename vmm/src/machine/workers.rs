@@ -1,0 +1,32 @@
+//! What is done with all workers of a machine at once.
+//!
+//! Invariant: no worker stands still after [`Machine::resume_workers`].
+
+use super::{Machine, MachineError};
+
+impl Machine {
+    /// Stops all workers at a packet boundary.
+    pub fn quiesce_workers(&self) -> Result<(), MachineError> {
+        for worker in self.workers() {
+            worker.quiesce()?;
+        }
+        Ok(())
+    }
+
+    /// Lets all workers go on, also behind one that has ended.
+    pub fn resume_workers(&self) -> Result<(), MachineError> {
+        let mut outcome = Ok(());
+        for worker in self.workers() {
+            outcome = outcome.and(worker.resume());
+        }
+        Ok(outcome?)
+    }
+
+    /// Makes all workers let go of the guest's queues, whose memory is about to change.
+    pub fn release_queues(&self) -> Result<(), MachineError> {
+        for worker in self.workers() {
+            worker.restore(None)?;
+        }
+        Ok(())
+    }
+}
