@@ -3,7 +3,8 @@
 //! Paths: `/` a small page; `/bytes/N` a page of N bytes (N up to 1048576, content as
 //! [`crate::page_byte`]); `/counter` (GET reads, POST adds one and gives the new value); `/time`
 //! microseconds since 1970; `/random` 16 hexadecimal digits; `POST /login` a new token of 32
-//! hexadecimal digits; `/session/TOKEN` the number of the login that got the token, 404 for one
+//! hexadecimal digits; `POST /dirty/PAGES/SAME/BYTES` changes so many pages of memory, BYTES of each, SAME of a
+//! hundred of them alike on two guests, and answers the number of pages; `/session/TOKEN` the number of the login that got the token, 404 for one
 //! that was never given out. Text bodies end with a line end, the token does not.
 //!
 //! Invariants: responses do not depend on how the bytes are split; they come in the order of the
@@ -12,6 +13,7 @@
 //! Does not send a `Date` header: it would make every response differ between two guests in
 //! lockstep.
 
+use crate::arena::{Dirty, PAGE_BYTES};
 use crate::outbox::Outbox;
 use crate::pages::Page;
 use crate::resp::reply::decimal;
@@ -84,11 +86,12 @@ const GET_OR_POST: Status = Status {
 };
 const TOO_LARGE: Status = status("413 Content Too Large");
 const HEAD_TOO_LARGE: Status = status("431 Request Header Fields Too Large");
+const NO_MEMORY: Status = status("507 Insufficient Storage");
 const NOT_IMPLEMENTED: Status = status("501 Not Implemented");
 const VERSION: Status = status("505 HTTP Version Not Supported");
 
 const FRONT_PAGE: &str = "<!doctype html><title>colo-guest</title>\n<h1>It works, twice.</h1>\n\
-    <p>/bytes/N /counter /time /random /login /session/TOKEN\n";
+    <p>/bytes/N /counter /time /random /login /session/TOKEN /dirty/PAGES/SAME/BYTES\n";
 
 impl Http {
     /// Takes all of `src` and answers what is complete, as long as the outbox is ready.
@@ -382,6 +385,14 @@ fn route(request: &Request, world: &mut World) -> Result<Content, Status> {
             if let Some(len) = path.strip_prefix("/bytes/") {
                 return read(Content::Page(page_len(len)?));
             }
+            if let Some(what) = path.strip_prefix("/dirty/") {
+                let dirty = parse_dirty(what).ok_or(NOT_FOUND)?;
+                return if posts {
+                    write_pages(dirty, world)
+                } else {
+                    Err(POST_ONLY)
+                };
+            }
             let token = path.strip_prefix("/session/").ok_or(NOT_FOUND)?;
             let login = parse_token(token).and_then(|token| world.sessions.find(token));
             read(Content::Text(format!(
@@ -390,6 +401,31 @@ fn route(request: &Request, world: &mut World) -> Result<Content, Status> {
             )))
         }
     }
+}
+
+fn write_pages(dirty: Dirty, world: &mut World) -> Result<Content, Status> {
+    let platform = &world.platform;
+    match world.arena.write(dirty, || platform.entropy()) {
+        true => Ok(Content::Text(format!("{}\n", dirty.pages))),
+        false => Err(NO_MEMORY),
+    }
+}
+
+fn parse_dirty(text: &str) -> Option<Dirty> {
+    let number = |text: &str| {
+        let digits =
+            !text.is_empty() && text.len() <= 7 && text.bytes().all(|b| b.is_ascii_digit());
+        text.parse::<usize>().ok().filter(|_| digits)
+    };
+    let mut parts = text.split('/');
+    let pages = number(parts.next()?)?;
+    let same_pct = number(parts.next()?).filter(|&pct| pct <= 100)?;
+    let bytes = number(parts.next()?).filter(|bytes| (1..=PAGE_BYTES).contains(bytes))?;
+    parts.next().is_none().then_some(Dirty {
+        pages,
+        same_pct,
+        bytes,
+    })
 }
 
 fn page_len(text: &str) -> Result<usize, Status> {

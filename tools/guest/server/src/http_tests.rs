@@ -177,3 +177,23 @@ fn garbage_never_panics() {
         assert_eq!(talk(&[&input[..cut], &input[cut..]]), whole, "{input:?}");
     }
 }
+
+#[test]
+fn pages_are_written_on_request_as_far_as_there_is_memory() {
+    let post = |what: &str| answer(&format!("POST /dirty/{what} HTTP/1.1\r\n\r\n")).0;
+    assert_eq!(post("10/75/4096"), ok("10\n"));
+    assert!(post("9999999/0/8").starts_with("HTTP/1.1 507 "));
+    for odd in [
+        "10/75",
+        "10/101/8",
+        "10/75/0",
+        "10/75/4097",
+        "x/1/8",
+        "1/1/8/1",
+        "-1/1/8",
+    ] {
+        assert!(post(odd).starts_with("HTTP/1.1 404 "), "{odd}");
+    }
+    let (read, _) = answer("GET /dirty/1/1/1 HTTP/1.1\r\n\r\n");
+    assert!(read.starts_with("HTTP/1.1 405 "));
+}

@@ -13,6 +13,7 @@
 
 extern crate alloc;
 
+mod arena;
 mod conn;
 mod demux;
 mod hash;

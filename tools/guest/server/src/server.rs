@@ -75,6 +75,8 @@ pub struct Limits {
     pub store_bytes: usize,
     /// Unfinished requests and unsent replies of all connections in bytes.
     pub buffer_bytes: usize,
+    /// Pages that clients have written, in bytes.
+    pub arena_bytes: usize,
 }
 
 impl Limits {
@@ -86,12 +88,17 @@ impl Limits {
             (16 * 1024, 32 * 1024)
         };
         let affordable = heap_bytes / 3 / (receive_bytes + transmit_bytes);
+        let connections = if affordable < 400 { affordable } else { 400 };
+        let (store_bytes, buffer_bytes) = (heap_bytes / 4, heap_bytes / 6);
+        let used = connections * (receive_bytes + transmit_bytes) + store_bytes + buffer_bytes;
         Self {
-            connections: if affordable < 400 { affordable } else { 400 },
+            connections,
             receive_bytes,
             transmit_bytes,
-            store_bytes: heap_bytes / 4,
-            buffer_bytes: heap_bytes / 6,
+            store_bytes,
+            buffer_bytes,
+            // An eighth stays free.
+            arena_bytes: heap_bytes - heap_bytes / 8 - used,
         }
     }
 }
@@ -137,7 +144,12 @@ impl Server {
         now_us: i64,
     ) -> Self {
         let mac = EthernetAddress(addresses.mac);
-        let world = World::new(platform, limits.store_bytes, limits.buffer_bytes);
+        let world = World::new(
+            platform,
+            limits.store_bytes,
+            limits.buffer_bytes,
+            limits.arena_bytes,
+        );
         let mut config = Config::new(mac.into());
         config.random_seed = world.random();
         let mut stack = Interface::new(config, device, Instant::from_micros(now_us));

@@ -85,6 +85,7 @@ fn limits(connections: usize) -> Limits {
         transmit_bytes: 32 * 1024,
         store_bytes: 1 << 20,
         buffer_bytes: 4 << 20,
+        arena_bytes: 1 << 20,
     }
 }
 

@@ -4,6 +4,7 @@
 //! Invariants: large buffers of all connections together stay within `buffers_max`; the clock is
 //! read only through [`Platform`].
 
+use crate::arena::Arena;
 use crate::hash::scramble;
 use crate::kv::Store;
 use crate::sessions::Sessions;
@@ -23,6 +24,7 @@ pub(crate) struct World {
     pub store: Store,
     pub sessions: Sessions,
     pub counter: u64,
+    pub arena: Arena,
     /// Heap bytes that connections hold for partial requests and unsent replies.
     pub buffers_held: usize,
     /// Limit of `buffers_held` beyond which requests with large buffers are refused.
@@ -30,12 +32,18 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub fn new(platform: Box<dyn Platform>, store_max: usize, buffers_max: usize) -> Self {
+    pub fn new(
+        platform: Box<dyn Platform>,
+        store_max: usize,
+        buffers_max: usize,
+        arena_max: usize,
+    ) -> Self {
         Self {
             platform,
             store: Store::new(store_max),
             sessions: Sessions::default(),
             counter: 0,
+            arena: Arena::new(arena_max),
             buffers_held: 0,
             buffers_max,
         }

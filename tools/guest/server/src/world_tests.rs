@@ -27,5 +27,8 @@ impl Platform for Fake {
 pub(crate) fn world() -> (World, Fake) {
     let fake = Fake::default();
     fake.wall_ns.set(1_700_000_000_000_000_000);
-    (World::new(Box::new(fake.clone()), 64 * 1024, 4 << 20), fake)
+    (
+        World::new(Box::new(fake.clone()), 64 * 1024, 4 << 20, 1 << 20),
+        fake,
+    )
 }
