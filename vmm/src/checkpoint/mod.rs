@@ -5,6 +5,7 @@
 //! secondary's. Who may take a checkpoint when is decided by `colo-control`.
 
 pub mod capture;
+pub mod channel;
 pub mod pages;
 mod pending;
 pub mod stage;

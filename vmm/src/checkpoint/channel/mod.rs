@@ -1,0 +1,527 @@
+//! The page channel of a pair: chunks over several TCP streams, both ways, on one io_uring of one thread.
+//!
+//! A checkpoint is begun, filled with chunks that spread over the streams, and ended; the receiver gets each chunk where
+//! the kernel has put it, and is told when the checkpoint is complete. `frame` is a chunk as bytes, `assembly` puts
+//! checkpoints together, `send` and `receive` queue and find chunks, `operations` lends buffers to the kernel, `ring` is
+//! the restricted ring, `wake` its bell.
+//!
+//! Invariants: memory is taken at the start and never grows; nothing waits longer for the peer than the timeout; a
+//! damaged chunk spoils its checkpoint, a damaged header ends the channel; chunks of an older generation are refused
+//! (rule 18); nothing is complete before all of it has come (rule 13).
+//!
+//! Does not know what is in a chunk, and does not decide when there is a checkpoint.
+//!
+//! Whoever sends much must receive, too, or two such peers wait for each other until the timeout: see
+//! [`PageChannel::try_next_buffer`].
+
+mod assembly;
+mod counters;
+mod error;
+mod event;
+mod frame;
+mod memory;
+mod operations;
+mod receive;
+mod ring;
+mod send;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod wake;
+
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use assembly::{Assembly, Verdict};
+use frame::Header;
+use memory::Buffer;
+use operations::{Completion, Operations, What};
+use receive::Incoming;
+use send::Outgoing;
+
+pub use counters::Counters;
+pub use error::{ChannelError, Step};
+pub use event::{Chunk, Event};
+pub use frame::{HEADER_BYTES, HeaderError, Kind, Totals};
+pub use settings::{CHUNK_BYTES, STREAMS_MAX, Settings};
+pub use wake::Waker;
+
+/// Full chunks that a stream's receive window takes.
+const WINDOW_CHUNKS: usize = 2;
+/// What is read from an eventfd.
+const WAKE_BYTES: usize = 8;
+
+/// What the next whole chunk means; a place instead of a reference.
+enum Found {
+    Chunk(usize, Header, Kind),
+    Event(Event<'static>),
+}
+
+/// One end of a page channel. It belongs to the thread that made it.
+#[derive(Debug)]
+pub struct PageChannel {
+    // First: it waits for the kernel before memory and sockets go.
+    operations: Operations,
+    sockets: Vec<TcpStream>,
+    outgoing: Outgoing,
+    incoming: Incoming,
+    assembly: Assembly,
+    settings: Settings,
+    counters: Counters,
+    waker: Waker,
+    woken: bool,
+    /// The owner wants to know when a buffer is free.
+    wants_buffer: bool,
+    closed_since: Option<Instant>,
+}
+
+impl PageChannel {
+    /// Over connected sockets, in the same order on both hosts.
+    pub fn new(sockets: Vec<TcpStream>, settings: Settings) -> Result<Self, ChannelError> {
+        settings::check(sockets.len(), &settings)?;
+        for (stream, socket) in sockets.iter().enumerate() {
+            // The ring waits by itself; it would not for a socket that says EAGAIN.
+            let ready = socket
+                .set_nonblocking(false)
+                .and_then(|()| socket.set_nodelay(true));
+            let step = Step::SendChunk;
+            ready.map_err(|source| ChannelError::Socket {
+                stream,
+                step,
+                source,
+            })?;
+        }
+        let streams = sockets.len();
+        let sent = frame::HEADER_BYTES + settings.chunk_bytes;
+        let mut sizes = vec![sent; settings.send_buffers];
+        sizes.extend(vec![WINDOW_CHUNKS * sent; streams]);
+        sizes.push(WAKE_BYTES);
+        let carved = Buffer::carve(&sizes, settings.send_buffers);
+        let (mut buffers, registered) = carved.map_err(|source| ChannelError::Memory {
+            bytes: sizes.iter().sum(),
+            source,
+        })?;
+        let failed = |what| move |source| ChannelError::Ring { what, source };
+        let waker = Waker::new().map_err(failed("make an eventfd"))?;
+        let mut receive_buffers = buffers.split_off(settings.send_buffers);
+        let wake_buffer = receive_buffers.split_off(streams).remove(0);
+        let files: Vec<_> = sockets.iter().map(AsRawFd::as_raw_fd).collect();
+        let operations =
+            Operations::new(&files, sizes.len(), registered, waker.clone(), wake_buffer)?;
+        let zero_copy = settings.zero_copy && operations.can_zero_copy();
+        let counters = Counters {
+            unregistered_buffers: u64::from(!operations.registered()),
+            ..Counters::default()
+        };
+        Ok(Self {
+            outgoing: Outgoing::new(streams, buffers, zero_copy, settings.generation),
+            incoming: Incoming::new(receive_buffers, settings.chunk_bytes),
+            assembly: Assembly::new(streams, settings.generation),
+            operations,
+            sockets,
+            settings,
+            counters,
+            waker,
+            woken: false,
+            wants_buffer: false,
+            closed_since: None,
+        })
+    }
+
+    /// For other threads: wakes this one, or ends the channel.
+    pub fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    /// What was counted so far.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            enters: self.operations.enters(),
+            ..self.counters
+        }
+    }
+
+    /// The generation of what is sent from now on; what is older is refused from now on (rule 18).
+    pub fn set_generation(&mut self, generation: u64) {
+        self.outgoing.generation = generation;
+        self.assembly.raise_generation(generation);
+    }
+
+    /// A buffer for the payload of the next chunk; waits for the peer if all are under way. The same one again until
+    /// it is submitted; what is in it at first is of no meaning.
+    pub fn next_buffer(&mut self) -> Result<&mut [u8], ChannelError> {
+        self.incoming.release();
+        if !self.outgoing.has_free() {
+            self.turn(Duration::ZERO)?;
+        }
+        if !self.outgoing.has_free() {
+            self.counters.buffer_waits += 1;
+        }
+        while !self.outgoing.claim() {
+            self.wait_for_peer()?;
+        }
+        Ok(self.outgoing.payload())
+    }
+
+    /// As [`Self::next_buffer`], but does not wait: `None` if all are under way; then [`Self::poll`] says when one is
+    /// free. For whoever receives meanwhile.
+    pub fn try_next_buffer(&mut self) -> Result<Option<&mut [u8]>, ChannelError> {
+        self.incoming.release();
+        if !self.outgoing.has_free() {
+            self.turn(Duration::ZERO)?;
+        }
+        self.wants_buffer = !self.outgoing.claim();
+        Ok((!self.wants_buffer).then(|| self.outgoing.payload()))
+    }
+
+    /// Begins a checkpoint; the receiver gets `payload` before anything else of it.
+    pub fn begin(&mut self, epoch: u64, payload: &[u8]) -> Result<(), ChannelError> {
+        if self.outgoing.open.is_some() {
+            return Err(ChannelError::Usage(
+                "a checkpoint is open already; end or abort it",
+            ));
+        }
+        if payload.len() > self.settings.chunk_bytes {
+            return Err(ChannelError::Usage("more than a chunk holds"));
+        }
+        self.outgoing.open(epoch);
+        for stream in 0..self.sockets.len() {
+            self.next_buffer()?[..payload.len()].copy_from_slice(payload);
+            self.send_chunk(stream, Kind::Begin, (epoch, 0, payload.len()))?;
+        }
+        Ok(())
+    }
+
+    /// Sends the first `length` bytes of the buffer that was got last, as a chunk of the open checkpoint with so many
+    /// pages, states or digests.
+    pub fn submit(&mut self, kind: Kind, items: u32, length: usize) -> Result<(), ChannelError> {
+        let Some(epoch) = self.outgoing.open else {
+            return Err(ChannelError::Usage("no checkpoint is open; begin one"));
+        };
+        if !matches!(kind, Kind::State | Kind::Pages | Kind::Digests) {
+            return Err(ChannelError::Usage(
+                "a checkpoint has states, pages and digests",
+            ));
+        }
+        let stream = self.outgoing.shortest();
+        self.send_chunk(stream, kind, (epoch, items, length))
+    }
+
+    /// Sends the first `length` bytes of the buffer that was got last, as pages outside a checkpoint: live ones of the
+    /// initial synchronisation ([`Kind::Sync`]) or ones ahead of the checkpoint of `epoch` ([`Kind::Ahead`]). Nothing
+    /// says in which order those of several streams arrive.
+    pub fn submit_loose(
+        &mut self,
+        kind: Kind,
+        epoch: u64,
+        items: u32,
+        length: usize,
+    ) -> Result<(), ChannelError> {
+        if !matches!(kind, Kind::Sync | Kind::Ahead) {
+            return Err(ChannelError::Usage(
+                "outside a checkpoint there are live pages and pages ahead",
+            ));
+        }
+        let stream = self.outgoing.shortest();
+        self.send_chunk(stream, kind, (epoch, items, length))
+    }
+
+    /// [`Self::end`] and [`Self::flush`]: all of the open checkpoint is handed to the kernel.
+    pub fn finish(&mut self) -> Result<(), ChannelError> {
+        self.end()?;
+        self.flush()
+    }
+
+    /// Ends the open checkpoint; what is not sent yet goes on in the next calls.
+    pub fn end(&mut self) -> Result<(), ChannelError> {
+        let Some(epoch) = self.outgoing.open else {
+            return Err(ChannelError::Usage("no checkpoint is open; begin one"));
+        };
+        for stream in 0..self.sockets.len() {
+            let totals = self.outgoing.totals(stream).to_bytes();
+            self.next_buffer()?[..totals.len()].copy_from_slice(&totals);
+            self.send_chunk(stream, Kind::End, (epoch, 0, totals.len()))?;
+        }
+        self.outgoing.close();
+        Ok(())
+    }
+
+    /// Gives the open checkpoint up, if there is one: the receiver forgets it.
+    pub fn abort(&mut self) -> Result<(), ChannelError> {
+        let Some(epoch) = self.outgoing.open else {
+            return Ok(());
+        };
+        for stream in 0..self.sockets.len() {
+            self.next_buffer()?;
+            self.send_chunk(stream, Kind::Abort, (epoch, 0, 0))?;
+        }
+        self.outgoing.close();
+        Ok(())
+    }
+
+    /// Waits until everything is handed to the kernel. To be called before the channel is dropped, or that is lost.
+    pub fn flush(&mut self) -> Result<(), ChannelError> {
+        self.incoming.release();
+        self.turn(Duration::ZERO)?;
+        while !self.outgoing.is_drained() {
+            self.wait_for_peer()?;
+        }
+        Ok(())
+    }
+
+    /// Everything is handed to the kernel.
+    pub fn is_flushed(&self) -> bool {
+        self.outgoing.is_drained()
+    }
+
+    /// What comes next, within `timeout`; sends go on meanwhile. A chunk that was given before is gone.
+    pub fn poll(&mut self, timeout: Duration) -> Result<Event<'_>, ChannelError> {
+        self.incoming.release();
+        let begun = Instant::now();
+        let mut looked = false;
+        let found = loop {
+            if self.waker.is_shut_down() {
+                return Err(ChannelError::ShutDown);
+            }
+            if let Some(found) = self.next_found()? {
+                break found;
+            }
+            if let Some(event) = self.own_event() {
+                return Ok(event);
+            }
+            if self.check_closed()? {
+                return Ok(Event::Closed);
+            }
+            let left = timeout.saturating_sub(begun.elapsed());
+            if left.is_zero() && looked {
+                return Ok(Event::Idle);
+            }
+            // Something may be there already; only what is not is waited for.
+            let patience = self.patience(looked)?;
+            looked = true;
+            self.turn(left.min(patience))?;
+        };
+        Ok(match found {
+            Found::Event(event) => event,
+            Found::Chunk(stream, header, kind) => Event::Chunk(Chunk {
+                kind,
+                epoch: header.epoch,
+                generation: header.generation,
+                items: header.items,
+                payload: self.incoming.payload(stream, &header),
+            }),
+        })
+    }
+
+    fn own_event(&mut self) -> Option<Event<'static>> {
+        if std::mem::take(&mut self.woken) {
+            return Some(Event::Woken);
+        }
+        if self.wants_buffer && self.outgoing.has_free() {
+            self.wants_buffer = false;
+            return Some(Event::Sendable);
+        }
+        None
+    }
+
+    /// What the next whole chunks mean, until one is for the owner.
+    fn next_found(&mut self) -> Result<Option<Found>, ChannelError> {
+        loop {
+            let must_wait = |stream, header: &Header| self.assembly.must_wait(stream, header);
+            let Some((stream, header)) = self.incoming.whole_chunk(must_wait)? else {
+                return Ok(None);
+            };
+            if let Some(Verdict::Damaged { epoch, reason }) = self.assembly.superseded(&header) {
+                self.counters.damaged_checkpoints += 1;
+                return Ok(Some(Found::Event(Event::Damaged { epoch, reason })));
+            }
+            let payload = self.incoming.payload(stream, &header);
+            let intact = crc32fast::hash(payload) == header.payload_crc;
+            let now = Instant::now();
+            self.counters.received_chunks += 1;
+            let verdict =
+                self.assembly
+                    .chunk(stream, &header, payload, intact, &mut self.counters, now)?;
+            if let Verdict::Deliver(kind) = verdict {
+                self.incoming.give(stream, &header);
+                return Ok(Some(Found::Chunk(stream, header, kind)));
+            }
+            self.incoming.skip(stream, &header);
+            let event = match verdict {
+                Verdict::Deliver(_) | Verdict::Absorb => continue,
+                Verdict::Complete { epoch, totals } => Event::Complete { epoch, totals },
+                Verdict::Aborted { epoch } => Event::Aborted { epoch },
+                Verdict::Damaged { epoch, reason } => {
+                    self.counters.damaged_checkpoints += 1;
+                    Event::Damaged { epoch, reason }
+                }
+            };
+            return Ok(Some(Found::Event(event)));
+        }
+    }
+
+    fn send_chunk(
+        &mut self,
+        stream: usize,
+        kind: Kind,
+        (epoch, items, length): (u64, u32, usize),
+    ) -> Result<(), ChannelError> {
+        if length > self.settings.chunk_bytes {
+            return Err(ChannelError::Usage("more than a chunk holds"));
+        }
+        let queued =
+            self.outgoing
+                .queue(&mut self.operations, stream, kind, (epoch, items, length));
+        if !queued {
+            return Err(ChannelError::Usage(
+                "there is no buffer to submit; get one first",
+            ));
+        }
+        self.turn(Duration::ZERO)
+    }
+
+    /// Waits for whatever comes, but not for ever.
+    fn wait_for_peer(&mut self) -> Result<(), ChannelError> {
+        if self.waker.is_shut_down() {
+            return Err(ChannelError::ShutDown);
+        }
+        let patience = self.patience(true)?;
+        self.turn(patience)
+    }
+
+    /// Starts what can be started, lets the kernel work, waits at most so long for something, takes what is done.
+    fn turn(&mut self, timeout: Duration) -> Result<(), ChannelError> {
+        let counters = &mut self.counters;
+        self.incoming
+            .start(&mut self.operations, counters, Instant::now())?;
+        self.outgoing.start(&mut self.operations, counters)?;
+        let failed = |source| ChannelError::Ring {
+            what: "enter io_uring",
+            source,
+        };
+        self.operations.enter(timeout).map_err(failed)?;
+        while let Some(completion) = self.operations.completion() {
+            self.complete(completion)?;
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: Completion) -> Result<(), ChannelError> {
+        let (operations, counters) = (&mut self.operations, &mut self.counters);
+        match completion {
+            Completion::Done {
+                what: What::Send(stream),
+                result,
+                ..
+            } => {
+                self.outgoing.sent(operations, stream, result, counters)?;
+                self.outgoing.start(operations, counters)
+            }
+            Completion::Done {
+                what: What::Receive(stream),
+                index,
+                result,
+            } => {
+                let buffer = operations.take(index);
+                self.incoming.received(stream, buffer, result, counters)
+            }
+            Completion::Done {
+                what: What::Wake, ..
+            } => {
+                self.woken = true;
+                let Some(buffer) = operations.take_wake() else {
+                    return Ok(());
+                };
+                let watching = operations.watch(self.sockets.len(), buffer);
+                let what = "watch the eventfd";
+                watching.map_err(|source| ChannelError::Ring { what, source })
+            }
+            Completion::Notified {
+                stream,
+                index,
+                copied,
+            } => {
+                self.outgoing
+                    .notified(operations, stream, (index, copied), counters);
+                Ok(())
+            }
+        }
+    }
+
+    /// How long the peer may go on as it does. To be asked after a turn (`judge`): what is there counts as having come.
+    fn patience(&self, judge: bool) -> Result<Duration, ChannelError> {
+        let (now, timeout) = (Instant::now(), self.settings.timeout);
+        let mut patience = timeout;
+        for stream in 0..self.sockets.len() {
+            let sending = self
+                .outgoing
+                .waiting_since(stream)
+                .map(|since| (since, Step::SendChunk));
+            let receiving = self.expecting(stream);
+            for (since, step) in sending.into_iter().chain(receiving) {
+                let waited = now.saturating_duration_since(since);
+                let left = timeout.saturating_sub(waited);
+                if left.is_zero() && judge {
+                    let after_ms = waited.as_millis() as u64;
+                    return Err(ChannelError::TimedOut {
+                        stream,
+                        step,
+                        after_ms,
+                    });
+                }
+                patience = patience.min(left);
+            }
+        }
+        Ok(patience)
+    }
+
+    /// Since when which step of receiving is due on a stream.
+    fn expecting(&self, stream: usize) -> Option<(Instant, Step)> {
+        let since = self.incoming.waiting_since(stream)?;
+        if self.incoming.has_part(stream) {
+            return Some((since, Step::ReceiveChunk));
+        }
+        if let Some(opened) = self.assembly.expected_since(stream) {
+            return Some((since.max(opened), Step::ReceiveCheckpoint));
+        }
+        self.closed_since
+            .map(|closed| (since.max(closed), Step::Close))
+    }
+
+    /// True if all streams are closed; fails if one is closed where more is due.
+    fn check_closed(&mut self) -> Result<bool, ChannelError> {
+        let mut closed = 0;
+        for stream in 0..self.sockets.len() {
+            if !self.incoming.is_closed(stream) {
+                continue;
+            }
+            closed += 1;
+            if self.incoming.has_part(stream) {
+                return Err(ChannelError::Cut {
+                    stream,
+                    step: Step::ReceiveChunk,
+                });
+            }
+            if self.assembly.expected_since(stream).is_some() {
+                return Err(ChannelError::Cut {
+                    stream,
+                    step: Step::ReceiveCheckpoint,
+                });
+            }
+        }
+        if closed > 0 && self.closed_since.is_none() {
+            self.closed_since = Some(Instant::now());
+        }
+        Ok(closed == self.sockets.len())
+    }
+}
+
+impl Drop for PageChannel {
+    fn drop(&mut self) {
+        // Ends all operations on them; a socket that is closed already has none.
+        for socket in &self.sockets {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Operations of the ring on buffers: a buffer is handed over, and comes back when the kernel is done with it.
+//!
+//! Invariants: while the kernel may touch a buffer it is in `held` and nobody can reach it; one that was sent with
+//! SEND_ZC comes back only after its last notification (rule 15); at the end operations are waited for, and memory
+//! that the kernel does not let go of is never unmapped.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use io_uring::types::Fixed;
+use io_uring::{cqueue, opcode, squeue};
+
+use super::error::ChannelError;
+use super::memory::Buffer;
+use super::ring::Ring;
+use super::wake::Waker;
+
+/// From <linux/io_uring.h>; the crate does not export them.
+const IORING_SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
+const IORING_NOTIF_USAGE_ZC_COPIED: u32 = 1 << 31;
+/// How long the end waits for the kernel.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
+
+/// What an operation does, in the topmost bits of its user data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// A send on this stream.
+    Send(usize),
+    /// A receive on this stream.
+    Receive(usize),
+    /// Waiting for the eventfd.
+    Wake,
+}
+
+/// What the kernel said.
+#[derive(Debug)]
+pub(super) enum Completion {
+    /// An operation has ended.
+    Done {
+        /// Which one.
+        what: What,
+        /// The number of its buffer.
+        index: u32,
+        /// Bytes.
+        result: io::Result<usize>,
+    },
+    /// The kernel is done with the memory of a SEND_ZC.
+    Notified {
+        /// On which stream.
+        stream: usize,
+        /// The number of its buffer.
+        index: u32,
+        /// It had made a copy.
+        copied: bool,
+    },
+}
+
+/// A buffer inside operations.
+#[derive(Debug, Default)]
+struct Held {
+    buffer: Option<Buffer>,
+    /// Completions and notifications to come.
+    pending: u32,
+}
+
+/// The ring with everything that is under way.
+#[derive(Debug)]
+pub(super) struct Operations {
+    ring: Ring,
+    held: Vec<Held>,
+    /// Completions (not notifications) to come.
+    under_way: u32,
+    wake: Waker,
+    wake_index: u32,
+}
+
+impl Operations {
+    /// On these sockets; buffers have numbers below `buffers`, `registered` is the memory to register, `wake_buffer`
+    /// takes what is read from the eventfd.
+    pub(super) fn new(
+        sockets: &[RawFd],
+        buffers: usize,
+        registered: libc::iovec,
+        wake: Waker,
+        wake_buffer: Buffer,
+    ) -> Result<Self, ChannelError> {
+        let mut files = sockets.to_vec();
+        files.push(wake.as_raw_fd());
+        let at_once = (2 * files.len()) as u32;
+        let outstanding = at_once + 2 * buffers as u32;
+        let ring = Ring::new(at_once, outstanding, &files, registered)?;
+        let wake_index = wake_buffer.index();
+        let mut held = Vec::new();
+        held.resize_with(buffers, Held::default);
+        let mut operations = Self {
+            ring,
+            held,
+            under_way: 0,
+            wake,
+            wake_index,
+        };
+        operations
+            .watch(sockets.len(), wake_buffer)
+            .map_err(|source| ChannelError::Ring {
+                what: "watch the eventfd",
+                source,
+            })?;
+        Ok(operations)
+    }
+
+    /// SEND_ZC can be asked for.
+    pub(super) fn can_zero_copy(&self) -> bool {
+        self.ring.zero_copy && self.ring.registered
+    }
+
+    /// The send buffers are registered.
+    pub(super) fn registered(&self) -> bool {
+        self.ring.registered
+    }
+
+    /// How often the ring was entered.
+    pub(super) fn enters(&self) -> u64 {
+        self.ring.enters
+    }
+
+    /// Hands over a buffer to be sent; [`Self::send_range`] follows.
+    pub(super) fn hold(&mut self, buffer: Buffer) -> u32 {
+        let index = buffer.index();
+        self.held[index as usize].buffer = Some(buffer);
+        index
+    }
+
+    /// The buffer, unless the kernel may still read it.
+    pub(super) fn take(&mut self, index: u32) -> Option<Buffer> {
+        let held = &mut self.held[index as usize];
+        if held.pending > 0 {
+            return None;
+        }
+        held.buffer.take()
+    }
+
+    /// Sends a part of a held buffer.
+    pub(super) fn send_range(
+        &mut self,
+        stream: usize,
+        index: u32,
+        range: std::ops::Range<usize>,
+        zero_copy: bool,
+    ) -> io::Result<()> {
+        let Some(buffer) = &self.held[index as usize].buffer else {
+            return Err(io::Error::other("a send without its buffer"));
+        };
+        let bytes = &buffer[range];
+        let (at, length, file) = (bytes.as_ptr(), bytes.len() as u32, Fixed(stream as u32));
+        let entry = match zero_copy {
+            true => opcode::SendZc::new(file, at, length)
+                .buf_index(Some(0))
+                .zc_flags(IORING_SEND_ZC_REPORT_USAGE)
+                .build(),
+            false => opcode::Send::new(file, at, length).build(),
+        };
+        self.start(What::Send(stream), index, entry)
+    }
+
+    /// Receives into a buffer, from `from` on.
+    pub(super) fn receive(
+        &mut self,
+        stream: usize,
+        mut buffer: Buffer,
+        from: usize,
+    ) -> io::Result<()> {
+        let space = &mut buffer[from..];
+        let (at, length) = (space.as_mut_ptr(), space.len() as u32);
+        let index = self.hold(buffer);
+        let entry = opcode::Recv::new(Fixed(stream as u32), at, length).build();
+        self.start(What::Receive(stream), index, entry)
+    }
+
+    /// Waits for the eventfd, which is file number `file`.
+    pub(super) fn watch(&mut self, file: usize, mut buffer: Buffer) -> io::Result<()> {
+        let (at, length) = (buffer.as_mut_ptr(), buffer.len() as u32);
+        let index = self.hold(buffer);
+        let entry = opcode::Read::new(Fixed(file as u32), at, length).build();
+        self.start(What::Wake, index, entry)
+    }
+
+    fn start(&mut self, what: What, index: u32, entry: squeue::Entry) -> io::Result<()> {
+        let entry = entry.user_data(pack(what, index));
+        // SAFETY: the memory is a part of the buffer in `held[index]`, which nobody reaches and which stays mapped until
+        // `completion` has counted the last completion and notification of it.
+        unsafe { self.ring.push(&entry) }?;
+        self.held[index as usize].pending += 1;
+        self.under_way += 1;
+        Ok(())
+    }
+
+    /// Submits, and waits for a completion until `timeout`; zero does not wait.
+    pub(super) fn enter(&mut self, timeout: Duration) -> io::Result<()> {
+        let want = usize::from(!timeout.is_zero());
+        self.ring.enter(want, timeout)
+    }
+
+    /// The next thing that the kernel said.
+    pub(super) fn completion(&mut self) -> Option<Completion> {
+        let entry = self.ring.completion()?;
+        let (what, index) = unpack(entry.user_data());
+        let held = self.held.get_mut(index as usize)?;
+        held.pending = held.pending.saturating_sub(1);
+        if cqueue::notif(entry.flags()) {
+            let stream = match what {
+                What::Send(stream) | What::Receive(stream) => stream,
+                What::Wake => 0,
+            };
+            let copied = entry.result() as u32 & IORING_NOTIF_USAGE_ZC_COPIED != 0;
+            return Some(Completion::Notified {
+                stream,
+                index,
+                copied,
+            });
+        }
+        if cqueue::more(entry.flags()) {
+            held.pending += 1;
+        }
+        self.under_way = self.under_way.saturating_sub(1);
+        let result = match entry.result() {
+            error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+            bytes => Ok(bytes as usize),
+        };
+        Some(Completion::Done {
+            what,
+            index,
+            result,
+        })
+    }
+
+    /// The buffer of the eventfd, when its read is done.
+    pub(super) fn take_wake(&mut self) -> Option<Buffer> {
+        self.take(self.wake_index)
+    }
+}
+
+impl Drop for Operations {
+    /// The sockets are shut down already, so all operations on them end.
+    fn drop(&mut self) {
+        self.wake.wake();
+        let begun = Instant::now();
+        while self.under_way > 0 && begun.elapsed() < DRAIN_MAX {
+            if self.ring.enter(1, Duration::from_millis(100)).is_err() {
+                break;
+            }
+            while self.completion().is_some() {}
+        }
+        // Pages of a SEND_ZC are pinned until they are sent, mapped or not; only receives would write somewhere.
+        if self.under_way > 0 {
+            tracing::warn!(
+                "page channel: {} operations did not end, their memory stays",
+                self.under_way
+            );
+            let buffers = self.held.iter_mut().filter_map(|held| held.buffer.take());
+            buffers.for_each(Buffer::leak);
+        }
+    }
+}
+
+fn pack(what: What, index: u32) -> u64 {
+    let (code, stream) = match what {
+        What::Send(stream) => (0, stream),
+        What::Receive(stream) => (1, stream),
+        What::Wake => (2, 0),
+    };
+    code << 56 | (stream as u64) << 32 | u64::from(index)
+}
+
+fn unpack(data: u64) -> (What, u32) {
+    let stream = (data >> 32 & 0xffff) as usize;
+    let what = match data >> 56 {
+        0 => What::Send(stream),
+        1 => What::Receive(stream),
+        _ => What::Wake,
+    };
+    (what, data as u32)
+}

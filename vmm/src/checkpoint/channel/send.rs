@@ -1,0 +1,299 @@
+//! The sending side: buffers, a queue for each stream, what the open checkpoint has on each.
+//!
+//! Invariants: at most one send of a stream is under way, so its bytes stay in order however short a send is; a buffer
+//! is free, claimed by the owner, or held by `operations` until the kernel is done with it (rule 15).
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::Instant;
+
+use super::counters::Counters;
+use super::error::{ChannelError, Step};
+use super::frame::{HEADER_BYTES, Header, Kind, Totals};
+use super::memory::Buffer;
+use super::operations::Operations;
+
+/// Below it, pinning pages costs more than copying them.
+const ZERO_COPY_MIN_BYTES: usize = 32 << 10;
+
+/// A chunk on its way.
+#[derive(Debug)]
+struct Queued {
+    index: u32,
+    bytes: usize,
+    sent: usize,
+}
+
+#[derive(Debug)]
+struct Lane {
+    queue: VecDeque<Queued>,
+    queued_bytes: usize,
+    /// A send of the first one is under way.
+    busy: bool,
+    zero_copy: bool,
+    /// Last time that something moved, or that there was nothing to move.
+    since: Instant,
+    sequence: u32,
+    totals: Totals,
+}
+
+/// What is to be sent.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    free: Vec<Buffer>,
+    claimed: Option<Buffer>,
+    lanes: Vec<Lane>,
+    next: usize,
+    attempt: u32,
+    /// The epoch of the open checkpoint.
+    pub(super) open: Option<u64>,
+    pub(super) generation: u64,
+}
+
+impl Outgoing {
+    pub(super) fn new(
+        streams: usize,
+        buffers: Vec<Buffer>,
+        zero_copy: bool,
+        generation: u64,
+    ) -> Self {
+        let since = Instant::now();
+        let lane = |_| Lane {
+            queue: VecDeque::with_capacity(buffers.len()),
+            queued_bytes: 0,
+            busy: false,
+            zero_copy,
+            since,
+            sequence: 0,
+            totals: Totals::default(),
+        };
+        let lanes = (0..streams).map(lane).collect();
+        Self {
+            free: buffers,
+            claimed: None,
+            lanes,
+            next: 0,
+            attempt: 0,
+            open: None,
+            generation,
+        }
+    }
+
+    /// True if a buffer is claimed now.
+    pub(super) fn claim(&mut self) -> bool {
+        if self.claimed.is_none() {
+            self.claimed = self.free.pop();
+        }
+        self.claimed.is_some()
+    }
+
+    /// A buffer could be claimed.
+    pub(super) fn has_free(&self) -> bool {
+        self.claimed.is_some() || !self.free.is_empty()
+    }
+
+    /// The claimed buffer's place for a payload; empty without a claim.
+    pub(super) fn payload(&mut self) -> &mut [u8] {
+        match &mut self.claimed {
+            Some(buffer) => &mut buffer[HEADER_BYTES..],
+            None => &mut [],
+        }
+    }
+
+    /// A new checkpoint is open.
+    pub(super) fn open(&mut self, epoch: u64) {
+        self.attempt += 1;
+        self.open = Some(epoch);
+        for lane in &mut self.lanes {
+            (lane.sequence, lane.totals) = (0, Totals::default());
+        }
+    }
+
+    /// The open one is over.
+    pub(super) fn close(&mut self) {
+        self.open = None;
+    }
+
+    /// What the open checkpoint has on a stream.
+    pub(super) fn totals(&self, stream: usize) -> Totals {
+        self.lanes[stream].totals
+    }
+
+    /// The stream with the least to send.
+    pub(super) fn shortest(&mut self) -> usize {
+        let count = self.lanes.len();
+        let rotated = (0..count).map(|i| (self.next + i) % count);
+        let stream = rotated
+            .min_by_key(|&i| self.lanes[i].queued_bytes)
+            .unwrap_or(0);
+        self.next = (stream + 1) % count;
+        stream
+    }
+
+    /// Puts a header before the claimed buffer's payload and the chunk into a stream's queue; gives false without a claim.
+    pub(super) fn queue(
+        &mut self,
+        operations: &mut Operations,
+        stream: usize,
+        kind: Kind,
+        (epoch, items, length): (u64, u32, usize),
+    ) -> bool {
+        let Some(mut buffer) = self.claimed.take() else {
+            return false;
+        };
+        let lane = &mut self.lanes[stream];
+        let (head, payload) = buffer.split_at_mut(HEADER_BYTES);
+        let loose = matches!(kind, Kind::Sync | Kind::Ahead);
+        let header = Header {
+            kind: kind as u16,
+            length: length as u32,
+            stream: stream as u16,
+            generation: self.generation,
+            epoch,
+            attempt: if loose { 0 } else { self.attempt },
+            sequence: if loose { 0 } else { lane.sequence },
+            items,
+            payload_crc: crc32fast::hash(&payload[..length]),
+        };
+        head.copy_from_slice(&header.to_bytes());
+        if !loose {
+            lane.sequence += 1;
+        }
+        if matches!(kind, Kind::State | Kind::Pages | Kind::Digests) {
+            lane.totals.add_chunk(kind, items);
+        }
+        if lane.queue.is_empty() {
+            lane.since = Instant::now();
+        }
+        let index = operations.hold(buffer);
+        let bytes = HEADER_BYTES + length;
+        lane.queue.push_back(Queued {
+            index,
+            bytes,
+            sent: 0,
+        });
+        lane.queued_bytes += bytes;
+        true
+    }
+
+    /// Lets every idle stream with something to send begin.
+    pub(super) fn start(
+        &mut self,
+        operations: &mut Operations,
+        counters: &mut Counters,
+    ) -> Result<(), ChannelError> {
+        for (stream, lane) in self.lanes.iter_mut().enumerate() {
+            let Some(first) = lane.queue.front().filter(|_| !lane.busy) else {
+                continue;
+            };
+            let range = first.sent..first.bytes;
+            let zero_copy = lane.zero_copy && range.len() >= ZERO_COPY_MIN_BYTES;
+            counters.zero_copy_sends += u64::from(zero_copy);
+            let started = operations.send_range(stream, first.index, range, zero_copy);
+            started.map_err(|source| failed(stream, source))?;
+            lane.busy = true;
+        }
+        Ok(())
+    }
+
+    /// A send has ended.
+    pub(super) fn sent(
+        &mut self,
+        operations: &mut Operations,
+        stream: usize,
+        result: io::Result<usize>,
+        counters: &mut Counters,
+    ) -> Result<(), ChannelError> {
+        let lane = &mut self.lanes[stream];
+        lane.busy = false;
+        let Some(first) = lane.queue.front_mut() else {
+            return Ok(());
+        };
+        let bytes = match result {
+            Ok(0) => return Err(failed(stream, io::ErrorKind::WriteZero.into())),
+            Ok(bytes) => bytes,
+            Err(e) if is_passing(&e) => 0,
+            Err(e) if lane.zero_copy && is_refusal(&e) => {
+                lane.zero_copy = false;
+                counters.zero_copy_off += 1;
+                tracing::debug!("page channel: stream {stream} is sent with copies: {e}");
+                0
+            }
+            Err(source) => return Err(failed(stream, source)),
+        };
+        if bytes > 0 {
+            lane.since = Instant::now();
+        }
+        first.sent += bytes;
+        lane.queued_bytes -= bytes;
+        counters.sent_bytes += bytes as u64;
+        if first.sent < first.bytes {
+            counters.short_sends += 1;
+            return Ok(());
+        }
+        counters.sent_chunks += 1;
+        let index = first.index;
+        lane.queue.pop_front();
+        // With SEND_ZC the kernel may still read it: it comes back with the notification.
+        self.free.extend(operations.take(index));
+        Ok(())
+    }
+
+    /// The kernel is done with the memory of a SEND_ZC.
+    pub(super) fn notified(
+        &mut self,
+        operations: &mut Operations,
+        stream: usize,
+        (index, copied): (u32, bool),
+        counters: &mut Counters,
+    ) {
+        let lane = &mut self.lanes[stream];
+        if copied {
+            counters.zero_copy_copied += 1;
+            if lane.zero_copy {
+                lane.zero_copy = false;
+                counters.zero_copy_off += 1;
+                tracing::debug!(
+                    "page channel: stream {stream}: the kernel copies, so it is told to at once"
+                );
+            }
+        }
+        // One that is still in the queue (the rest of a short send) stays there.
+        if !lane.queue.iter().any(|queued| queued.index == index) {
+            self.free.extend(operations.take(index));
+        }
+    }
+
+    /// Everything was handed to the kernel.
+    pub(super) fn is_drained(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.queue.is_empty())
+    }
+
+    /// Since when a stream waits for the peer to take something.
+    pub(super) fn waiting_since(&self, stream: usize) -> Option<Instant> {
+        let lane = &self.lanes[stream];
+        (!lane.queue.is_empty()).then_some(lane.since)
+    }
+}
+
+fn failed(stream: usize, source: io::Error) -> ChannelError {
+    let step = Step::SendChunk;
+    ChannelError::Socket {
+        stream,
+        step,
+        source,
+    }
+}
+
+fn is_passing(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
+}
+
+/// SEND_ZC can't be had: not with this socket, flag or amount of memory.
+fn is_refusal(e: &io::Error) -> bool {
+    let code = e.raw_os_error();
+    matches!(
+        code,
+        Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOMEM | libc::ENOBUFS | libc::EFAULT)
+    )
+}
