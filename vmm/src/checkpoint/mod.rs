@@ -6,6 +6,7 @@
 
 pub mod capture;
 pub mod channel;
+pub mod codec;
 pub mod pages;
 mod pending;
 pub mod stage;
