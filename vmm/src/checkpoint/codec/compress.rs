@@ -2,7 +2,7 @@
 //!
 //! Invariants: nothing is allocated after [`Lz4::new`]; what comes back has exactly the size of a page.
 //!
-//! Does not decide whether it pays, who calls does.
+//! Does not decide whether it pays, see [`super::payoff`].
 
 use std::fmt;
 

@@ -151,7 +151,8 @@ impl SvmDigests {
         }
     }
 
-    /// Starts a checkpoint with the SVM's dirty bitmap, bit `n % 64` of word `n / 64` for page `n`.
+    /// Starts a checkpoint with the SVM's dirty bitmap, bit `n % 64` of word `n / 64` for page `n`: all that it wrote since
+    /// the last *commit*. After an abort (rule 14) the pages of the checkpoint that failed are in it again.
     pub fn begin(&mut self, dirty: &[u64]) -> Result<(), DigestListError> {
         let pages = self.pages;
         let beyond = match pages % 64 {

@@ -1,0 +1,90 @@
+//! What became of the pages of checkpoints, in pages and bytes, for `colo status`.
+//!
+//! Invariant: each page that was decided about counts once, in [`PageCounters::by_kind`] or in `equal`.
+
+use serde::Serialize;
+
+use super::Kind;
+use crate::checkpoint::pages::PAGE_BYTES;
+
+/// Pages of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct KindCounter {
+    /// How many.
+    pub pages: u64,
+    /// What they take on the link, without heads of records.
+    pub bytes: u64,
+}
+
+/// Attempts of one way to make pages smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct AttemptCounter {
+    /// Pages that it was tried on.
+    pub tried: u64,
+    /// Of those, not made smaller by enough.
+    pub refused: u64,
+    /// Pages that it was not tried on because it had not paid before.
+    pub rested: u64,
+    /// How often it was left off because it had not paid.
+    pub rests: u64,
+}
+
+/// Counters of one session; all only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct PageCounters {
+    /// Dropped: the SVM has the same, by its digest or by the last commit's.
+    pub equal: u64,
+    /// Holding zeros only.
+    pub zero: KindCounter,
+    /// As deltas.
+    pub delta: KindCounter,
+    /// Compressed.
+    pub lz4: KindCounter,
+    /// As they are.
+    pub raw: KindCounter,
+    /// Equal, sent to prove it.
+    pub same: KindCounter,
+    /// Pages that the SVM had written and whose digest had not come in time.
+    pub late_digests: u64,
+    /// How deltas did.
+    pub delta_attempts: AttemptCounter,
+    /// How compression did.
+    pub lz4_attempts: AttemptCounter,
+}
+
+impl PageCounters {
+    /// The counter of a kind.
+    pub fn by_kind(&self, kind: Kind) -> KindCounter {
+        match kind {
+            Kind::Zero => self.zero,
+            Kind::Delta => self.delta,
+            Kind::Lz4 => self.lz4,
+            Kind::Raw => self.raw,
+            Kind::Same => self.same,
+        }
+    }
+
+    /// Bytes of all pages that were decided about.
+    pub fn bytes_before(&self) -> u64 {
+        let sent = [self.zero, self.delta, self.lz4, self.raw, self.same];
+        (self.equal + sent.iter().map(|kind| kind.pages).sum::<u64>()) * PAGE_BYTES as u64
+    }
+
+    /// Bytes that travel for them, without heads of records.
+    pub fn bytes_after(&self) -> u64 {
+        let sent = [self.zero, self.delta, self.lz4, self.raw, self.same];
+        sent.iter().map(|kind| kind.bytes).sum()
+    }
+
+    pub(super) fn count(&mut self, kind: Kind, bytes: usize) {
+        let counter = match kind {
+            Kind::Zero => &mut self.zero,
+            Kind::Delta => &mut self.delta,
+            Kind::Lz4 => &mut self.lz4,
+            Kind::Raw => &mut self.raw,
+            Kind::Same => &mut self.same,
+        };
+        counter.pages += 1;
+        counter.bytes += bytes as u64;
+    }
+}
