@@ -27,6 +27,7 @@ mod datapath_udp;
 mod datapath_vhost;
 mod failover;
 mod figures;
+mod pages;
 mod place;
 mod service;
 
@@ -59,6 +60,8 @@ enum Benchmark {
     Failover(failover::FailoverArgs),
     /// How long a checkpoint stops the guest, beside a memcpy of as many pages
     Checkpoint(checkpoint::CheckpointArgs),
+    /// What it costs to find out how a page of a checkpoint travels, beside a memcpy of it
+    Pages(pages::PagesArgs),
     /// What a comparison costs, beside a memcmp and QEMU's comparator
     Compare(compare::CompareArgs),
     /// How fast packets go through the fast path, beside what others do with them
@@ -85,6 +88,7 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
         Benchmark::Service(args) => service::run(args, &place)?,
         Benchmark::Failover(args) => failover::run(args, &place)?,
         Benchmark::Checkpoint(args) => checkpoint::run(args, &place)?,
+        Benchmark::Pages(args) => pages::run(args)?,
         Benchmark::Compare(args) => compare::run(args, &place)?,
         Benchmark::Datapath(args) => datapath::run(args, &place)?,
     };
