@@ -13,6 +13,7 @@ pub mod nic;
 pub mod pair;
 pub mod policy;
 pub mod ring;
+pub mod shard;
 pub mod stages;
 pub mod stats;
 pub mod vhost_user;

@@ -110,6 +110,16 @@ counters! {
         copied_gathered_bytes,
         /// ... because the frame was read as a whole, for the link or a record.
         copied_read_bytes,
+        /// ... because the frame belongs to another shard.
+        copied_crossing_bytes,
+        /// Frames handed to other shards: theirs, or for the guest's queues that they serve.
+        crossed_out_frames,
+        /// Frames taken over from other shards.
+        crossed_in_frames,
+        /// Times that reading stopped because another shard had no room for its frames.
+        crossing_waits,
+        /// Frames for the guest that another shard had no room for and gave back.
+        crossing_returns,
         /// Interrupts sent to the guest.
         guest_calls,
         /// Notifications received from the guest.
@@ -138,6 +148,7 @@ impl WorkerStats {
             CopyCause::Role => &self.copied_role_bytes,
             CopyCause::Gathered => &self.copied_gathered_bytes,
             CopyCause::Read => &self.copied_read_bytes,
+            CopyCause::Crossing => &self.copied_crossing_bytes,
         };
         counter.add(bytes);
     }

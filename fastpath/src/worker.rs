@@ -13,6 +13,7 @@ mod merge;
 mod offload;
 mod port;
 mod role;
+mod shards;
 mod wires;
 
 use std::io;
@@ -29,13 +30,15 @@ use crate::clock::now_us;
 use crate::frame::{FramePool, TxMode};
 use crate::nic::Nic;
 use crate::ring::Area;
+use crate::shard::ShardGroup;
 use crate::stats::WorkerStats;
 
 pub use command::{Command, Task, WorkerGone, WorkerHandle};
-pub use edge::{Edge, NicReport};
+pub use edge::{Edge, Handed, NicReport};
 pub use idle::{PollMode, SPIN_MAX_US};
 pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState};
 pub use role::{BATCH, Role, Solo};
+pub use shards::{quiesce_all, resume_all, set_active_pairs, spawn_shards};
 pub use wires::PortWiring;
 
 use command::Inbox;
@@ -65,7 +68,7 @@ pub fn spawn(
     wiring: PortWiring,
 ) -> io::Result<WorkerHandle> {
     let area = wiring.ram.area().clone();
-    start(config, nic, area, Some(wiring))
+    Prepared::new(config, nic, area, Some(wiring))?.launch(None)
 }
 
 /// Starts a worker in the role [`Solo`] for guests that come and go and bring their own memory
@@ -73,44 +76,72 @@ pub fn spawn(
 pub fn spawn_unattached(config: WorkerConfig, nic: Box<dyn Nic>) -> io::Result<WorkerHandle> {
     let slots_bytes = config.frame_slots as usize * nic.slot_bytes();
     let area = Arc::new(Area::reserve(slots_bytes)?);
-    start(config, nic, area, None)
+    Prepared::new(config, nic, area, None)?.launch(None)
 }
 
-fn start(
+/// All that a worker needs but a thread.
+struct Prepared {
     config: WorkerConfig,
-    mut nic: Box<dyn Nic>,
-    area: Arc<Area>,
-    wiring: Option<PortWiring>,
-) -> io::Result<WorkerHandle> {
-    let stats = Arc::new(WorkerStats::default());
-    let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-    let (sender, commands) = channel();
-    let slot_bytes = nic.slot_bytes();
-    let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
-    if let Some(wiring) = &wiring {
-        frames.set_guest(wiring.ram.clone());
+    edge: Edge,
+    wake: Arc<EventFd>,
+    stats: Arc<WorkerStats>,
+}
+
+impl Prepared {
+    fn new(
+        config: WorkerConfig,
+        mut nic: Box<dyn Nic>,
+        area: Arc<Area>,
+        wiring: Option<PortWiring>,
+    ) -> io::Result<Self> {
+        let stats = Arc::new(WorkerStats::default());
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let slot_bytes = nic.slot_bytes();
+        let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
+        if let Some(wiring) = &wiring {
+            frames.set_guest(wiring.ram.clone());
+        }
+        frames.set_tx(config.tx);
+        nic.start(&mut frames)?;
+        let port = GuestPort::new(wiring, stats.clone());
+        let stages = config.stages.then(Box::default);
+        Ok(Self {
+            edge: Edge::new(frames, nic, port, stages, stats.clone()),
+            config,
+            wake,
+            stats,
+        })
     }
-    frames.set_tx(config.tx);
-    nic.start(&mut frames)?;
-    let port = GuestPort::new(wiring, stats.clone());
-    let stages = config.stages.then(Box::default);
-    let worker = Worker {
-        edge: Edge::new(frames, nic, port, stages, stats.clone()),
-        role: Box::new(Solo::default()),
-        inbox: Inbox {
-            commands,
-            wake: wake.clone(),
-        },
-        idle: Idle::new(config.poll),
-        stats: stats.clone(),
-        quiesced: false,
-        fds: Vec::with_capacity(8),
-    };
-    let thread = thread::Builder::new().name(config.name).spawn(move || {
-        pin(config.cpu);
-        worker.run();
-    })?;
-    Ok(WorkerHandle::new(sender, wake, stats, thread))
+
+    /// Starts the thread. `group`: it is one of these.
+    fn launch(self, group: Option<ShardGroup>) -> io::Result<WorkerHandle> {
+        let Self {
+            config,
+            edge,
+            wake,
+            stats,
+        } = self;
+        let (sender, commands) = channel();
+        let worker = Worker {
+            edge,
+            role: Box::new(Solo::default()),
+            inbox: Inbox {
+                commands,
+                wake: wake.clone(),
+            },
+            idle: Idle::new(config.poll),
+            stats: stats.clone(),
+            halted: false,
+            quiesced: false,
+            fds: Vec::with_capacity(8),
+        };
+        let thread = thread::Builder::new().name(config.name).spawn(move || {
+            pin(config.cpu);
+            worker.run();
+        })?;
+        let group = group.unwrap_or_else(|| ShardGroup::new([wake.clone()]));
+        Ok(WorkerHandle::new(sender, wake, stats, group, thread))
+    }
 }
 
 struct Worker {
@@ -119,6 +150,9 @@ struct Worker {
     inbox: Inbox,
     idle: Idle,
     stats: Arc<WorkerStats>,
+    /// Frames stand still.
+    halted: bool,
+    /// And the role knows.
     quiesced: bool,
     fds: Vec<libc::pollfd>,
 }
@@ -127,7 +161,7 @@ impl Worker {
     fn run(mut self) {
         while self.obey() {
             let now_us = now_us();
-            let worked = !self.quiesced && self.role.step(&mut self.edge, now_us);
+            let worked = !self.halted && self.step(now_us);
             // Also without progress: a dropped buffer goes back to the guest too.
             self.edge.flush();
             if worked {
@@ -136,11 +170,43 @@ impl Worker {
                 continue;
             }
             match self.idle.next(now_us) {
-                Next::Spin if !self.quiesced => std::hint::spin_loop(),
+                Next::Spin if !self.halted => std::hint::spin_loop(),
                 _ => self.sleep(now_us),
             }
         }
         self.role.leave(&mut self.edge);
+    }
+
+    /// Moves a batch of frames. Gives whether there were any.
+    #[inline]
+    fn step(&mut self, now_us: u64) -> bool {
+        if !self.edge.is_sharded() {
+            return self.role.step(&mut self.edge, now_us);
+        }
+        self.edge.begin_batch(self.role.serves_guest());
+        let delivered = self.take_delivered(now_us);
+        let moved = self.role.step(&mut self.edge, now_us);
+        self.edge.has_crossed() | delivered | moved
+    }
+
+    /// Tells the role what other workers have delivered for it. Gives whether there was anything.
+    fn take_delivered(&mut self, now_us: u64) -> bool {
+        let mut any = false;
+        while let Some((delivery, token)) = self.edge.poll_delivered() {
+            self.role.delivered(&mut self.edge, now_us, delivery, token);
+            any = true;
+        }
+        any
+    }
+
+    /// Takes what other workers have for this one when an epoch ends: what the guest was given is told
+    /// to the role before what the guest has sent, and what they hand over is delivered or goes back.
+    fn absorb(&mut self) {
+        let now_us = now_us();
+        self.edge.look();
+        self.take_delivered(now_us);
+        self.role.absorb(&mut self.edge, now_us);
+        self.edge.deliver_last(self.role.serves_guest());
     }
 
     /// Handles what others ask for; `false` to end.
@@ -164,13 +230,28 @@ impl Worker {
                 edge.deactivate();
                 let _ = reply.send(());
             }
+            Command::Halt(reply) => {
+                self.halted = true;
+                edge.flush();
+                let _ = reply.send(());
+            }
+            Command::Absorb(reply) => {
+                self.absorb();
+                self.edge.flush();
+                let _ = reply.send(());
+            }
             Command::Quiesce(reply) => {
+                self.halted = true;
+                edge.look();
+                self.take_delivered(now_us());
+                let edge = &mut self.edge;
                 if !std::mem::replace(&mut self.quiesced, true) {
                     self.role.quiesce(edge);
                 }
                 let _ = reply.send(edge.quiesce());
             }
             Command::Resume => {
+                self.halted = false;
                 if std::mem::replace(&mut self.quiesced, false) {
                     self.role.resume(edge);
                 }
@@ -198,12 +279,19 @@ impl Worker {
         self.fds.clear();
         self.fds.push(readable(self.inbox.wake.as_raw_fd()));
         let mut timeout_us = None;
-        if !self.quiesced {
-            if self.edge.port.sleep_mode(self.role.wants_guest_frames()) {
+        if !self.halted {
+            let wants_guest = self.role.wants_guest_frames();
+            let wants_nic = self.role.wants_nic_frames(&mut self.edge);
+            let wants_frames = wants_nic && self.edge.reads_nic();
+            let reads_guest = wants_guest && self.edge.reads_guest();
+            if self.edge.port.sleep_mode(reads_guest)
+                || !self
+                    .edge
+                    .may_sleep(wants_nic, wants_guest, self.role.serves_guest())
+            {
                 self.edge.port.poll_mode();
                 return;
             }
-            let wants_frames = self.role.wants_nic_frames(&mut self.edge);
             self.fds.extend(self.edge.port.kick_fds().map(readable));
             self.edge.poll_fds(wants_frames, &mut self.fds);
             self.role.poll_fds(&mut self.fds);
@@ -214,7 +302,8 @@ impl Worker {
         self.stats.sleeps.add(1);
         wait(&mut self.fds, timeout_us);
         let _ = self.inbox.wake.read();
-        if !self.quiesced {
+        if !self.halted {
+            self.edge.get_up();
             // Quiesced, guest memory stands still; the first step after it looks at everything.
             self.edge.port.drain_kicks();
             self.edge.port.poll_mode();
@@ -266,3 +355,7 @@ mod tests;
 #[cfg(test)]
 #[path = "worker/feature_tests.rs"]
 mod feature_tests;
+
+#[cfg(test)]
+#[path = "worker/shard_tests.rs"]
+mod shard_tests;

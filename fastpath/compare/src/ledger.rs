@@ -125,7 +125,7 @@ impl Ledger {
     pub(crate) fn new(limits: &Limits) -> Self {
         // Everything that one call can decide: all that is held leaves, all that it stood for is
         // reported; beside it what the shell left for later.
-        let steps = limits.max_held_frames + limits.max_svm_frames + 1024;
+        let steps = limits.max_held_frames + limits.crossing_frames + limits.max_svm_frames + 1024;
         Self {
             steps: VecDeque::with_capacity(steps),
             report: None,

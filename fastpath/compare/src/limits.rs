@@ -20,6 +20,10 @@ pub struct Limits {
     /// PVM frames held or deferred; above it [`crate::PrimaryPath::room`] is false. 144 bytes each
     /// on the primary, 4 on the secondary, for the pending output of a checkpoint.
     pub max_held_frames: usize,
+    /// Frames that may come at the end of an epoch in excess of `max_held_frames` or
+    /// `max_stored_output`: with several shards, those on their way from one to another. As many bytes
+    /// each as those.
+    pub crossing_frames: usize,
     /// SVM frames kept by the comparator, history included. 136 bytes each on the primary.
     pub max_svm_frames: usize,
     /// Bytes of one flow's released SVM segments that are kept until the client's ACK. They stay in
@@ -83,6 +87,7 @@ impl Default for Limits {
             max_flows: 65_536,
             max_translations: 65_536,
             max_held_frames: 2048,
+            crossing_frames: 0,
             max_svm_frames: 4096,
             max_history_bytes: 256 * 1024,
             max_unacked_inputs: 1024,

@@ -50,6 +50,8 @@ pub enum CopyCause {
     Gathered,
     /// Read as a whole.
     Read,
+    /// Another shard's: the copy goes to its owner.
+    Crossing,
 }
 
 /// What of a frame still lies in the guest.

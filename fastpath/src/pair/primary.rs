@@ -19,7 +19,7 @@ use crate::link::{
     PacketLinkError, PacketMsg,
 };
 use crate::mailbox::Post;
-use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
+use crate::worker::{BATCH, Delivery, Edge, Handed, Role, WorkerHandle};
 
 /// Longest time recorded.
 const HOLD_MAX_US: u64 = 600_000_000;
@@ -440,11 +440,16 @@ impl PrimaryRole {
         while n < BATCH && self.takes_input(edge) {
             // What an earlier life of this VM owes to the guest comes first (rule 5).
             if let Some(token) = self.path.poll_deliver(now_us, &mut edge.frames) {
-                if edge.guest_deliver(&token) == Delivery::NoRoom {
-                    self.path.undelivered(token);
-                    break;
+                match edge.guest_deliver(token) {
+                    Handed::Now(Delivery::NoRoom, token) => {
+                        self.path.undelivered(token);
+                        break;
+                    }
+                    Handed::Now(_, token) => {
+                        self.path.handle_delivered(now_us, &mut edge.frames, token);
+                    }
+                    Handed::Later => {}
                 }
-                self.path.handle_delivered(now_us, &mut edge.frames, token);
                 n += 1;
                 continue;
             }
@@ -452,10 +457,8 @@ impl PrimaryRole {
                 break;
             };
             let token = self.path.handle_nic(now_us, &mut edge.frames, token);
-            match edge.guest_deliver(&token) {
-                Delivery::Done => self.path.handle_delivered(now_us, &mut edge.frames, token),
-                // Lost as on a wire, and not mirrored (rule 4).
-                Delivery::NoRoom | Delivery::TooSmall => edge.release(token),
+            if let Handed::Now(delivery, token) = edge.guest_deliver(token) {
+                self.delivered(edge, now_us, delivery, token);
             }
             n += 1;
         }
@@ -592,6 +595,22 @@ impl Role for PrimaryRole {
         }
         n += self.act(edge);
         n > 0
+    }
+
+    fn delivered(&mut self, edge: &mut Edge, now_us: u64, delivery: Delivery, token: Token) {
+        match delivery {
+            Delivery::Done => self.path.handle_delivered(now_us, &mut edge.frames, token),
+            // Lost as on a wire, and not mirrored (rule 4).
+            Delivery::NoRoom | Delivery::TooSmall => edge.release(token),
+        }
+    }
+
+    fn absorb(&mut self, edge: &mut Edge, now_us: u64) {
+        while self.path.last_room_frames() > 0
+            && let Some(token) = edge.guest_take_crossed()
+        {
+            self.path.handle_guest_tx(now_us, &mut edge.frames, token);
+        }
     }
 
     fn awake(&mut self, now_us: u64) {

@@ -12,7 +12,7 @@ use crate::link::{
 };
 use crate::mailbox::Post;
 use crate::nic::Filter;
-use crate::worker::{BATCH, Delivery, Edge, Role, WorkerHandle};
+use crate::worker::{BATCH, Delivery, Edge, Handed, Role, WorkerHandle};
 
 /// How a secondary's role is set up.
 #[derive(Debug)]
@@ -54,6 +54,8 @@ pub struct SecondaryRole {
     mac: Mac,
     /// The SVM stands still: its queues are not touched, the link is read on.
     stopped: bool,
+    /// To be said as soon as other workers have delivered what they were handed.
+    caught_up: Option<u64>,
 }
 
 impl SecondaryRole {
@@ -66,6 +68,7 @@ impl SecondaryRole {
             post,
             mac: config.mac,
             stopped: true,
+            caught_up: None,
         }
     }
 
@@ -98,6 +101,7 @@ impl SecondaryRole {
     /// The SVM has stopped for a checkpoint: its last output goes to the link.
     pub fn stop(&mut self, edge: &mut Edge) {
         self.take_rest(edge);
+        self.caught_up = None;
         if let Some(path) = &mut self.path {
             path.stop();
         }
@@ -110,6 +114,7 @@ impl SecondaryRole {
         let now_us = now_us();
         let (mut n, mut all) = (1, 0);
         while n > 0 {
+            edge.look();
             n = self.take_output(edge, now_us);
             all += n;
         }
@@ -159,6 +164,8 @@ impl SecondaryRole {
         }
         path.commit(now_us(), &mut edge.frames, epoch, tokens, translations)
             .map_err(|e| e.to_string())?;
+        // What crossed before this epoch's end was an SVM's that is no more.
+        edge.forget_crossed();
         self.act(edge);
         Ok(())
     }
@@ -280,12 +287,13 @@ impl SecondaryRole {
             let Some(token) = path.poll_deliver(now_us, &mut edge.frames) else {
                 break;
             };
-            match edge.guest_deliver(&token) {
-                Delivery::NoRoom => {
+            match edge.guest_deliver(token) {
+                Handed::Now(Delivery::NoRoom, token) => {
                     path.undelivered(token);
                     break;
                 }
-                Delivery::Done | Delivery::TooSmall => edge.release(token),
+                Handed::Now(_, token) => edge.release(token),
+                Handed::Later => {}
             }
             n += 1;
         }
@@ -309,6 +317,12 @@ impl SecondaryRole {
     fn act(&mut self, edge: &mut Edge) -> usize {
         let Some(path) = &mut self.path else { return 0 };
         let mut n = 0;
+        if !edge.has_undelivered()
+            && let Some(epoch) = self.caught_up.take()
+        {
+            push(&mut self.link, &PacketMsg::CaughtUp { epoch });
+            n += 1;
+        }
         while let Some(action) = path.poll_action() {
             n += 1;
             match action {
@@ -346,6 +360,10 @@ impl SecondaryRole {
                             },
                         );
                     }
+                }
+                // The other worker has not confirmed all of what came before (rule 9).
+                SecondaryAction::CaughtUp { epoch } if edge.has_undelivered() => {
+                    self.caught_up = Some(epoch);
                 }
                 SecondaryAction::CaughtUp { epoch } => {
                     self.digests.send(&mut self.link);
@@ -414,6 +432,15 @@ impl Role for SecondaryRole {
         n > 0
     }
 
+    fn absorb(&mut self, edge: &mut Edge, now_us: u64) {
+        let Some(path) = &mut self.path else { return };
+        while path.last_room_frames() > 0
+            && let Some(token) = edge.guest_take_crossed()
+        {
+            path.handle_guest_tx(now_us, &mut edge.frames, token);
+        }
+    }
+
     fn deadline_us(&self) -> Option<u64> {
         let path_us = self.path.as_ref().and_then(SecondaryPath::next_deadline);
         let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
@@ -427,6 +454,10 @@ impl Role for SecondaryRole {
     fn wants_guest_frames(&self) -> bool {
         let link_room = self.link.as_ref().is_none_or(PacketLink::has_room);
         !self.stopped && link_room && self.path.as_ref().is_some_and(SecondaryPath::room)
+    }
+
+    fn serves_guest(&self) -> bool {
+        !self.stopped
     }
 
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {

@@ -7,6 +7,7 @@ pub mod driver_mock;
 mod error;
 mod memory;
 mod split;
+pub mod spsc;
 mod virtqueue;
 pub mod xsk;
 

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::nic::Filter;
+use crate::shard::ShardGroup;
 use crate::stats::{WorkerSnapshot, WorkerStats};
 use crate::vhost_user::GuestRings;
 
@@ -33,6 +34,10 @@ pub enum Command {
     Activate(PortState),
     /// The guest reset the device: forget the queues, then answer.
     Deactivate(Sender<()>),
+    /// Stop at this packet boundary.
+    Halt(Sender<()>),
+    /// Halted: take what other workers have for this one, and deliver for them or give back.
+    Absorb(Sender<()>),
     /// Stop at this packet boundary and tell where the queues stand.
     Quiesce(Sender<Option<PortState>>),
     /// Go on.
@@ -53,6 +58,7 @@ pub struct WorkerHandle {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     stats: Arc<WorkerStats>,
+    group: ShardGroup,
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
@@ -61,12 +67,14 @@ impl WorkerHandle {
         commands: Sender<Command>,
         wake: Arc<EventFd>,
         stats: Arc<WorkerStats>,
+        group: ShardGroup,
         thread: JoinHandle<()>,
     ) -> Self {
         Self {
             commands,
             wake,
             stats,
+            group,
             thread: Arc::new(Mutex::new(Some(thread))),
         }
     }
@@ -88,7 +96,7 @@ impl WorkerHandle {
     }
 
     /// Stops the worker at a packet boundary. Gives the states of the queues, or `None` without a
-    /// driver.
+    /// driver. For one of several shards see [`quiesce_all`](super::quiesce_all).
     pub fn quiesce(&self) -> Result<Option<PortState>, WorkerGone> {
         self.ask(Command::Quiesce)
     }
@@ -136,6 +144,11 @@ impl WorkerHandle {
         Ok(answer)
     }
 
+    /// The workers that serve this one's guest.
+    pub fn group(&self) -> &ShardGroup {
+        &self.group
+    }
+
     /// The counters of this moment.
     pub fn stats(&self) -> WorkerSnapshot {
         self.stats.snapshot()
@@ -168,9 +181,18 @@ impl WorkerHandle {
     }
 
     fn ask<R>(&self, command: impl FnOnce(Sender<R>) -> Command) -> Result<R, WorkerGone> {
+        let answer = self.begin_ask(command)?;
+        answer.recv().map_err(|_| WorkerGone)
+    }
+
+    /// Asks without waiting for the answer.
+    pub(super) fn begin_ask<R>(
+        &self,
+        command: impl FnOnce(Sender<R>) -> Command,
+    ) -> Result<Receiver<R>, WorkerGone> {
         let (reply, answer) = channel();
         self.send(command(reply))?;
-        answer.recv().map_err(|_| WorkerGone)
+        Ok(answer)
     }
 }
 

@@ -5,6 +5,8 @@
 //!
 //! Does not decide what goes where; the role does.
 
+mod crossing;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
@@ -15,12 +17,26 @@ use crate::clock::now_ns;
 use crate::frame::{Buffer, CopyCause, FramePool, LINK_HEADER_MAX};
 use crate::nic::{Filter, Nic, Sent};
 use crate::ring::QUEUE_SIZE_MAX;
+use crate::shard::Seat;
 use crate::stages::{Stage, Stages};
 use crate::stats::WorkerStats;
 use crate::vhost_user::GuestRings;
 
 use super::port::{Delivery, GuestPort, PortState};
 use super::role::BATCH;
+
+use crossing::Crossing;
+
+/// What became of a frame that was handed over for the guest.
+#[derive(Debug)]
+#[must_use = "the token is the caller's again"]
+pub enum Handed {
+    /// Known at once. The token is the caller's.
+    Now(Delivery, Token),
+    /// Another worker serves the guest's queue: [`Edge::poll_delivered`] gives the token back when the
+    /// frame is in the guest's memory.
+    Later,
+}
 
 /// A NIC in a report.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -42,6 +58,8 @@ pub struct Edge {
     received: VecDeque<Token>,
     pub(super) port: GuestPort,
     returned: Vec<Buffer>,
+    /// With several shards.
+    crossing: Option<Box<Crossing>>,
     stages: Option<Box<Stages>>,
     stats: Arc<WorkerStats>,
 }
@@ -63,13 +81,27 @@ impl Edge {
             received: VecDeque::with_capacity(BATCH),
             port,
             returned: Vec::with_capacity(usize::from(QUEUE_SIZE_MAX)),
+            crossing: None,
             stages,
             stats,
         }
     }
 
-    /// The next frame from the NIC, if there is one and a slot for it.
+    /// Makes it one of several.
+    pub(super) fn sit_down(&mut self, seat: Seat) {
+        self.crossing = Some(Box::new(Crossing::new(seat)));
+    }
+
+    /// The next frame of this shard from the NIC, if there is one and a slot for it. Those of other
+    /// shards go to their owners.
     pub fn nic_receive(&mut self) -> Option<Token> {
+        match self.crossing {
+            None => self.receive_any(),
+            Some(_) => self.receive_of_shard(),
+        }
+    }
+
+    fn receive_any(&mut self) -> Option<Token> {
         let frame_max = self.frame_max();
         loop {
             if self.received.is_empty() {
@@ -131,9 +163,13 @@ impl Edge {
         usize::from(self.nic.mtu()) + LINK_HEADER_MAX
     }
 
-    /// Whether the guest has a receive buffer.
+    /// Whether the guest has a receive buffer for a frame of this shard, or whoever delivers it has
+    /// room for it.
     pub fn guest_has_room(&mut self) -> bool {
-        self.port.has_room()
+        match self.crossing {
+            None => self.port.has_room(),
+            Some(_) => self.guest_has_room_for_shard(),
+        }
     }
 
     /// Whether the guest has something to send.
@@ -146,13 +182,21 @@ impl Edge {
         self.port.is_active()
     }
 
-    /// Puts a frame into the guest's receive queue. The token stays the caller's.
-    pub fn guest_deliver(&mut self, token: &Token) -> Delivery {
-        let delivery = self.port.deliver(self.frames.bytes(token));
-        if delivery == Delivery::Done {
-            self.record(Stage::NicToGuest, self.frames.stamped_ns(token));
+    /// Puts a frame into the guest's receive queue, or has it put there by the worker that serves the
+    /// queue.
+    pub fn guest_deliver(&mut self, token: Token) -> Handed {
+        match self.crossing {
+            None => self.deliver_here(token),
+            Some(_) => self.deliver_for_shard(token),
         }
-        delivery
+    }
+
+    fn deliver_here(&mut self, token: Token) -> Handed {
+        let delivery = self.port.deliver(self.frames.bytes(&token));
+        if delivery == Delivery::Done {
+            self.record(Stage::NicToGuest, self.frames.stamped_ns(&token));
+        }
+        Handed::Now(delivery, token)
     }
 
     /// The comparator is about to get these.
@@ -186,13 +230,13 @@ impl Edge {
         }
     }
 
-    /// The next frame from the guest, if there is one and a slot for it, as a copy: its buffer is
-    /// the guest's again.
+    /// The next frame of this shard from the guest, if there is one and a slot for it, as a copy: its
+    /// buffer is the guest's again. Those of other shards go to their owners.
     pub fn guest_take(&mut self) -> Option<Token> {
         self.take(Some(CopyCause::Role))
     }
 
-    /// The next frame from the guest; a long one stays where it is until it is released, or
+    /// The next frame of this shard from the guest; a long one stays where it is until it is released, or
     /// settled.
     pub fn guest_take_in_place(&mut self) -> Option<Token> {
         let is_pressed = self.frames.in_place() >= self.port.in_place_max();
@@ -200,6 +244,13 @@ impl Edge {
     }
 
     fn take(&mut self, copied: Option<CopyCause>) -> Option<Token> {
+        match self.crossing {
+            None => self.take_any(copied),
+            Some(_) => self.take_of_shard(copied),
+        }
+    }
+
+    fn take_any(&mut self, copied: Option<CopyCause>) -> Option<Token> {
         if !self.port.has_output() {
             return None;
         }
@@ -251,6 +302,7 @@ impl Edge {
         }
         self.return_buffers();
         self.port.flush();
+        self.ring_others();
     }
 
     /// No buffer of the guest is in use, and both queues say so (rule 12).

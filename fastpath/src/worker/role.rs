@@ -9,7 +9,7 @@ use std::any::Any;
 
 use colo_compare::Token;
 
-use super::edge::Edge;
+use super::edge::{Edge, Handed};
 use super::port::Delivery;
 
 /// Frames that one step moves at most in each direction.
@@ -48,8 +48,23 @@ pub trait Role: Any + Send {
         true
     }
 
+    /// Whether the guest's queues may be touched at present; other workers' frames for the guest wait
+    /// as long.
+    fn serves_guest(&self) -> bool {
+        true
+    }
+
     /// Adds descriptors that wake it. `revents` are not reported: it tries them in its next step.
     fn poll_fds(&self, _fds: &mut Vec<libc::pollfd>) {}
+
+    /// A frame that [`Edge::guest_deliver`] handed to another worker: what became of it.
+    fn delivered(&mut self, edge: &mut Edge, _now_us: u64, _delivery: Delivery, token: Token) {
+        edge.release(token);
+    }
+
+    /// The epoch ends: takes what other workers have taken from the guest for this shard
+    /// ([`Edge::guest_take_crossed`]), because the guest has the buffers back (rule 12).
+    fn absorb(&mut self, _edge: &mut Edge, _now_us: u64) {}
 
     /// The worker stops here, at a packet boundary, until it resumes (rule 12).
     fn quiesce(&mut self, _edge: &mut Edge) {}
@@ -76,9 +91,10 @@ impl Solo {
             let Some(token) = edge.nic_receive() else {
                 break;
             };
-            let delivery = edge.guest_deliver(&token);
-            debug_assert_ne!(delivery, Delivery::NoRoom);
-            edge.release(token);
+            if let Handed::Now(delivery, token) = edge.guest_deliver(token) {
+                debug_assert_ne!(delivery, Delivery::NoRoom);
+                edge.release(token);
+            }
             moved += 1;
         }
         moved

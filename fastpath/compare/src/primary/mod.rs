@@ -141,7 +141,7 @@ impl PrimaryPath {
             session_base: 0,
             next_id: 0,
             flows: Flows::new(&limits),
-            held: Lists::with_capacity(limits.max_held_frames),
+            held: Lists::with_capacity(limits.max_held_frames + limits.crossing_frames),
             deferred: Ends::EMPTY,
             cleared: Ends::EMPTY,
             cleared_pending: None,
@@ -149,7 +149,7 @@ impl PrimaryPath {
             deferred_svm: Ends::EMPTY,
             history_hand: 0,
             expected: Vec::with_capacity(EXPECTED_MAX),
-            order: Vec::with_capacity(limits.max_held_frames),
+            order: Vec::with_capacity(limits.max_held_frames + limits.crossing_frames),
             openers: Vec::with_capacity(MAX_OPENERS),
             requested: None,
             client: ClientTable::new(limits.max_translations, limits.hash_seed),
@@ -246,6 +246,17 @@ impl PrimaryPath {
     /// How many frames the shell may read from guest_tx.
     pub fn room_frames(&self) -> usize {
         self.limits.max_held_frames.saturating_sub(self.held.len())
+    }
+
+    /// How many frames it takes at the end of an epoch, when those on their way between shards come
+    /// ([`Limits::crossing_frames`]).
+    pub fn last_room_frames(&self) -> usize {
+        self.room_frames() + self.crossing_room()
+    }
+
+    fn crossing_room(&self) -> usize {
+        let above = self.held.len().saturating_sub(self.limits.max_held_frames);
+        self.limits.crossing_frames.saturating_sub(above)
     }
 
     /// Whether the shell may read another frame from the NIC.

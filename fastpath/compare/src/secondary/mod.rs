@@ -95,12 +95,12 @@ impl SecondaryPath {
             delivered_seq: 0,
             catch_up_to: None,
             pairs: PairTable::new(limits.max_flows, seed),
-            outputs: VecDeque::with_capacity(limits.max_stored_output),
+            outputs: VecDeque::with_capacity(limits.max_stored_output + limits.crossing_frames),
             next_svm_seq: 1,
             unsent_svm_seq: 1,
             digest_key: None,
-            fetched: VecDeque::with_capacity(limits.max_stored_output),
-            pending: VecDeque::with_capacity(limits.max_held_frames),
+            fetched: VecDeque::with_capacity(limits.max_stored_output + limits.crossing_frames),
+            pending: VecDeque::with_capacity(limits.max_held_frames + limits.crossing_frames),
             pending_epoch: 0,
             pending_released: 0,
             client: ClientTable::new(limits.max_translations, seed),
@@ -134,6 +134,13 @@ impl SecondaryPath {
     /// Whether the shell may read another frame from guest_tx.
     pub fn room(&self) -> bool {
         self.outputs.len() < self.limits.max_stored_output
+    }
+
+    /// How many frames it takes at the end of an epoch, when those on their way between shards come
+    /// ([`Limits::crossing_frames`]).
+    pub fn last_room_frames(&self) -> usize {
+        let max = self.limits.max_stored_output + self.limits.crossing_frames;
+        max.saturating_sub(self.outputs.len())
     }
 
     /// What is to be done next.

@@ -136,6 +136,12 @@ impl Layout {
     }
 }
 
+/// The TCP connection whose segment an ICMP error quotes; `None` for other packets. Which end is
+/// called the guest does not depend on the direction that `packet` was read for.
+pub fn quoted_connection(header: &[u8], packet: &Packet) -> Option<FlowKey> {
+    Quoted::parse(header, packet).map(|quoted| quoted.key)
+}
+
 struct Ethernet {
     vlan: [u16; 2],
     ethertype: u16,

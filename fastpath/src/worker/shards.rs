@@ -1,0 +1,114 @@
+//! Several workers for one guest: how they start, stop together and go on.
+//!
+//! Invariants: a stop is one cut across all of them (rule 4): when it is made, no frame is on its way
+//! from one to another, except what nobody has taken from the network yet; what the guest has sent is
+//! with its owner, what the guest was given is confirmed.
+//!
+//! Does not know what the roles make of the cut.
+
+use std::io;
+use std::sync::mpsc::Sender;
+
+use crate::nic::Nic;
+use crate::shard::{SHARDS_MAX, ShardGroup, crossing_frames, seats};
+
+use super::command::{Command, WorkerGone, WorkerHandle};
+use super::port::PortState;
+use super::wires::PortWiring;
+use super::{Prepared, WorkerConfig};
+
+/// Starts one worker per shard, all in the role [`Solo`](super::Solo) and without a driver yet: worker
+/// n has NIC n and serves the queue pair of wiring n, all of one guest. Each pool gets as many slots
+/// more than its configuration says as may be on their way between shards.
+pub fn spawn_shards(
+    configs: Vec<WorkerConfig>,
+    nics: Vec<Box<dyn Nic>>,
+    wirings: Vec<PortWiring>,
+) -> io::Result<Vec<WorkerHandle>> {
+    let shards = configs.len();
+    if shards == 0 || shards > SHARDS_MAX || nics.len() != shards || wirings.len() != shards {
+        let text = format!(
+            "{shards} workers with {} NICs and {} queue pairs; there must be as many of each, from 1 \
+             to {SHARDS_MAX}",
+            nics.len(),
+            wirings.len()
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    let mut prepared = Vec::with_capacity(shards);
+    for ((mut config, nic), wiring) in configs.into_iter().zip(nics).zip(wirings) {
+        config.frame_slots += crossing_frames(shards) as u32;
+        let area = wiring.ram.area().clone();
+        prepared.push(Prepared::new(config, nic, area, Some(wiring))?);
+    }
+    let group = ShardGroup::new(prepared.iter().map(|worker| worker.wake.clone()));
+    if shards > 1 {
+        let frame_bytes_max = prepared.iter().map(|w| w.edge.frames.frame_bytes_max());
+        let seats = seats(&group, frame_bytes_max.max().unwrap_or(0));
+        for (worker, seat) in prepared.iter_mut().zip(seats) {
+            worker.edge.sit_down(seat);
+        }
+    }
+    let launch = |worker: Prepared| worker.launch(Some(group.clone()));
+    let mut workers = Vec::with_capacity(shards);
+    for worker in prepared {
+        match launch(worker) {
+            Ok(worker) => workers.push(worker),
+            Err(e) => {
+                workers.iter().for_each(WorkerHandle::stop);
+                return Err(e);
+            }
+        }
+    }
+    Ok(workers)
+}
+
+/// Stops all workers of one guest at one cut across them. Gives the states of their queues, each
+/// `None` without a driver. The guest stands still.
+///
+/// A frame for the guest that had not been delivered stays with its owner and belongs to the next
+/// epoch. Whoever replaces the guest's state by another forgets it with
+/// [`Edge::forget_crossed`](super::Edge::forget_crossed).
+pub fn quiesce_all(workers: &[WorkerHandle]) -> Result<Vec<Option<PortState>>, WorkerGone> {
+    if workers.len() > 1 {
+        all(workers, Command::Halt)?;
+        all(workers, Command::Absorb)?;
+    }
+    all(workers, Command::Quiesce)
+}
+
+/// Lets all go on.
+pub fn resume_all(workers: &[WorkerHandle]) -> Result<(), WorkerGone> {
+    workers.iter().try_for_each(WorkerHandle::resume)
+}
+
+/// Sets how many of its queue pairs the guest uses, and waits until every worker heeds it: nothing is
+/// delivered to the others any more (virtio 1.3 section 5.1.6.5.6.2). Not from a worker's own thread;
+/// [`ShardGroup::set_active_pairs`] does not wait.
+pub fn set_active_pairs(workers: &[WorkerHandle], pairs: usize) -> Result<(), WorkerGone> {
+    let Some(first) = workers.first() else {
+        return Ok(());
+    };
+    first.group().set_active_pairs(pairs);
+    // Between two batches each looks anew.
+    all(workers, |reply| {
+        Command::Run(Box::new(move |edge, _| {
+            edge.look();
+            let _ = reply.send(());
+        }))
+    })?;
+    Ok(())
+}
+
+/// Tells all, then waits for all.
+fn all<R>(
+    workers: &[WorkerHandle],
+    command: impl Fn(Sender<R>) -> Command,
+) -> Result<Vec<R>, WorkerGone> {
+    let answers: Vec<_> = workers
+        .iter()
+        .map(|worker| worker.begin_ask(&command))
+        .collect::<Result<_, _>>()?;
+    let answers = answers.into_iter().map(|answer| answer.recv());
+    answers.collect::<Result<_, _>>().map_err(|_| WorkerGone)
+}
