@@ -273,7 +273,7 @@ impl CaptureThread {
     ) -> Result<CaptureCost, CaptureError> {
         let start = Instant::now();
         let machine = self.machine.clone();
-        machine.pause_vcpus()?;
+        machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
         let outcome = self.capture_stopped(checkpoint, first, svm_dirty, start, &mut cost);
         let resumed = machine.resume_workers().map_err(CaptureError::Machine);
@@ -319,9 +319,14 @@ impl CaptureThread {
             bytes,
         };
         let mut states = Vec::new();
-        for (i, vcpu) in self.machine.save_vcpus()?.iter().enumerate() {
-            states.push(state(StateKind::Vcpu, i, vcpu.to_bytes()));
+        let mut vcpus = Vec::new();
+        self.machine.save_vcpu_records(&mut vcpus)?;
+        for (i, record) in vcpus.into_iter().enumerate() {
+            states.push(state(StateKind::Vcpu, i, record));
         }
+        let mut platform = Vec::new();
+        self.machine.save_platform(&mut platform)?;
+        states.push(state(StateKind::Platform, 0, platform));
         states.push(state(StateKind::Devices, 0, self.machine.save_devices()?));
         for (shard, cut) in cuts.into_iter().enumerate() {
             let pending = pending::to_bytes(&cut.pending);

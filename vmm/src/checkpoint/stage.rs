@@ -20,7 +20,7 @@ use super::pages::{PAGE_BYTES, PageSet};
 use super::pending;
 use super::transfer::{Checkpoint, Incoming, Receiver, StateKind};
 use crate::machine::record::RecordError;
-use crate::machine::{Machine, MachineError, VcpuState};
+use crate::machine::{ClockJump, Machine, MachineError, VcpuState};
 use crate::testpoint::{Point, reached};
 
 /// What the control thread orders after [`StageEvent::Staged`].
@@ -110,6 +110,7 @@ pub enum StageError {
 struct Accepted {
     epoch: u64,
     vcpus: Vec<VcpuState>,
+    platform: Vec<u8>,
     devices: Vec<u8>,
     /// What each shard gets.
     shards: Vec<ShardState>,
@@ -225,6 +226,7 @@ impl StageThread {
             StateKind::Devices,
             StateKind::Translations,
             StateKind::Pending,
+            StateKind::Platform,
         ];
         if let Some(odd) = stage
             .states
@@ -250,6 +252,9 @@ impl StageThread {
             .map(VcpuState::from_bytes)
             .collect::<Result<Vec<_>, _>>();
         let vcpus = vcpus.map_err(MachineError::from)?;
+        self.machine.check_vcpus(&vcpus)?;
+        let platform = exactly("platform", StateKind::Platform, 1)?[0].to_vec();
+        self.machine.check_platform(&platform)?;
         let devices = exactly("device", StateKind::Devices, 1)?[0].to_vec();
         self.machine.check_devices(&devices)?;
         let shards = self.machine.workers().len();
@@ -274,6 +279,7 @@ impl StageThread {
         Ok(Accepted {
             epoch: stage.epoch,
             vcpus,
+            platform,
             devices,
             shards,
             pages: stage.pages,
@@ -292,7 +298,8 @@ impl StageThread {
         machine.release_queues()?;
         let pages = accepted.pages.numbers.len() as u64;
         write_pages(machine.ram(), &accepted.pages)?;
-        machine.restore_vcpus(&accepted.vcpus)?;
+        machine.restore_vcpus(&accepted.vcpus, ClockJump::SinceStopped)?;
+        machine.restore_platform(&accepted.platform, ClockJump::SinceStopped)?;
         machine.restore_devices(&accepted.devices)?;
         let epoch = accepted.epoch;
         on_each(machine, accepted.shards, move |role, edge, shard| {

@@ -30,6 +30,8 @@ pub enum StateKind {
     Translations = 3,
     /// A shard's pending output (rule 12). 4 was one frame of it.
     Pending = 5,
+    /// What is in KVM once a machine: clock, interrupt controllers.
+    Platform = 6,
 }
 
 /// One piece of machine state.

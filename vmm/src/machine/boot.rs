@@ -14,7 +14,7 @@ use kvm_bindings::{kvm_segment, kvm_xcr};
 use kvm_ioctls::VcpuFd;
 
 use super::kvm::KvmError;
-use super::vcpu_state::write_msr;
+use super::vcpu_shape::write_msr;
 
 /// Stack at the top of RAM.
 pub const STACK_BYTES: u64 = 256 << 10;

@@ -24,8 +24,9 @@ use super::cpuid;
 use super::exits::{ExitSnapshot, Platform, VmExit, lock};
 use super::kvm::KvmError;
 use super::record::RecordError;
+use super::states::StateKeeper;
 use super::vcpu::{VcpuError, VcpuHandle};
-use super::vcpu_state::{MSR_IA32_TSC, MsrSet, VcpuState, read_msr};
+use super::vcpu_shape::{MSR_IA32_TSC, VcpuShape, read_msr};
 use super::vm::Vm;
 
 /// Interrupt line of the first device; the user-mode guest only prints it.
@@ -125,12 +126,13 @@ impl Events {
 #[derive(Debug)]
 pub struct Machine {
     // Fields are dropped in this order: vCPUs first, RAM (inside `vm`) last.
-    vcpus: Vec<VcpuHandle>,
+    pub(super) vcpus: Vec<VcpuHandle>,
     workers: Vec<WorkerHandle>,
     net: Arc<Mutex<VirtioMmio>>,
     kernel: String,
     cmdline: String,
-    vm: Vm,
+    pub(super) states: StateKeeper,
+    pub(super) vm: Vm,
 }
 
 impl Machine {
@@ -176,6 +178,7 @@ impl Machine {
                 net,
                 kernel,
                 cmdline,
+                states: StateKeeper::new(&vm),
                 vm,
             },
             events,
@@ -215,44 +218,6 @@ impl Machine {
     /// Number of vCPUs.
     pub fn vcpu_count(&self) -> usize {
         self.vcpus.len()
-    }
-
-    /// Stops all vCPUs between two instructions and waits for that.
-    pub fn pause_vcpus(&self) -> Result<(), MachineError> {
-        // All are told before any is waited for.
-        let answers = self
-            .vcpus
-            .iter()
-            .map(VcpuHandle::begin_pause)
-            .collect::<Result<Vec<_>, _>>()?;
-        for answer in answers {
-            answer.recv().map_err(|_| VcpuError::Gone)?;
-        }
-        Ok(())
-    }
-
-    /// Lets all vCPUs run.
-    pub fn resume_vcpus(&self) -> Result<(), MachineError> {
-        self.vcpus.iter().try_for_each(|vcpu| Ok(vcpu.resume()?))
-    }
-
-    /// Reads all paused vCPUs.
-    pub fn save_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
-        self.vcpus.iter().map(|vcpu| Ok(vcpu.save()?)).collect()
-    }
-
-    /// Replaces the states of all paused vCPUs.
-    pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
-        if states.len() != self.vcpus.len() {
-            return Err(MachineError::Shape {
-                found: states.len(),
-                expected: self.vcpus.len(),
-            });
-        }
-        for (vcpu, state) in self.vcpus.iter().zip(states) {
-            vcpu.restore(state.clone())?;
-        }
-        Ok(())
     }
 
     /// Reads all devices as one record. vCPUs are paused and the workers are quiesced (they stay so).
@@ -358,7 +323,7 @@ fn spawn_vcpu(
     let table = cpuid::table_for(vm.kvm(), index)?;
     fd.set_cpuid2(&table)
         .map_err(KvmError::refused("set CPUID"))?;
-    let msrs = MsrSet::probe(vm.kvm(), &fd)?;
+    let shape = VcpuShape::probe(vm.kvm(), vm.fd(), &fd)?;
     let (events, wake) = (events.clone(), wake.clone());
     let on_end = move |exit| {
         // Nobody listens any more when the machine is being dropped.
@@ -368,7 +333,7 @@ fn spawn_vcpu(
     Ok(VcpuHandle::spawn(
         format!("vcpu{index}"),
         fd,
-        msrs,
+        shape,
         platform.clone(),
         on_end,
     )?)

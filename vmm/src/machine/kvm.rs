@@ -19,6 +19,17 @@ pub enum KvmError {
     /// Too old or too small.
     #[error("{PATH}: the kernel's KVM lacks {0}")]
     Lacks(&'static str),
+    /// A value that this processor or this KVM cannot have in a register.
+    #[error("KVM does not take {data:#x} for MSR {index:#x}")]
+    RefusedMsr {
+        /// Which register.
+        index: u32,
+        /// Which value.
+        data: u64,
+    },
+    /// The guest uses something that cannot be captured.
+    #[error("the guest uses {0}, which this KVM cannot capture")]
+    NotCapturable(&'static str),
     /// A call failed.
     #[error("KVM cannot {action}: {source}")]
     Refused {

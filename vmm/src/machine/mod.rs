@@ -2,11 +2,18 @@
 
 mod boot;
 mod build;
+mod clock;
 mod cpuid;
 mod exits;
 mod kvm;
+mod platform_state;
 pub(crate) mod record;
+mod rehearsal;
+mod states;
 mod vcpu;
+mod vcpu_ioctl;
+mod vcpu_record;
+mod vcpu_shape;
 mod vcpu_state;
 mod vm;
 mod workers;
@@ -16,9 +23,12 @@ pub use build::{Event, Events, Machine, MachineError};
 pub use exits::{ExitSnapshot, VmExit};
 pub use kvm::KvmError;
 pub use record::RecordError;
+pub use states::{ClockJump, platform_differences};
 pub use vcpu::{VcpuError, VcpuHandle};
 pub use vcpu_state::VcpuState;
 pub use vm::Vm;
 
+#[cfg(test)]
+mod state_tests;
 #[cfg(test)]
 mod tests;

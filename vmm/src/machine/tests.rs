@@ -258,7 +258,10 @@ fn copy_into(from: &Lab, to: &Lab) {
         .iter()
         .map(|record| VcpuState::from_bytes(record).unwrap())
         .collect();
-    to.machine.restore_vcpus(&states).unwrap();
+    to.machine.check_vcpus(&states).unwrap();
+    to.machine
+        .restore_vcpus(&states, ClockJump::SinceStopped)
+        .unwrap();
     to.machine.check_devices(&devices).unwrap();
     to.machine.restore_devices(&devices).unwrap();
 }
@@ -368,12 +371,12 @@ fn records_are_checked() {
     longer.push(0);
     assert!(VcpuState::from_bytes(&longer).is_err());
     let mut newer = record.clone();
-    newer[4] = 2;
+    newer[4] = 9;
     assert!(
         VcpuState::from_bytes(&newer)
             .unwrap_err()
             .to_string()
-            .contains("version 2")
+            .contains("version 9")
     );
     let devices = lab.machine.save_devices().unwrap();
     assert!(lab.machine.check_devices(&record).is_err());
@@ -383,7 +386,8 @@ fn records_are_checked() {
             .is_err()
     );
     let mut other = devices.clone();
-    other[12] = 2;
+    other[16] = 2;
+    record::seal(&mut other);
     assert!(
         lab.machine
             .check_devices(&other)
@@ -392,7 +396,7 @@ fn records_are_checked() {
             .contains("device_id")
     );
     assert!(matches!(
-        lab.machine.restore_vcpus(&[]),
+        lab.machine.restore_vcpus(&[], ClockJump::SinceStopped),
         Err(MachineError::Shape { .. })
     ));
 }

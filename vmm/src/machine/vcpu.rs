@@ -11,11 +11,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::kvm_run;
+use kvm_bindings::{Msrs, kvm_run};
 use kvm_ioctls::VcpuFd;
 use tracing::warn;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -23,7 +23,8 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::exits::{ExitStats, Next, Platform, VmExit, lock};
 use super::kvm::KvmError;
-use super::vcpu_state::{MsrSet, VcpuState};
+use super::vcpu_shape::VcpuShape;
+use super::vcpu_state::{TscTarget, VcpuState};
 
 /// A vCPU could not be reached or refused.
 #[derive(Debug, thiserror::Error)]
@@ -39,13 +40,20 @@ pub enum VcpuError {
     Kvm(#[from] KvmError),
 }
 
-type Task = Box<dyn FnOnce(&VcpuFd, &MsrSet) + Send>;
+type Task = Box<dyn FnOnce(&VcpuFd, &VcpuShape) + Send>;
+/// A record, or why there is none; the memory comes back in both cases.
+type Saved = (Vec<u8>, Result<(), KvmError>);
+
+/// Room for a record at first.
+const RECORD_BYTES: usize = 16 << 10;
 
 enum Command {
     Pause(Sender<()>),
     Resume,
     /// Only while paused.
     Task(Task),
+    /// Only while paused: a record into this memory.
+    Save(Vec<u8>),
     /// A state has been written: an ended vCPU may run again.
     Revive,
     Stop,
@@ -57,7 +65,19 @@ pub struct VcpuHandle {
     commands: Sender<Command>,
     kick: Arc<Kick>,
     stats: Arc<ExitStats>,
+    shape: Arc<VcpuShape>,
+    saves: Mutex<Saves>,
     thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Records on their way from the thread.
+#[derive(Debug)]
+struct Saves {
+    answers: Receiver<Saved>,
+    /// One is ordered and not fetched.
+    ordered: bool,
+    /// The memory for the next.
+    spare: Vec<u8>,
 }
 
 impl VcpuHandle {
@@ -65,7 +85,7 @@ impl VcpuHandle {
     pub(super) fn spawn(
         name: String,
         mut fd: VcpuFd,
-        msrs: MsrSet,
+        shape: VcpuShape,
         platform: Arc<Platform>,
         on_end: impl Fn(VmExit) + Send + 'static,
     ) -> Result<Self, VcpuError> {
@@ -74,9 +94,14 @@ impl VcpuHandle {
         let kick = Arc::new(Kick::new(&mut fd)?);
         let stats = Arc::new(ExitStats::default());
         let (commands, inbox) = channel();
+        let (saved, answers) = sync_channel(1);
+        let shape = Arc::new(shape);
         let vcpu = Vcpu {
             fd,
-            msrs,
+            state: VcpuState::empty(&shape),
+            batch: shape.msrs.batch()?,
+            shape: shape.clone(),
+            saved,
             platform,
             inbox,
             kick: kick.clone(),
@@ -91,6 +116,12 @@ impl VcpuHandle {
             commands,
             kick,
             stats,
+            shape,
+            saves: Mutex::new(Saves {
+                answers,
+                ordered: false,
+                spare: Vec::with_capacity(RECORD_BYTES),
+            }),
             thread: Mutex::new(Some(thread)),
         })
     }
@@ -117,21 +148,58 @@ impl VcpuHandle {
         Ok(self.execute(VcpuState::read)??)
     }
 
+    /// Orders the record of a vCPU that is paused or about to be; [`VcpuHandle::fetch_record`] has it.
+    pub(super) fn order_record(&self) -> Result<(), VcpuError> {
+        let mut saves = lock(&self.saves);
+        if !saves.ordered {
+            let memory = std::mem::take(&mut saves.spare);
+            self.send(Command::Save(memory))?;
+            saves.ordered = true;
+        }
+        Ok(())
+    }
+
+    /// Forgets a record that was ordered and not fetched.
+    pub(super) fn discard_record(&self) {
+        let mut saves = lock(&self.saves);
+        if std::mem::take(&mut saves.ordered)
+            && let Ok((memory, _)) = saves.answers.recv()
+        {
+            saves.spare = memory;
+        }
+    }
+
+    /// The record that was ordered, or a new one of a paused vCPU. The memory of `into` is used for the
+    /// next.
+    pub(super) fn fetch_record(&self, into: &mut Vec<u8>) -> Result<(), VcpuError> {
+        self.order_record()?;
+        let mut saves = lock(&self.saves);
+        saves.ordered = false;
+        let (record, outcome) = saves.answers.recv().map_err(|_| VcpuError::Gone)?;
+        saves.spare = std::mem::replace(into, record);
+        Ok(outcome?)
+    }
+
     /// Replaces the state of a paused vCPU. An ended one is paused afterwards.
-    pub fn restore(&self, state: VcpuState) -> Result<(), VcpuError> {
-        self.execute(move |fd, _| state.write(fd))??;
+    pub(super) fn restore(&self, state: VcpuState, tsc: TscTarget) -> Result<(), VcpuError> {
+        self.execute(move |fd, shape| state.write(fd, shape, tsc))??;
         self.send(Command::Revive)
+    }
+
+    /// What this vCPU has.
+    pub(super) fn shape(&self) -> &VcpuShape {
+        &self.shape
     }
 
     /// Runs `task` on the thread, while paused.
     pub(super) fn execute<R: Send + 'static>(
         &self,
-        task: impl FnOnce(&VcpuFd, &MsrSet) -> R + Send + 'static,
+        task: impl FnOnce(&VcpuFd, &VcpuShape) -> R + Send + 'static,
     ) -> Result<R, VcpuError> {
         let (reply, answer) = channel();
-        self.send(Command::Task(Box::new(move |fd, msrs| {
+        self.send(Command::Task(Box::new(move |fd, shape| {
             // A caller that no longer waits is no concern of the vCPU's.
-            let _ = reply.send(task(fd, msrs));
+            let _ = reply.send(task(fd, shape));
         })))?;
         answer.recv().map_err(|_| VcpuError::Gone)
     }
@@ -252,7 +320,11 @@ enum Mode {
 
 struct Vcpu {
     fd: VcpuFd,
-    msrs: MsrSet,
+    shape: Arc<VcpuShape>,
+    /// Where records are made, and the memory to read MSRs into.
+    state: VcpuState,
+    batch: Msrs,
+    saved: SyncSender<Saved>,
     platform: Arc<Platform>,
     inbox: Receiver<Command>,
     kick: Arc<Kick>,
@@ -294,7 +366,8 @@ impl Vcpu {
                 }
                 Command::Resume if self.mode == Mode::Paused => self.mode = Mode::Running,
                 Command::Resume => {}
-                Command::Task(task) => task(&self.fd, &self.msrs),
+                Command::Task(task) => task(&self.fd, &self.shape),
+                Command::Save(memory) => self.save(memory),
                 Command::Revive => self.mode = Mode::Paused,
                 Command::Stop => return false,
             }
@@ -316,6 +389,16 @@ impl Vcpu {
         };
         self.stats.total.add(1);
         next
+    }
+
+    fn save(&mut self, memory: Vec<u8>) {
+        let read = self.state.read_from(&self.fd, &self.shape, &mut self.batch);
+        let record = match &read {
+            Ok(()) => self.state.write_record(memory),
+            Err(_) => memory,
+        };
+        // The handle is gone when nobody listens.
+        let _ = self.saved.send((record, read));
     }
 
     /// Completes what the last exit left open: KVM does so on entry and then leaves at once.

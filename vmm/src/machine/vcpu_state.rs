@@ -1,44 +1,51 @@
-//! All that a vCPU is, as a record, read from and written to KVM.
+//! All that a vCPU is, read from and written to KVM.
 //!
-//! Invariants: only MSRs that this KVM reads and takes back are in the record, found once per vCPU;
-//! the order of writing is the one KVM's documentation and its users agree on (system registers
-//! before MSRs, events last).
+//! Invariants: reading into a state that was made for the vCPU takes no memory; the order of writing is
+//! the one that KVM's parts need: system registers and nested state before registers, XCR0 before
+//! xsave, the local APIC before the MSRs, the clock before the timer that it runs, events last.
 //!
-//! Does not move clocks: a restored time stamp counter is the captured one.
+//! Does not know the bytes of a record; `vcpu_record` does. Does not decide what time it is; `clock`
+//! does.
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave,
+    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{Kvm, VcpuFd};
-use zerocopy::{FromBytes, IntoBytes};
+use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
 
+use super::clock::{TscControl, TscState, realtime_ns};
 use super::kvm::KvmError;
-use super::record::{Kind, Reader, RecordError, Writer};
-
-const KIND: Kind = Kind {
-    name: "vCPU",
-    magic: *b"CVCP",
-    version: 1,
+use super::vcpu_ioctl::{
+    get_sregs2, get_tsc_offset, get_xsave2, set_sregs2, set_tsc_offset, set_xsave,
 };
-const MSRS_MAX: u32 = 4096;
-/// The time stamp counter.
-pub(super) const MSR_IA32_TSC: u32 = 0x10;
+use super::vcpu_shape::{MSR_IA32_TSC, VcpuShape, write_msrs};
 
-/// The 4096 bytes of `kvm_xsave`.
-const XSAVE_WORDS: usize = 1024;
+/// Nested virtualisation is in use: VMX on (CR4), SVM on (EFER).
+const CR4_VMXE: u64 = 1 << 13;
+const EFER_SVME: u64 = 1 << 12;
+
+/// MSRs through which a guest gives its hypervisor memory (kvmclock, steal time, asynchronous page
+/// faults, end of interrupt): the KVM documentation, `msr.rst`.
+const PARAVIRTUAL_MSRS: [u32; 2] = [0x11, 0x12];
+const PARAVIRTUAL_MSR_RANGE: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
 
 /// The state of one vCPU, stopped between two instructions.
 #[derive(Clone)]
 pub struct VcpuState {
     pub(super) regs: kvm_regs,
-    pub(super) sregs: kvm_sregs,
-    xsave: Box<[u32; XSAVE_WORDS]>,
-    xcrs: kvm_xcrs,
-    debug: kvm_debugregs,
-    events: kvm_vcpu_events,
-    mp_state: kvm_mp_state,
-    msrs: Vec<kvm_msr_entry>,
+    pub(super) sregs: kvm_sregs2,
+    pub(super) xsave: Vec<u32>,
+    pub(super) xcrs: kvm_xcrs,
+    pub(super) debug: kvm_debugregs,
+    pub(super) events: kvm_vcpu_events,
+    pub(super) mp_state: kvm_mp_state,
+    /// Without the time stamp counter, which is in `tsc`.
+    pub(super) msrs: Vec<kvm_msr_entry>,
+    pub(super) tsc: TscState,
+    /// Where the interrupt controller is in the kernel.
+    pub(super) lapic: Option<Box<kvm_lapic_state>>,
+    /// Where the guest is a hypervisor itself.
+    pub(super) nested: Option<Box<KvmNestedStateBuffer>>,
 }
 
 impl std::fmt::Debug for VcpuState {
@@ -53,202 +60,293 @@ impl PartialEq for VcpuState {
     }
 }
 
+/// What a restored vCPU does with its clock.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum TscTarget {
+    /// This offset to the host's.
+    Offset(u64),
+    /// The MSR, where there is no offset to be set.
+    Value(u64),
+    /// It stays: it cannot be set, or nobody will look at it.
+    Leave,
+}
+
 impl VcpuState {
+    /// All zeroes, with room for what a vCPU has.
+    pub(super) fn empty(shape: &VcpuShape) -> Self {
+        Self {
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs2::default(),
+            xsave: vec![0; shape.xsave_words],
+            xcrs: kvm_xcrs::default(),
+            debug: kvm_debugregs::default(),
+            events: kvm_vcpu_events::default(),
+            mp_state: kvm_mp_state::default(),
+            msrs: Vec::with_capacity(shape.msrs.len()),
+            tsc: TscState::default(),
+            lapic: shape.lapic.then(Box::default),
+            nested: None,
+        }
+    }
+
     /// The instruction pointer.
     pub fn rip(&self) -> u64 {
         self.regs.rip
     }
 
-    /// The record, little-endian as the KVM structures are on this architecture.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut writer = Writer::new(KIND);
-        writer.bytes(self.regs.as_bytes());
-        writer.bytes(self.sregs.as_bytes());
-        writer.bytes(self.xsave.as_bytes());
-        writer.bytes(self.xcrs.as_bytes());
-        writer.bytes(self.debug.as_bytes());
-        writer.bytes(self.events.as_bytes());
-        writer.bytes(self.mp_state.as_bytes());
-        writer.u32(self.msrs.len() as u32);
-        for msr in &self.msrs {
-            writer.u32(msr.index);
-            writer.u64(msr.data);
-        }
-        writer.finish()
+    /// A state of its own.
+    pub(super) fn read(fd: &VcpuFd, shape: &VcpuShape) -> Result<Self, KvmError> {
+        let mut state = Self::empty(shape);
+        state.read_from(fd, shape, &mut shape.msrs.batch()?)?;
+        Ok(state)
     }
 
-    /// Reads a record.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
-        let mut reader = Reader::new(KIND, bytes)?;
-        let regs = plain(&mut reader)?;
-        let sregs = plain(&mut reader)?;
-        let xsave = Box::new(plain(&mut reader)?);
-        let xcrs = plain(&mut reader)?;
-        let debug = plain(&mut reader)?;
-        let events = plain(&mut reader)?;
-        let mp_state = plain(&mut reader)?;
-        let count = reader.u32()?;
-        if count > MSRS_MAX {
-            return Err(reader.bad("number of MSRs"));
+    /// Reads everything from a vCPU that is stopped and has no I/O pending. `self` and `batch` were made
+    /// for `shape`.
+    pub(super) fn read_from(
+        &mut self,
+        fd: &VcpuFd,
+        shape: &VcpuShape,
+        batch: &mut Msrs,
+    ) -> Result<(), KvmError> {
+        // First: KVM may still inject an event that changes the rest.
+        self.mp_state = fd
+            .get_mp_state()
+            .map_err(KvmError::refused("read mp_state"))?;
+        self.regs = fd
+            .get_regs()
+            .map_err(KvmError::refused("read the registers"))?;
+        self.sregs = read_sregs(fd, shape)?;
+        self.read_xsave(fd, shape)?;
+        self.xcrs = fd.get_xcrs().map_err(KvmError::refused("read xcrs"))?;
+        self.debug = fd
+            .get_debug_regs()
+            .map_err(KvmError::refused("read the debug registers"))?;
+        if let Some(lapic) = &mut self.lapic {
+            **lapic = fd
+                .get_lapic()
+                .map_err(KvmError::refused("read the local APIC"))?;
         }
-        let mut msrs = Vec::with_capacity(count as usize);
-        for _ in 0..count {
-            let (index, data) = (reader.u32()?, reader.u64()?);
-            msrs.push(kvm_msr_entry {
-                index,
-                data,
-                ..Default::default()
-            });
-        }
-        reader.finish()?;
-        Ok(Self {
-            regs,
-            sregs,
-            xsave,
-            xcrs,
-            debug,
-            events,
-            mp_state,
-            msrs,
-        })
+        self.read_msrs(fd, shape, batch)?;
+        self.read_nested(fd, shape)?;
+        self.events = fd
+            .get_vcpu_events()
+            .map_err(KvmError::refused("read the vCPU events"))?;
+        Ok(())
     }
 
-    /// Reads everything from a vCPU that is stopped and has no I/O pending.
-    pub(super) fn read(fd: &VcpuFd, msrs: &MsrSet) -> Result<Self, KvmError> {
-        Ok(Self {
-            // First: KVM may still inject an event that changes the rest.
-            mp_state: fd
-                .get_mp_state()
-                .map_err(KvmError::refused("read mp_state"))?,
-            regs: fd
-                .get_regs()
-                .map_err(KvmError::refused("read the registers"))?,
-            sregs: fd
-                .get_sregs()
-                .map_err(KvmError::refused("read the system registers"))?,
-            xsave: Box::new(
-                fd.get_xsave()
-                    .map_err(KvmError::refused("read xsave"))?
-                    .region,
-            ),
-            xcrs: fd.get_xcrs().map_err(KvmError::refused("read xcrs"))?,
-            debug: fd
-                .get_debug_regs()
-                .map_err(KvmError::refused("read the debug registers"))?,
-            msrs: read_msrs(fd, &msrs.0)?,
-            events: fd
-                .get_vcpu_events()
-                .map_err(KvmError::refused("read the vCPU events"))?,
-        })
+    fn read_xsave(&mut self, fd: &VcpuFd, shape: &VcpuShape) -> Result<(), KvmError> {
+        let refused = KvmError::refused("read xsave");
+        if shape.xsave2 {
+            return get_xsave2(fd, &mut self.xsave).map_err(refused);
+        }
+        self.xsave
+            .copy_from_slice(&fd.get_xsave().map_err(refused)?.region);
+        Ok(())
+    }
+
+    fn read_msrs(
+        &mut self,
+        fd: &VcpuFd,
+        shape: &VcpuShape,
+        batch: &mut Msrs,
+    ) -> Result<(), KvmError> {
+        let read = fd
+            .get_msrs(batch)
+            .map_err(KvmError::refused("read the MSRs"))?;
+        let values = batch.as_slice();
+        self.tsc.realtime_ns = realtime_ns();
+        if read != values.len() {
+            return Err(KvmError::Lacks("an MSR that it lists"));
+        }
+        self.msrs.clear();
+        for value in values {
+            match value.index {
+                MSR_IA32_TSC => self.tsc.value = value.data,
+                _ => self.msrs.push(*value),
+            }
+        }
+        self.tsc.khz = shape.tsc_khz;
+        // Only what can be set can have changed.
+        self.tsc.offset = match shape.tsc {
+            TscControl::Offset => {
+                Some(get_tsc_offset(fd).map_err(KvmError::refused("tell the TSC offset"))?)
+            }
+            TscControl::Fixed => Some(0),
+            TscControl::Msr => None,
+        };
+        Ok(())
+    }
+
+    /// Takes memory, once, where the guest is a hypervisor.
+    fn read_nested(&mut self, fd: &VcpuFd, shape: &VcpuShape) -> Result<(), KvmError> {
+        let in_use = self.sregs.cr4 & CR4_VMXE != 0 || self.sregs.efer & EFER_SVME != 0;
+        if !in_use {
+            self.nested = None;
+            return Ok(());
+        }
+        if !shape.nested {
+            return Err(KvmError::NotCapturable("nested virtualisation"));
+        }
+        let buffer = self
+            .nested
+            .get_or_insert_with(|| Box::new(KvmNestedStateBuffer::empty()));
+        **buffer = KvmNestedStateBuffer::empty();
+        fd.nested_state(buffer)
+            .map_err(KvmError::refused("read the nested state"))?;
+        Ok(())
     }
 
     /// Writes everything to a vCPU that is stopped.
-    pub(super) fn write(&self, fd: &VcpuFd) -> Result<(), KvmError> {
-        fd.set_mp_state(self.mp_state)
-            .map_err(KvmError::refused("write mp_state"))?;
-        fd.set_sregs(&self.sregs)
-            .map_err(KvmError::refused("write the system registers"))?;
+    pub(super) fn write(
+        &self,
+        fd: &VcpuFd,
+        shape: &VcpuShape,
+        tsc: TscTarget,
+    ) -> Result<(), KvmError> {
+        write_sregs(fd, shape, &self.sregs, &self.events)?;
+        if let Some(nested) = &self.nested {
+            fd.set_nested_state(nested)
+                .map_err(KvmError::refused("write the nested state"))?;
+        }
+        self.write_registers(fd)?;
+        if let Some(lapic) = &self.lapic {
+            fd.set_lapic(lapic)
+                .map_err(KvmError::refused("write the local APIC"))?;
+        }
+        self.write_tsc(fd, tsc)?;
+        let writable = |msr: &&kvm_msr_entry| !shape.msrs.is_feature(msr.index);
+        let msrs: Vec<_> = self.msrs.iter().filter(writable).copied().collect();
+        write_msrs(fd, &msrs)?;
+        self.write_events(fd)?;
+        // Tells a guest with a kvmclock that it did not hang; there may be none.
+        let _ = fd.kvmclock_ctrl();
+        Ok(())
+    }
+
+    /// Writes what a vCPU without memory takes, to see whether KVM refuses any of it.
+    pub(super) fn rehearse(&self, fd: &VcpuFd, shape: &VcpuShape) -> Result<(), KvmError> {
+        write_sregs(fd, shape, &self.sregs, &self.events)?;
+        self.write_registers(fd)?;
+        if let Some(lapic) = &self.lapic {
+            fd.set_lapic(lapic)
+                .map_err(KvmError::refused("write the local APIC"))?;
+        }
+        let needs_memory = |index: u32| {
+            PARAVIRTUAL_MSRS.contains(&index) || PARAVIRTUAL_MSR_RANGE.contains(&index)
+        };
+        let taken = |m: &&kvm_msr_entry| !shape.msrs.is_feature(m.index) && !needs_memory(m.index);
+        let msrs: Vec<_> = self.msrs.iter().filter(taken).copied().collect();
+        write_msrs(fd, &msrs)?;
+        self.write_events(fd)
+    }
+
+    fn write_registers(&self, fd: &VcpuFd) -> Result<(), KvmError> {
         fd.set_regs(&self.regs)
             .map_err(KvmError::refused("write the registers"))?;
         fd.set_xcrs(&self.xcrs)
             .map_err(KvmError::refused("write xcrs"))?;
-        let xsave = kvm_xsave {
-            region: *self.xsave,
-            ..Default::default()
-        };
-        // SAFETY: the structure is 4096 bytes, which is what KVM reads as long as no dynamic
-        // xsave feature was requested for the process, and none is.
-        unsafe { fd.set_xsave(&xsave) }.map_err(KvmError::refused("write xsave"))?;
+        set_xsave(fd, &self.xsave).map_err(KvmError::refused("write xsave"))?;
         fd.set_debug_regs(&self.debug)
-            .map_err(KvmError::refused("write the debug registers"))?;
-        write_msrs(fd, &never_back(fd, &self.msrs)?)?;
+            .map_err(KvmError::refused("write the debug registers"))
+    }
+
+    fn write_tsc(&self, fd: &VcpuFd, target: TscTarget) -> Result<(), KvmError> {
+        match target {
+            TscTarget::Offset(offset) => {
+                set_tsc_offset(fd, offset).map_err(KvmError::refused("set the TSC offset"))
+            }
+            TscTarget::Value(data) => write_msrs(
+                fd,
+                &[kvm_msr_entry {
+                    index: MSR_IA32_TSC,
+                    data,
+                    ..Default::default()
+                }],
+            ),
+            TscTarget::Leave => Ok(()),
+        }
+    }
+
+    fn write_events(&self, fd: &VcpuFd) -> Result<(), KvmError> {
         fd.set_vcpu_events(&self.events)
-            .map_err(KvmError::refused("write the vCPU events"))
+            .map_err(KvmError::refused("write the vCPU events"))?;
+        fd.set_mp_state(self.mp_state)
+            .map_err(KvmError::refused("write mp_state"))
     }
 }
 
-/// The same values, but for a TSC that already shows more than the record's: a guest's clock goes
-/// forward only (rule 16).
-fn never_back(fd: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<Vec<kvm_msr_entry>, KvmError> {
-    let present = read_msr(fd, MSR_IA32_TSC)?;
-    let mut msrs = msrs.to_vec();
-    for tsc in msrs.iter_mut().filter(|m| m.index == MSR_IA32_TSC) {
-        tsc.data = tsc.data.max(present);
+fn read_sregs(fd: &VcpuFd, shape: &VcpuShape) -> Result<kvm_sregs2, KvmError> {
+    let refused = KvmError::refused("read the system registers");
+    if shape.sregs2 {
+        return get_sregs2(fd).map_err(refused);
     }
-    Ok(msrs)
+    // An interrupt that this has besides is in the vCPU events, too.
+    Ok(sregs2_of(&fd.get_sregs().map_err(refused)?))
 }
 
-/// The MSRs that travel.
-#[derive(Clone, Debug)]
-pub(super) struct MsrSet(Vec<u32>);
-
-impl MsrSet {
-    /// Tries all that KVM lists: read, and write the same value back.
-    pub(super) fn probe(kvm: &Kvm, fd: &VcpuFd) -> Result<Self, KvmError> {
-        let listed = kvm
-            .get_msr_index_list()
-            .map_err(KvmError::refused("list the MSRs"))?;
-        let travels = |index: &u32| {
-            let one = entries(&[*index]);
-            read_batch(fd, &one).is_some_and(|value| set_batch(fd, &value) == Some(1))
-        };
-        Ok(Self(
-            listed.as_slice().iter().copied().filter(travels).collect(),
-        ))
+fn write_sregs(
+    fd: &VcpuFd,
+    shape: &VcpuShape,
+    sregs: &kvm_sregs2,
+    events: &kvm_vcpu_events,
+) -> Result<(), KvmError> {
+    let refused = KvmError::refused("write the system registers");
+    if shape.sregs2 {
+        return set_sregs2(fd, sregs).map_err(refused);
     }
+    let mut sregs = sregs1_of(sregs);
+    if events.interrupt.injected != 0 && events.interrupt.soft == 0 {
+        let vector = events.interrupt.nr;
+        sregs.interrupt_bitmap[usize::from(vector / 64)] = 1 << (vector % 64);
+    }
+    fd.set_sregs(&sregs).map_err(refused)
 }
 
-/// The value of one MSR.
-pub(super) fn read_msr(fd: &VcpuFd, index: u32) -> Result<u64, KvmError> {
-    Ok(read_msrs(fd, &[index])?[0].data)
-}
-
-/// Sets one MSR.
-pub(super) fn write_msr(fd: &VcpuFd, index: u32, data: u64) -> Result<(), KvmError> {
-    write_msrs(
-        fd,
-        &[kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        }],
-    )
-}
-
-fn entries(indices: &[u32]) -> Vec<kvm_msr_entry> {
-    indices
-        .iter()
-        .map(|&index| kvm_msr_entry {
-            index,
-            ..Default::default()
-        })
-        .collect()
-}
-
-fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
-    read_batch(fd, &entries(indices)).ok_or(KvmError::Lacks("an MSR that it lists"))
-}
-
-fn write_msrs(fd: &VcpuFd, values: &[kvm_msr_entry]) -> Result<(), KvmError> {
-    match set_batch(fd, values) {
-        Some(n) if n == values.len() => Ok(()),
-        _ => Err(KvmError::Lacks("an MSR of the record")),
+/// The common part, without PDPTRs.
+pub(super) fn sregs2_of(s: &kvm_sregs) -> kvm_sregs2 {
+    kvm_sregs2 {
+        cs: s.cs,
+        ds: s.ds,
+        es: s.es,
+        fs: s.fs,
+        gs: s.gs,
+        ss: s.ss,
+        tr: s.tr,
+        ldt: s.ldt,
+        gdt: s.gdt,
+        idt: s.idt,
+        cr0: s.cr0,
+        cr2: s.cr2,
+        cr3: s.cr3,
+        cr4: s.cr4,
+        cr8: s.cr8,
+        efer: s.efer,
+        apic_base: s.apic_base,
+        ..Default::default()
     }
 }
 
-/// All values, or `None` when KVM does not give them all.
-fn read_batch(fd: &VcpuFd, wanted: &[kvm_msr_entry]) -> Option<Vec<kvm_msr_entry>> {
-    let mut batch = Msrs::from_entries(wanted).ok()?;
-    let read = fd.get_msrs(&mut batch).ok()?;
-    (read == wanted.len()).then(|| batch.as_slice().to_vec())
-}
-
-/// How many KVM took.
-fn set_batch(fd: &VcpuFd, values: &[kvm_msr_entry]) -> Option<usize> {
-    fd.set_msrs(&Msrs::from_entries(values).ok()?).ok()
-}
-
-fn plain<T: FromBytes>(reader: &mut Reader<'_>) -> Result<T, RecordError> {
-    let bytes = reader.take(size_of::<T>())?;
-    T::read_from_bytes(bytes).map_err(|_| RecordError::Length(KIND.name))
+/// The common part, without interrupts.
+pub(super) fn sregs1_of(s: &kvm_sregs2) -> kvm_sregs {
+    kvm_sregs {
+        cs: s.cs,
+        ds: s.ds,
+        es: s.es,
+        fs: s.fs,
+        gs: s.gs,
+        ss: s.ss,
+        tr: s.tr,
+        ldt: s.ldt,
+        gdt: s.gdt,
+        idt: s.idt,
+        cr0: s.cr0,
+        cr2: s.cr2,
+        cr3: s.cr3,
+        cr4: s.cr4,
+        cr8: s.cr8,
+        efer: s.efer,
+        apic_base: s.apic_base,
+        interrupt_bitmap: [0; 4],
+    }
 }

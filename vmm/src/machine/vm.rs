@@ -13,6 +13,7 @@ use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::kvm::{KvmError, open};
+use super::vcpu_ioctl::enable_all_events;
 
 const RAM_SLOT: u32 = 0;
 
@@ -37,6 +38,7 @@ impl Vm {
             fd.set_tss_address(0xfffb_d000)
                 .map_err(KvmError::refused("place the TSS"))?;
         }
+        enable_all_events(&fd);
         let vm = Self { fd, kvm, ram };
         vm.set_slot(0)?;
         Ok(vm)
@@ -45,6 +47,10 @@ impl Vm {
     /// Guest memory.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
+    }
+
+    pub(super) fn fd(&self) -> &VmFd {
+        &self.fd
     }
 
     pub(super) fn kvm(&self) -> &Kvm {

@@ -235,7 +235,8 @@ fn a_device_moves_as_a_record() {
         assert!(DeviceState::from_bytes(&record[..len]).is_err());
     }
     let mut flags = record.clone();
-    flags[20] = 2;
+    flags[24] = 2;
+    crate::machine::record::seal(&mut flags);
     assert!(
         DeviceState::from_bytes(&flags)
             .unwrap_err()

@@ -1,0 +1,205 @@
+//! Stopping a machine's vCPUs, and the records of all that is in KVM.
+//!
+//! Invariants: what [`Machine::check_vcpus`] and [`Machine::check_platform`] take, a restore takes (rule
+//! 13); clocks go forward only (rule 16); a record that was made while the machine stood still is never
+//! handed out after it has run on.
+//!
+//! Does not know devices, and not who asks.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use super::build::{Machine, MachineError};
+use super::clock::{TscControl, elapsed_ns, offsets};
+use super::exits::lock;
+use super::platform_state::{PlatformShape, PlatformState};
+use super::record::RecordError;
+use super::rehearsal::Rehearsal;
+use super::vcpu::{VcpuError, VcpuHandle};
+use super::vcpu_ioctl::get_tsc_offset;
+use super::vcpu_state::{TscTarget, VcpuState};
+use super::vm::Vm;
+
+/// What a machine that has never run takes as passed since a checkpoint, at most: its host's wall clock
+/// may differ from the other's.
+const FIRST_JUMP_MAX: Duration = Duration::from_secs(1);
+
+/// How far a restored machine's clocks may go forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClockJump {
+    /// By the wall clock, but not by more than has passed since this machine was stopped: the capture
+    /// came later (rule 11).
+    SinceStopped,
+    /// By the wall clock. For snapshots.
+    WallClock,
+}
+
+/// What a machine keeps for its states.
+#[derive(Debug)]
+pub(super) struct StateKeeper {
+    platform: PlatformShape,
+    rehearsal: Mutex<Option<Rehearsal>>,
+    stopped_at: Mutex<Option<Instant>>,
+}
+
+impl StateKeeper {
+    pub(super) fn new(vm: &Vm) -> Self {
+        Self {
+            platform: PlatformShape::probe(vm.fd()),
+            rehearsal: Mutex::new(None),
+            stopped_at: Mutex::new(None),
+        }
+    }
+}
+
+/// The names of what differs between two records of a platform, the clock's reading aside.
+pub fn platform_differences(a: &[u8], b: &[u8]) -> Result<Vec<String>, RecordError> {
+    Ok(PlatformState::from_bytes(a)?.differences(&PlatformState::from_bytes(b)?))
+}
+
+impl Machine {
+    /// Stops all vCPUs between two instructions and waits for that.
+    pub fn pause_vcpus(&self) -> Result<(), MachineError> {
+        self.pause_and(|_| Ok(()))
+    }
+
+    /// The same; each vCPU makes its record at once, while others still do other things to the machine.
+    /// [`Machine::save_vcpu_records`] has them.
+    pub fn pause_vcpus_for_capture(&self) -> Result<(), MachineError> {
+        self.pause_and(|vcpu| match vcpu.shape().lapic {
+            // A device may still raise an interrupt there.
+            true => Ok(()),
+            false => vcpu.order_record(),
+        })
+    }
+
+    fn pause_and(
+        &self,
+        then: impl Fn(&VcpuHandle) -> Result<(), VcpuError>,
+    ) -> Result<(), MachineError> {
+        // All are told before any is waited for.
+        let mut answers = Vec::with_capacity(self.vcpus.len());
+        for vcpu in &self.vcpus {
+            answers.push(vcpu.begin_pause()?);
+            then(vcpu)?;
+        }
+        for answer in answers {
+            answer.recv().map_err(|_| VcpuError::Gone)?;
+        }
+        lock(&self.states.stopped_at).get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    /// Lets all vCPUs run.
+    pub fn resume_vcpus(&self) -> Result<(), MachineError> {
+        self.vcpus.iter().for_each(VcpuHandle::discard_record);
+        *lock(&self.states.stopped_at) = None;
+        self.vcpus.iter().try_for_each(|vcpu| Ok(vcpu.resume()?))
+    }
+
+    /// Reads all paused vCPUs.
+    pub fn save_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
+        self.vcpus.iter().map(|vcpu| Ok(vcpu.save()?)).collect()
+    }
+
+    /// The records of all paused vCPUs, in the memory of `records`; one is added for each that is not there.
+    pub fn save_vcpu_records(&self, records: &mut Vec<Vec<u8>>) -> Result<(), MachineError> {
+        records.resize_with(self.vcpus.len(), Vec::new);
+        for vcpu in &self.vcpus {
+            vcpu.order_record()?;
+        }
+        for (vcpu, record) in self.vcpus.iter().zip(records) {
+            vcpu.fetch_record(record)?;
+        }
+        Ok(())
+    }
+
+    /// Whether [`Machine::restore_vcpus`] would take these states, without doing it.
+    pub fn check_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
+        self.check_count(states)?;
+        for (vcpu, state) in self.vcpus.iter().zip(states) {
+            state.check(vcpu.shape())?;
+        }
+        let mut rehearsal = lock(&self.states.rehearsal);
+        if rehearsal.is_none() {
+            let irqchip = self.states.platform.irqchip;
+            *rehearsal = Some(Rehearsal::new(self.vm.kvm(), self.vcpus.len(), irqchip)?);
+        }
+        let Some(rehearsal) = &*rehearsal else {
+            return Ok(());
+        };
+        for (index, (vcpu, state)) in self.vcpus.iter().zip(states).enumerate() {
+            rehearsal.try_state(index, state, vcpu.shape())?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the states of all paused vCPUs.
+    pub fn restore_vcpus(&self, states: &[VcpuState], jump: ClockJump) -> Result<(), MachineError> {
+        self.check_count(states)?;
+        let bound = self.jump_bound(jump);
+        let present = self.tsc_offsets()?;
+        let clocks: Vec<_> = states.iter().map(|state| state.tsc).collect();
+        let offsets = offsets(&clocks, &present, bound);
+        for ((vcpu, state), offset) in self.vcpus.iter().zip(states).zip(offsets) {
+            vcpu.discard_record();
+            let target = match (vcpu.shape().tsc, offset) {
+                (TscControl::Offset, Some(offset)) => TscTarget::Offset(offset),
+                (TscControl::Msr, _) => {
+                    TscTarget::Value(state.tsc.after(elapsed_ns(state.tsc.realtime_ns, bound)))
+                }
+                _ => TscTarget::Leave,
+            };
+            vcpu.restore(state.clone(), target)?;
+        }
+        Ok(())
+    }
+
+    fn check_count(&self, states: &[VcpuState]) -> Result<(), MachineError> {
+        if states.len() == self.vcpus.len() {
+            return Ok(());
+        }
+        Err(MachineError::Shape {
+            found: states.len(),
+            expected: self.vcpus.len(),
+        })
+    }
+
+    fn jump_bound(&self, jump: ClockJump) -> Option<Duration> {
+        let stopped_at = *lock(&self.states.stopped_at);
+        match jump {
+            ClockJump::WallClock => None,
+            ClockJump::SinceStopped => {
+                Some(stopped_at.map_or(FIRST_JUMP_MAX, |stopped_at| stopped_at.elapsed()))
+            }
+        }
+    }
+
+    /// The present offset of each vCPU whose clock can be set by it.
+    fn tsc_offsets(&self) -> Result<Vec<Option<u64>>, MachineError> {
+        let offset = |vcpu: &VcpuHandle| match vcpu.shape().tsc {
+            TscControl::Offset => Ok(vcpu.execute(|fd, _| get_tsc_offset(fd).ok())?),
+            TscControl::Msr | TscControl::Fixed => Ok(None),
+        };
+        self.vcpus.iter().map(offset).collect()
+    }
+
+    /// The record of what is in KVM once a machine, in the memory of `record`. All vCPUs are paused.
+    pub fn save_platform(&self, record: &mut Vec<u8>) -> Result<(), MachineError> {
+        let state = PlatformState::read(self.vm.fd(), self.states.platform)?;
+        *record = state.write_record(std::mem::take(record));
+        Ok(())
+    }
+
+    /// Whether [`Machine::restore_platform`] would take this record, without doing it.
+    pub fn check_platform(&self, record: &[u8]) -> Result<(), MachineError> {
+        Ok(PlatformState::from_bytes(record)?.check(self.states.platform)?)
+    }
+
+    /// Replaces what is in KVM once a machine. All vCPUs are paused; they have been restored.
+    pub fn restore_platform(&self, record: &[u8], jump: ClockJump) -> Result<(), MachineError> {
+        let state = PlatformState::from_bytes(record)?;
+        state.write(self.vm.fd(), self.states.platform, self.jump_bound(jump))?;
+        Ok(())
+    }
+}
