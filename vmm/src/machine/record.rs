@@ -141,7 +141,8 @@ impl Writer {
         self.section_with(tag, 0, write);
     }
 
-    /// A section that a reader may skip.
+    /// A section that a reader may skip: for a later version of this program.
+    #[cfg(test)]
     pub(crate) fn skippable_section(&mut self, tag: u16, write: impl FnOnce(&mut Self)) {
         self.section_with(tag, SKIPPABLE, write);
     }

@@ -163,7 +163,7 @@ impl VcpuState {
             }
             XSAVE => {
                 let area = body.take_rest();
-                if area.len() > XSAVE_BYTES_MAX || area.len() % 4 != 0 {
+                if area.len() > XSAVE_BYTES_MAX || !area.len().is_multiple_of(4) {
                     return Err(body.bad("size of xsave"));
                 }
                 let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
@@ -278,7 +278,7 @@ impl TscState {
 
 fn read_msrs(body: &mut Reader<'_>) -> Result<Vec<kvm_msr_entry>, RecordError> {
     let bytes = body.take_rest();
-    if bytes.len() > MSRS_MAX * MSR_BYTES || bytes.len() % MSR_BYTES != 0 {
+    if bytes.len() > MSRS_MAX * MSR_BYTES || !bytes.len().is_multiple_of(MSR_BYTES) {
         return Err(body.bad("number of MSRs"));
     }
     let entry = |b: &[u8]| kvm_msr_entry {
