@@ -37,11 +37,12 @@ impl NetOffer {
     /// A frame for the guest may lie in several of its buffers.
     pub const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
-    /// The configuration space while the link is up.
-    pub fn config(&self) -> [u8; NET_CONFIG_BYTES] {
+    /// The configuration space.
+    pub fn config(&self, link_is_up: bool) -> [u8; NET_CONFIG_BYTES] {
+        let status = if link_is_up { VIRTIO_NET_S_LINK_UP } else { 0 };
         let mut config = [0; NET_CONFIG_BYTES];
         config[..6].copy_from_slice(&self.mac);
-        config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config[6..8].copy_from_slice(&(status as u16).to_le_bytes());
         config[8..10].copy_from_slice(&1_u16.to_le_bytes());
         config[10..].copy_from_slice(&self.mtu.to_le_bytes());
         config

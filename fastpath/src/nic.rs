@@ -4,6 +4,7 @@
 //!
 //! Does not know about guests, roles or comparison.
 
+mod rtnetlink;
 mod sink;
 mod socket;
 mod tap;
@@ -97,6 +98,11 @@ pub trait Nic: Send {
 
     /// Replaces the filter, for frames that arrive from now on.
     fn set_filter(&mut self, filter: Filter) -> io::Result<()>;
+
+    /// Whether it has a link, as of the last [`Nic::flush`].
+    fn has_link(&self) -> bool {
+        true
+    }
 
     /// Gives back all slots it has; it is not used afterwards.
     fn recall(&mut self, frames: &mut FramePool) {

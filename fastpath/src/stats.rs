@@ -126,6 +126,8 @@ counters! {
         guest_kicks,
         /// Times a broken queue made the device ask for a reset.
         ring_errors,
+        /// Times the guest was told that the NIC's link has come or gone.
+        link_changes,
         /// Batches with work in them.
         busy_batches,
         /// Times the worker went to sleep.

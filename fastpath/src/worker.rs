@@ -164,6 +164,9 @@ impl Worker {
             let worked = !self.halted && self.step(now_us);
             // Also without progress: a dropped buffer goes back to the guest too.
             self.edge.flush();
+            if !self.halted && self.role.shows_link() {
+                self.edge.show_link();
+            }
             if worked {
                 self.stats.busy_batches.add(1);
                 self.idle.worked();

@@ -1,10 +1,12 @@
 //! A TAP device as the guest's NIC.
 //!
 //! Invariants: no offloads and no packet information, so what is read and written is plain Ethernet
-//! that the kernel has segmented and checksummed; the filter is in place before the device is up.
+//! that the kernel has segmented and checksummed; the filter is in place before the device is up. The link
+//! is looked after before each sleep and every so many batches.
 //!
 //! Does not configure addresses or bridges.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -14,11 +16,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use colo_bpf::{attach_to_tap, detach_from_tap, drop_all, for_guest};
 
 use colo_compare::{Frames, Token};
+use tracing::info;
 
+use super::rtnetlink::Rtnetlink;
 use super::{Filter, Nic, Sent, poll_for, read_frames};
 use crate::frame::{FramePool, PIECES_MAX};
+use crate::ring::xsk::Interface;
 
 const TUN_PATH: &str = "/dev/net/tun";
+
+/// Batches between two looks for news of the link.
+const LOOK_BATCHES: u32 = 256;
 
 /// A TAP device could not be used. The text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +64,42 @@ pub struct Tap {
     file: File,
     name: String,
     mtu: u16,
+    link: Link,
+}
+
+/// What is known of the device's link.
+#[derive(Debug)]
+struct Link {
+    news: Rtnetlink,
+    is_up: bool,
+    /// Batches until the next look; none are left after a sleep.
+    batches_left: Cell<u32>,
+}
+
+impl Link {
+    fn look(&mut self, name: &str) {
+        let left = self.batches_left.get();
+        if left > 0 {
+            self.batches_left.set(left - 1);
+            return;
+        }
+        self.batches_left.set(LOOK_BATCHES);
+        if self.news.drain() {
+            let is_up = is_up(name);
+            if self.is_up != is_up {
+                info!(
+                    "{name}: the link is {}",
+                    if is_up { "back" } else { "gone" }
+                );
+            }
+            self.is_up = is_up;
+        }
+    }
+}
+
+/// A device that is gone has no link either.
+fn is_up(name: &str) -> bool {
+    Interface::find(name).is_ok_and(|interface| interface.has_link().unwrap_or(false))
 }
 
 impl Tap {
@@ -76,14 +120,26 @@ impl Tap {
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
         interface_ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request)
             .map_err(|e| attach_error(name, e))?;
+        let news = Rtnetlink::open(false).map_err(|source| TapError::Refused {
+            action: "watch the link of",
+            name: name.to_owned(),
+            source,
+        })?;
+        let link = Link {
+            news,
+            is_up: true,
+            batches_left: Cell::new(0),
+        };
         let mut tap = Self {
             file,
             name: name.to_owned(),
             mtu,
+            link,
         };
         tap.set_filter(filter)
             .map_err(|e| tap.refused("filter", e))?;
         tap.configure()?;
+        tap.link.is_up = is_up(name);
         Ok(tap)
     }
 
@@ -140,8 +196,19 @@ impl Nic for Tap {
         sent.map_or_else(Sent::Refused, |()| Sent::Done)
     }
 
+    fn flush(&mut self, _frames: &mut FramePool) -> io::Result<()> {
+        self.link.look(&self.name);
+        Ok(())
+    }
+
     fn poll_fds(&self, wants_frames: bool, wants_room: bool, fds: &mut Vec<libc::pollfd>) {
         fds.extend(poll_for(self.file.as_raw_fd(), wants_frames, wants_room));
+        fds.extend(poll_for(self.link.news.poll_fd(), true, false));
+        self.link.batches_left.set(0);
+    }
+
+    fn has_link(&self) -> bool {
+        self.link.is_up
     }
 
     fn mtu(&self) -> u16 {

@@ -469,6 +469,10 @@ impl Nic for XdpNic {
         self.apply_filter(filter).map_err(io::Error::other)
     }
 
+    fn has_link(&self) -> bool {
+        self.has_link && self.retry_at_us.is_none()
+    }
+
     fn recall(&mut self, frames: &mut FramePool) {
         self.watch = None;
         self.close_queues(frames);

@@ -460,6 +460,10 @@ impl Role for SecondaryRole {
         !self.stopped
     }
 
+    fn shows_link(&self) -> bool {
+        false
+    }
+
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
         if let Some(link) = &self.link {
             link.poll_fds(fds);

@@ -1,4 +1,4 @@
-//! How a device tells its guest that there is something to look at.
+//! How a device tells its guest that there is something to look at, and whether there is a link.
 //!
 //! Invariants: the interrupt status bit is set before the line is written; the line is an eventfd,
 //! which the VMM connects to the sleep port or, as an irqfd, to an interrupt controller. A vhost-user
@@ -21,6 +21,8 @@ const CONFIG_CHANGE: u32 = 2;
 pub struct Call {
     interrupt_status: AtomicU32,
     needs_reset: AtomicBool,
+    link_is_up: AtomicBool,
+    config_generation: AtomicU32,
     lines: Lines,
 }
 
@@ -49,6 +51,8 @@ impl Call {
         Self {
             interrupt_status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            link_is_up: AtomicBool::new(true),
+            config_generation: AtomicU32::new(0),
             lines,
         }
     }
@@ -74,6 +78,41 @@ impl Call {
     /// Whether a reset has been asked for since the last [`Call::reset`].
     pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// Shows the guest whether there is a link (`VIRTIO_NET_S_LINK_UP`, virtio 1.3 section 5.1.4), and tells it
+    /// if that is news.
+    pub fn show_link(&self, is_up: bool) -> io::Result<()> {
+        if self.link_is_up.swap(is_up, Ordering::AcqRel) == is_up {
+            return Ok(());
+        }
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        match &self.lines {
+            Lines::Device(_) => self.raise(CONFIG_CHANGE),
+            // The front-end shows a link of its own.
+            Lines::Queues { .. } => Ok(()),
+        }
+    }
+
+    /// Whether the guest is shown a link.
+    pub fn link_is_up(&self) -> bool {
+        self.link_is_up.load(Ordering::Acquire)
+    }
+
+    /// The `ConfigGeneration` register.
+    pub fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::Acquire)
+    }
+
+    /// Puts what the guest is shown of the link as a record has it, without telling.
+    pub fn restore_link(&self, is_up: bool) {
+        self.link_is_up.store(is_up, Ordering::Release);
+    }
+
+    /// Puts the `ConfigGeneration` register as a record has it.
+    pub fn restore_config_generation(&self, config_generation: u32) {
+        self.config_generation
+            .store(config_generation, Ordering::Release);
     }
 
     /// The `InterruptStatus` register.

@@ -468,7 +468,7 @@ impl<G: GuestSide> VhostUserBackendReqHandlerMut for Device<G> {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
-        let config = self.offer.config();
+        let config = self.offer.config(true);
         let rest = config.get(offset as usize..).unwrap_or(&[]);
         let mut answer = vec![0; size as usize];
         let known = rest.len().min(answer.len());

@@ -326,7 +326,7 @@ fn the_configuration_space_is_that_of_the_device() {
     guest.negotiate(VERSION_1 | PROTOCOL);
     let flags = VhostUserConfigFlags::empty();
     let (_, config) = guest.frontend.get_config(0, 16, flags, &[0; 16]).unwrap();
-    assert_eq!(config[..12], OFFER.config());
+    assert_eq!(config[..12], OFFER.config(true));
     assert_eq!(config[12..], [0; 4], "nothing lies behind the space");
     let (_, config) = guest.frontend.get_config(10, 2, flags, &[0; 2]).unwrap();
     assert_eq!(config, 1500_u16.to_le_bytes());

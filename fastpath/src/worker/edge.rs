@@ -335,6 +335,11 @@ impl Edge {
         self.port.detach()
     }
 
+    /// Shows the guest whether the NIC has a link.
+    pub(super) fn show_link(&mut self) {
+        self.port.show_link(self.nic.has_link());
+    }
+
     fn return_buffers(&mut self) {
         self.frames.take_returned(&mut self.returned);
         self.port.complete(&self.returned);

@@ -277,6 +277,19 @@ impl GuestPort {
         }
     }
 
+    /// Shows the guest whether the NIC has a link.
+    pub fn show_link(&mut self, is_up: bool) {
+        let shown = |wires: &Wires| wires.call.link_is_up();
+        if self
+            .wires
+            .as_ref()
+            .is_some_and(|wires| shown(wires) != is_up)
+        {
+            self.stats.link_changes.add(1);
+            self.tell_guest(|call| call.show_link(is_up));
+        }
+    }
+
     /// Asks for no notifications, because the worker polls.
     pub fn poll_mode(&mut self) {
         self.on_queues(|q, _, _| {

@@ -54,6 +54,11 @@ pub trait Role: Any + Send {
         true
     }
 
+    /// Whether the guest is shown the link of this host's NIC. The replica of a guest that runs elsewhere is not.
+    fn shows_link(&self) -> bool {
+        true
+    }
+
     /// Adds descriptors that wake it. `revents` are not reported: it tries them in its next step.
     fn poll_fds(&self, _fds: &mut Vec<libc::pollfd>) {}
 

@@ -33,6 +33,8 @@ use options::Options;
 
 /// Most time between two looks at the rings when there is nothing to wait for.
 const SLEEP_FOR_EVER: u32 = 0;
+/// Most time between two looks at the link while there is work; an idle guest is woken when it changes.
+const LINK_LOOK_US: i64 = 100_000;
 
 /// Where the VMM enters, through `cpu::_start`.
 extern "C" fn start(start_info: u64) -> ! {
@@ -73,22 +75,47 @@ fn run(options: &Options, heap_bytes: usize) -> ! {
         Some(network) => say(format_args!("colo-guest ready ip={}\n", network.address())),
         None => say(format_args!("colo-guest ready\n")),
     }
+    server.set_link(device.link_is_up());
     let mut busy_us = clock.now_us();
+    let mut looked_us = busy_us;
+    // Whether a sleep has ended since, for which the link may have been the reason.
+    let mut owes_look = false;
     loop {
         let now_us = clock.now_us();
+        if now_us - looked_us >= LINK_LOOK_US {
+            look_at_link(&mut server, &mut device);
+            looked_us = now_us;
+            owes_look = false;
+        }
         if server.turn(&mut device, now_us) {
             busy_us = now_us;
         } else if now_us - busy_us < options.spin_us {
             core::hint::spin_loop();
         } else {
-            sleep(&mut server, &mut device, &clock);
+            let until_us = if owes_look {
+                looked_us + LINK_LOOK_US
+            } else {
+                i64::MAX
+            };
+            sleep(&mut server, &mut device, &clock, until_us);
+            owes_look = true;
             busy_us = clock.now_us();
         }
     }
 }
 
-/// Sleeps until the device has news or a timer of the server is due.
-fn sleep(server: &mut Server, device: &mut net::NetDevice, clock: &Clock) {
+fn look_at_link(server: &mut Server, device: &mut net::NetDevice) {
+    if let Some(is_up) = device.link_change() {
+        say(format_args!(
+            "colo-guest link {}\n",
+            if is_up { "up" } else { "down" }
+        ));
+        server.set_link(is_up);
+    }
+}
+
+/// Sleeps until the device has news, a timer of the server is due, or it is `until_us`.
+fn sleep(server: &mut Server, device: &mut net::NetDevice, clock: &Clock, until_us: i64) {
     device.flush();
     let quiet = match server.need(device) {
         Need::Nothing => false,
@@ -98,7 +125,7 @@ fn sleep(server: &mut Server, device: &mut net::NetDevice, clock: &Clock) {
     if !quiet {
         return;
     }
-    let wake_us = server.wake_us();
+    let wake_us = server.wake_us().min(until_us);
     let sleep_us = if wake_us == i64::MAX {
         SLEEP_FOR_EVER
     } else {

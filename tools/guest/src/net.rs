@@ -4,9 +4,10 @@
 //! transmit buffer is reused only after the device returned it; when none is free, nothing is
 //! offered to the stack, so nothing is lost.
 //!
-//! Does not use offloads: all checksums are made and checked in software.
+//! Does not use offloads: all checksums are made and checked in software. The link is watched, not obeyed: what is
+//! sent without one is lost as on a wire, and sent again by whoever cares.
 
-use crate::virtio_mmio::{DeviceError, Window};
+use crate::virtio_mmio::{DeviceError, Register, Window};
 use crate::virtqueue::{BUFFER_BYTES, Queue, Used};
 use alloc::vec::Vec;
 use colo_guest_server::FrameDevice;
@@ -21,9 +22,15 @@ const MTU_DEFAULT: usize = 1500;
 
 const FEATURE_MTU: u32 = 3;
 const FEATURE_MAC: u32 = 5;
+const FEATURE_STATUS: u32 = 16;
 const FEATURE_EVENT_IDX: u32 = 29;
 const FEATURE_VERSION_1: u32 = 32;
+const CONFIG_STATUS: usize = 6;
 const CONFIG_MTU: usize = 10;
+/// `VIRTIO_NET_S_LINK_UP`, in the low byte of the status.
+const LINK_UP: u8 = 1;
+/// `InterruptStatus`: the configuration has changed.
+const CONFIG_CHANGE: u32 = 2;
 
 /// The network device.
 pub struct NetDevice {
@@ -34,6 +41,8 @@ pub struct NetDevice {
     free: Vec<u16>,
     mac: [u8; 6],
     mtu: usize,
+    /// What the device says of its link, if it says anything.
+    link: Option<bool>,
 }
 
 impl NetDevice {
@@ -46,7 +55,7 @@ impl NetDevice {
             (FEATURE_EVENT_IDX, "EVENT_IDX"),
             (FEATURE_MAC, "MAC"),
         ];
-        let chosen = window.negotiate(&wanted, &[FEATURE_MTU])?;
+        let chosen = window.negotiate(&wanted, &[FEATURE_MTU, FEATURE_STATUS])?;
         let mac = core::array::from_fn(|i| window.config8(i));
         let mtu = if chosen & (1 << FEATURE_MTU) == 0 {
             MTU_DEFAULT
@@ -65,6 +74,8 @@ impl NetDevice {
             guest_rx.submit(id, None);
         }
         guest_rx.tell(&window);
+        let says_link = chosen & (1 << FEATURE_STATUS) != 0;
+        let link = says_link.then(|| link_is_up(&window));
         let free = (0..guest_tx.size()).rev().collect();
         Ok(Self {
             window,
@@ -73,12 +84,31 @@ impl NetDevice {
             free,
             mac,
             mtu,
+            link,
         })
     }
 
     /// The MAC address.
     pub fn mac(&self) -> [u8; 6] {
         self.mac
+    }
+
+    /// Whether there is a link; a device that does not say always has one.
+    pub fn link_is_up(&self) -> bool {
+        self.link.unwrap_or(true)
+    }
+
+    /// Looks whether the link has come or gone. Costs an exit.
+    pub fn link_change(&mut self) -> Option<bool> {
+        let known = self.link?;
+        if self.window.read(Register::InterruptStatus) & CONFIG_CHANGE == 0 {
+            return None;
+        }
+        // Before the look: a change after it asks again.
+        self.window.write(Register::InterruptAck, CONFIG_CHANGE);
+        let is_up = link_is_up(&self.window);
+        self.link = Some(is_up);
+        (is_up != known).then_some(is_up)
     }
 
     /// Asks to be woken by the next frame; false when one is already there.
@@ -103,6 +133,10 @@ impl NetDevice {
         // which needs `&mut self`; the length is at most that of the buffer.
         unsafe { core::slice::from_raw_parts(self.guest_rx.buffer(used.id).add(HEADER_BYTES), len) }
     }
+}
+
+fn link_is_up(window: &Window) -> bool {
+    window.config8(CONFIG_STATUS) & LINK_UP != 0
 }
 
 impl FrameDevice for NetDevice {

@@ -42,6 +42,8 @@ pub enum Register {
     QueueNum = 0x038,
     QueueReady = 0x044,
     QueueNotify = 0x050,
+    InterruptStatus = 0x060,
+    InterruptAck = 0x064,
     Status = 0x070,
     QueueDescLow = 0x080,
     QueueDescHigh = 0x084,

@@ -1,8 +1,9 @@
 //! The network device (virtio 1.3 section 5.1).
 //!
-//! Its state is that of its transport and queues; see `virtio_mmio`.
+//! Registers and queues are those of its transport, see `virtio_mmio`; the rest is in `state`.
 
 mod device;
+mod state;
 
 pub use device::Net;
 

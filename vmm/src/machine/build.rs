@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use colo_fastpath::net_offer::NetOffer;
 use colo_fastpath::nic::Nic;
 use colo_fastpath::ring::{Call, GuestRam, MemoryError};
 use colo_fastpath::worker::{PortWiring, WorkerConfig, WorkerGone, WorkerHandle};
@@ -153,7 +154,11 @@ impl Machine {
         vm.add_ioeventfd(MMIO_BASE + NOTIFY_OFFSET, &kick)?;
         let workers = spawn_workers(&config.host, nics, &ram, &call, &kick)?;
         let first = workers.first().ok_or(MachineError::NoNic)?.clone();
-        let backend = Net::new(config.net.mac, config.net.mtu, first);
+        let offer = NetOffer {
+            mac: config.net.mac,
+            mtu: config.net.mtu,
+        };
+        let backend = Net::new(offer, call.clone(), first);
         let net = Arc::new(Mutex::new(VirtioMmio::new(Box::new(backend), call, kick)));
 
         let platform = Arc::new(Platform::new(

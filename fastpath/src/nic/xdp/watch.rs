@@ -8,13 +8,14 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::nic::rtnetlink::Rtnetlink;
 use crate::ring::xsk::Interface;
 
 /// What rtnetlink does not tell, the number of queues, is looked at this often.
@@ -63,7 +64,7 @@ pub(super) struct Watch {
 impl Watch {
     /// Watches `name` in the network namespace of the caller. What differs from `seen` is a change.
     pub(super) fn start(name: &str, seen: Seen) -> io::Result<Self> {
-        let netlink = open_netlink()?;
+        let netlink = Rtnetlink::open(true)?;
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let shared = Arc::new(Shared {
             changed: AtomicBool::new(false),
@@ -121,7 +122,7 @@ impl Shared {
 
 struct Watcher {
     name: String,
-    netlink: OwnedFd,
+    netlink: Rtnetlink,
     stop: EventFd,
     shared: Arc<Shared>,
 }
@@ -130,18 +131,17 @@ impl Watcher {
     fn run(self) {
         loop {
             self.look();
-            let mut fds =
-                [self.netlink.as_raw_fd(), self.stop.as_raw_fd()].map(|fd| libc::pollfd {
-                    fd,
-                    events: libc::POLLIN,
-                    revents: 0,
-                });
+            let mut fds = [self.netlink.poll_fd(), self.stop.as_raw_fd()].map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            });
             // SAFETY: two pollfds on this stack.
             unsafe { libc::poll(fds.as_mut_ptr(), 2, LOOK_MS) };
             if fds[1].revents != 0 {
                 return;
             }
-            self.drain();
+            self.netlink.drain();
         }
     }
 
@@ -155,52 +155,4 @@ impl Watcher {
             let _ = self.shared.wake.write(1);
         }
     }
-
-    /// What the messages say is looked up; that they came is all that matters.
-    fn drain(&self) {
-        let mut buf = [0_u8; 4096];
-        loop {
-            // SAFETY: the buffer lives on this stack and has the length given.
-            let n = unsafe {
-                libc::recv(
-                    self.netlink.as_raw_fd(),
-                    buf.as_mut_ptr().cast(),
-                    buf.len(),
-                    libc::MSG_DONTWAIT,
-                )
-            };
-            // An overrun (ENOBUFS) is one more reason to look.
-            if n <= 0 && io::Error::last_os_error().raw_os_error() != Some(libc::ENOBUFS) {
-                return;
-            }
-        }
-    }
-}
-
-fn open_netlink() -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: plain system call that gives a new descriptor or -1.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `fd` was just made by the kernel and nobody else owns it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: sockaddr_nl is plain data for which all zeroes is valid.
-    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
-    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
-    let groups = libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR;
-    address.nl_groups = groups as u32;
-    // SAFETY: the kernel reads one sockaddr_nl that lives on this stack.
-    let answer = unsafe {
-        libc::bind(
-            fd.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_nl>() as libc::socklen_t,
-        )
-    };
-    if answer < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(fd)
 }

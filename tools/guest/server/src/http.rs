@@ -368,6 +368,11 @@ fn route(request: &Request, world: &mut World) -> Result<Content, Status> {
             world.platform.wall_ns() / 1000
         ))),
         "/random" => read(Content::Text(format!("{:016x}\n", world.random()))),
+        "/link" => read(Content::Text(format!(
+            "{} {}\n",
+            if world.link_is_up { "up" } else { "down" },
+            world.link_changes
+        ))),
         "/counter" if reads || posts => {
             world.counter += u64::from(posts);
             Ok(Content::Text(format!("{}\n", world.counter)))

@@ -218,6 +218,11 @@ impl Server {
         self.next_wake_us
     }
 
+    /// What the device says of its link.
+    pub fn set_link(&mut self, is_up: bool) {
+        self.world.set_link(is_up);
+    }
+
     /// Open connections.
     pub fn connections(&self) -> usize {
         self.flows.len()

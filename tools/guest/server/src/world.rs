@@ -25,6 +25,9 @@ pub(crate) struct World {
     pub sessions: Sessions,
     pub counter: u64,
     pub arena: Arena,
+    /// Whether there is a link, and how often that has changed.
+    pub link_is_up: bool,
+    pub link_changes: u64,
     /// Heap bytes that connections hold for partial requests and unsent replies.
     pub buffers_held: usize,
     /// Limit of `buffers_held` beyond which requests with large buffers are refused.
@@ -44,9 +47,17 @@ impl World {
             sessions: Sessions::default(),
             counter: 0,
             arena: Arena::new(arena_max),
+            link_is_up: true,
+            link_changes: 0,
             buffers_held: 0,
             buffers_max,
         }
+    }
+
+    /// Notes whether there is a link.
+    pub fn set_link(&mut self, is_up: bool) {
+        self.link_changes += u64::from(self.link_is_up != is_up);
+        self.link_is_up = is_up;
     }
 
     /// Milliseconds since 1970, the unit of expiry times.

@@ -1,29 +1,37 @@
-//! The network device: one queue pair, served by the packet worker.
+//! The network device: one queue pair, served by the packet worker, and the link that the worker reports.
 //!
 //! Invariants: from activation to deactivation only the worker touches the queues.
 //!
 //! Does not see packets.
 
-use colo_fastpath::Mac;
-use colo_fastpath::net_offer::{NET_CONFIG_BYTES, NetOffer};
-use colo_fastpath::ring::{QUEUE_SIZE_MAX, QueueState};
+use std::sync::Arc;
+
+use colo_fastpath::net_offer::NetOffer;
+use colo_fastpath::ring::{Call, QUEUE_SIZE_MAX, QueueState};
 use colo_fastpath::worker::{PortState, WorkerHandle};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
 use crate::devices::virtio_mmio::{Backend, BackendError};
+use crate::machine::RecordError;
+
+use super::state::NetState;
 
 /// The backend of a network device.
 #[derive(Debug)]
 pub struct Net {
-    config: [u8; NET_CONFIG_BYTES],
+    offer: NetOffer,
+    call: Arc<Call>,
     worker: WorkerHandle,
 }
 
 impl Net {
-    /// A network device that `worker` serves.
-    pub fn new(mac: Mac, mtu: u16, worker: WorkerHandle) -> Self {
-        let config = NetOffer { mac, mtu }.config();
-        Self { config, worker }
+    /// A network device that `worker` serves, which reports the link to `call`.
+    pub fn new(offer: NetOffer, call: Arc<Call>, worker: WorkerHandle) -> Self {
+        Self {
+            offer,
+            call,
+            worker,
+        }
     }
 }
 
@@ -40,8 +48,11 @@ impl Backend for Net {
         &[QUEUE_SIZE_MAX; 2]
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let config = self.offer.config(self.call.link_is_up());
+        for (i, byte) in data.iter_mut().enumerate() {
+            *byte = config.get(offset + i).copied().unwrap_or(0);
+        }
     }
 
     fn activate(&mut self, queues: &[QueueState]) -> Result<(), BackendError> {
@@ -54,7 +65,19 @@ impl Backend for Net {
         self.worker.deactivate().map_err(|_| BackendError)
     }
 
-    fn restore(&mut self, queues: Option<&[QueueState]>) -> Result<(), BackendError> {
+    fn save(&self) -> Vec<u8> {
+        let link_is_up = self.call.link_is_up();
+        NetState { link_is_up }.to_bytes()
+    }
+
+    fn check(&self, saved: &[u8]) -> Result<(), RecordError> {
+        NetState::from_bytes(saved).map(|_| ())
+    }
+
+    fn restore(&mut self, queues: Option<&[QueueState]>, saved: &[u8]) -> Result<(), BackendError> {
+        if let Ok(state) = NetState::from_bytes(saved) {
+            self.call.restore_link(state.link_is_up);
+        }
         let queues = queues.map(pair_of).transpose()?;
         self.worker.restore(queues).map_err(|_| BackendError)
     }

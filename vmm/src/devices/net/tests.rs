@@ -1,13 +1,21 @@
 //! The network device as its driver sees it: registers, queues in RAM, a wire.
 
+use std::collections::VecDeque;
+use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use colo_fastpath::nic::SocketNic;
+use colo_compare::Token;
+use colo_fastpath::frame::FramePool;
+use colo_fastpath::net_offer::NetOffer;
+use colo_fastpath::nic::{Filter, Nic, Sent, SocketNic};
 use colo_fastpath::ring::driver_mock::DriverMock;
 use colo_fastpath::ring::{Call, GuestRam, Pages, QueueState, Segment};
-use colo_fastpath::worker::{PollMode, PortWiring, WorkerConfig, WorkerHandle, spawn};
+use colo_fastpath::worker::{
+    Edge, PollMode, PortWiring, Role, Solo, WorkerConfig, WorkerHandle, spawn,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
@@ -21,6 +29,8 @@ struct Bench {
     line: EventFd,
     wire: UnixDatagram,
     worker: WorkerHandle,
+    /// Whether the NIC has a link; it looks when the worker is woken.
+    link: Arc<AtomicBool>,
     guest_rx: DriverMock,
     guest_tx: DriverMock,
 }
@@ -52,8 +62,17 @@ fn bench() -> Bench {
         tx: Default::default(),
         stages: false,
     };
+    let link = Arc::new(AtomicBool::new(true));
+    let nic = Plugged {
+        nic,
+        link: link.clone(),
+    };
     let worker = spawn(config, Box::new(nic), wiring).unwrap();
-    let net = Net::new([2, 0, 0, 0, 0, 1], 1500, worker.clone());
+    let offer = NetOffer {
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+    };
+    let net = Net::new(offer, call.clone(), worker.clone());
     let device = VirtioMmio::new(Box::new(net), call, kick);
     let guest_rx = DriverMock::new(ram.clone(), 0x10000, 64, true);
     let guest_tx = DriverMock::new(ram.clone(), 0x20000, 64, true);
@@ -63,12 +82,88 @@ fn bench() -> Bench {
         line,
         wire,
         worker,
+        link,
         guest_rx,
         guest_tx,
     }
 }
 
+/// A NIC whose cable can be pulled.
+struct Plugged {
+    nic: SocketNic,
+    link: Arc<AtomicBool>,
+}
+
+impl Nic for Plugged {
+    fn name(&self) -> &str {
+        self.nic.name()
+    }
+    fn describe(&self) -> String {
+        self.nic.describe()
+    }
+    fn receive(
+        &mut self,
+        frames: &mut FramePool,
+        out: &mut VecDeque<Token>,
+        max: usize,
+    ) -> io::Result<()> {
+        self.nic.receive(frames, out, max)
+    }
+    fn send(&mut self, frames: &mut FramePool, token: Token) -> Sent {
+        self.nic.send(frames, token)
+    }
+    fn poll_fds(&self, wants_frames: bool, wants_room: bool, fds: &mut Vec<libc::pollfd>) {
+        self.nic.poll_fds(wants_frames, wants_room, fds);
+    }
+    fn mtu(&self) -> u16 {
+        self.nic.mtu()
+    }
+    fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
+        self.nic.set_filter(filter)
+    }
+    fn has_link(&self) -> bool {
+        self.link.load(Ordering::Relaxed)
+    }
+}
+
+/// A role that keeps what the NIC says from the guest.
+struct Replica;
+
+impl Role for Replica {
+    fn name(&self) -> &'static str {
+        "replica"
+    }
+    fn step(&mut self, _edge: &mut Edge, _now_us: u64) -> bool {
+        false
+    }
+    fn shows_link(&self) -> bool {
+        false
+    }
+}
+
 impl Bench {
+    /// Plugs the cable in or out, and waits until the worker has seen it.
+    fn plug(&self, link: bool) {
+        self.link.store(link, Ordering::Relaxed);
+        // It looks before each sleep; the first may have begun before the change.
+        let before = self.worker.stats().sleeps;
+        while self.worker.stats().sleeps < before + 2 {
+            self.worker.execute(|_, _| ()).unwrap();
+        }
+    }
+
+    fn link_status(&self) -> u8 {
+        let mut status = [0; 2];
+        self.device.read(0x106, &mut status);
+        status[0]
+    }
+
+    fn register(&self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.device.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
     fn write(&mut self, offset: u64, value: u32) {
         self.device.write(offset, &value.to_le_bytes());
     }
@@ -228,4 +323,54 @@ fn a_broken_device_is_still_broken_elsewhere() {
     second.start();
     second.send(&[1; 60]);
     assert_eq!(second.wire.recv(&mut [0; 2048]).unwrap(), 60);
+}
+
+#[test]
+fn the_guest_is_told_of_its_link() {
+    let mut bench = bench();
+    bench.start();
+    let generation = bench.register(0xfc);
+    assert_eq!((bench.link_status(), bench.register(0x60)), (1, 0));
+    bench.plug(false);
+    assert_eq!(bench.link_status(), 0);
+    assert_eq!(bench.register(0xfc), generation.wrapping_add(1));
+    assert_eq!(bench.register(0x60), 2, "configuration change");
+    assert!(bench.line.read().is_ok(), "the guest is interrupted");
+    bench.write(0x64, 2);
+    assert_eq!(bench.register(0x60), 0);
+    bench.plug(false);
+    assert_eq!(bench.register(0x60), 0, "told once");
+    assert!(bench.line.read().is_err());
+    bench.plug(true);
+    assert_eq!((bench.link_status(), bench.register(0x60)), (1, 2));
+    assert_eq!(bench.worker.stats().link_changes, 2);
+    // Without an interrupt the guest goes on, and so do its frames.
+    bench.send(&[1; 60]);
+    assert_eq!(bench.wire.recv(&mut [0; 2048]).unwrap(), 60);
+}
+
+#[test]
+fn a_replica_shows_the_link_of_the_primary_until_it_takes_over() {
+    let mut first = bench();
+    first.start();
+    first.plug(false);
+    let queues = first.worker.quiesce().unwrap();
+    let record = first
+        .device
+        .save(queues.as_ref().map(|q| &q[..]))
+        .to_bytes();
+    let mut second = bench();
+    second.worker.set_role(Box::new(Replica)).unwrap();
+    let state = DeviceState::from_bytes(&record).unwrap();
+    second.device.restore(&state).unwrap();
+    for link in [true, false, true] {
+        second.plug(link);
+        assert_eq!(second.link_status(), 0, "the primary has no link");
+    }
+    assert_eq!(second.register(0xfc), first.register(0xfc));
+    second.write(0x64, 2);
+    second.worker.set_role(Box::<Solo>::default()).unwrap();
+    second.plug(true);
+    assert_eq!((second.link_status(), second.register(0x60)), (1, 2));
+    assert_eq!(second.register(0xfc), first.register(0xfc) + 1);
 }

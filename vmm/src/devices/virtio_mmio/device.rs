@@ -48,8 +48,8 @@ pub trait Backend: Send + std::fmt::Debug {
     /// Largest size of each queue.
     fn queue_sizes_max(&self) -> &'static [u16];
 
-    /// The device-specific configuration.
-    fn config(&self) -> &[u8];
+    /// The driver reads the device-specific configuration; what is behind its end reads 0.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
 
     /// The driver is ready: serve these queues.
     fn activate(&mut self, queues: &[QueueState]) -> Result<(), BackendError>;
@@ -57,8 +57,15 @@ pub trait Backend: Send + std::fmt::Debug {
     /// Let go of the queues; returns when that is done.
     fn deactivate(&mut self) -> Result<(), BackendError>;
 
-    /// Take over queues as a record has them (`None`: the driver is not ready).
-    fn restore(&mut self, queues: Option<&[QueueState]>) -> Result<(), BackendError>;
+    /// What travels of the device besides registers and queues.
+    fn save(&self) -> Vec<u8>;
+
+    /// Whether [`Backend::restore`] would take what another one has saved.
+    fn check(&self, saved: &[u8]) -> Result<(), RecordError>;
+
+    /// Take over queues as a record has them (`None`: the driver is not ready), and what
+    /// [`Backend::save`] gave. [`Backend::check`] has passed.
+    fn restore(&mut self, queues: Option<&[QueueState]>, saved: &[u8]) -> Result<(), BackendError>;
 }
 
 /// One device behind its window.
@@ -85,11 +92,8 @@ impl VirtioMmio {
     /// The driver reads.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         if offset >= CONFIG_OFFSET {
-            let at = (offset - CONFIG_OFFSET) as usize;
-            let config = self.backend.config();
-            for (i, byte) in data.iter_mut().enumerate() {
-                *byte = config.get(at + i).copied().unwrap_or(0);
-            }
+            self.backend
+                .read_config((offset - CONFIG_OFFSET) as usize, data);
             return;
         }
         let Ok(data): Result<&mut [u8; 4], _> = data.try_into() else {
@@ -117,6 +121,8 @@ impl VirtioMmio {
         let mut state = self.regs.clone();
         state.interrupt_status = self.call.interrupt_status();
         state.needs_reset = self.call.needs_reset();
+        state.config_generation = self.call.config_generation();
+        state.backend = self.backend.save();
         if let Some(live) = live {
             state.queues.copy_from_slice(live);
         }
@@ -140,7 +146,7 @@ impl VirtioMmio {
         if state.driver_features & !self.features() != 0 {
             return bad("driver_features");
         }
-        Ok(())
+        self.backend.check(&state.backend)
     }
 
     /// Becomes the device of a record, and wakes both sides.
@@ -149,9 +155,10 @@ impl VirtioMmio {
         self.regs = state.clone();
         let live = self.is_live() && !state.needs_reset;
         let queues = live.then_some(state.queues.as_slice());
-        if self.backend.restore(queues).is_err() {
+        if self.backend.restore(queues, &state.backend).is_err() {
             warn!("the device's backend has ended");
         }
+        self.call.restore_config_generation(state.config_generation);
         if let Err(e) = self.call.restore(state.interrupt_status, state.needs_reset) {
             warn!("the guest's interrupt line failed: {e}");
         }
@@ -193,7 +200,7 @@ impl VirtioMmio {
                 regs.status | VIRTIO_CONFIG_S_NEEDS_RESET
             }
             regs::VIRTIO_MMIO_STATUS => regs.status,
-            regs::VIRTIO_MMIO_CONFIG_GENERATION => regs.config_generation,
+            regs::VIRTIO_MMIO_CONFIG_GENERATION => self.call.config_generation(),
             // No shared memory regions: the length of each is all ones.
             regs::VIRTIO_MMIO_SHM_LEN_LOW | regs::VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
             _ => 0,

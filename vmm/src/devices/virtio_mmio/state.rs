@@ -11,9 +11,11 @@ use crate::machine::record::{Kind, Reader, Writer};
 const KIND: Kind = Kind {
     name: "device",
     magic: *b"CVDV",
-    version: 1,
+    version: 2,
 };
 const QUEUES_MAX: u32 = 64;
+/// Largest part that a device adds.
+const BACKEND_BYTES_MAX: u32 = 1 << 20;
 
 /// The feature bits that belong to the type of a device (virtio 1.3 section 2.2).
 pub(super) const DEVICE_FEATURES: u64 = 0xff_ffff;
@@ -41,6 +43,8 @@ pub struct DeviceState {
     pub config_generation: u32,
     /// Queues in order.
     pub queues: Vec<QueueState>,
+    /// What the device itself adds.
+    pub backend: Vec<u8>,
 }
 
 impl DeviceState {
@@ -64,6 +68,8 @@ impl DeviceState {
         for queue in &self.queues {
             write_queue(&mut writer, queue);
         }
+        writer.u32(self.backend.len() as u32);
+        writer.bytes(&self.backend);
         writer.finish()
     }
 
@@ -81,6 +87,7 @@ impl DeviceState {
             interrupt_status: reader.u32()?,
             config_generation: reader.u32()?,
             queues: Vec::new(),
+            backend: Vec::new(),
         };
         let count = reader.u32()?;
         if count > QUEUES_MAX {
@@ -93,6 +100,11 @@ impl DeviceState {
             }
             state.queues.push(queue);
         }
+        let len = reader.u32()?;
+        if len > BACKEND_BYTES_MAX {
+            return Err(reader.bad("length of the device's part"));
+        }
+        state.backend = reader.take(len as usize)?.to_vec();
         reader.finish()?;
         Ok(state)
     }

@@ -6,6 +6,7 @@ use colo_fastpath::ring::{Call, QueueState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::machine::RecordError;
 
 #[derive(Debug, Default)]
 struct Notes {
@@ -25,8 +26,10 @@ impl Backend for Fake {
     fn queue_sizes_max(&self) -> &'static [u16] {
         &[256, 64]
     }
-    fn config(&self) -> &[u8] {
-        b"config"
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        for (i, byte) in data.iter_mut().enumerate() {
+            *byte = b"config".get(offset + i).copied().unwrap_or(0);
+        }
     }
     fn activate(&mut self, queues: &[QueueState]) -> Result<(), BackendError> {
         self.0.lock().unwrap().live = Some(queues.to_vec());
@@ -36,7 +39,21 @@ impl Backend for Fake {
         self.0.lock().unwrap().live = None;
         Ok(())
     }
-    fn restore(&mut self, queues: Option<&[QueueState]>) -> Result<(), BackendError> {
+    fn save(&self) -> Vec<u8> {
+        b"saved".to_vec()
+    }
+    fn check(&self, saved: &[u8]) -> Result<(), RecordError> {
+        let field = "backend";
+        let what = "fake";
+        (saved == b"saved")
+            .then_some(())
+            .ok_or(RecordError::Field { what, field })
+    }
+    fn restore(
+        &mut self,
+        queues: Option<&[QueueState]>,
+        _saved: &[u8],
+    ) -> Result<(), BackendError> {
         self.0.lock().unwrap().live = queues.map(<[_]>::to_vec);
         Ok(())
     }
@@ -248,6 +265,15 @@ fn a_device_moves_as_a_record() {
         ..state.clone()
     };
     assert!(second.device.restore(&other).is_err());
+    let other = DeviceState {
+        backend: Vec::new(),
+        ..state.clone()
+    };
+    assert!(second.device.check(&other).is_err());
+    let mut old = record.clone();
+    old[4] = 1;
+    let refusal = DeviceState::from_bytes(&old).unwrap_err().to_string();
+    assert!(refusal.contains("device record of version 1"), "{refusal}");
     let other = DeviceState {
         driver_features: 1 << 60,
         ..state
