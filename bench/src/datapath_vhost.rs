@@ -130,10 +130,7 @@ fn pairs(place: &Place, payload: u16) -> Result<f64, BenchError> {
     };
     let role = LocalPairRole::new(limits);
     role.start(&worker.0).map_err(|e| failed(&e))?;
-    let offer = NetOffer {
-        mac: [0x52, 0x54, 0, 0xc0, 0x10, 1],
-        mtu: 1500,
-    };
+    let offer = NetOffer::new([0x52, 0x54, 0, 0xc0, 0x10, 1], 1500);
     let [pvm, svm] = &sockets;
     let pvm = VhostUserServer::bind(pvm, worker.0.clone(), offer).map_err(|e| failed(&e))?;
     let svm = VhostUserServer::bind(svm, SvmSide(worker.0.clone()), offer);

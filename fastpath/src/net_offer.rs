@@ -7,8 +7,8 @@
 
 use colo_bpf::Mac;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 /// `virtio_net_config` up to `mtu`: mac, status, max_virtqueue_pairs, mtu.
@@ -21,11 +21,13 @@ pub struct NetOffer {
     pub mac: Mac,
     /// Largest payload of a frame.
     pub mtu: u16,
+    /// Checksums of frames for the guest are verified, and it is told of those that hold.
+    pub guest_checksum: bool,
 }
 
 impl NetOffer {
-    /// Features besides those of rings and transport.
-    pub const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
+    /// Features that every device offers, besides those of rings and transport.
+    pub const ALWAYS: u64 = 1 << VIRTIO_NET_F_MAC
         | 1 << VIRTIO_NET_F_MTU
         | 1 << VIRTIO_NET_F_STATUS
         | Self::CHECKSUM
@@ -34,8 +36,29 @@ impl NetOffer {
     /// The guest may leave checksums of what it sends to the device.
     pub const CHECKSUM: u64 = 1 << VIRTIO_NET_F_CSUM;
 
+    /// The guest need not look at checksums that the device has verified.
+    pub const GUEST_CHECKSUM: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM;
+
     /// A frame for the guest may lie in several of its buffers.
     pub const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+    /// A device that offers only [`Self::ALWAYS`].
+    pub const fn new(mac: Mac, mtu: u16) -> Self {
+        Self {
+            mac,
+            mtu,
+            guest_checksum: false,
+        }
+    }
+
+    /// Features besides those of rings and transport.
+    pub fn features(&self) -> u64 {
+        let guest_checksum = match self.guest_checksum {
+            true => Self::GUEST_CHECKSUM,
+            false => 0,
+        };
+        Self::ALWAYS | guest_checksum
+    }
 
     /// The configuration space.
     pub fn config(&self, link_is_up: bool) -> [u8; NET_CONFIG_BYTES] {

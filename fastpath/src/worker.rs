@@ -14,6 +14,7 @@ mod offload;
 mod port;
 mod role;
 mod shards;
+mod verify;
 mod wires;
 
 use std::io;

@@ -178,6 +178,9 @@ pub struct NetConfig {
     /// Largest payload of a frame.
     #[serde(default = "default_mtu")]
     pub mtu: u16,
+    /// Verify the checksums of what the guest receives, and tell it which hold.
+    #[serde(default)]
+    pub guest_checksum: bool,
     /// The guest is behind this vhost-user socket; only for `colo vhost`.
     pub vhost_user: Option<PathBuf>,
 }

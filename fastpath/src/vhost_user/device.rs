@@ -143,8 +143,8 @@ impl<G: GuestSide> Device<G> {
         self.rings = Default::default();
     }
 
-    fn offered() -> u64 {
-        NetOffer::FEATURES
+    fn offered(&self) -> u64 {
+        self.offer.features()
             | 1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_EVENT_IDX
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -257,7 +257,7 @@ impl<G: GuestSide> Device<G> {
             ready: true,
             event_idx: self.negotiated(VIRTIO_RING_F_EVENT_IDX),
             indirect: self.negotiated(VIRTIO_RING_F_INDIRECT_DESC),
-            device_features: self.features & NetOffer::FEATURES,
+            device_features: self.features & self.offer.features(),
             descriptors,
             avail,
             used,
@@ -327,11 +327,11 @@ impl<G: GuestSide> VhostUserBackendReqHandlerMut for Device<G> {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(Self::offered())
+        Ok(self.offered())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let foreign = features & !Self::offered();
+        let foreign = features & !self.offered();
         if foreign != 0 {
             return Err(Refusal::Features(foreign).into());
         }

@@ -26,10 +26,7 @@ const EVENT_IDX: u64 = 1 << 29;
 const REGION_BYTES: u64 = 0x10_0000;
 /// Guest and front-end addresses of the two regions.
 const REGIONS: [(u64, u64); 2] = [(0, 0x7f00_0000_0000), (1 << 32, 0x7f10_0000_0000)];
-const OFFER: NetOffer = NetOffer {
-    mac: [0x52, 0x54, 0, 1, 2, 3],
-    mtu: 1500,
-};
+const OFFER: NetOffer = NetOffer::new([0x52, 0x54, 0, 1, 2, 3], 1500);
 
 /// What the rings' server was told.
 #[derive(Debug)]

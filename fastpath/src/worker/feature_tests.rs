@@ -221,6 +221,24 @@ fn without_mergeable_buffers_a_frame_has_one() {
 }
 
 #[test]
+fn checksums_that_hold_are_vouched_for_where_the_guest_asked_for_it() {
+    let good = udp(Side::V4, true, 53, 40_000, &pattern(600));
+    let mut bad = good.clone();
+    bad[300] ^= 1;
+    let asked = NetOffer::GUEST_CHECKSUM;
+    for features in [0, asked, asked | NetOffer::MERGEABLE] {
+        let mut bench = bench(features);
+        let flags = [&good, &bad].map(|frame| {
+            bench.offer_room(&[2000]);
+            assert_eq!(bench.port.deliver(frame), Delivery::Done);
+            bench.received().0[0]
+        });
+        // DATA_VALID; what does not hold is left to the guest.
+        assert_eq!(flags, [if features == 0 { 0 } else { 2 }, 0]);
+    }
+}
+
+#[test]
 fn each_queue_has_its_line_and_a_broken_one_is_reported() {
     let mut bench = bench(0);
     let line = || EventFd::new(EFD_NONBLOCK).unwrap();

@@ -6,7 +6,7 @@
 
 use crate::ring::{Chain, GuestRam, RingError, Segment, Virtqueue};
 
-use super::port::{Delivery, NET_HEADER_BYTES, scatter};
+use super::port::{Delivery, NET_HEADER_BYTES, header_of, scatter};
 
 /// The buffers of one frame. Reused from frame to frame.
 #[derive(Debug, Default)]
@@ -43,6 +43,7 @@ impl Merge {
         chain: &mut Chain,
         ram: &GuestRam,
         frame: &[u8],
+        verified: bool,
     ) -> Result<Delivery, RingError> {
         let need = NET_HEADER_BYTES + frame.len();
         let room = self.gather(queue, chain, need)?;
@@ -60,8 +61,7 @@ impl Merge {
                 Delivery::NoRoom
             });
         }
-        let mut header = [0; NET_HEADER_BYTES];
-        header[10..].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
+        let header = header_of(self.chains.len() as u16, verified);
         let (mut at, mut first) = (0, 0);
         // Not a part of it becomes visible before the rest: what is not published yet goes first.
         queue.make_room(self.chains.len() as u16);

@@ -82,13 +82,13 @@ impl PartialChecksum {
 
 /// A ones' complement sum over pieces of any length (RFC 1071).
 #[derive(Default)]
-struct Sum {
+pub(super) struct Sum {
     sum: u64,
     odd: bool,
 }
 
 impl Sum {
-    fn add(&mut self, mut bytes: &[u8]) {
+    pub(super) fn add(&mut self, mut bytes: &[u8]) {
         if self.odd
             && let Some((&first, rest)) = bytes.split_first()
         {
@@ -112,14 +112,23 @@ impl Sum {
 
     /// What goes into the field: never 0, which UDP takes for "none" (RFC 768); to others it is the same.
     fn checksum(&self) -> u16 {
+        match !self.folded() {
+            0 => 0xffff,
+            checksum => checksum,
+        }
+    }
+
+    /// What was added is covered by a checksum that holds.
+    pub(super) fn is_all_ones(&self) -> bool {
+        self.folded() == 0xffff
+    }
+
+    fn folded(&self) -> u16 {
         let mut sum = self.sum;
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);
         }
-        match !(sum as u16) {
-            0 => 0xffff,
-            checksum => checksum,
-        }
+        sum as u16
     }
 }
 

@@ -22,10 +22,14 @@ use crate::vhost_user::GuestRings;
 
 use super::merge::Merge;
 use super::offload::Request;
+use super::verify::checksum_holds;
 use super::wires::{PortWiring, Wires};
 
 /// Bytes of `virtio_net_hdr` in front of every frame (`VIRTIO_F_VERSION_1`).
 pub const NET_HEADER_BYTES: usize = 12;
+
+/// `virtio_net_hdr.flags`: the checksum has been verified.
+const DATA_VALID: u8 = 2;
 
 /// Shortest frame: an Ethernet header.
 const FRAME_MIN: usize = 14;
@@ -52,6 +56,8 @@ struct Queues {
     mergeable: bool,
     /// The guest may ask for checksums.
     checksum: bool,
+    /// The guest is told of checksums that hold.
+    verified: bool,
 }
 
 /// Queues in service, and the memory they are in.
@@ -122,6 +128,7 @@ impl GuestPort {
             Ok(Queues {
                 mergeable: guest_rx.device_features() & NetOffer::MERGEABLE != 0,
                 checksum: guest_tx.device_features() & NetOffer::CHECKSUM != 0,
+                verified: guest_rx.device_features() & NetOffer::GUEST_CHECKSUM != 0,
                 guest_rx,
                 guest_tx,
             })
@@ -191,9 +198,10 @@ impl GuestPort {
             return Delivery::NoRoom;
         };
         let (queue, chain, ram) = (&mut service.queues.guest_rx, &mut self.chain, &service.ram);
+        let verified = service.queues.verified && checksum_holds(frame);
         let done = match service.queues.mergeable {
-            true => self.merge.deliver(queue, chain, ram, frame),
-            false => deliver(queue, chain, ram, frame),
+            true => self.merge.deliver(queue, chain, ram, frame, verified),
+            false => deliver(queue, chain, ram, frame, verified),
         };
         let delivery = done.unwrap_or_else(|e| {
             self.fault(&e);
@@ -352,6 +360,7 @@ fn deliver(
     chain: &mut Chain,
     ram: &GuestRam,
     frame: &[u8],
+    verified: bool,
 ) -> Result<Delivery, RingError> {
     if !queue.pop(chain)? {
         return Ok(Delivery::NoRoom);
@@ -364,15 +373,23 @@ fn deliver(
         queue.undo_pop();
         return Ok(Delivery::TooSmall);
     }
-    // num_buffers is 1 (virtio 1.3 section 5.1.6.4.1); no offload is ever used.
-    let mut header = [0; NET_HEADER_BYTES];
-    header[10] = 1;
+    let header = header_of(1, verified);
     let mut at = 0;
     for segment in chain.writable() {
         at += scatter(ram, *segment, at, &header, frame)?;
     }
     queue.complete(chain.head(), need as u32)?;
     Ok(Delivery::Done)
+}
+
+/// `virtio_net_hdr` in front of a frame for the guest (virtio 1.3 section 5.1.6.4.1).
+pub(super) fn header_of(buffers: u16, verified: bool) -> [u8; NET_HEADER_BYTES] {
+    let mut header = [0; NET_HEADER_BYTES];
+    if verified {
+        header[0] = DATA_VALID;
+    }
+    header[10..].copy_from_slice(&buffers.to_le_bytes());
+    header
 }
 
 /// Writes what belongs into one segment, `at` bytes into header and frame. Gives how much.

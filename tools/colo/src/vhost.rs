@@ -71,8 +71,8 @@ fn try_run(path: &Path) -> Result<(), VhostError> {
     };
     let worker = spawn_unattached(worker_config, nic).map_err(VhostError::Worker)?;
     let offer = NetOffer {
-        mac: net.mac,
-        mtu: net.mtu,
+        guest_checksum: net.guest_checksum,
+        ..NetOffer::new(net.mac, net.mtu)
     };
     let server = VhostUserServer::bind(&config.socket(), worker.clone(), offer)?;
     let started = Instant::now();

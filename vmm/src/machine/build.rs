@@ -155,8 +155,8 @@ impl Machine {
         let workers = spawn_workers(&config.host, nics, &ram, &call, &kick)?;
         let first = workers.first().ok_or(MachineError::NoNic)?.clone();
         let offer = NetOffer {
-            mac: config.net.mac,
-            mtu: config.net.mtu,
+            guest_checksum: config.net.guest_checksum,
+            ..NetOffer::new(config.net.mac, config.net.mtu)
         };
         let backend = Net::new(offer, call.clone(), first);
         let net = Arc::new(Mutex::new(VirtioMmio::new(Box::new(backend), call, kick)));

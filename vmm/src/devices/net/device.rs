@@ -41,7 +41,7 @@ impl Backend for Net {
     }
 
     fn features(&self) -> u64 {
-        NetOffer::FEATURES
+        self.offer.features()
     }
 
     fn queue_sizes_max(&self) -> &'static [u16] {

@@ -68,10 +68,7 @@ fn bench() -> Bench {
         link: link.clone(),
     };
     let worker = spawn(config, Box::new(nic), wiring).unwrap();
-    let offer = NetOffer {
-        mac: [2, 0, 0, 0, 0, 1],
-        mtu: 1500,
-    };
+    let offer = NetOffer::new([2, 0, 0, 0, 0, 1], 1500);
     let net = Net::new(offer, call.clone(), worker.clone());
     let device = VirtioMmio::new(Box::new(net), call, kick);
     let guest_rx = DriverMock::new(ram.clone(), 0x10000, 64, true);
