@@ -7,8 +7,9 @@
 
 use colo_bpf::Mac;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_LINK_UP,
 };
 
 /// `virtio_net_config` up to `mtu`: mac, status, max_virtqueue_pairs, mtu.
@@ -23,6 +24,8 @@ pub struct NetOffer {
     pub mtu: u16,
     /// Checksums of frames for the guest are verified, and it is told of those that hold.
     pub guest_checksum: bool,
+    /// Queue pairs, one for each worker.
+    pub pairs: u16,
 }
 
 impl NetOffer {
@@ -42,22 +45,27 @@ impl NetOffer {
     /// A frame for the guest may lie in several of its buffers.
     pub const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
+    /// The driver may use several queue pairs, and says how many by the control queue.
+    pub const MULTIQUEUE: u64 = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+
     /// A device that offers only [`Self::ALWAYS`].
     pub const fn new(mac: Mac, mtu: u16) -> Self {
         Self {
             mac,
             mtu,
             guest_checksum: false,
+            pairs: 1,
         }
     }
 
     /// Features besides those of rings and transport.
     pub fn features(&self) -> u64 {
-        let guest_checksum = match self.guest_checksum {
-            true => Self::GUEST_CHECKSUM,
-            false => 0,
-        };
-        Self::ALWAYS | guest_checksum
+        let optional = [
+            (self.guest_checksum, Self::GUEST_CHECKSUM),
+            (self.pairs > 1, Self::MULTIQUEUE),
+        ];
+        let offered = optional.iter().filter(|(offered, _)| *offered);
+        Self::ALWAYS | offered.map(|(_, bits)| bits).sum::<u64>()
     }
 
     /// The configuration space.
@@ -66,7 +74,7 @@ impl NetOffer {
         let mut config = [0; NET_CONFIG_BYTES];
         config[..6].copy_from_slice(&self.mac);
         config[6..8].copy_from_slice(&(status as u16).to_le_bytes());
-        config[8..10].copy_from_slice(&1_u16.to_le_bytes());
+        config[8..10].copy_from_slice(&self.pairs.to_le_bytes());
         config[10..].copy_from_slice(&self.mtu.to_le_bytes());
         config
     }

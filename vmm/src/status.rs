@@ -17,6 +17,7 @@ use colo_fastpath::stats::WorkerSnapshot;
 use colo_fastpath::worker::NicReport;
 use serde::Serialize;
 
+use crate::devices::net::ControlSnapshot;
 use crate::machine::{ExitSnapshot, Machine};
 
 /// A document larger than the socket's buffer is cut off rather than waited for.
@@ -56,6 +57,8 @@ pub struct MachineStatus {
     pub exits: Vec<ExitSnapshot>,
     /// The packet worker.
     pub worker: WorkerSnapshot,
+    /// The network device's control queue.
+    pub control: ControlSnapshot,
     /// The NIC; absent once the worker has ended.
     pub nic: Option<NicReport>,
     /// Times of its stages, with `host.stages`.
@@ -78,6 +81,7 @@ impl MachineStatus {
             uptime_s: started.elapsed().as_secs_f64(),
             exits: machine.exits(),
             worker: machine.worker().stats(),
+            control: machine.control(),
             nic,
             stages,
         }

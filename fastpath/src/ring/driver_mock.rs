@@ -63,6 +63,11 @@ impl DriverMock {
         }
     }
 
+    /// Goes on in memory that has the same contents.
+    pub fn move_to(&mut self, ram: Arc<GuestRam>) {
+        self.ram = ram;
+    }
+
     /// What the device needs to know.
     pub fn queue_state(&self) -> QueueState {
         self.state

@@ -61,6 +61,8 @@ pub struct Edge {
     /// With several shards.
     crossing: Option<Box<Crossing>>,
     stages: Option<Box<Stages>>,
+    /// Another worker shows the guest the NIC's link.
+    hides_link: bool,
     stats: Arc<WorkerStats>,
 }
 
@@ -83,6 +85,7 @@ impl Edge {
             returned: Vec::with_capacity(usize::from(QUEUE_SIZE_MAX)),
             crossing: None,
             stages,
+            hides_link: false,
             stats,
         }
     }
@@ -337,7 +340,14 @@ impl Edge {
 
     /// Shows the guest whether the NIC has a link.
     pub(super) fn show_link(&mut self) {
-        self.port.show_link(self.nic.has_link());
+        if !self.hides_link {
+            self.port.show_link(self.nic.has_link());
+        }
+    }
+
+    /// Leaves it to another worker to show the guest the link of the NIC, of which both have an end.
+    pub fn hide_link(&mut self) {
+        self.hides_link = true;
     }
 
     fn return_buffers(&mut self) {

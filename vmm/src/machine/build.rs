@@ -17,7 +17,7 @@ use colo_fastpath::worker::{PortWiring, WorkerConfig, WorkerGone, WorkerHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, HostConfig};
-use crate::devices::net::Net;
+use crate::devices::net::{ControlSnapshot, ControlStats, Net, PAIRS_MAX};
 use crate::devices::virtio_mmio::{DeviceState, NOTIFY_OFFSET, VirtioMmio};
 
 use super::boot::{self, BootError, MMIO_BASE};
@@ -75,9 +75,9 @@ pub enum MachineError {
     /// The packet worker.
     #[error(transparent)]
     Worker(#[from] WorkerGone),
-    /// A machine needs one.
-    #[error("a machine needs a NIC")]
-    NoNic,
+    /// A machine needs one, and cannot have more ends of it than queue pairs.
+    #[error("a NIC of {0} ends; a machine needs 1 to {PAIRS_MAX}")]
+    Nics(usize),
     /// A thread or descriptor.
     #[error("no descriptors or threads for the machine: {0}")]
     Host(#[from] io::Error),
@@ -129,6 +129,7 @@ pub struct Machine {
     // Fields are dropped in this order: vCPUs first, RAM (inside `vm`) last.
     pub(super) vcpus: Vec<VcpuHandle>,
     workers: Vec<WorkerHandle>,
+    control: Arc<ControlStats>,
     net: Arc<Mutex<VirtioMmio>>,
     kernel: String,
     cmdline: String,
@@ -150,16 +151,15 @@ impl Machine {
 
         let interrupt = EventFd::new(EFD_NONBLOCK)?;
         let call = Arc::new(Call::new(interrupt.try_clone()?));
-        let kick = EventFd::new(EFD_NONBLOCK)?;
-        vm.add_ioeventfd(MMIO_BASE + NOTIFY_OFFSET, &kick)?;
-        let workers = spawn_workers(&config.host, nics, &ram, &call, &kick)?;
-        let first = workers.first().ok_or(MachineError::NoNic)?.clone();
+        let kicks = add_doorbells(&vm, nics.len())?;
+        let workers = spawn_workers(&config.host, nics, &ram, &call, &kicks)?;
         let offer = NetOffer {
             guest_checksum: config.net.guest_checksum,
             ..NetOffer::new(config.net.mac, config.net.mtu)
         };
-        let backend = Net::new(offer, call.clone(), first);
-        let net = Arc::new(Mutex::new(VirtioMmio::new(Box::new(backend), call, kick)));
+        let backend = Net::new(offer, ram, call.clone(), workers.clone());
+        let control = backend.control_stats();
+        let net = Arc::new(Mutex::new(VirtioMmio::new(Box::new(backend), call, kicks)));
 
         let platform = Arc::new(Platform::new(
             vec![(MMIO_BASE, net.clone())],
@@ -180,6 +180,7 @@ impl Machine {
             Self {
                 vcpus,
                 workers,
+                control,
                 net,
                 kernel,
                 cmdline,
@@ -220,6 +221,11 @@ impl Machine {
         &self.workers[0]
     }
 
+    /// What the network device's control queue has been asked for.
+    pub fn control(&self) -> ControlSnapshot {
+        self.control.snapshot()
+    }
+
     /// Number of vCPUs.
     pub fn vcpu_count(&self) -> usize {
         self.vcpus.len()
@@ -227,13 +233,14 @@ impl Machine {
 
     /// Reads all devices as one record. vCPUs are paused and the workers are quiesced (they stay so).
     pub fn save_devices(&self) -> Result<Vec<u8>, MachineError> {
-        for worker in &self.workers[1..] {
-            worker.quiesce()?;
+        let mut live = Vec::with_capacity(2 * self.workers.len());
+        for worker in &self.workers {
+            match worker.quiesce()? {
+                Some(pair) => live.extend(pair.map(Some)),
+                None => live.extend([None; 2]),
+            }
         }
-        let queues = self.worker().quiesce()?;
-        Ok(lock(&self.net)
-            .save(queues.as_ref().map(|q| q.as_slice()))
-            .to_bytes())
+        Ok(lock(&self.net).save(&live).to_bytes())
     }
 
     /// Whether [`Machine::restore_devices`] would take this record, without doing it.
@@ -282,15 +289,37 @@ impl Drop for Machine {
     }
 }
 
+/// A doorbell for each queue pair: the driver writes the number of the queue (virtio 1.3 section 4.2.2). With one pair
+/// there is no other queue, and whatever is written rings.
+fn add_doorbells(vm: &Vm, pairs: usize) -> Result<Vec<EventFd>, MachineError> {
+    if !(1..=PAIRS_MAX).contains(&pairs) {
+        return Err(MachineError::Nics(pairs));
+    }
+    let notify = MMIO_BASE + NOTIFY_OFFSET;
+    let mut kicks = Vec::with_capacity(pairs);
+    for pair in 0..pairs {
+        let kick = EventFd::new(EFD_NONBLOCK)?;
+        if pairs == 1 {
+            vm.add_ioeventfd(notify, &kick)?;
+        } else {
+            for queue in [2 * pair, 2 * pair + 1] {
+                vm.add_ioeventfd_for(notify, queue as u32, &kick)?;
+            }
+        }
+        kicks.push(kick);
+    }
+    Ok(kicks)
+}
+
 fn spawn_workers(
     host: &HostConfig,
     nics: Vec<Box<dyn Nic>>,
     ram: &Arc<GuestRam>,
     call: &Arc<Call>,
-    kick: &EventFd,
+    kicks: &[EventFd],
 ) -> io::Result<Vec<WorkerHandle>> {
     let mut workers = Vec::with_capacity(nics.len());
-    for (shard, nic) in nics.into_iter().enumerate() {
+    for (shard, (nic, kick)) in nics.into_iter().zip(kicks).enumerate() {
         let wiring = PortWiring {
             ram: ram.clone(),
             call: call.clone(),
@@ -299,6 +328,10 @@ fn spawn_workers(
         let config = worker_config(host, shard);
         let spawned = colo_fastpath::worker::spawn(config, nic, wiring);
         workers.push(spawned.inspect_err(|_| workers.iter().for_each(WorkerHandle::stop))?);
+    }
+    for worker in workers.iter().skip(1) {
+        // One end speaks for the NIC. A worker that has ended shows nothing anyway.
+        let _ = worker.execute(|edge, _| edge.hide_link());
     }
     Ok(workers)
 }

@@ -92,6 +92,13 @@ impl Vm {
             .map_err(KvmError::refused("register an ioeventfd"))
     }
 
+    /// The same for 32-bit writes of this value only.
+    pub fn add_ioeventfd_for(&self, gpa: u64, value: u32, event: &EventFd) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(gpa), value)
+            .map_err(KvmError::refused("register an ioeventfd"))
+    }
+
     fn set_slot(&self, flags: u32) -> Result<(), KvmError> {
         let region = kvm_userspace_memory_region {
             slot: RAM_SLOT,

@@ -16,19 +16,36 @@ const KIND: Kind = Kind {
 pub(super) struct NetState {
     /// Whether the guest is shown a link.
     pub(super) link_is_up: bool,
+    /// Queue pairs that the driver uses.
+    pub(super) active_pairs: u16,
 }
 
 impl NetState {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let mut writer = Writer::new(KIND);
         writer.u8(self.link_is_up.into());
+        writer.u16(self.active_pairs);
         writer.finish()
     }
 
     pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
         let mut reader = Reader::new(KIND, bytes)?;
-        let link_is_up = reader.flag("link_is_up")?;
+        let state = Self {
+            link_is_up: reader.flag("link_is_up")?,
+            active_pairs: reader.u16()?,
+        };
         reader.finish()?;
-        Ok(Self { link_is_up })
+        Ok(state)
+    }
+
+    /// Whether a device of so many pairs can have this state.
+    pub(super) fn check(&self, pairs: u16) -> Result<(), RecordError> {
+        if (1..=pairs).contains(&self.active_pairs) {
+            return Ok(());
+        }
+        Err(RecordError::Field {
+            what: KIND.name,
+            field: "number of active pairs",
+        })
     }
 }

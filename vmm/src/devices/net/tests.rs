@@ -69,8 +69,8 @@ fn bench() -> Bench {
     };
     let worker = spawn(config, Box::new(nic), wiring).unwrap();
     let offer = NetOffer::new([2, 0, 0, 0, 0, 1], 1500);
-    let net = Net::new(offer, call.clone(), worker.clone());
-    let device = VirtioMmio::new(Box::new(net), call, kick);
+    let net = Net::new(offer, ram.clone(), call.clone(), vec![worker.clone()]);
+    let device = VirtioMmio::new(Box::new(net), call, vec![kick]);
     let guest_rx = DriverMock::new(ram.clone(), 0x10000, 64, true);
     let guest_tx = DriverMock::new(ram.clone(), 0x20000, 64, true);
     Bench {
@@ -303,7 +303,7 @@ fn a_broken_device_is_still_broken_elsewhere() {
     }
     let queues = first.worker.quiesce().unwrap();
     assert!(queues.is_none());
-    let record = first.device.save(None).to_bytes();
+    let record = first.device.save(&[]).to_bytes();
     let mut second = bench();
     second
         .device
@@ -352,10 +352,7 @@ fn a_replica_shows_the_link_of_the_primary_until_it_takes_over() {
     first.start();
     first.plug(false);
     let queues = first.worker.quiesce().unwrap();
-    let record = first
-        .device
-        .save(queues.as_ref().map(|q| &q[..]))
-        .to_bytes();
+    let record = first.device.save(&queues.unwrap().map(Some)).to_bytes();
     let mut second = bench();
     second.worker.set_role(Box::new(Replica)).unwrap();
     let state = DeviceState::from_bytes(&record).unwrap();

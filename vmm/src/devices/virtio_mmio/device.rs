@@ -32,10 +32,16 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"colo");
 const CONFIG_OFFSET: u64 = regs::VIRTIO_MMIO_CONFIG as u64;
 
-/// The backend's thread is gone.
+/// A backend does not take its queues over.
 #[derive(Debug, thiserror::Error)]
-#[error("the device's backend has ended")]
-pub struct BackendError;
+pub enum BackendError {
+    /// A thread of it is gone.
+    #[error("the device's backend has ended")]
+    Gone,
+    /// The driver has not set up what the device cannot do without, or not so that it can be used.
+    #[error("the driver started its device without the queues that it needs")]
+    NotReady,
+}
 
 /// What is behind a window.
 pub trait Backend: Send + std::fmt::Debug {
@@ -45,14 +51,25 @@ pub trait Backend: Send + std::fmt::Debug {
     /// Features offered besides those of the transport.
     fn features(&self) -> u64;
 
+    /// Whether the driver may accept these of the features offered, and no others.
+    fn accepts(&self, _features: u64) -> bool {
+        true
+    }
+
     /// Largest size of each queue.
     fn queue_sizes_max(&self) -> &'static [u16];
 
     /// The driver reads the device-specific configuration; what is behind its end reads 0.
     fn read_config(&self, offset: usize, data: &mut [u8]);
 
-    /// The driver is ready: serve these queues.
+    /// The driver is ready: serve these queues, as far as they are ready.
     fn activate(&mut self, queues: &[QueueState]) -> Result<(), BackendError>;
+
+    /// The driver has rung for a queue that no doorbell of the device's is for.
+    fn notify(&mut self, _queue: u32) {}
+
+    /// Puts in where the queues stand that the backend serves on the vCPU's thread.
+    fn save_queues(&self, _queues: &mut [QueueState]) {}
 
     /// Let go of the queues; returns when that is done.
     fn deactivate(&mut self) -> Result<(), BackendError>;
@@ -73,18 +90,19 @@ pub trait Backend: Send + std::fmt::Debug {
 pub struct VirtioMmio {
     backend: Box<dyn Backend>,
     call: Arc<Call>,
-    kick: EventFd,
+    kicks: Vec<EventFd>,
     regs: DeviceState,
 }
 
 impl VirtioMmio {
-    /// A device after reset. `kick` is written when a notification comes as an exit.
-    pub fn new(backend: Box<dyn Backend>, call: Arc<Call>, kick: EventFd) -> Self {
+    /// A device after reset. The first of `kicks` is written when a notification for one of the first two queues
+    /// comes as an exit, and so on; the backend is told of others itself.
+    pub fn new(backend: Box<dyn Backend>, call: Arc<Call>, kicks: Vec<EventFd>) -> Self {
         let regs = reset_registers(&*backend);
         Self {
             backend,
             call,
-            kick,
+            kicks,
             regs,
         }
     }
@@ -116,16 +134,18 @@ impl VirtioMmio {
         self.write_register(offset as u32, u32::from_le_bytes(data));
     }
 
-    /// What travels. `live` are the queues as the backend had them at its packet boundary.
-    pub fn save(&self, live: Option<&[QueueState]>) -> DeviceState {
+    /// What travels. `live` are the first queues as workers had them at their packet boundary, `None` for those
+    /// that are not in service.
+    pub fn save(&self, live: &[Option<QueueState>]) -> DeviceState {
         let mut state = self.regs.clone();
         state.interrupt_status = self.call.interrupt_status();
         state.needs_reset = self.call.needs_reset();
         state.config_generation = self.call.config_generation();
         state.backend = self.backend.save();
-        if let Some(live) = live {
-            state.queues.copy_from_slice(live);
+        for (queue, live) in state.queues.iter_mut().zip(live) {
+            *queue = live.unwrap_or(*queue);
         }
+        self.backend.save_queues(&mut state.queues);
         state
     }
 
@@ -146,6 +166,11 @@ impl VirtioMmio {
         if state.driver_features & !self.features() != 0 {
             return bad("driver_features");
         }
+        if state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
+            && !self.backend.accepts(state.driver_features)
+        {
+            return bad("driver_features");
+        }
         self.backend.check(&state.backend)
     }
 
@@ -155,14 +180,14 @@ impl VirtioMmio {
         self.regs = state.clone();
         let live = self.is_live() && !state.needs_reset;
         let queues = live.then_some(state.queues.as_slice());
-        if self.backend.restore(queues, &state.backend).is_err() {
-            warn!("the device's backend has ended");
-        }
         self.call.restore_config_generation(state.config_generation);
         if let Err(e) = self.call.restore(state.interrupt_status, state.needs_reset) {
             warn!("the guest's interrupt line failed: {e}");
         }
-        self.ring();
+        if let Err(e) = self.backend.restore(queues, &state.backend) {
+            warn!("{e}");
+        }
+        self.kicks.iter().for_each(ring);
         Ok(())
     }
 
@@ -213,7 +238,7 @@ impl VirtioMmio {
             regs::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.regs.driver_features_sel = value,
             regs::VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
             regs::VIRTIO_MMIO_QUEUE_SEL => self.regs.queue_sel = value,
-            regs::VIRTIO_MMIO_QUEUE_NOTIFY => self.ring(),
+            regs::VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
             regs::VIRTIO_MMIO_INTERRUPT_ACK => self.call.acknowledge(value),
             regs::VIRTIO_MMIO_STATUS => self.write_status(value),
             _ => self.write_queue_register(offset, value),
@@ -273,7 +298,8 @@ impl VirtioMmio {
 
     fn features_are_good(&self) -> bool {
         let driver = self.regs.driver_features;
-        driver & 1 << VIRTIO_F_VERSION_1 != 0 && driver & !self.features() == 0
+        let offered = driver & !self.features() == 0;
+        driver & 1 << VIRTIO_F_VERSION_1 != 0 && offered && self.backend.accepts(driver)
     }
 
     fn start(&mut self) {
@@ -284,13 +310,16 @@ impl VirtioMmio {
             queue.device_features = features & DEVICE_FEATURES;
         }
         let negotiated = self.regs.status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
-        if !negotiated || !self.regs.queues.iter().all(|queue| queue.ready) {
-            warn!("the driver started its device without features or queues");
-            if let Err(e) = self.call.ask_for_reset() {
-                warn!("the guest's interrupt line failed: {e}");
-            }
-        } else if self.backend.activate(&self.regs.queues).is_err() {
-            warn!("the device's backend has ended");
+        let outcome = match negotiated {
+            true => self.backend.activate(&self.regs.queues),
+            false => Err(BackendError::NotReady),
+        };
+        let Err(e) = outcome else {
+            return;
+        };
+        warn!("{e}");
+        if let Err(e) = self.call.ask_for_reset() {
+            warn!("the guest's interrupt line failed: {e}");
         }
     }
 
@@ -302,10 +331,18 @@ impl VirtioMmio {
         self.regs = reset_registers(&*self.backend);
     }
 
-    fn ring(&self) {
-        // A full counter is a ring already.
-        let _ = self.kick.write(1);
+    fn notify(&mut self, queue: u32) {
+        match self.kicks.get(queue as usize / 2) {
+            Some(kick) => ring(kick),
+            None if self.is_live() => self.backend.notify(queue),
+            None => {}
+        }
     }
+}
+
+fn ring(kick: &EventFd) {
+    // A full counter is a ring already.
+    let _ = kick.write(1);
 }
 
 fn reset_registers(backend: &dyn Backend) -> DeviceState {
