@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::control::{Control, ControlError, ControlStats};
 use super::*;
 use crate::devices::virtio_mmio::{DeviceState, VirtioMmio};
+use crate::machine::record::seal;
 
 const PAIRS: usize = 3;
 /// The control queue, behind all pairs.
@@ -398,11 +399,14 @@ fn pairs_and_control_queue_travel() {
     // What another shape of device has saved.
     let mut fewer = state.clone();
     fewer.queues.truncate(2);
-    let mut none = state.clone();
-    none.backend[13..15].fill(0);
-    let mut more = state.clone();
-    more.backend[13..15].copy_from_slice(&[4, 0]);
-    let mut half = state;
+    let with_pairs = |pairs: u8| {
+        let mut other = state.clone();
+        other.backend[17..19].copy_from_slice(&[pairs, 0]);
+        seal(&mut other.backend);
+        other
+    };
+    let (none, more) = (with_pairs(0), with_pairs(4));
+    let mut half = state.clone();
     half.driver_features &= !u64::from(MQ);
     for (bad, reason) in [
         (fewer, "number of queues"),
