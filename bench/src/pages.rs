@@ -1,14 +1,14 @@
 //! `pages`: what finding out how a page of a checkpoint travels costs, beside a memcpy of the page and beside other keyed
 //! digests.
 //!
-//! Invariants: each row's memcpy is measured in turns with its work, on the same pages; the median round counts, because on
-//! a shared machine some are interrupted. `hot` pages are in the nearest cache, where a capture leaves what it has just
-//! copied; `cold` ones are as far away as the machine's memory for them.
+//! Invariants: each row's memcpy is measured in turns with its work, on the same pages; what counts is this thread's
+//! processor time, and of the rounds the median, because a shared machine does other things, too. `hot` pages are in the
+//! nearest cache, where a capture leaves what it has just copied; `cold` ones come one after the other from a set larger than
+//! the nearer caches.
 //!
 //! Does not measure a checkpoint, see `checkpoint`.
 
 use std::hint::black_box;
-use std::time::Instant;
 
 use clap::Args;
 use colo_compare::DigestKey;
@@ -17,6 +17,7 @@ use colo_vmm::checkpoint::codec::{Page, PageKey, delta, zero};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::datapath_cpu::thread_cpu_ns;
 use crate::figures::{Range, table};
 use crate::place::{BenchError, Outcome};
 
@@ -148,17 +149,17 @@ impl Set {
         set
     }
 
-    /// Nanoseconds that `work` takes for a page.
+    /// Nanoseconds of processor time that `work` takes for a page.
     fn time(&self, work: &mut dyn FnMut(&Page, &Page)) -> f64 {
         let all = || self.pages.iter().zip(&self.bases);
         let turns = (ROUND_PAGES / self.pages.len()).max(1);
-        let start = Instant::now();
+        let start_ns = thread_cpu_ns();
         for _ in 0..turns {
             for (page, base) in all() {
                 work(page, base);
             }
         }
-        start.elapsed().as_nanos() as f64 / (turns * self.pages.len()) as f64
+        (thread_cpu_ns() - start_ns) as f64 / (turns * self.pages.len()) as f64
     }
 }
 

@@ -51,6 +51,16 @@ impl Arithmetic {
             Self::Pclmul(_) => unsafe { x86_64::sums(key, page) },
         }
     }
+
+    /// The product in GF(2^128) modulo x^128 + x^7 + x^2 + x + 1.
+    pub(crate) fn field_product(self, x: u128, y: u128) -> u128 {
+        reduce(match self {
+            Self::Portable => products(x, y),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a `Detected` exists only after the processor was found to have PCLMULQDQ.
+            Self::Pclmul(_) => unsafe { x86_64::products(x, y) },
+        })
+    }
 }
 
 fn sums(key: &Stretched, page: &Page) -> [u128; 2] {
@@ -96,13 +106,18 @@ pub(crate) fn product(x: u64, y: u64) -> u128 {
     (0..5).fold(0, |sum, n| sum | columns[n] & part(n))
 }
 
-/// The product in GF(2^128) modulo x^128 + x^7 + x^2 + x + 1.
-pub(crate) fn field_product(x: u128, y: u128) -> u128 {
+/// The products of the lower halves, of the upper ones, and the sum of those of one with the other.
+fn products(x: u128, y: u128) -> [u128; 3] {
     let (x_low, x_high) = (x as u64, (x >> 64) as u64);
     let (y_low, y_high) = (y as u64, (y >> 64) as u64);
     let middle = product(x_low, y_high) ^ product(x_high, y_low);
-    let low = product(x_low, y_low) ^ (middle << 64);
-    let high = product(x_high, y_high) ^ (middle >> 64);
+    [product(x_low, y_low), product(x_high, y_high), middle]
+}
+
+/// What [`products`] gives, modulo x^128 + x^7 + x^2 + x + 1.
+fn reduce([low, high, middle]: [u128; 3]) -> u128 {
+    let low = low ^ (middle << 64);
+    let high = high ^ (middle >> 64);
     let times_tail = |v: u128| v ^ (v << 1) ^ (v << 2) ^ (v << 7);
     let lost = (high >> 127) ^ (high >> 126) ^ (high >> 121);
     low ^ times_tail(high) ^ times_tail(lost)
@@ -112,7 +127,7 @@ pub(crate) fn field_product(x: u128, y: u128) -> u128 {
 mod x86_64 {
     use std::arch::x86_64::{
         __m128i, _MM_HINT_T0, _mm_clmulepi64_si128, _mm_cvtsi128_si64, _mm_loadu_si128,
-        _mm_prefetch, _mm_setzero_si128, _mm_unpackhi_epi64, _mm_xor_si128,
+        _mm_prefetch, _mm_set_epi64x, _mm_setzero_si128, _mm_unpackhi_epi64, _mm_xor_si128,
     };
 
     use super::{PAIR_BYTES, Page, STRETCHED_BYTES, Stretched};
@@ -147,14 +162,38 @@ mod x86_64 {
         [fold(first), fold(second)]
     }
 
+    /// See [`super::products`].
     #[target_feature(enable = "pclmulqdq")]
+    pub(super) fn products(x: u128, y: u128) -> [u128; 3] {
+        let (x, y) = (of_number(x), of_number(y));
+        let middle = _mm_xor_si128(
+            _mm_clmulepi64_si128::<0x01>(x, y),
+            _mm_clmulepi64_si128::<0x10>(x, y),
+        );
+        [
+            number(_mm_clmulepi64_si128::<0x00>(x, y)),
+            number(_mm_clmulepi64_si128::<0x11>(x, y)),
+            number(middle),
+        ]
+    }
+
+    #[target_feature(enable = "sse2")]
     fn fold(lanes: [__m128i; LANES]) -> u128 {
-        let sum = lanes
-            .into_iter()
-            .fold(_mm_setzero_si128(), |a, b| _mm_xor_si128(a, b));
+        lanes.into_iter().fold(0, |sum, lane| sum ^ number(lane))
+    }
+
+    #[inline]
+    #[target_feature(enable = "sse2")]
+    fn of_number(value: u128) -> __m128i {
+        _mm_set_epi64x((value >> 64) as i64, value as i64)
+    }
+
+    #[inline]
+    #[target_feature(enable = "sse2")]
+    fn number(value: __m128i) -> u128 {
         let (low, high) = (
-            _mm_cvtsi128_si64(sum),
-            _mm_cvtsi128_si64(_mm_unpackhi_epi64(sum, sum)),
+            _mm_cvtsi128_si64(value),
+            _mm_cvtsi128_si64(_mm_unpackhi_epi64(value, value)),
         );
         u128::from(low as u64) | u128::from(high as u64) << 64
     }
@@ -201,19 +240,20 @@ mod tests {
         for (x, y) in [(u64::MAX, u64::MAX), (u64::MAX, 1 << 63), (0, u64::MAX)] {
             assert_eq!(product(x, y), by_bits(x, y));
         }
-        assert_eq!(field_product(u128::MAX, 1), u128::MAX);
-        assert_eq!(field_product(1 << 127, 2), 0x87);
-        assert_eq!(
-            field_product(u128::MAX, u128::MAX),
-            field_by_bits(u128::MAX, u128::MAX)
-        );
+        for arithmetic in [Arithmetic::Portable, Arithmetic::detect()] {
+            for (x, y) in [(u128::MAX, 1), (1 << 127, 2), (u128::MAX, u128::MAX)] {
+                assert_eq!(arithmetic.field_product(x, y), field_by_bits(x, y));
+            }
+        }
     }
 
     proptest! {
         #[test]
         fn products_are_those_by_bits(x: u64, y: u64, a: u128, b: u128) {
             prop_assert_eq!(product(x, y), by_bits(x, y));
-            prop_assert_eq!(field_product(a, b), field_by_bits(a, b));
+            for arithmetic in [Arithmetic::Portable, Arithmetic::detect()] {
+                prop_assert_eq!(arithmetic.field_product(a, b), field_by_bits(a, b));
+            }
         }
 
         #[test]

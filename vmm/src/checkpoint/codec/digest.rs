@@ -24,7 +24,7 @@ use chacha20::ChaCha20;
 use chacha20::cipher::{KeyIvInit, StreamCipher};
 
 use super::Page;
-use super::clmul::{Arithmetic, STRETCHED_BYTES, Stretched, field_product};
+use super::clmul::{Arithmetic, STRETCHED_BYTES, Stretched};
 
 /// Bytes of a session's key: from the system's generator, chosen by the primary, told to the secondary at the start.
 pub const KEY_BYTES: usize = 16;
@@ -87,7 +87,7 @@ impl PageKey {
     /// The digest of a page.
     pub fn of(&self, page: &Page) -> PageDigest {
         let [first, second] = self.arithmetic.sums(&self.stretched, page);
-        PageDigest(field_product(first, self.factor) ^ second)
+        PageDigest(self.arithmetic.field_product(first, self.factor) ^ second)
     }
 
     /// The digest of a page that `read` copies: what a running guest writes meanwhile cannot mix two states of a word into the
