@@ -5,6 +5,7 @@
 //!
 //! Does not touch the host: what exists is found out when it is used.
 
+mod checkpoint;
 mod vhost;
 
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use colo_fastpath::ring::Pages;
 use colo_fastpath::worker::PollMode;
 use serde::{Deserialize, Deserializer};
 
+pub use checkpoint::CheckpointConfig;
 pub use vhost::VhostConfig;
 
 /// Prefix of images that are part of the program.
@@ -103,6 +105,9 @@ pub struct Config {
     /// How the pair's output is compared.
     #[serde(default)]
     pub compare: CompareConfig,
+    /// How checkpoints are taken.
+    #[serde(default)]
+    pub checkpoint: CheckpointConfig,
     /// Mutations for tests of the tests.
     #[serde(default)]
     pub test: TestConfig,
@@ -364,6 +369,7 @@ impl Config {
         check.net(&config.net)?;
         check.own_guest(&config.net)?;
         check.host(&config.host)?;
+        check.checkpoint(&config.checkpoint)?;
         if let Some(replication) = &config.replication {
             check.replication(replication, &config.host)?;
         }

@@ -1,23 +1,26 @@
 //! Guest RAM: shared memory, mapped once, in one region or a few.
 //!
 //! Invariants: every write of the host to guest RAM goes through [`GuestRam::write`] or a sibling
-//! here, which mark the page when tracking is on (rule 15); no reference to guest bytes exists, all
-//! access is by copies or atomics, because the guest writes at any time; every range is checked.
+//! here, which ask the guard first when it is armed and mark the page when tracking is on (rule 15);
+//! no reference to guest bytes exists, all access is by copies or atomics, because the guest writes
+//! at any time; every range is checked.
 //!
 //! Does not know what KVM's own dirty log has seen.
 
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
+use std::ops::RangeInclusive;
 use std::os::fd::FromRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, compiler_fence};
+use std::sync::{Arc, Weak};
 
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::area::{ALIGN_BYTES, Area};
 use super::checked;
 use super::error::MemoryError;
+use super::guard::{GuardSlot, WriteGuard};
 
 /// Addresses kept free behind guest RAM for the frame slots; costs no memory.
 const SLOT_ROOM_BYTES: usize = 32 << 30;
@@ -71,7 +74,9 @@ pub struct GuestRam {
     regions: Box<[Region]>,
     area: Arc<Area>,
     tracking: AtomicBool,
+    guard: GuardSlot,
     host_dirty: Box<[AtomicU64]>,
+    huge: bool,
 }
 
 /// A range of guest RAM. The guest may write it at any time, so it is only ever copied.
@@ -115,7 +120,7 @@ impl GuestRam {
             Pages::Small => None,
         };
         match huge {
-            Some(ram) => Ok(ram),
+            Some(ram) => Ok(Self { huge: true, ..ram }),
             None => Self::with_file(bytes, size, 0),
         }
     }
@@ -178,6 +183,8 @@ impl GuestRam {
             regions: regions.into_boxed_slice(),
             area: Arc::new(area),
             tracking: AtomicBool::new(false),
+            guard: GuardSlot::default(),
+            huge: false,
             host_dirty: (0..words).map(|_| AtomicU64::new(0)).collect(),
         })
     }
@@ -185,6 +192,11 @@ impl GuestRam {
     /// The range of host addresses that RAM lies in, with room for frame slots behind it.
     pub fn area(&self) -> &Arc<Area> {
         &self.area
+    }
+
+    /// Whether huge pages that the host has reserved back it.
+    pub fn is_huge(&self) -> bool {
+        self.huge
     }
 
     /// Size in bytes.
@@ -252,7 +264,9 @@ impl GuestRam {
 
     /// Copies `bytes` to `gpa`.
     pub fn write(&self, gpa: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        self.slice(gpa, bytes.len())?.copy_from(bytes);
+        let slice = self.slice(gpa, bytes.len())?;
+        self.before_write(gpa, bytes.len());
+        slice.copy_from(bytes);
         self.mark_written(gpa, bytes.len());
         Ok(())
     }
@@ -271,7 +285,9 @@ impl GuestRam {
 
     /// Writes a ring index or flag word in one access.
     pub fn store_u16(&self, gpa: u64, value: u16, order: Ordering) -> Result<(), MemoryError> {
-        self.atomic_u16(gpa)?.store(value.to_le(), order);
+        let word = self.atomic_u16(gpa)?;
+        self.before_write(gpa, 2);
+        word.store(value.to_le(), order);
         self.mark_written(gpa, 2);
         Ok(())
     }
@@ -302,6 +318,17 @@ impl GuestRam {
                 word.store(0, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Names who is asked before host writes, in place of who was. Only while unarmed.
+    pub fn set_guard(&self, guard: Weak<dyn WriteGuard>) {
+        self.guard.set(guard);
+    }
+
+    /// Switches the questions to the guard. It is switched on only while every thread that writes here
+    /// stands still, and what lets it go on (a message, a lock) shows it the switch.
+    pub fn arm_guard(&self, on: bool) {
+        self.guard.arm(on);
     }
 
     /// Adds the pages that the host wrote since the last call to `bitmap` (one bit a page, at least
@@ -350,6 +377,16 @@ impl GuestRam {
         region.map(at).ok_or(outside)
     }
 
+    /// Before the bytes of a range inside RAM are written. Unarmed, this is one relaxed load.
+    #[inline]
+    pub(super) fn before_write(&self, gpa: u64, len: usize) {
+        if self.guard.is_armed()
+            && let Some(pages) = self.pages_of(gpa, len)
+        {
+            self.guard.ask(pages);
+        }
+    }
+
     /// Marks after the bytes are written: a copier takes the bitmap first and copies then, so a page
     /// it copied too early has its mark in the next round. Off, this is one relaxed load.
     #[inline]
@@ -360,13 +397,20 @@ impl GuestRam {
         }
     }
 
+    /// The pages that a range touches; `None` for an empty one and outside RAM.
+    fn pages_of(&self, gpa: u64, len: usize) -> Option<RangeInclusive<usize>> {
+        let last_byte = len.checked_sub(1)?;
+        let (region, at) = self.find(gpa, len).ok()?;
+        let page = |at: usize| region.first_page + at / PAGE_BYTES;
+        Some(page(at)..=page(at + last_byte))
+    }
+
     #[cold]
     fn mark_range(&self, gpa: u64, len: usize) {
-        let Ok((region, at)) = self.find(gpa, len) else {
+        let Some(pages) = self.pages_of(gpa, len) else {
             return;
         };
-        let (first, last) = (at / PAGE_BYTES, (at + len - 1) / PAGE_BYTES);
-        for page in region.first_page + first..=region.first_page + last {
+        for page in pages {
             self.host_dirty[page / 64].fetch_or(1 << (page % 64), Ordering::Release);
         }
     }
@@ -458,6 +502,41 @@ mod tests {
         bitmap.fill(0);
         ram.take_host_dirty(&mut bitmap);
         assert_eq!(bitmap[0], 0, "taken once");
+    }
+
+    #[derive(Debug, Default)]
+    struct Asked(
+        std::sync::Mutex<Vec<(RangeInclusive<usize>, u8)>>,
+        Weak<GuestRam>,
+    );
+
+    impl WriteGuard for Asked {
+        fn before_write(&self, pages: RangeInclusive<usize>) {
+            let mut byte = [0];
+            let ram = self.1.upgrade().unwrap();
+            ram.read(*pages.start() as u64 * 4096, &mut byte).unwrap();
+            self.0.lock().unwrap().push((pages, byte[0]));
+        }
+    }
+
+    #[test]
+    fn the_guard_is_asked_before_each_write_while_it_is_armed() {
+        let ram = Arc::new(ram());
+        let asked = Arc::new(Asked(Default::default(), Arc::downgrade(&ram)));
+        let guard: Arc<dyn WriteGuard> = asked.clone();
+        ram.set_guard(Arc::downgrade(&guard));
+        ram.write(0x3000, &[1]).unwrap();
+        ram.arm_guard(true);
+        ram.write(0x3000, &[2; 4097]).unwrap();
+        ram.store_u16(0x3000, 0x0303, Ordering::Release).unwrap();
+        ram.write(0x3000, &[]).unwrap();
+        assert!(ram.write(1 << 20, &[4]).is_err());
+        ram.arm_guard(false);
+        ram.write(0x3000, &[5]).unwrap();
+        assert_eq!(*asked.0.lock().unwrap(), [(3..=4, 1), (3..=3, 2)]);
+        ram.arm_guard(true);
+        drop((guard, asked));
+        ram.write(0x3000, &[6]).unwrap();
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! Invariants: every pointer here has its whole part behind it, inside guest RAM that this keeps
 //! mapped, at the part's alignment; entries are addressed modulo the size, so no access leaves a part;
 //! the guest may write any of it at any time, so access is by atomics and no reference is made. Host
-//! writes are marked for checkpoints as all others are (rule 15).
+//! writes are asked for and marked as all others are (rule 15).
 //!
 //! Does not judge what it reads.
 
@@ -141,6 +141,7 @@ impl SplitRing {
     #[inline]
     pub(super) fn write_used(&self, index: u16, head: u16, written: u32) {
         let at = 1 + 2 * self.slot(index);
+        self.ram.before_write(self.used_gpa + 4 * at as u64, 8);
         self.store_used(at, u32::from(head));
         self.store_used(at + 1, written);
         self.ram.mark_written(self.used_gpa + 4 * at as u64, 8);
@@ -201,6 +202,7 @@ impl SplitRing {
         debug_assert!(at <= 2 + 4 * self.size);
         // SAFETY: the ring has `3 + 4 * size` words from a multiple of 4 on (`new`).
         let word = unsafe { AtomicU16::from_ptr(self.used.cast::<u16>().add(at)) };
+        self.ram.before_write(self.used_gpa + 2 * at as u64, 2);
         word.store(value.to_le(), order);
         self.ram.mark_written(self.used_gpa + 2 * at as u64, 2);
     }

@@ -16,6 +16,7 @@ use colo_fastpath::ring::{Call, GuestRam, MemoryError};
 use colo_fastpath::worker::{PortWiring, WorkerConfig, WorkerGone, WorkerHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::checkpoint::dirty::DirtySnapshot;
 use crate::config::{Config, HostConfig};
 use crate::devices::net::{ControlSnapshot, ControlStats, Net, PAIRS_MAX};
 use crate::devices::virtio_mmio::{DeviceState, NOTIFY_OFFSET, VirtioMmio};
@@ -28,6 +29,7 @@ use super::record::RecordError;
 use super::states::StateKeeper;
 use super::vcpu::{VcpuError, VcpuHandle};
 use super::vcpu_shape::{MSR_IA32_TSC, VcpuShape, read_msr};
+use super::view::GuestView;
 use super::vm::Vm;
 
 /// Interrupt line of the first device; the user-mode guest only prints it.
@@ -147,7 +149,7 @@ impl Machine {
     ) -> Result<(Self, Events), MachineError> {
         check_memory(config.vm.ram_mib)?;
         let ram = Arc::new(GuestRam::new(config.vm.ram_mib << 20, config.vm.pages())?);
-        let vm = Vm::new(ram.clone())?;
+        let vm = Vm::new(ram.clone(), config.dirty_settings())?;
 
         let interrupt = EventFd::new(EFD_NONBLOCK)?;
         let call = Arc::new(Call::new(interrupt.try_clone()?));
@@ -266,6 +268,16 @@ impl Machine {
         Ok(self.vm.take_dirty(bitmap)?)
     }
 
+    /// The dirty log's counters.
+    pub fn dirty_stats(&self) -> DirtySnapshot {
+        self.vm.dirty().snapshot()
+    }
+
+    /// The guest's own mapping of its RAM; a machine without `[replication]` has none.
+    pub fn guest_view(&self) -> Option<&Arc<GuestView>> {
+        self.vm.view()
+    }
+
     /// Exit statistics, one per vCPU.
     pub fn exits(&self) -> Vec<ExitSnapshot> {
         self.vcpus
@@ -373,6 +385,7 @@ fn spawn_vcpu(
         fd,
         shape,
         platform.clone(),
+        vm.dirty().clone(),
         on_end,
     )?)
 }

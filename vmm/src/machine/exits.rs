@@ -67,6 +67,8 @@ counters! {
         pio_nowhere,
         /// Interruptions by signals.
         signal,
+        /// Stops because the dirty ring was full.
+        dirty_ring_full,
     }
 }
 

@@ -42,7 +42,7 @@ pub enum KvmError {
 
 impl KvmError {
     /// For `map_err`.
-    pub(super) fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+    pub(crate) fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |source| Self::Refused { action, source }
     }
 }

@@ -15,6 +15,7 @@ mod vcpu_ioctl;
 mod vcpu_record;
 mod vcpu_shape;
 mod vcpu_state;
+mod view;
 mod vm;
 mod workers;
 
@@ -26,9 +27,10 @@ pub use record::RecordError;
 pub use states::{ClockJump, platform_differences};
 pub use vcpu::{VcpuError, VcpuHandle};
 pub use vcpu_state::VcpuState;
+pub use view::GuestView;
 pub use vm::Vm;
 
 #[cfg(test)]
 mod state_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -24,7 +24,7 @@ struct Bare {
 
 fn bare(irqchip: bool) -> Bare {
     let ram = Arc::new(GuestRam::new(4 << 20, Pages::Small).unwrap());
-    let vm = Vm::new(ram).unwrap();
+    let vm = Vm::new(ram, None).unwrap();
     if irqchip {
         vm.fd().create_irq_chip().unwrap();
         vm.fd().create_pit2(kvm_pit_config::default()).unwrap();

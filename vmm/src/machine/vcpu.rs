@@ -15,8 +15,8 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::{Msrs, kvm_run};
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, Msrs, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
 use tracing::warn;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -25,6 +25,7 @@ use super::exits::{ExitStats, Next, Platform, VmExit, lock};
 use super::kvm::KvmError;
 use super::vcpu_shape::VcpuShape;
 use super::vcpu_state::{TscTarget, VcpuState};
+use crate::checkpoint::dirty::DirtyTracker;
 
 /// A vCPU could not be reached or refused.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +88,7 @@ impl VcpuHandle {
         mut fd: VcpuFd,
         shape: VcpuShape,
         platform: Arc<Platform>,
+        dirty: Arc<DirtyTracker>,
         on_end: impl Fn(VmExit) + Send + 'static,
     ) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), ignore_signal)
@@ -103,6 +105,7 @@ impl VcpuHandle {
             shape: shape.clone(),
             saved,
             platform,
+            dirty,
             inbox,
             kick: kick.clone(),
             stats: stats.clone(),
@@ -326,6 +329,7 @@ struct Vcpu {
     batch: Msrs,
     saved: SyncSender<Saved>,
     platform: Arc<Platform>,
+    dirty: Arc<DirtyTracker>,
     inbox: Receiver<Command>,
     kick: Arc<Kick>,
     stats: Arc<ExitStats>,
@@ -377,6 +381,7 @@ impl Vcpu {
     /// Enters the guest once.
     fn step(&mut self) -> Next {
         let next = match self.fd.run() {
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => self.ring_full(),
             Ok(exit) => self.platform.handle(exit, &self.stats),
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
                 self.stats.signal.add(1);
@@ -401,11 +406,25 @@ impl Vcpu {
         let _ = self.saved.send((record, read));
     }
 
+    /// KVM does not enter the guest until the dirty rings have room.
+    fn ring_full(&self) -> Next {
+        self.stats.dirty_ring_full.add(1);
+        match self.dirty.ring_full() {
+            Ok(()) => Next::Run,
+            Err(e) => Next::End(VmExit::Fault {
+                what: e.to_string(),
+                rip: 0,
+            }),
+        }
+    }
+
     /// Completes what the last exit left open: KVM does so on entry and then leaves at once.
     fn pause(&mut self) {
         while self.mode == Mode::Running {
             self.kick.set_immediate_exit(1);
             match self.fd.run() {
+                // The dirty ring is emptied when the vCPU runs again, or before.
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {}
                 // The access had more parts (a repeated string instruction).
                 Ok(exit) => {
                     if let Next::End(exit) = self.platform.handle(exit, &self.stats) {

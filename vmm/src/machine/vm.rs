@@ -1,7 +1,8 @@
 //! One KVM virtual machine: its memory slot, its dirty log, its event descriptors.
 //!
 //! Invariants: RAM is one slot at guest physical address 0, backed by [`GuestRam`], which this keeps
-//! alive; dirty logging is off unless asked for.
+//! alive; a machine that may be replicated sees it through a mapping of its own ([`GuestView`]);
+//! dirty logging is off unless asked for.
 //!
 //! Does not run vCPUs.
 
@@ -14,21 +15,25 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::kvm::{KvmError, open};
 use super::vcpu_ioctl::enable_all_events;
+use super::view::GuestView;
+use crate::checkpoint::dirty::{DirtySettings, DirtyTracker};
 
 const RAM_SLOT: u32 = 0;
 
 /// A KVM machine with its RAM.
 #[derive(Debug)]
 pub struct Vm {
-    // Before `ram`: the slot goes first.
-    fd: VmFd,
+    // Before the memory: the slot goes first.
+    dirty: Arc<DirtyTracker>,
+    fd: Arc<VmFd>,
     kvm: Kvm,
+    view: Option<Arc<GuestView>>,
     ram: Arc<GuestRam>,
 }
 
 impl Vm {
-    /// Makes a machine around `ram`.
-    pub fn new(ram: Arc<GuestRam>) -> Result<Self, KvmError> {
+    /// Makes a machine around `ram`; with settings for dirty tracking if it may be replicated.
+    pub fn new(ram: Arc<GuestRam>, dirty: Option<DirtySettings>) -> Result<Self, KvmError> {
         let kvm = open()?;
         let fd = kvm
             .create_vm()
@@ -39,7 +44,17 @@ impl Vm {
                 .map_err(KvmError::refused("place the TSS"))?;
         }
         enable_all_events(&fd);
-        let vm = Self { fd, kvm, ram };
+        let fd = Arc::new(fd);
+        let view = dirty.and_then(|_| view_of(&ram)).map(Arc::new);
+        let settings = dirty.unwrap_or_default();
+        let dirty = DirtyTracker::new(fd.clone(), ram.clone(), RAM_SLOT, settings)?;
+        let vm = Self {
+            dirty: Arc::new(dirty),
+            fd,
+            kvm,
+            view,
+            ram,
+        };
         vm.set_slot(0)?;
         Ok(vm)
     }
@@ -58,31 +73,35 @@ impl Vm {
     }
 
     pub(super) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, KvmError> {
-        self.fd
+        let vcpu = self
+            .fd
             .create_vcpu(u64::from(index))
-            .map_err(KvmError::refused("create a vCPU"))
+            .map_err(KvmError::refused("create a vCPU"))?;
+        self.dirty.add_vcpu(&vcpu)?;
+        Ok(vcpu)
+    }
+
+    /// What guest and host write.
+    pub fn dirty(&self) -> &Arc<DirtyTracker> {
+        &self.dirty
+    }
+
+    /// The guest's own mapping of its RAM, if it has one.
+    pub fn view(&self) -> Option<&Arc<GuestView>> {
+        self.view.as_ref()
     }
 
     /// Switches dirty logging of guest and host writes. Switching on starts from an empty log.
     pub fn set_dirty_logging(&self, on: bool) -> Result<(), KvmError> {
-        self.set_slot(if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
-        self.ram.set_tracking(on);
-        Ok(())
+        self.dirty.switch(on, |on| {
+            self.set_slot(if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+        })
     }
 
     /// Adds to `bitmap` (one bit a page, [`GuestRam::bitmap_words`] words) what guest and host wrote
     /// since the last call, and starts the log anew. Only while logging is on.
     pub fn take_dirty(&self, bitmap: &mut [u64]) -> Result<(), KvmError> {
-        let bytes = self.ram.bytes() as usize;
-        let log = self
-            .fd
-            .get_dirty_log(RAM_SLOT, bytes)
-            .map_err(KvmError::refused("read the dirty log (is logging on?)"))?;
-        for (out, word) in bitmap.iter_mut().zip(log) {
-            *out |= word;
-        }
-        self.ram.take_host_dirty(bitmap);
-        Ok(())
+        self.dirty.take(bitmap)
     }
 
     /// Connects writes of any width to `gpa` with an eventfd: no exit to user space.
@@ -105,13 +124,26 @@ impl Vm {
             flags,
             guest_phys_addr: 0,
             memory_size: self.ram.bytes(),
-            userspace_addr: self.ram.host_address(),
+            userspace_addr: match &self.view {
+                Some(view) => view.address(),
+                None => self.ram.host_address(),
+            },
         };
-        // SAFETY: the range is the whole mapping of `ram`, which `self` keeps until after the
-        // machine is closed; no other slot overlaps. Guest and host both write there, the host only
-        // through GuestRam.
+        // SAFETY: the range is the whole mapping of `ram`, or the view's of the same size, which
+        // `self` keeps until after the machine is closed; no other slot overlaps. Guest and host both
+        // write there, the host only through GuestRam.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(KvmError::refused(
             "set the memory slot (not enough memory?)",
         ))
     }
+}
+
+/// Pages that the host has reserved are as large as they are, and cannot be protected one by one.
+fn view_of(ram: &Arc<GuestRam>) -> Option<GuestView> {
+    if ram.is_huge() {
+        return None;
+    }
+    let view = GuestView::new(ram.clone());
+    view.inspect_err(|e| tracing::warn!("captures are copied: no second mapping of RAM: {e}"))
+        .ok()
 }

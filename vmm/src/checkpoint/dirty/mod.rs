@@ -1,0 +1,278 @@
+//! Which pages guest and host have written: KVM's dirty bitmap or its dirty ring, behind one type.
+//!
+//! - *Bitmap* (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`): reading the log changes nothing; pages are protected again by
+//!   `KVM_CLEAR_DIRTY_LOG`, range by range, so that the lock that guest faults need is never held for long. With
+//!   `KVM_DIRTY_LOG_INITIALLY_SET` the start protects nothing at one go either. Kernels without manual protection do
+//!   both with one call.
+//! - *Ring* (`KVM_CAP_DIRTY_LOG_RING_ACQ_REL`): one ring of page numbers for each vCPU. Collecting costs what was written,
+//!   whatever the size of RAM; a full ring stops its vCPU, whose thread then collects (see [`DirtyTracker::ring_full`]).
+//!
+//! Invariants: a page that [`DirtyTracker::take`] gives is protected again when it returns, so a copy made afterwards has
+//! all that was written before, and what is written later comes with the next call; a full ring loses nothing; off, KVM
+//! logs nothing and host writes cost one load (invariant 8).
+//!
+//! Huge pages: both start with write-protected large mappings, which KVM replaces by small ones where the guest writes.
+//! With `kvm.eager_page_split` (on by default, two-dimensional paging only) the range that is cleared is split at that
+//! moment instead; pages of the host stay huge in any case.
+//!
+//! Does not see what the kernel writes through pinned pages (rule 15).
+
+mod bitmap;
+mod ring;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use colo_fastpath::ring::GuestRam;
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+use crate::machine::KvmError;
+use bitmap::Bitmap;
+use ring::Rings;
+
+/// Entries of a vCPU's ring unless the configuration says otherwise: KVM's maximum.
+pub const RING_ENTRIES: u32 = 65_536;
+/// Bytes of one ring entry, a `kvm_dirty_gfn`.
+const ENTRY_BYTES: u32 = 16;
+
+/// Which mechanism is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DirtyChoice {
+    /// The better one here: see [`DirtyTracker::new`].
+    #[default]
+    Auto,
+    /// The bitmap.
+    Bitmap,
+    /// The ring; the bitmap where KVM has no ring.
+    Ring,
+}
+
+/// Which mechanism it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DirtyMechanism {
+    /// Reading clears: kernels before 5.0.
+    PlainBitmap,
+    /// Cleared in ranges.
+    Bitmap,
+    /// A ring for each vCPU.
+    Ring,
+}
+
+/// What is wanted of a tracker.
+#[derive(Clone, Copy, Debug)]
+pub struct DirtySettings {
+    /// Which mechanism.
+    pub choice: DirtyChoice,
+    /// Entries of each ring: a power of two, at most [`RING_ENTRIES`].
+    pub ring_entries: u32,
+}
+
+impl Default for DirtySettings {
+    fn default() -> Self {
+        Self {
+            choice: DirtyChoice::Auto,
+            ring_entries: RING_ENTRIES,
+        }
+    }
+}
+
+/// The tracker's counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct DirtySnapshot {
+    /// What is in use.
+    pub mechanism: DirtyMechanism,
+    /// Times that a vCPU stopped because its ring was full.
+    pub ring_full: u64,
+    /// Times that the log was read.
+    pub taken: u64,
+    /// Pages that guests had written, each counted once per reading.
+    pub guest_pages: u64,
+}
+
+#[derive(Debug)]
+enum Log {
+    Bitmap(Bitmap),
+    Ring(Rings),
+}
+
+#[derive(Debug)]
+struct State {
+    on: bool,
+    log: Log,
+}
+
+/// The dirty log of one machine.
+#[derive(Debug)]
+pub struct DirtyTracker {
+    // Taken by whoever wants the log and by a vCPU whose ring is full: both collect from the same rings. Never on the
+    // packet path.
+    state: Mutex<State>,
+    mechanism: DirtyMechanism,
+    ring_full: AtomicU64,
+    taken: AtomicU64,
+    guest_pages: AtomicU64,
+    fd: Arc<VmFd>,
+    ram: Arc<GuestRam>,
+}
+
+impl DirtyTracker {
+    /// For a machine without vCPUs whose RAM is slot `slot`; off at first.
+    ///
+    /// `Auto` is the bitmap: with it the pause is as short or shorter up to the RAM sizes that a machine can have here
+    /// (`colo bench stabilise` measures both), and it needs no memory for each vCPU and never stops one.
+    pub fn new(
+        fd: Arc<VmFd>,
+        ram: Arc<GuestRam>,
+        slot: u32,
+        settings: DirtySettings,
+    ) -> Result<Self, KvmError> {
+        let ring = match settings.choice {
+            DirtyChoice::Ring => enable_ring(&fd, settings.ring_entries)?,
+            DirtyChoice::Auto | DirtyChoice::Bitmap => false,
+        };
+        let (mechanism, log) = if ring {
+            let rings = Rings::new(settings.ring_entries, slot, ram.bitmap_words());
+            (DirtyMechanism::Ring, Log::Ring(rings))
+        } else {
+            let manual = enable_manual_protect(&fd)?;
+            let bitmap = Bitmap::new(slot, ram.page_count(), manual);
+            let mechanism = match manual {
+                0 => DirtyMechanism::PlainBitmap,
+                _ => DirtyMechanism::Bitmap,
+            };
+            (mechanism, Log::Bitmap(bitmap))
+        };
+        Ok(Self {
+            state: Mutex::new(State { on: false, log }),
+            mechanism,
+            ring_full: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
+            guest_pages: AtomicU64::new(0),
+            fd,
+            ram,
+        })
+    }
+
+    /// Maps the ring of a new vCPU.
+    pub(crate) fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        match &mut self.lock().log {
+            Log::Bitmap(_) => Ok(()),
+            Log::Ring(rings) => rings.map(vcpu),
+        }
+    }
+
+    /// Starts from an empty log, or stops. `set_slot_logging` tells KVM to log or not.
+    pub(crate) fn switch(
+        &self,
+        on: bool,
+        set_slot_logging: impl FnOnce(bool) -> Result<(), KvmError>,
+    ) -> Result<(), KvmError> {
+        let mut state = self.lock();
+        state.on = false;
+        set_slot_logging(on)?;
+        match &mut state.log {
+            Log::Bitmap(bitmap) if on => bitmap.start(&self.fd)?,
+            Log::Bitmap(_) => {}
+            // Entries from before: off or on, nobody wants them.
+            Log::Ring(rings) => rings.forget(&self.fd)?,
+        }
+        self.ram.set_tracking(on);
+        state.on = on;
+        Ok(())
+    }
+
+    /// Adds to `bitmap` (one bit a page, [`GuestRam::bitmap_words`] words) what guest and host wrote since the last call,
+    /// and starts anew. Only while it is on.
+    pub fn take(&self, bitmap: &mut [u64]) -> Result<(), KvmError> {
+        let mut state = self.lock();
+        if !state.on {
+            let off = kvm_ioctls::Error::new(libc::ENOENT);
+            return Err(KvmError::refused(
+                "read the dirty log (logging must be switched on first)",
+            )(off));
+        }
+        let pages = match &mut state.log {
+            Log::Bitmap(log) => log.take(&self.fd, bitmap)?,
+            Log::Ring(rings) => rings.take(&self.fd, bitmap)?,
+        };
+        self.ram.take_host_dirty(bitmap);
+        self.taken.fetch_add(1, Ordering::Relaxed);
+        self.guest_pages.fetch_add(pages, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Called by the thread of a vCPU that KVM has stopped because its ring is full: empties all rings into the set that
+    /// the next [`DirtyTracker::take`] gives. Afterwards the vCPU can run.
+    pub(crate) fn ring_full(&self) -> Result<(), KvmError> {
+        self.ring_full.fetch_add(1, Ordering::Relaxed);
+        match &mut self.lock().log {
+            Log::Bitmap(_) => Ok(()),
+            Log::Ring(rings) => rings.collect(&self.fd),
+        }
+    }
+
+    /// The counters of this moment.
+    pub fn snapshot(&self) -> DirtySnapshot {
+        DirtySnapshot {
+            mechanism: self.mechanism,
+            ring_full: self.ring_full.load(Ordering::Relaxed),
+            taken: self.taken.load(Ordering::Relaxed),
+            guest_pages: self.guest_pages.load(Ordering::Relaxed),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves rings and bitmaps usable.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether the machine has rings now.
+fn enable_ring(fd: &VmFd, entries: u32) -> Result<bool, KvmError> {
+    // Without the acquire/release form the plain one is meant for x86, where it is the same.
+    for capability in [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING] {
+        if fd.check_extension_raw(u64::from(capability)) > 0 {
+            let bytes = u64::from(entries) * u64::from(ENTRY_BYTES);
+            enable(fd, capability, bytes).map_err(KvmError::refused(
+                "make dirty rings (checkpoint.dirty_ring_entries: a power of two from 1024 to 65536)",
+            ))?;
+            return Ok(true);
+        }
+    }
+    tracing::warn!(
+        "KVM has no dirty ring here: checkpoint.dirty = \"ring\" falls back to the bitmap"
+    );
+    Ok(false)
+}
+
+/// The flags of manual protection in use; 0 where there is none.
+fn enable_manual_protect(fd: &VmFd) -> Result<u32, KvmError> {
+    let has = fd.check_extension_raw(u64::from(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
+    let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+    let flags = has.cast_unsigned() & wanted;
+    if flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
+        return Ok(0);
+    }
+    enable(fd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, u64::from(flags))
+        .map_err(KvmError::refused("clear its dirty log in ranges"))?;
+    Ok(flags)
+}
+
+fn enable(fd: &VmFd, capability: u32, argument: u64) -> Result<(), kvm_ioctls::Error> {
+    let mut request = kvm_enable_cap {
+        cap: capability,
+        ..kvm_enable_cap::default()
+    };
+    request.args[0] = argument;
+    fd.enable_cap(&request)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+//! Both trackers on the real KVM, with a guest that writes what it is told.
+
+use super::*;
+use crate::checkpoint::guests::{Guest, ON_ORDER, ORDERS, ORDERS_PAGE};
+use crate::checkpoint::pages::PageBitmap;
+
+const BASE: u64 = 0x40_0000;
+const BITMAP: &str = "[checkpoint]\ndirty = \"bitmap\"";
+const RING: &str = "[checkpoint]\ndirty = \"ring\"";
+const SMALL_RING: &str = "[checkpoint]\ndirty = \"ring\"\ndirty_ring_entries = 1024";
+
+fn take(guest: &Guest) -> Vec<u64> {
+    let mut bitmap = PageBitmap::new(guest.machine.ram().page_count());
+    guest.machine.take_dirty(&mut bitmap.words).unwrap();
+    bitmap.iter().collect()
+}
+
+fn pages(gpa: u64, count: u64, stride: u64) -> Vec<u64> {
+    (0..count).map(|n| (gpa + n * stride) / 4096).collect()
+}
+
+fn running(more: &str) -> Guest {
+    let guest = Guest::start(ON_ORDER, 64, more);
+    guest.machine.resume_vcpus().unwrap();
+    // KVM maps a page writable, and so counts it as written, when the guest touches it for the first time.
+    guest.write_once(BASE, 1, 1);
+    guest
+}
+
+/// Equal, or both differences in short.
+fn same(found: &[u64], expected: &[u64], what: &str) {
+    let lacks = |of: &[u64], page: &u64| of.binary_search(page).is_err();
+    let missing: Vec<_> = expected
+        .iter()
+        .filter(|p| lacks(found, p))
+        .take(9)
+        .collect();
+    let more: Vec<_> = found
+        .iter()
+        .filter(|p| lacks(expected, p))
+        .take(9)
+        .collect();
+    assert!(
+        missing.is_empty() && more.is_empty(),
+        "{what}: missing {missing:?}, too many {more:?}"
+    );
+}
+
+#[test]
+fn all_pages_written_are_reported_and_no_others() {
+    for more in [BITMAP, RING] {
+        let guest = running(more);
+        guest.write_once(BASE, 500, 4096);
+        guest.machine.set_dirty_logging(true).unwrap();
+        assert_eq!(take(&guest), [] as [u64; 0], "{more}: the log starts empty");
+        // Every third page, then one page at the end of RAM's first half, then the host.
+        guest.write_once(BASE, 300, 3 * 4096);
+        let mut expected = pages(BASE, 300, 3 * 4096);
+        guest.write_once(32 << 20, 1, 1);
+        guest.machine.ram().write((60 << 20) - 1, &[1, 2]).unwrap();
+        expected.extend([ORDERS_PAGE, 8192, 15359, 15360]);
+        expected.sort_unstable();
+        same(&take(&guest), &expected, more);
+        assert_eq!(take(&guest), [] as [u64; 0], "{more}: taken once");
+    }
+}
+
+#[test]
+fn a_page_written_again_comes_again() {
+    for more in [BITMAP, RING] {
+        let guest = running(more);
+        guest.machine.set_dirty_logging(true).unwrap();
+        for round in 0..20 {
+            guest.write_once(BASE + (round % 3) * 4096, 5, 4096);
+            let mut expected = pages(BASE + (round % 3) * 4096, 5, 4096);
+            expected.insert(0, ORDERS_PAGE);
+            same(&take(&guest), &expected, &format!("{more}, round {round}"));
+        }
+    }
+}
+
+#[test]
+fn nothing_is_logged_while_it_is_off() {
+    for more in [BITMAP, RING] {
+        let guest = running(more);
+        guest.machine.set_dirty_logging(true).unwrap();
+        guest.write_once(BASE, 100, 4096);
+        guest.machine.set_dirty_logging(false).unwrap();
+        guest.write_once(BASE, 100, 4096);
+        let mut bitmap = vec![0; guest.machine.ram().bitmap_words()];
+        let off = guest.machine.take_dirty(&mut bitmap).unwrap_err();
+        assert!(off.to_string().contains("switched on first"), "{off}");
+        guest.machine.set_dirty_logging(true).unwrap();
+        assert_eq!(take(&guest), [] as [u64; 0], "{more}");
+        guest.write_once(BASE, 2, 4096);
+        assert_eq!(take(&guest).len(), 3, "{more}");
+    }
+}
+
+#[test]
+fn a_ring_that_overflows_loses_nothing() {
+    let guest = running(SMALL_RING);
+    guest.machine.set_dirty_logging(true).unwrap();
+    for round in 1..4 {
+        guest.write_once(BASE, 6000, 4096);
+        let mut expected = pages(BASE, 6000, 4096);
+        expected.insert(0, ORDERS_PAGE);
+        same(&take(&guest), &expected, "overflow");
+        let stats = guest.machine.dirty_stats();
+        assert_eq!(stats.mechanism, DirtyMechanism::Ring);
+        assert!(stats.ring_full >= 5 * round, "{stats:?}");
+        assert_eq!(
+            stats.ring_full,
+            guest.machine.exits()[0].dirty_ring_full,
+            "each time in its vCPU's thread"
+        );
+    }
+}
+
+#[test]
+fn what_is_written_between_two_readings_is_in_one_of_them() {
+    for more in [BITMAP, SMALL_RING] {
+        let guest = running(more);
+        guest.machine.set_dirty_logging(true).unwrap();
+        let mut seen = PageBitmap::new(guest.machine.ram().page_count());
+        let order = guest.word(ORDERS) + 1;
+        guest.aim(BASE, 10_000, 4096);
+        guest.set(0, order);
+        let mut readings = 0;
+        while guest.word(ORDERS + 8) != order {
+            guest.machine.take_dirty(&mut seen.words).unwrap();
+            readings += 1;
+        }
+        guest.machine.take_dirty(&mut seen.words).unwrap();
+        let mut expected = pages(BASE, 10_000, 4096);
+        expected.insert(0, ORDERS_PAGE);
+        assert!(readings > 0);
+        same(&seen.iter().collect::<Vec<_>>(), &expected, more);
+    }
+}
+
+#[test]
+fn a_copy_made_after_a_reading_has_all_that_was_written_before() {
+    // A model of live rounds: the union of all copies must be the guest's memory at the end.
+    for more in [BITMAP, SMALL_RING] {
+        let guest = running(more);
+        let ram = guest.machine.ram().clone();
+        guest.machine.set_dirty_logging(true).unwrap();
+        let mut copy = vec![[0; 4096]; ram.page_count()];
+        for (number, page) in copy.iter_mut().enumerate() {
+            ram.copy_page_out(number, page).unwrap();
+        }
+        for round in 10..40_u64 {
+            guest.aim(BASE + (round % 7) * 4096, 2000, 4096);
+            guest.set(0, round + 1);
+            // While the guest writes, and once when it has stopped.
+            let last = round == 39;
+            if last {
+                while guest.word(ORDERS + 8) != round + 1 {
+                    std::thread::yield_now();
+                }
+                guest.machine.pause_vcpus().unwrap();
+            }
+            for number in take(&guest) {
+                let number = number as usize;
+                ram.copy_page_out(number, &mut copy[number]).unwrap();
+            }
+        }
+        let mut page = [0; 4096];
+        for (number, copied) in copy.iter().enumerate() {
+            ram.copy_page_out(number, &mut page).unwrap();
+            assert!(page == *copied, "{more}: page {number} is old");
+        }
+    }
+}
