@@ -13,5 +13,6 @@ pub mod dirty;
 pub(crate) mod guests;
 pub mod pages;
 mod pending;
+pub mod stabilise;
 pub mod stage;
 pub mod transfer;

@@ -1,0 +1,494 @@
+//! Keeps captured pages as they were while the guest runs on.
+//!
+//! [`Stabiliser::take`] is called while vCPUs and host writers stand still. Afterwards they go on, and [`Stable::next_page`]
+//! gives each page of the set as it was, in rising order.
+//!
+//! - *Copy*: all pages go into an arena before the guest goes on.
+//! - *Protect*: the pages are write-protected in the guest's mapping ([`GuestView`]) with userfaultfd. A vCPU that writes to one
+//!   waits until a thread has saved it. The host has a mapping of its own, which is never protected: its writes ask the
+//!   [`WriteGuard`](colo_fastpath::ring::WriteGuard) of RAM, which saves the page on the spot, without a fault, a lock or a
+//!   system call (rule 15).
+//! - *Mixed*: pages that the set before had too, which the guest will likely write again at once, are copied, the others
+//!   protected.
+//!
+//! KVM's own write protection, which dirty logging uses, cannot serve here: KVM answers such a fault itself, by marking the
+//! page and letting the guest write; nobody is asked before, so the old contents are gone.
+//!
+//! Invariants: what is read is what the page held in [`Stabiliser::take`], or there is an error and no page (rule 14: the set
+//! belongs to the next checkpoint); a [`Stable`] that is dropped, at any place, leaves no page protected; the arena does not
+//! grow beyond its limit.
+//!
+//! Does not see writes of the kernel through pinned pages (rule 15), and does not pause anything.
+
+mod arena;
+mod calibrate;
+mod model;
+mod runs;
+mod serve;
+mod shared;
+mod stable;
+mod uffd;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use colo_fastpath::ring::{GuestRam, WriteGuard};
+use serde::{Deserialize, Serialize};
+
+use crate::machine::GuestView;
+use arena::Arena;
+use model::Outlook;
+use serve::FaultThread;
+use shared::{DUE, FREE, HOST_SLOTS, Shared};
+
+pub use model::Model;
+pub use stable::{Stable, StableCost};
+pub use uffd::UffdError;
+
+use super::pages::{PAGE_BYTES, PageBitmap};
+
+/// Arena that is ready before the first capture, in pages.
+const WARM_PAGES: u32 = 4096;
+/// A set this large is copied by two threads.
+const PARALLEL_PAGES: usize = 8192;
+
+/// What is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StabilisePolicy {
+    /// Whatever will steal less time from the guest.
+    #[default]
+    Auto,
+    /// All pages are copied.
+    Copy,
+    /// All pages are protected, if they can be.
+    Protect,
+    /// What is written again and again is copied, the rest protected.
+    Mixed,
+}
+
+/// What was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mechanism {
+    /// Copied.
+    Copy,
+    /// Protected.
+    Protect,
+    /// Both.
+    Mixed,
+}
+
+/// A capture cannot be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum StabiliseError {
+    /// The one before is still alive.
+    #[error("the capture before is still being read")]
+    Busy,
+    /// More pages than the arena may have, and they cannot be protected.
+    #[error("checkpoint.arena_mib = {limit_mib}: {pages} dirty pages do not fit; raise it")]
+    NoRoom {
+        /// In the set.
+        pages: usize,
+        /// Of the arena.
+        limit_mib: usize,
+    },
+    /// A page was overwritten when the arena was full.
+    #[error(
+        "page {page} was written by the host when checkpoint.arena_mib = {limit_mib} was used up; raise it"
+    )]
+    Lost {
+        /// Which.
+        page: u64,
+        /// Of the arena.
+        limit_mib: usize,
+    },
+    /// No memory or thread.
+    #[error("no memory or thread to keep captured pages: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// Counters since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct StabiliseSnapshot {
+    /// Captures that were copied.
+    pub copies: u64,
+    /// Captures that were protected.
+    pub protects: u64,
+    /// Captures that were both.
+    pub mixed: u64,
+    /// Captures that should have been protected and were copied.
+    pub fallbacks: u64,
+    /// Faults of the guest at protected pages.
+    pub faults: u64,
+    /// Time that these took.
+    pub stall_us: u64,
+    /// Pages saved by host writers.
+    pub host_saves: u64,
+    /// Faults that waited for the reader because the arena was full.
+    pub arena_waits: u64,
+    /// Pages lost because the arena was full; their checkpoints failed.
+    pub lost: u64,
+    /// Size of the arena that is in memory.
+    pub arena_pages: u64,
+}
+
+/// Takes captures of one machine's memory.
+#[derive(Debug)]
+pub struct Stabiliser {
+    // Ends before the descriptor closes.
+    thread: Option<FaultThread>,
+    shared: Arc<Shared>,
+    // After the descriptor: it is what is registered there.
+    _view: Option<Arc<GuestView>>,
+    unavailable: Option<String>,
+    /// The set before, and when it was taken.
+    before: PageBitmap,
+    before_at: Option<Instant>,
+    /// The hot pages of the set at hand, and the others.
+    hot: PageBitmap,
+    cold: PageBitmap,
+    copies: u64,
+    protects: u64,
+    mixed: u64,
+    fallbacks: u64,
+}
+
+impl Stabiliser {
+    /// For a machine that sees its RAM through `view`; without one, pages are only ever copied. At most `arena_pages` are in
+    /// the arena; all of RAM if pages cannot be protected, since nothing else is left then.
+    ///
+    /// Takes some milliseconds, in which it measures what things cost here.
+    pub fn new(
+        ram: Arc<GuestRam>,
+        view: Option<Arc<GuestView>>,
+        arena_pages: u32,
+    ) -> Result<Self, StabiliseError> {
+        let (uffd, unavailable) = match &view {
+            None => (None, Some("the guest has no mapping of its own".to_owned())),
+            Some(view) => match uffd::Uffd::new(view.address(), ram.bytes()) {
+                Ok(uffd) => (Some(uffd), None),
+                Err(e) => (None, Some(e.to_string())),
+            },
+        };
+        if let Some(why) = &unavailable {
+            tracing::warn!("captured pages are always copied: {why}");
+        }
+        let pages = ram.page_count();
+        let limit = match uffd {
+            Some(_) => arena_pages.max(2 * HOST_SLOTS),
+            None => u32::try_from(pages).unwrap_or(u32::MAX),
+        };
+        let arena = Arena::new(limit)?;
+        arena.warm_up(WARM_PAGES);
+        let measured = calibrate::measure(&arena)?;
+        let shared = Arc::new(Shared::new(ram.clone(), uffd, arena, measured.model));
+        shared.wake_ns.store(measured.wake_ns, Ordering::Relaxed);
+        let thread = match shared.uffd {
+            Some(_) => Some(FaultThread::spawn(shared.clone())?),
+            None => None,
+        };
+        let guard: Arc<dyn WriteGuard> = shared.clone();
+        ram.set_guard(Arc::downgrade(&guard));
+        Ok(Self {
+            thread,
+            shared,
+            _view: view,
+            unavailable,
+            before: PageBitmap::new(pages),
+            before_at: None,
+            hot: PageBitmap::new(pages),
+            cold: PageBitmap::new(pages),
+            copies: 0,
+            protects: 0,
+            mixed: 0,
+            fallbacks: 0,
+        })
+    }
+
+    /// Why pages cannot be protected, if they cannot.
+    pub fn unavailable(&self) -> Option<&str> {
+        self.unavailable.as_deref()
+    }
+
+    /// What things cost here, as far as is known.
+    pub fn model(&self) -> Model {
+        *self.shared.model()
+    }
+
+    /// Keeps the pages of `union`. The guest and all host writers stand still until this returns.
+    pub fn take(
+        &mut self,
+        union: &PageBitmap,
+        policy: StabilisePolicy,
+    ) -> Result<Stable, StabiliseError> {
+        let begun = Instant::now();
+        if self.shared.busy.swap(true, Ordering::AcqRel) {
+            return Err(StabiliseError::Busy);
+        }
+        let outcome = self.take_free(union, policy, begun);
+        match &outcome {
+            Ok(_) => {
+                self.before.words.copy_from_slice(&union.words);
+                self.before_at = Some(begun);
+            }
+            Err(_) => self.shared.busy.store(false, Ordering::Release),
+        }
+        outcome
+    }
+
+    fn take_free(
+        &mut self,
+        union: &PageBitmap,
+        policy: StabilisePolicy,
+        begun: Instant,
+    ) -> Result<Stable, StabiliseError> {
+        // No thread answers a fault of the capture before any more.
+        let shared = self.shared.clone();
+        let _serving = shared.hold_faults();
+        shared.arena.reset();
+        shared.forget_waits();
+        let outlook = self.look_at(union, begun);
+        let pages = outlook.pages as usize;
+        let mechanism = self.choose(&outlook, policy)?;
+        if mechanism != Mechanism::Copy {
+            match self.protect(union, &outlook, mechanism, begun) {
+                Ok(stable) => return Ok(stable),
+                Err(e) => {
+                    tracing::warn!("a capture is copied: pages cannot be protected: {e}");
+                    self.fallbacks += 1;
+                    shared.arena.reset();
+                }
+            }
+        }
+        let Some(mut slots) = shared.arena.take(outlook.pages as u32, 0) else {
+            let limit_mib = self.shared.limit_mib();
+            return Err(StabiliseError::NoRoom { pages, limit_mib });
+        };
+        copy_all(&shared, union, shared.arena.bytes_mut(&mut slots));
+        self.copies += 1;
+        let pause = begun.elapsed();
+        shared
+            .model()
+            .copied(outlook.pages, pause.as_nanos() as u64);
+        Ok(Stable::copied(
+            shared.clone(),
+            union,
+            outlook.pages,
+            slots.first(),
+            pause,
+        ))
+    }
+
+    fn look_at(&mut self, union: &PageBitmap, now: Instant) -> Outlook {
+        let words = union.words.iter().zip(&self.before.words);
+        for ((word, before), (hot, cold)) in
+            words.zip(self.hot.words.iter_mut().zip(&mut self.cold.words))
+        {
+            (*hot, *cold) = (word & before, word & !before);
+        }
+        let interval = self.before_at.map_or(Duration::ZERO, |at| now - at);
+        Outlook {
+            pages: union.count() as u64,
+            hot: self.hot.count() as u64,
+            interval_ns: interval.as_nanos() as f64,
+            ..Outlook::default()
+        }
+    }
+
+    fn choose(
+        &mut self,
+        outlook: &Outlook,
+        policy: StabilisePolicy,
+    ) -> Result<Mechanism, StabiliseError> {
+        let pages = outlook.pages as usize;
+        let wanted = match policy {
+            StabilisePolicy::Copy => Mechanism::Copy,
+            StabilisePolicy::Protect => Mechanism::Protect,
+            StabilisePolicy::Mixed => Mechanism::Mixed,
+            StabilisePolicy::Auto => self.best(outlook),
+        };
+        let fits = pages <= self.shared.arena.limit() as usize;
+        match (wanted, self.shared.uffd.is_some()) {
+            (Mechanism::Copy, true) if !fits => Ok(Mechanism::Protect),
+            (Mechanism::Copy, _) if !fits => {
+                let limit_mib = self.shared.limit_mib();
+                Err(StabiliseError::NoRoom { pages, limit_mib })
+            }
+            (Mechanism::Protect | Mechanism::Mixed, false) => {
+                self.fallbacks += 1;
+                Ok(Mechanism::Copy)
+            }
+            (wanted, _) => Ok(wanted),
+        }
+    }
+
+    fn best(&self, outlook: &Outlook) -> Mechanism {
+        if self.shared.uffd.is_none() {
+            return Mechanism::Copy;
+        }
+        let mut outlook = *outlook;
+        let model = self.shared.model();
+        // Small sets are not worth counting runs: the calls alone cost more than the copy.
+        if outlook.pages as f64 * model.copy_page_ns < model.fault_ns {
+            return Mechanism::Copy;
+        }
+        outlook.cold = runs::count(&self.cold.words, &self.before.words);
+        let busy = &self.before.words;
+        outlook.whole = runs::count_both(&self.hot.words, &self.cold.words, busy);
+        let forecast = model.forecast(&outlook);
+        let least = forecast
+            .copy_ns
+            .min(forecast.protect_ns)
+            .min(forecast.mixed_ns);
+        match least {
+            ns if ns == forecast.copy_ns => Mechanism::Copy,
+            ns if ns == forecast.mixed_ns => Mechanism::Mixed,
+            _ => Mechanism::Protect,
+        }
+    }
+
+    /// Protects the set, or all of it but the hot pages, which it copies.
+    fn protect(
+        &mut self,
+        union: &PageBitmap,
+        outlook: &Outlook,
+        mechanism: Mechanism,
+        begun: Instant,
+    ) -> io::Result<Stable> {
+        let shared = self.shared.clone();
+        let Some(uffd) = &shared.uffd else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let mut exposed = outlook.pages;
+        let (set, mechanism) = match mechanism {
+            Mechanism::Mixed if self.copy_hot(&shared) => {
+                exposed -= outlook.hot;
+                (&self.cold, Mechanism::Mixed)
+            }
+            _ => (union, Mechanism::Protect),
+        };
+        for page in set.iter() {
+            shared.states[page as usize].store(DUE, Ordering::Relaxed);
+        }
+        let mut ranges = Vec::new();
+        let protect_begun = Instant::now();
+        let mut outcome = Ok(());
+        let mut covered = model::Runs::default();
+        runs::each_run(&set.words, &self.before.words, |run| {
+            if outcome.is_ok() {
+                outcome = uffd.protect(run.start, run.len());
+                covered.calls += 1;
+                covered.pages += run.len() as u64;
+                ranges.push(run);
+            }
+        });
+        if let Err(e) = outcome {
+            for page in union.iter() {
+                shared.states[page as usize].store(FREE, Ordering::Relaxed);
+            }
+            for run in ranges {
+                uffd.release(run.start, run.len())?;
+            }
+            return Err(e);
+        }
+        let protect_ns = protect_begun.elapsed().as_nanos() as u64;
+        let mut model = shared.model();
+        model.protected(covered, protect_ns);
+        let expected = model.expected_faults(outlook, exposed);
+        drop(model);
+        shared.ram.arm_guard(true);
+        match mechanism {
+            Mechanism::Mixed => self.mixed += 1,
+            _ => self.protects += 1,
+        }
+        let pause = begun.elapsed();
+        Ok(Stable::protected(
+            shared.clone(),
+            union,
+            outlook.pages,
+            mechanism,
+            ranges,
+            (expected, exposed),
+            pause,
+        ))
+    }
+
+    /// Copies the hot pages; `false` if they do not fit.
+    fn copy_hot(&self, shared: &Shared) -> bool {
+        let count = self.hot.count() as u32;
+        let Some(mut slots) = shared.arena.take(count, 2 * HOST_SLOTS) else {
+            return false;
+        };
+        let first = slots.first();
+        copy_all(shared, &self.hot, shared.arena.bytes_mut(&mut slots));
+        for (n, page) in self.hot.iter().enumerate() {
+            let saved = shared::SAVED + first + n as u32;
+            shared.states[page as usize].store(saved, Ordering::Release);
+        }
+        true
+    }
+
+    /// The counters of this moment.
+    pub fn snapshot(&self) -> StabiliseSnapshot {
+        let counts = &self.shared.counts;
+        let of = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
+        StabiliseSnapshot {
+            copies: self.copies,
+            protects: self.protects,
+            mixed: self.mixed,
+            fallbacks: self.fallbacks,
+            faults: of(&counts.faults),
+            stall_us: of(&counts.stall_ns) / 1000,
+            host_saves: of(&counts.host_saves),
+            arena_waits: of(&counts.arena_waits),
+            lost: of(&counts.lost),
+            arena_pages: self.shared.arena.warm().into(),
+        }
+    }
+}
+
+impl Drop for Stabiliser {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            thread.stop();
+        }
+    }
+}
+
+/// Copies the pages of a set into `out`, which has room for exactly these.
+fn copy_all(shared: &Shared, set: &PageBitmap, out: &mut [u8]) {
+    let pages = out.len() / PAGE_BYTES;
+    if pages < PARALLEL_PAGES {
+        return copy_words(shared, &set.words, 0, out);
+    }
+    // The vCPUs stand still, so there is a core for a second thread.
+    let (mut half, mut below) = (0, 0);
+    for (at, word) in set.words.iter().enumerate() {
+        if below >= pages / 2 {
+            break;
+        }
+        (half, below) = (at + 1, below + word.count_ones() as usize);
+    }
+    let (low, high) = out.split_at_mut(below * PAGE_BYTES);
+    let (low_words, high_words) = set.words.split_at(half);
+    std::thread::scope(|scope| {
+        scope.spawn(|| copy_words(shared, high_words, half, high));
+        copy_words(shared, low_words, 0, low);
+    });
+}
+
+/// Copies the pages of a part of a set that begins with word `first`.
+fn copy_words(shared: &Shared, words: &[u64], first: usize, mut out: &mut [u8]) {
+    runs::each_exact(words, |run| {
+        let bytes = run.len() * PAGE_BYTES;
+        let (part, rest) = std::mem::take(&mut out).split_at_mut(bytes);
+        shared.copy(first * 64 + run.start, part);
+        out = rest;
+    });
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,311 @@
+//! One capture, read page by page.
+//!
+//! Invariants: pages come once each, in rising order; dropped, it leaves no page protected or due.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::shared::{DUE, FREE, SAVED, Shared};
+use super::{Mechanism, StabiliseError};
+use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
+
+/// Pages read before they are released with one call.
+const RELEASE_PAGES: usize = 64;
+/// So often the reader looks for faults itself: it runs already, the thread that waits for them has to wake up.
+const SERVE_EVERY: u64 = 4;
+
+/// What a capture took from the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct StableCost {
+    /// How it was kept.
+    pub mechanism: Mechanism,
+    /// Its pages.
+    pub pages: u64,
+    /// In [`Stabiliser::take`](super::Stabiliser::take), while the guest stood still.
+    pub pause_us: u64,
+    /// Writes of the guest that had to wait until a page was saved.
+    pub faults: u64,
+    /// How long they waited together.
+    pub stall_us: u64,
+    /// Pages that the host saved before it wrote.
+    pub host_saves: u64,
+    /// From the end of the pause until the last page was released.
+    pub read_us: u64,
+}
+
+impl StableCost {
+    /// Pause and stalls (rule 17).
+    pub fn stolen_us(&self) -> u64 {
+        self.pause_us + self.stall_us
+    }
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// The pages lie in slots from here on, in order.
+    Copied { slot: u32 },
+    Protected {
+        ranges: Vec<Range<usize>>,
+        /// The first range that is not released as a whole, and how far it is.
+        range: usize,
+        released: usize,
+        expected_faults: f64,
+        exposed: u64,
+    },
+}
+
+/// A capture that is kept.
+#[derive(Debug)]
+pub struct Stable {
+    shared: Arc<Shared>,
+    mechanism: Mechanism,
+    kind: Kind,
+    set: Box<[u64]>,
+    at: usize,
+    pages: u64,
+    read: u64,
+    bounce: Box<[u8; PAGE_BYTES]>,
+    pause: Duration,
+    since: Instant,
+    /// The counters when it was taken: faults, stalls, saves.
+    before: [u64; 3],
+    closed: Option<StableCost>,
+}
+
+impl Stable {
+    pub(super) fn copied(
+        shared: Arc<Shared>,
+        set: &PageBitmap,
+        pages: u64,
+        slot: u32,
+        pause: Duration,
+    ) -> Self {
+        Self::new(
+            shared,
+            set,
+            pages,
+            Mechanism::Copy,
+            Kind::Copied { slot },
+            pause,
+        )
+    }
+
+    pub(super) fn protected(
+        shared: Arc<Shared>,
+        set: &PageBitmap,
+        pages: u64,
+        mechanism: Mechanism,
+        ranges: Vec<Range<usize>>,
+        (expected_faults, exposed): (f64, u64),
+        pause: Duration,
+    ) -> Self {
+        let kind = Kind::Protected {
+            released: ranges.first().map_or(0, |range| range.start),
+            ranges,
+            range: 0,
+            expected_faults,
+            exposed,
+        };
+        Self::new(shared, set, pages, mechanism, kind, pause)
+    }
+
+    fn new(
+        shared: Arc<Shared>,
+        set: &PageBitmap,
+        pages: u64,
+        mechanism: Mechanism,
+        kind: Kind,
+        pause: Duration,
+    ) -> Self {
+        let before = counts(&shared);
+        Self {
+            shared,
+            mechanism,
+            kind,
+            set: set.words.clone().into_boxed_slice(),
+            at: 0,
+            pages,
+            read: 0,
+            bounce: Box::new([0; PAGE_BYTES]),
+            pause,
+            since: Instant::now(),
+            before,
+            closed: None,
+        }
+    }
+
+    /// How it is kept.
+    pub fn mechanism(&self) -> Mechanism {
+        self.mechanism
+    }
+
+    /// Pages in the set.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The next page of the set, with its contents in the capture; `None` after the last. After an error the capture is of no
+    /// use: drop it.
+    pub fn next_page(&mut self) -> Result<Option<(u64, &[u8; PAGE_BYTES])>, StabiliseError> {
+        let Some(page) = self.next_number() else {
+            self.close();
+            return Ok(None);
+        };
+        self.read += 1;
+        if let Kind::Copied { slot } = &mut self.kind {
+            let at = *slot;
+            *slot += 1;
+            return Ok(Some((page as u64, self.shared.arena.page(at))));
+        }
+        let slot = self.settle(page)?;
+        self.release_before(page + 1);
+        if self.read.is_multiple_of(SERVE_EVERY) {
+            self.shared.try_serve();
+        }
+        let contents = match slot {
+            Some(slot) => self.shared.arena.page(slot),
+            None => &*self.bounce,
+        };
+        Ok(Some((page as u64, contents)))
+    }
+
+    fn next_number(&mut self) -> Option<usize> {
+        while let Some(word) = self.set.get_mut(self.at) {
+            if *word != 0 {
+                let bit = word.trailing_zeros() as usize;
+                *word &= *word - 1;
+                return Some(self.at * 64 + bit);
+            }
+            self.at += 1;
+        }
+        None
+    }
+
+    /// Frees a page; its contents are in the slot given, or in the bounce page.
+    fn settle(&mut self, page: usize) -> Result<Option<u32>, StabiliseError> {
+        let state = &self.shared.states[page];
+        if state.load(Ordering::Acquire) == DUE {
+            self.shared.copy(page, self.bounce.as_mut_slice());
+            // A writer that comes now finds the page free; one that came before has saved it.
+            let free = state.compare_exchange(DUE, FREE, Ordering::AcqRel, Ordering::Acquire);
+            if free.is_ok() {
+                return Ok(None);
+            }
+        }
+        match state.swap(FREE, Ordering::AcqRel) {
+            state if state >= SAVED => Ok(Some(state - SAVED)),
+            _ => Err(StabiliseError::Lost {
+                page: page as u64,
+                limit_mib: self.shared.limit_mib(),
+            }),
+        }
+    }
+
+    /// Releases protected pages below `end` when there are enough of them, or a range is through.
+    fn release_before(&mut self, end: usize) {
+        let Kind::Protected {
+            ranges,
+            range,
+            released,
+            ..
+        } = &mut self.kind
+        else {
+            return;
+        };
+        while let Some(current) = ranges.get(*range) {
+            let upto = end.min(current.end);
+            let through = end >= current.end;
+            if upto <= *released || !(through || upto - *released >= RELEASE_PAGES) {
+                return;
+            }
+            self.shared.release(*released, upto - *released);
+            if !through {
+                *released = upto;
+                return;
+            }
+            *range += 1;
+            *released = ranges.get(*range).map_or(0, |next| next.start);
+        }
+    }
+
+    /// Releases everything; what was not read is not wanted any more.
+    fn close(&mut self) -> StableCost {
+        if let Some(cost) = self.closed {
+            return cost;
+        }
+        let whole = self.read == self.pages;
+        if let Kind::Protected { .. } = &self.kind {
+            // Nobody is in the middle of a fault, and later ones only release.
+            let shared = self.shared.clone();
+            let _serving = shared.hold_faults();
+            shared.ram.arm_guard(false);
+            while let Some(page) = self.next_number() {
+                shared.states[page].store(FREE, Ordering::Release);
+            }
+            self.release_before(usize::MAX);
+        }
+        self.learn(whole);
+        let [faults, stall_ns, host_saves] = self.since_taken();
+        let cost = StableCost {
+            mechanism: self.mechanism,
+            pages: self.pages,
+            pause_us: self.pause.as_micros() as u64,
+            faults,
+            stall_us: stall_ns / 1000,
+            host_saves,
+            read_us: self.since.elapsed().as_micros() as u64,
+        };
+        self.closed = Some(cost);
+        cost
+    }
+
+    fn learn(&self, whole: bool) {
+        let Kind::Protected {
+            expected_faults,
+            exposed,
+            ..
+        } = &self.kind
+        else {
+            return;
+        };
+        let [faults, stall_ns, _] = self.since_taken();
+        if whole {
+            let read_ns = self.since.elapsed().as_nanos() as u64;
+            let mut model = self.shared.model();
+            model.read(*exposed, read_ns, *expected_faults, faults, stall_ns);
+        }
+    }
+
+    fn since_taken(&self) -> [u64; 3] {
+        let now = counts(&self.shared);
+        std::array::from_fn(|n| now[n] - self.before[n])
+    }
+
+    /// Ends the capture, read to its end or not, and tells what it cost.
+    pub fn finish(mut self) -> StableCost {
+        self.close()
+    }
+}
+
+impl Drop for Stable {
+    fn drop(&mut self) {
+        self.close();
+        let shared = &self.shared;
+        // Ready for the next one if it is as large, while the guest runs.
+        let wanted = match self.kind {
+            Kind::Copied { .. } => self.pages as u32,
+            Kind::Protected { .. } => shared.arena.used(),
+        };
+        shared.arena.warm_up(wanted.saturating_add(wanted / 4));
+        shared.busy.store(false, Ordering::Release);
+    }
+}
+
+fn counts(shared: &Shared) -> [u64; 3] {
+    let counts = &shared.counts;
+    [&counts.faults, &counts.stall_ns, &counts.host_saves].map(|c| c.load(Ordering::Relaxed))
+}
