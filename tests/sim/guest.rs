@@ -2,13 +2,15 @@
 //! numbers, random segmentation, random scheduling, answers made of random numbers and of the time.
 //!
 //! Invariants: it remembers what it answered (tokens, counters, values), so that a replica that took over from a
-//! wrong state contradicts itself; its whole state can be cloned and hashed at any instant. Randomness comes from
-//! the host it runs on, not from its state.
+//! wrong state contradicts itself; its whole state can be cloned and hashed at any instant. What it remembers lies
+//! in pages, and every write marks its page as dirty; the rest (rings, counters of the device) is its machine state.
+//! Randomness comes from the host it runs on, not from its state.
 //!
 //! Requests are lines; see [`Guest::answer`].
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::rc::Rc;
 
 use colo_compare::testing::{Side, echo, udp};
 use colo_compare::{Direction, Protocol, wire};
@@ -46,20 +48,62 @@ impl Conn {
     }
 }
 
-/// The guest's memory.
+/// Pages of the guest's memory, one bit each in a dirty set.
+pub const PAGES: usize = 64;
+/// Those where its connections lie; the others are the applications'.
+const CONN_PAGES: usize = 16;
+/// What all requests share.
+const SHARED_PAGE: usize = CONN_PAGES;
+
+/// A page of memory.
 #[derive(Debug, Clone, Hash, Default)]
-pub struct Guest {
+pub struct Page {
     conns: BTreeMap<Key, Conn>,
     counters: BTreeMap<u64, u64>,
     values: BTreeMap<u64, u64>,
     tokens: BTreeSet<u64>,
     shared: u64,
     opened: u64,
+}
+
+/// What is not in memory: it travels in every checkpoint.
+#[derive(Debug, Clone, Hash, Default)]
+pub struct MachineState {
     ring: VecDeque<Vec<u8>>,
     /// The guest_tx ring: what the device has not taken yet.
     pub sent: VecDeque<Vec<u8>>,
     /// Frames of the ring processed since the start.
     pub consumed: u64,
+}
+
+/// The guest.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    pages: Vec<Rc<Page>>,
+    /// Pages written since somebody last took this set.
+    pub dirty: u64,
+    pub state: MachineState,
+}
+
+/// Pages by number.
+pub type PageSet = Vec<(usize, Rc<Page>)>;
+
+fn conn_page(key: &Key) -> usize {
+    (usize::from(key.1) * 5 + usize::from(key.2) * 3 + usize::from(key.0)) % CONN_PAGES
+}
+
+fn app_page(key: u64) -> usize {
+    SHARED_PAGE + (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % (PAGES - SHARED_PAGE)
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self {
+            pages: vec![Rc::default(); PAGES],
+            dirty: 0,
+            state: MachineState::default(),
+        }
+    }
 }
 
 /// The bytes of an answer of length `n` to `key`.
@@ -79,57 +123,94 @@ pub fn sum(bytes: &[u8]) -> u64 {
 impl Guest {
     /// Puts a frame into the guest_rx ring; false when it is full.
     pub fn deliver(&mut self, frame: Vec<u8>) -> bool {
-        let room = self.ring.len() < RING;
+        let room = self.has_room();
         if room {
-            self.ring.push_back(frame);
+            self.state.ring.push_back(frame);
         }
         room
     }
 
     /// Whether the ring has room.
     pub fn has_room(&self) -> bool {
-        self.ring.len() < RING
+        self.state.ring.len() < RING
     }
 
     /// A digest of the whole state.
     pub fn digest(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
-        self.hash(&mut hasher);
+        self.pages.hash(&mut hasher);
+        self.state.hash(&mut hasher);
         hasher.finish()
+    }
+
+    /// The pages of a set as they are now.
+    pub fn pages(&self, set: u64) -> PageSet {
+        let numbers = (0..PAGES).filter(|n| set & (1 << n) != 0);
+        numbers.map(|n| (n, self.pages[n].clone())).collect()
+    }
+
+    /// Replaces pages by those of a checkpoint or of a synchronisation.
+    pub fn write_pages(&mut self, pages: &PageSet) {
+        for (n, page) in pages {
+            self.pages[*n] = page.clone();
+        }
+    }
+
+    /// For reading.
+    fn page(&self, n: usize) -> &Page {
+        &self.pages[n]
+    }
+
+    /// For writing.
+    fn page_mut(&mut self, n: usize) -> &mut Page {
+        self.dirty |= 1 << n;
+        Rc::make_mut(&mut self.pages[n])
+    }
+
+    fn conns(&self) -> impl Iterator<Item = (&Key, &Conn)> {
+        self.pages[..CONN_PAGES].iter().flat_map(|p| &p.conns)
+    }
+
+    fn conn_mut(&mut self, key: &Key) -> Option<&mut Conn> {
+        let n = conn_page(key);
+        self.page(n).conns.contains_key(key).then_some(())?;
+        self.page_mut(n).conns.get_mut(key)
+    }
+
+    fn insert(&mut self, key: Key, conn: Conn) {
+        self.page_mut(conn_page(&key)).conns.insert(key, conn);
     }
 
     /// Whether there is something to do at once.
     pub fn is_busy(&self) -> bool {
-        !self.ring.is_empty()
+        !self.state.ring.is_empty()
     }
 
     /// When it wants to run without input.
     pub fn deadline(&self) -> Option<u64> {
-        self.conns.values().filter_map(|c| c.end.deadline()).min()
+        self.conns().filter_map(|(_, c)| c.end.deadline()).min()
     }
 
     /// An impossible thing that one of its connections saw.
     pub fn complaint(&self) -> Option<&String> {
-        self.conns.values().find_map(|c| c.end.complaint.as_ref())
+        self.conns().find_map(|(_, c)| c.end.complaint.as_ref())
     }
 
-    /// Takes the applications' memory from `other` but keeps its own connections: what half of a checkpoint
-    /// would make of it (for the mutation that applies pages as they come).
-    pub fn mix(&mut self, other: &Self) {
-        self.counters.clone_from(&other.counters);
-        self.values.clone_from(&other.values);
-        self.tokens.clone_from(&other.tokens);
-        self.shared = other.shared;
+    /// Takes the applications' memory from a checkpoint but keeps its own connections: what half of it would make
+    /// of the guest (for the mutation that applies pages as they come).
+    pub fn mix(&mut self, pages: &PageSet) {
+        let of_apps = pages.iter().filter(|(n, _)| *n >= CONN_PAGES);
+        self.write_pages(&of_apps.cloned().collect());
     }
 
     /// Runs for a while: takes some frames from the ring, answers, sends. A full guest_tx ring makes it wait.
     pub fn wake(&mut self, now: u64, chance: &mut Prng) {
-        if self.sent.len() >= RING {
+        if self.state.sent.len() >= RING {
             return;
         }
         let mut out = Vec::new();
         self.run(now, chance, &mut out);
-        self.sent.extend(out);
+        self.state.sent.extend(out);
     }
 
     fn run(&mut self, now: u64, chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
@@ -139,13 +220,13 @@ impl Guest {
             1 + chance.below(4)
         };
         for _ in 0..most {
-            let Some(frame) = self.ring.pop_front() else {
+            let Some(frame) = self.state.ring.pop_front() else {
                 break;
             };
-            self.consumed += 1;
+            self.state.consumed += 1;
             self.receive(now, &frame, chance, out);
         }
-        let mut keys: Vec<Key> = self.conns.keys().copied().collect();
+        let mut keys: Vec<Key> = self.conns().map(|(key, _)| *key).collect();
         if !keys.is_empty() && chance.chance(300) {
             let by = chance.below(keys.len() as u64) as usize;
             keys.rotate_left(by);
@@ -153,9 +234,17 @@ impl Guest {
         for key in keys {
             self.serve(now, key, chance, out);
         }
-        self.conns.retain(|_, c| {
-            c.end.state != State::Reset && c.finished_us.is_none_or(|at| now < at + TIME_WAIT_US)
-        });
+        let is_over = |c: &Conn| {
+            let forgotten = c.finished_us.is_some_and(|at| at + TIME_WAIT_US <= now);
+            forgotten || c.end.state == State::Reset
+        };
+        let over: Vec<Key> = self
+            .conns()
+            .filter_map(|(key, c)| is_over(c).then_some(*key))
+            .collect();
+        for key in over {
+            self.page_mut(conn_page(&key)).conns.remove(&key);
+        }
     }
 
     fn receive(&mut self, now: u64, frame: &[u8], chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
@@ -197,7 +286,7 @@ impl Guest {
         };
         let key = (v6, seg.guest_port, seg.peer_port);
         let is_syn = seg.header.has(wire::tcp::SYN) && !seg.header.has(wire::tcp::ACK);
-        match self.conns.get_mut(&key) {
+        match self.conn_mut(&key) {
             // The port pair is used again (RFC 6191).
             Some(conn) if is_syn && conn.finished_us.is_some() => {
                 *conn = Conn::new(End::accept(true, &seg, chance));
@@ -205,7 +294,7 @@ impl Guest {
             Some(conn) => conn.end.handle(now, &seg),
             None if is_syn && seg.guest_port == PORT => {
                 let conn = Conn::new(End::accept(true, &seg, chance));
-                self.conns.insert(key, conn);
+                self.insert(key, conn);
             }
             None => out.extend(reset(&seg)),
         }
@@ -213,7 +302,7 @@ impl Guest {
 
     fn serve(&mut self, now: u64, key: Key, chance: &mut Prng, out: &mut Vec<Vec<u8>>) {
         // Taken out, so that the application may use the rest of the state.
-        let Some(mut conn) = self.conns.remove(&key) else {
+        let Some(mut conn) = self.page_mut(conn_page(&key)).conns.remove(&key) else {
             return;
         };
         match conn.opened_for {
@@ -227,7 +316,7 @@ impl Guest {
         if conn.end.is_finished() {
             conn.finished_us.get_or_insert(now);
         }
-        self.conns.insert(key, conn);
+        self.insert(key, conn);
     }
 
     fn answer_all(&mut self, now: u64, key: Key, conn: &mut Conn, chance: &mut Prng) {
@@ -248,22 +337,20 @@ impl Guest {
     /// `O port fixed`: opens a connection to that port of the client, tells a token there, and answers with it
     /// when it was acknowledged. The own port is a random one, or the next.
     fn open(&mut self, asker: Key, request: &Request, chance: &mut Prng) {
-        self.opened += 1;
+        let page = self.page_mut(SHARED_PAGE);
+        page.opened += 1;
+        let opened = page.opened;
         let own = match request.args.get(1) {
-            Some(1) => 20_000 + self.opened as u16,
+            Some(1) => 20_000 + opened as u16,
             _ => 30_000 + chance.below(10_000) as u16,
         };
         let ports = (own, request.args.first().copied().unwrap_or(0) as u16);
         let side = if asker.0 { Side::V6 } else { Side::V4 };
         let mut conn = Conn::new(End::connect(true, side, ports, true, chance));
         conn.opened_for = Some(asker);
-        let token = if own < 30_000 {
-            self.opened
-        } else {
-            chance.next()
-        };
+        let token = if own < 30_000 { opened } else { chance.next() };
         conn.end.send(format!("{token}\n").as_bytes());
-        self.conns.insert((asker.0, ports.0, ports.1), conn);
+        self.insert((asker.0, ports.0, ports.1), conn);
     }
 
     /// The other end of a connection that the guest opened repeats the token.
@@ -273,7 +360,7 @@ impl Guest {
         }
         let token = String::from_utf8_lossy(&conn.end.inbox).into_owned();
         conn.end.close();
-        if let Some(asker) = self.conns.get_mut(&asker) {
+        if let Some(asker) = self.conn_mut(&asker) {
             asker.waits = false;
             asker.end.send(format!("O {token}").as_bytes());
         }
@@ -291,25 +378,31 @@ impl Guest {
             }
             b'P' => sum(&request.payload),
             b'C' => {
-                let counter = self.counters.entry(arg(0)).or_default();
+                let page = self.page_mut(app_page(arg(0)));
+                let counter = page.counters.entry(arg(0)).or_default();
                 *counter += 1;
                 *counter
             }
             b'X' => {
-                self.shared += 1;
-                self.shared
+                let page = self.page_mut(SHARED_PAGE);
+                page.shared += 1;
+                page.shared
             }
             b'S' => {
-                self.values.insert(arg(0), arg(1));
+                let page = self.page_mut(app_page(!arg(0)));
+                page.values.insert(arg(0), arg(1));
                 1
             }
-            b'G' => self.values.get(&arg(0)).copied().unwrap_or(0),
+            b'G' => {
+                let page = self.page(app_page(!arg(0)));
+                page.values.get(&arg(0)).copied().unwrap_or(0)
+            }
             b'T' => {
                 let token = chance.next();
-                self.tokens.insert(token);
+                self.page_mut(app_page(token)).tokens.insert(token);
                 token
             }
-            b'V' => u64::from(self.tokens.contains(&arg(0))),
+            b'V' => u64::from(self.page(app_page(arg(0))).tokens.contains(&arg(0))),
             b'N' => now,
             _ => 0,
         };

@@ -19,7 +19,7 @@ use colo_control::{
     SecondaryEvent, SecondaryState, Standing,
 };
 
-use crate::guest::Guest;
+use crate::guest::{Guest, PAGES, PageSet};
 use crate::link::{Channel, Image, LinkMsg};
 use crate::plan::{Mutation, Plan};
 use crate::world::{HostEvent, NAMES, World, show};
@@ -39,6 +39,12 @@ pub enum Command {
     Capture {
         epoch: u64,
         first: bool,
+        svm_dirty: u64,
+        buffer: bool,
+    },
+    /// A round of the synchronisation; the first sends everything.
+    SyncRound {
+        first: bool,
     },
     /// The pause of a capture is over.
     Captured {
@@ -56,6 +62,7 @@ pub enum Command {
     Lease(u64),
     Apply {
         epoch: u64,
+        halt: bool,
     },
     Answer(Reply),
 }
@@ -68,6 +75,11 @@ pub struct PrimarySide {
     /// The secondary behind it has been given a first cut: input from there on is its.
     mirrors: bool,
     sending: Option<(Rc<Image>, u64, u64)>,
+    /// Pages of the checkpoint in flight, and those of aborted ones.
+    in_flight: u64,
+    carry: u64,
+    /// The core was told that the path holds all it can.
+    full_told: bool,
     nic: VecDeque<Vec<u8>>,
     /// Clock gaps noticed, and those that the core was told of.
     gaps: u64,
@@ -78,6 +90,8 @@ pub struct SecondarySide {
     pub core: Secondary,
     pub path: SecondaryPath,
     stopped: bool,
+    /// What came before the first checkpoint.
+    live: Guest,
     arriving: Option<(Rc<Image>, u64)>,
     staged: Option<Rc<Image>>,
     digest_at_stop: Option<u64>,
@@ -99,6 +113,8 @@ pub struct Process {
     frames: VecFrames,
     guest: Option<Guest>,
     runs: bool,
+    /// Share of time that its vCPUs get, in percent.
+    run_pct: u64,
     wake_planned: bool,
     timer_us: u64,
     core_mailbox_us: u64,
@@ -115,6 +131,7 @@ impl Process {
             frames: VecFrames::new(SLOTS),
             runs: guest.is_some(),
             guest,
+            run_pct: 100,
             wake_planned: false,
             timer_us: u64::MAX,
             core_mailbox_us: 0,
@@ -139,6 +156,7 @@ impl Process {
             core: Secondary::new(NAMES[host].into(), plan.timing, inc, Vec::new()),
             path,
             stopped: true,
+            live: Guest::default(),
             arriving: None,
             staged: None,
             digest_at_stop: None,
@@ -209,11 +227,15 @@ impl PrimarySide {
                 Vec::new(),
                 record,
                 epoch,
-            ),
+            )
+            .protected_by(plan.protection),
             path,
             packets: None,
             mirrors: false,
             sending: None,
+            in_flight: 0,
+            carry: 0,
+            full_told: false,
             nic: VecDeque::new(),
             gaps: 0,
             gaps_told: 0,
@@ -292,10 +314,15 @@ impl Shell<'_> {
             HostEvent::Link(link, channel, msg) => self.link_msg(link, channel, msg),
             HostEvent::GuestWake => self.wake_guest(),
             HostEvent::SendChunk => self.send_chunk(),
+            HostEvent::RoundSent {
+                sent_pages,
+                took_us,
+            } => self.round_sent(sent_pages, took_us),
             HostEvent::Timer => self.p.timer_us = u64::MAX,
         }
         self.pump();
         if self.p.alive {
+            self.tell_room();
             self.check_bounds();
             self.plan_next();
         }
@@ -361,14 +388,23 @@ impl Shell<'_> {
                     (side.packets, side.mirrors) = (up.then_some(link), false);
                 }
             }
-            Command::Capture { epoch, first } => self.capture(epoch, first),
+            Command::SyncRound { first } => self.sync_round(first),
+            Command::Capture {
+                epoch,
+                first,
+                svm_dirty,
+                buffer,
+            } => self.capture(epoch, first, svm_dirty, buffer),
             Command::Captured { epoch, image } => self.captured(epoch, image),
-            Command::Apply { epoch } => self.apply(epoch),
+            Command::Apply { epoch, halt } => self.apply(epoch, halt),
             Command::Commit { epoch } => self.commit(now, epoch),
             Command::Abort { epoch } => {
                 let p = &mut *self.p;
+                let keeps = self.world.plan.mutation != Mutation::DropCarry;
                 if let Role::Primary(side) = &mut p.role {
                     side.sending = None;
+                    let pages = std::mem::take(&mut side.in_flight);
+                    side.carry |= if keeps { pages } else { 0 };
                     // Nothing to abort when nothing was cut.
                     let _ = side.path.abort(now, &mut p.frames, epoch);
                 }
@@ -377,6 +413,7 @@ impl Shell<'_> {
                 let p = &mut *self.p;
                 if let Role::Primary(side) = &mut p.role {
                     side.sending = None;
+                    (side.in_flight, side.carry) = (0, 0);
                     side.path.go_alone(now, &mut p.frames);
                 }
             }
@@ -401,6 +438,16 @@ impl Shell<'_> {
     }
 
     // ---- afterwards ----
+
+    /// Rule 14: without room for more held output the vCPUs are to stand still.
+    fn tell_room(&mut self) {
+        if let Some(side) = self.primary() {
+            let is_full = !side.path.room();
+            if std::mem::replace(&mut side.full_told, is_full) != is_full {
+                self.tell_primary_core(PrimaryEvent::HoldFull(is_full));
+            }
+        }
+    }
 
     fn check_bounds(&mut self) {
         let limits = self.world.plan.limits;
@@ -435,6 +482,7 @@ impl Shell<'_> {
         let mut next = next.map(|at| at.saturating_sub(clock_us).max(now + 20));
         if let Some(guest) = &self.p.guest
             && self.p.runs
+            && self.p.run_pct > 0
         {
             let due = guest.is_busy() || guest.deadline().is_some_and(|at| at <= now);
             if !due {
@@ -442,7 +490,7 @@ impl Shell<'_> {
             } else if !self.p.wake_planned {
                 self.p.wake_planned = true;
                 let most = self.world.plan.guest_delay_us[host];
-                let at = now + 5 + self.below(most);
+                let at = now + 5 + self.below(most) * 100 / self.p.run_pct;
                 self.world.host_event(at, host, inc, HostEvent::GuestWake);
             }
         }

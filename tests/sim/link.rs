@@ -5,7 +5,7 @@
 
 use std::rc::Rc;
 
-use crate::guest::Guest;
+use crate::guest::{MachineState, PageSet};
 use crate::prng::Prng;
 
 /// Which of the three.
@@ -19,8 +19,13 @@ pub enum Channel {
 /// A captured machine.
 #[derive(Debug)]
 pub struct Image {
+    /// For the secondary behind this one.
+    pub link: usize,
     pub epoch: u64,
-    pub guest: Guest,
+    /// The union of both dirty sets, as the PVM has it.
+    pub pages: PageSet,
+    pub state: MachineState,
+    /// Of the whole machine.
     pub digest: u64,
     pub pending: Vec<Vec<u8>>,
     pub record: Vec<u8>,
@@ -70,6 +75,8 @@ pub enum LinkMsg {
         epoch: u64,
     },
     CheckpointWanted,
+    /// A round of a synchronisation.
+    Live(Rc<PageSet>),
     /// A part of a checkpoint; the last one makes it whole.
     Chunk {
         index: u64,

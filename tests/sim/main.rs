@@ -12,6 +12,7 @@ mod prng;
 mod tcp;
 mod world;
 
+use colo_control::Step;
 use plan::Mutation;
 use world::{Outcome, World};
 
@@ -59,6 +60,15 @@ fn every_seed_keeps_every_promise() {
         total.fetched += outcome.fetched;
         total.events += outcome.events;
         total.joins += outcome.joins;
+        total.buffered += outcome.buffered;
+        total.storms += outcome.storms;
+        total.returns += outcome.returns;
+        total.slowed += outcome.slowed;
+        total.stopped += outcome.stopped;
+        total.not_followed += outcome.not_followed;
+        for (sum, n) in total.timeouts.iter_mut().zip(outcome.timeouts) {
+            *sum += n;
+        }
         lost += u64::from(outcome.vm_lost);
         if let Some(limit) = number("COLO_SIM_SILENCE_MS")
             && outcome.silence_us > limit * 1000
@@ -80,6 +90,17 @@ fn every_seed_keeps_every_promise() {
         total.matches,
         total.digests,
         total.fetched
+    );
+    let timeouts = Step::ALL.map(|step| format!("{step} {}", total.timeouts[step.index()]));
+    println!(
+        "{} buffered epochs, {} storms, {} returns, {} slowed, {} stopped, {} not followed; steps too long: {}",
+        total.buffered,
+        total.storms,
+        total.returns,
+        total.slowed,
+        total.stopped,
+        total.not_followed,
+        timeouts.join(", ")
     );
     if let Some(&seed) = failed.first() {
         panic!(
@@ -144,6 +165,26 @@ fn canary_more_is_held_than_allowed() {
 #[test]
 fn canary_commits_release_nothing() {
     caught(Mutation::NeverCommit, "liveness");
+}
+
+#[test]
+fn canary_only_the_pvms_dirty_pages_are_captured() {
+    caught(Mutation::PvmDirtyOnly, "all or nothing");
+}
+
+#[test]
+fn canary_the_pages_of_an_aborted_checkpoint_are_forgotten() {
+    caught(Mutation::DropCarry, "all or nothing");
+}
+
+#[test]
+fn canary_steps_may_take_for_ever() {
+    caught(Mutation::EndlessSteps, "liveness");
+}
+
+#[test]
+fn canary_a_halted_svm_runs() {
+    caught(Mutation::RunHalted, "protocol");
 }
 
 #[test]

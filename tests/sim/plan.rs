@@ -3,7 +3,7 @@
 //! Invariant: after [`Plan::calm_us`] nothing more goes wrong.
 
 use colo_compare::{DigestKey, Limits, testing};
-use colo_control::Timing;
+use colo_control::{Mode, Pace, Protection, StepLimits, Storm, Timing};
 
 use crate::client::Plan as ClientPlan;
 use crate::link::LinkPlan;
@@ -31,6 +31,14 @@ pub enum Mutation {
     NeverCommit,
     /// The secondary ends where it should take over.
     GiveUp,
+    /// A capture takes only the pages that the PVM dirtied (against rule 11).
+    PvmDirtyOnly,
+    /// The pages of an aborted checkpoint are forgotten (against rule 14).
+    DropCarry,
+    /// Steps may take for ever.
+    EndlessSteps,
+    /// An SVM that is to stand still runs.
+    RunHalted,
 }
 
 /// Whom a fault hits.
@@ -88,6 +96,8 @@ pub const POINTS: &[(Target, &str)] = &[
     (Target::Primary, "chunk_sent"),
     (Target::Primary, "sent"),
     (Target::Primary, "committed_received"),
+    (Target::Primary, "aborted_sent"),
+    (Target::Primary, "aborted_received"),
     (Target::Primary, "commit"),
     (Target::Primary, "released"),
     (Target::Primary, "paired_asked"),
@@ -98,6 +108,8 @@ pub const POINTS: &[(Target, &str)] = &[
     (Target::Secondary, "chunk_received"),
     (Target::Secondary, "staged"),
     (Target::Secondary, "committed_sent"),
+    (Target::Secondary, "aborted_sent"),
+    (Target::Secondary, "aborted_received"),
     (Target::Secondary, "applied"),
     (Target::Secondary, "output_sent"),
     (Target::Secondary, "take_over_asked"),
@@ -120,6 +132,7 @@ pub struct Plan {
     pub mutation: Mutation,
     pub limits: Limits,
     pub timing: Timing,
+    pub protection: Protection,
     pub net: NetPlan,
     pub link: LinkPlan,
     pub clients: Vec<ClientPlan>,
@@ -136,6 +149,8 @@ pub struct Plan {
     /// Captures and stages that fail, per mille.
     pub capture_failures: u64,
     pub stage_failures: u64,
+    /// Steps that do not end by themselves, per mille.
+    pub stuck_steps: u64,
     /// Requests to the arbiter whose answer is lost, per mille.
     pub lost_answers: u64,
     /// Chunks of a checkpoint, at most.
@@ -158,7 +173,10 @@ impl Plan {
     /// The plan of a seed.
     pub fn draw(chance: &mut Prng, mutation: Mutation) -> Self {
         let calm_us = 2_000_000;
-        let timing = timing(chance);
+        let mut timing = timing(chance);
+        if mutation == Mutation::EndlessSteps {
+            timing.steps = ENDLESS;
+        }
         let strikes = strikes(chance, &timing, calm_us);
         let mut limits = limits(chance);
         limits.canary_equal = mutation == Mutation::AlwaysEqual;
@@ -172,6 +190,7 @@ impl Plan {
             mutation,
             limits,
             timing,
+            protection: protection(chance),
             net: NetPlan {
                 loss: if rough { chance.below(30) } else { 0 },
                 duplicate: if rough { chance.below(30) } else { 0 },
@@ -192,6 +211,7 @@ impl Plan {
             merciless: chance.chance(100),
             capture_failures: if chance.chance(200) { 150 } else { 0 },
             stage_failures: if chance.chance(200) { 150 } else { 0 },
+            stuck_steps: if chance.chance(250) { 100 } else { 0 },
             lost_answers: if chance.chance(300) { 300 } else { 0 },
             chunks: chance.range(1, 12),
             pause_us: chance.range(100, 5_000),
@@ -199,6 +219,53 @@ impl Plan {
             digests: chance.chance(500),
             calm_us,
         }
+    }
+}
+
+/// More than each step takes by itself on the slowest link.
+const STEPS: StepLimits = StepLimits {
+    stop_us: 80_000,
+    capture_us: 30_000,
+    send_us: 60_000,
+    commit_us: 60_000,
+    abort_us: 45_000,
+    sync_us: 150_000,
+    stage_us: 110_000,
+    apply_us: 400_000,
+};
+
+const ENDLESS: StepLimits = StepLimits {
+    stop_us: NEVER_US,
+    capture_us: NEVER_US,
+    send_us: NEVER_US,
+    commit_us: NEVER_US,
+    abort_us: NEVER_US,
+    sync_us: NEVER_US,
+    stage_us: NEVER_US,
+    apply_us: NEVER_US,
+};
+const NEVER_US: u64 = 1 << 40;
+
+fn protection(chance: &mut Prng) -> Protection {
+    let remus = chance.chance(250);
+    let stormy = chance.chance(400);
+    Protection {
+        mode: if remus { Mode::Remus } else { Mode::Colo },
+        remus_interval_us: chance.range(8_000, 60_000),
+        storm: Storm {
+            checkpoints: if stormy { chance.range(2, 6) as u32 } else { 0 },
+            window_us: chance.range(20_000, 300_000),
+            interval_min_us: 2_000,
+            interval_max_us: chance.range(5_000, 80_000),
+            retry_us: chance.range(20_000, 200_000),
+            retry_max_us: 800_000,
+        },
+        pace: Pace {
+            ready_pages: chance.range(4, 40),
+            slow_us: chance.range(10_000, 80_000),
+            rejoin_us: 20_000,
+            rejoin_max_us: 100_000,
+        },
     }
 }
 
@@ -212,6 +279,7 @@ fn timing(chance: &mut Prng) -> Timing {
             0
         },
         step_timeout_us: 400_000,
+        steps: STEPS,
         arbiter_retry_us: 5_000,
     }
 }

@@ -12,7 +12,7 @@ use std::collections::BinaryHeap;
 
 use colo_compare::testing::GUEST_MAC;
 use colo_compare::{Direction, Protocol, wire};
-use colo_control::{Cas, PrimaryEvent, Record, Reply, Standing};
+use colo_control::{Cas, Notice, PrimaryEvent, Record, Reply, Standing, Step};
 
 use crate::client::{DatagramClient, Oracle, TcpClient, addressee};
 use crate::host::{Command, Process, Shell};
@@ -23,7 +23,7 @@ use crate::prng::Prng;
 /// After the last fault everything must be done within this time.
 const LIVENESS_US: u64 = 30_000_000;
 /// More events than any healthy run has.
-const MOST_EVENTS: u64 = 300_000;
+const MOST_EVENTS: u64 = 2_000_000;
 /// Trace lines kept.
 const TRACE_LINES: usize = 100_000;
 pub const NAMES: [&str; 2] = ["a", "b"];
@@ -37,6 +37,7 @@ pub enum HostEvent {
     Link(usize, Channel, LinkMsg),
     GuestWake,
     SendChunk,
+    RoundSent { sent_pages: u64, took_us: u64 },
     Timer,
 }
 
@@ -134,6 +135,17 @@ pub struct Outcome {
     pub digests: u64,
     pub fetched: u64,
     pub joins: u64,
+    /// Commits that began a buffered epoch.
+    pub buffered: u64,
+    pub storms: u64,
+    /// Returns from a storm.
+    pub returns: u64,
+    pub slowed: u64,
+    /// vCPUs that stood still for lack of hold space.
+    pub stopped: u64,
+    pub not_followed: u64,
+    /// Steps that took too long.
+    pub timeouts: [u64; Step::COUNT],
     pub events: u64,
     pub vm_lost: bool,
     pub virtual_us: u64,
@@ -317,6 +329,19 @@ impl World {
         self.outcome
             .violations
             .push(format!("{checker}: {text} (at {} us)", self.now));
+    }
+
+    /// Counts what a core tells.
+    pub fn notice(&mut self, notice: &Notice) {
+        let outcome = &mut self.outcome;
+        match notice {
+            Notice::StepTimedOut { step, .. } => outcome.timeouts[step.index()] += 1,
+            Notice::Storm { .. } => outcome.storms += 1,
+            Notice::StormOver => outcome.returns += 1,
+            Notice::Throttled { run_pct: 0 } => outcome.stopped += 1,
+            Notice::Throttled { .. } => outcome.slowed += 1,
+            Notice::CannotFollow { .. } => outcome.not_followed += 1,
+        }
     }
 
     /// Notes a line when the run is verbose.

@@ -232,6 +232,26 @@ pub enum Alone {
     Block,
 }
 
+/// How output is protected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Output is compared; checkpoints on divergence.
+    #[default]
+    Colo,
+    /// The secondary's VM stands still; output waits for periodic checkpoints.
+    Remus,
+}
+
+impl From<Mode> for colo_control::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Colo => Self::Colo,
+            Mode::Remus => Self::Remus,
+        }
+    }
+}
+
 /// `[replication]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -257,6 +277,18 @@ pub struct ReplicationConfig {
     /// Interval of periodic checkpoints; 0: none.
     #[serde(default)]
     pub checkpoint_interval_ms: u64,
+    /// How output is protected.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Interval of checkpoints in Remus mode.
+    #[serde(default = "default_remus_interval_ms")]
+    pub remus_interval_ms: u64,
+    /// More checkpoints on divergence than that lead to Remus mode for a while (rule 21); 0: never.
+    #[serde(default = "default_storm_checkpoints_per_s")]
+    pub storm_checkpoints_per_s: u64,
+    /// Over how long that rate is measured.
+    #[serde(default = "default_storm_window_ms")]
+    pub storm_window_ms: u64,
     /// What a primary does without a secondary.
     #[serde(default)]
     pub alone: Alone,
@@ -285,6 +317,15 @@ const fn default_compare_deadline_ms() -> u64 {
 }
 const fn default_ack_deadline_ms() -> u64 {
     100
+}
+const fn default_remus_interval_ms() -> u64 {
+    50
+}
+const fn default_storm_checkpoints_per_s() -> u64 {
+    20
+}
+const fn default_storm_window_ms() -> u64 {
+    5000
 }
 const fn default_hold_frames() -> u32 {
     4096
@@ -518,6 +559,19 @@ impl Check<'_> {
             "replication.ack_deadline_ms",
             deadline,
             advice,
+        )?;
+        let (interval, window) = (r.remus_interval_ms, r.storm_window_ms);
+        self.that(
+            interval > 0,
+            "replication.remus_interval_ms",
+            interval,
+            at_least_one,
+        )?;
+        self.that(
+            window > 0,
+            "replication.storm_window_ms",
+            window,
+            at_least_one,
         )?;
         let other = r.link_listen != r.link_peer;
         let advice = "must be the other host's address, not link_listen";

@@ -225,6 +225,11 @@ impl PrimaryRole {
         })
     }
 
+    /// What the cut began is buffered (Remus mode), or compared. After the cut of all shards, before they go on.
+    pub fn buffer(&mut self, buffering: bool) {
+        self.path.buffer(buffering);
+    }
+
     /// Takes a cut back that another shard could not make. The worker is still quiesced.
     pub fn uncut(&mut self, epoch: u64) {
         if let Err(e) = self.path.uncut(epoch) {

@@ -134,6 +134,14 @@ impl SecondaryRole {
         self.stopped = false;
     }
 
+    /// The SVM stands still at the commit (Remus mode); [`Self::resume_unchanged`] lets it go.
+    pub fn halt(&mut self) {
+        if let Some(path) = &mut self.path {
+            path.stop();
+        }
+        self.stopped = true;
+    }
+
     /// Asks the primary for a checkpoint.
     pub fn want_checkpoint(&mut self) {
         push(&mut self.link, &PacketMsg::CheckpointWanted);

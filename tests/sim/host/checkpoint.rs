@@ -6,19 +6,74 @@
 use super::*;
 
 impl Shell<'_> {
-    pub(super) fn capture(&mut self, epoch: u64, first: bool) {
-        let attached = self.primary().is_some_and(|side| side.packets.is_some());
-        let refused = !attached || self.failure(self.world.plan.capture_failures);
-        if refused {
-            let reason = "capture failed".into();
-            self.tell_primary_core(PrimaryEvent::CheckpointFailed { epoch, reason });
+    /// Some steps never end by themselves.
+    pub(super) fn gets_stuck(&mut self) -> bool {
+        let stuck = self.failure(self.world.plan.stuck_steps);
+        if stuck {
+            self.trace(|| "is stuck".into());
+        }
+        stuck
+    }
+
+    pub(super) fn sync_round(&mut self, first: bool) {
+        if !self.p.runs {
+            // The checkpoint thread ends a capture first, also one for a secondary that is lost.
+            let event = HostEvent::Command(Command::SyncRound { first });
+            let at = self.world.now + 500;
+            return self.world.host_event(at, self.host, self.p.inc, event);
+        }
+        let stuck = self.gets_stuck();
+        let p = &mut *self.p;
+        let (Role::Primary(side), Some(guest), Some(link)) = (&mut p.role, &mut p.guest, p.link)
+        else {
+            return;
+        };
+        if first {
+            (side.in_flight, side.carry, guest.dirty) = (0, 0, u64::MAX);
+        }
+        if stuck {
             return;
         }
+        let set = std::mem::take(&mut guest.dirty);
+        let pages = Rc::new(guest.pages(set));
+        self.world
+            .link_send(link, self.host, Channel::Pages, LinkMsg::Live(pages));
+        let took_us = 200 + self.below(20_000);
+        let event = HostEvent::RoundSent {
+            sent_pages: u64::from(set.count_ones()),
+            took_us,
+        };
+        let at = self.world.now + took_us;
+        self.world.host_event(at, self.host, self.p.inc, event);
+    }
+
+    pub(super) fn round_sent(&mut self, sent_pages: u64, took_us: u64) {
+        let dirty = self.p.guest.as_ref().map_or(0, |g| g.dirty.count_ones());
+        self.tell_primary_core(PrimaryEvent::SyncRound {
+            sent_pages,
+            dirty_pages: u64::from(dirty),
+            took_us,
+        });
+    }
+
+    pub(super) fn receive_live(&mut self, pages: &PageSet) {
+        if let Some(side) = self.secondary() {
+            side.live.write_pages(pages);
+        }
+    }
+
+    pub(super) fn capture(&mut self, epoch: u64, first: bool, svm_dirty: u64, buffer: bool) {
+        let attached = self.primary().and_then(|side| side.packets);
+        let refused = self.failure(self.world.plan.capture_failures);
+        let Some(link) = attached.filter(|_| !refused) else {
+            return self.capture_failed(epoch);
+        };
         self.p.runs = false;
         self.take_guest_output();
         let now = self.local_us();
+        let pvm_only = self.mutated(Mutation::PvmDirtyOnly);
         let p = &mut *self.p;
-        let (Role::Primary(side), Some(guest)) = (&mut p.role, &p.guest) else {
+        let (Role::Primary(side), Some(guest)) = (&mut p.role, &mut p.guest) else {
             return;
         };
         let cut = match first {
@@ -29,7 +84,12 @@ impl Shell<'_> {
             let text = format!("the core cuts epoch {epoch}, the path says {cut:?}");
             return self.fail("protocol", text);
         }
+        side.path.buffer(buffer);
         side.mirrors = true;
+        // Rule 11: the union, and rule 14: what an aborted checkpoint had.
+        let svm_dirty = if pvm_only { 0 } else { svm_dirty };
+        let set = std::mem::take(&mut guest.dirty) | std::mem::take(&mut side.carry) | svm_dirty;
+        side.in_flight = set;
         let mut record = Vec::new();
         side.path.export_client_xlate(&mut record);
         let pending = side
@@ -37,28 +97,37 @@ impl Shell<'_> {
             .pending()
             .map(|f| p.frames.bytes(f.token).to_vec())
             .collect();
-        let guest = guest.clone();
-        let digest = guest.digest();
         let image = Rc::new(Image {
+            link,
             epoch,
-            guest,
-            digest,
+            pages: guest.pages(set),
+            state: guest.state.clone(),
+            digest: guest.digest(),
             pending,
             record,
         });
         self.pass("cut");
-        let pause = self.below(self.world.plan.pause_us);
+        let slow_us = if self.gets_stuck() { 60_000 } else { 0 };
+        let pause = self.below(self.world.plan.pause_us) + self.below(slow_us + 1);
         let at = self.world.now + pause;
         let event = HostEvent::Command(Command::Captured { epoch, image });
         self.world.host_event(at, self.host, self.p.inc, event);
+    }
+
+    fn capture_failed(&mut self, epoch: u64) {
+        let reason = "capture failed".into();
+        self.tell_primary_core(PrimaryEvent::CheckpointFailed { epoch, reason });
     }
 
     pub(super) fn captured(&mut self, epoch: u64, image: Rc<Image>) {
         self.p.runs = true;
         self.pass("captured");
         self.tell_primary_core(PrimaryEvent::Captured { epoch });
+        if self.failure(self.world.plan.capture_failures / 2) {
+            return self.capture_failed(epoch);
+        }
         let of = 1 + self.below(self.world.plan.chunks);
-        if self.p.link.is_some()
+        if self.p.link == Some(image.link)
             && let Some(side) = self.primary()
             && side.path.mode() != Mode::Alone
         {
@@ -75,6 +144,7 @@ impl Shell<'_> {
 
     pub(super) fn send_chunk(&mut self) {
         let fails = self.failure(self.world.plan.capture_failures / 4);
+        let stuck = self.gets_stuck();
         let Some(link) = self.p.link else { return };
         let Some(side) = self.primary() else { return };
         let Some((image, index, of)) = side.sending.take() else {
@@ -84,6 +154,9 @@ impl Shell<'_> {
         if fails {
             let reason = "transfer failed".into();
             self.tell_primary_core(PrimaryEvent::CheckpointFailed { epoch, reason });
+            return;
+        }
+        if stuck {
             return;
         }
         let msg = LinkMsg::Chunk {
@@ -111,6 +184,8 @@ impl Shell<'_> {
         }
         let p = &mut *self.p;
         if let Role::Primary(side) = &mut p.role {
+            side.in_flight = 0;
+            self.world.outcome.buffered += u64::from(side.path.is_buffering());
             match side.path.commit(now, &mut p.frames, epoch) {
                 Ok(()) => self.world.outcome.commits += 1,
                 Err(e) => self.fail("protocol", format!("commit: {e}")),
@@ -121,12 +196,13 @@ impl Shell<'_> {
     pub(super) fn receive_chunk(&mut self, index: u64, of: u64, image: Rc<Image>) {
         self.pass("chunk_received");
         let fails = self.failure(self.world.plan.stage_failures);
+        let stuck = index + 1 == of && self.gets_stuck();
         let half = self.mutated(Mutation::ApplyHalf);
         if !self.p.alive {
             return;
         }
         if half && let Some(guest) = &mut self.p.guest {
-            guest.mix(&image.guest);
+            guest.mix(&image.pages);
         }
         let Some(side) = self.secondary() else { return };
         let epoch = image.epoch;
@@ -142,6 +218,9 @@ impl Shell<'_> {
             return;
         }
         side.arriving = None;
+        if stuck {
+            return;
+        }
         let record = side.path.check_record(&image.record);
         if fails || record.is_err() {
             let reason = "refused".into();
@@ -154,23 +233,24 @@ impl Shell<'_> {
 
     pub(super) fn stop_svm(&mut self, epoch: u64) {
         self.pass("stop_svm_received");
+        if self.gets_stuck() {
+            return;
+        }
         self.p.runs = false;
         self.take_guest_output();
         let Some(guest) = &self.p.guest else { return };
-        let digest = guest.digest();
+        let (digest, dirty) = (guest.digest(), guest.dirty.to_le_bytes().to_vec());
         let Some(side) = self.secondary() else { return };
         side.path.stop();
         side.stopped = true;
         side.digest_at_stop = Some(digest);
         self.secondary_path_actions();
-        self.secondary_core(SecondaryEvent::SvmStopped {
-            epoch,
-            dirty: Vec::new(),
-        });
+        self.secondary_core(SecondaryEvent::SvmStopped { epoch, dirty });
     }
 
-    pub(super) fn apply(&mut self, epoch: u64) {
+    pub(super) fn apply(&mut self, epoch: u64, halt: bool) {
         let now = self.local_us();
+        let runs_halted = self.mutated(Mutation::RunHalted);
         let p = &mut *self.p;
         let Role::Secondary(side) = &mut p.role else {
             return;
@@ -189,11 +269,17 @@ impl Shell<'_> {
         let result = side
             .path
             .commit(now, &mut p.frames, image.epoch, pending, &image.record);
-        p.guest = Some(image.guest.clone());
-        p.runs = true;
-        (side.stopped, side.digest_at_stop) = (false, None);
-        let digest = p.guest.as_ref().map(Guest::digest);
-        if image.epoch != epoch || digest != Some(image.digest) {
+        let guest = p.guest.get_or_insert_with(|| side.live.clone());
+        guest.write_pages(&image.pages);
+        (guest.state, guest.dirty) = (image.state.clone(), 0);
+        let digest = guest.digest();
+        let rests = halt && !runs_halted;
+        (p.runs, side.stopped) = (!rests, rests);
+        if rests {
+            side.path.stop();
+        }
+        side.digest_at_stop = halt.then_some(digest);
+        if image.epoch != epoch || digest != image.digest {
             self.fail(
                 "all or nothing",
                 format!("epoch {epoch}: not what was captured"),
@@ -247,6 +333,7 @@ impl Shell<'_> {
         let primary = PrimarySide::new(&self.world.plan, self.host, path, record);
         p.role = Role::Primary(Box::new(primary));
         p.link = None;
+        p.run_pct = 100;
         self.world.outcome.takeovers += 1;
         self.pass("took_over");
     }

@@ -16,6 +16,7 @@ impl Shell<'_> {
                 }
             }
             LinkMsg::Chunk { index, of, image } => self.receive_chunk(index, of, image),
+            LinkMsg::Live(pages) => self.receive_live(&pages),
             LinkMsg::CheckpointWanted => self.tell_primary_core(PrimaryEvent::CheckpointWanted),
             packet => {
                 debug_assert_eq!(channel, Channel::Packets);
@@ -32,6 +33,7 @@ impl Shell<'_> {
         match msg {
             Msg::SvmStopped { .. } => self.pass("svm_stopped_received"),
             Msg::Committed { .. } => self.pass("committed_received"),
+            Msg::Aborted { .. } => self.pass("aborted_received"),
             _ => {}
         }
         match self.p.role {
@@ -156,6 +158,7 @@ impl Shell<'_> {
             Msg::StopSvm { .. } => self.pass("stop_svm_sent"),
             Msg::SvmStopped { .. } => self.pass("svm_stopped_sent"),
             Msg::Committed { .. } => self.pass("committed_sent"),
+            Msg::Aborted { .. } => self.pass("aborted_sent"),
             Msg::Paired { .. } => self.pass("paired_sent"),
             _ => {}
         }

@@ -76,12 +76,32 @@ impl Shell<'_> {
                 if let Some(link) = self.p.link {
                     self.tell_worker(Command::Attach(link), 200);
                 }
-                let at = self.world.now + 500 + self.below(30_000);
-                let event = HostEvent::PrimaryCore(PrimaryEvent::SyncReady);
-                self.world.host_event(at, self.host, self.p.inc, event);
+                self.tell_worker(Command::SyncRound { first: true }, 200);
             }
-            Action::Capture { epoch, first, .. } => {
-                self.tell_worker(Command::Capture { epoch, first }, 300);
+            Action::SyncRound => self.tell_worker(Command::SyncRound { first: false }, 200),
+            Action::Capture {
+                epoch,
+                first,
+                svm_dirty,
+                buffer,
+            } => {
+                let mut bytes = [0; PAGES / 8];
+                bytes[..svm_dirty.len()].copy_from_slice(&svm_dirty);
+                let svm_dirty = u64::from_le_bytes(bytes);
+                let command = Command::Capture {
+                    epoch,
+                    first,
+                    svm_dirty,
+                    buffer,
+                };
+                self.tell_worker(command, 300);
+            }
+            Action::Throttle { run_pct } => self.p.run_pct = u64::from(run_pct),
+            Action::Tell(notice) => self.world.notice(&notice),
+            Action::Discard { .. } => {
+                if let Some(side) = self.secondary() {
+                    side.staged = None;
+                }
             }
             Action::Commit { epoch } => self.tell_worker(Command::Commit { epoch }, 200),
             Action::Abort { epoch } => match self.p.role {
@@ -96,9 +116,9 @@ impl Shell<'_> {
             Action::Lease { until_us } => self.tell_worker(Command::Lease(until_us), 200),
             Action::CloseLink { .. } => self.close_link(),
             Action::StopSvm { epoch } => self.stop_svm(epoch),
-            Action::Apply { epoch } => {
+            Action::Apply { epoch, halt } => {
                 let most_us = self.world.plan.pause_us;
-                self.tell_worker(Command::Apply { epoch }, most_us);
+                self.tell_worker(Command::Apply { epoch, halt }, most_us);
             }
             Action::TakeOver { generation } => self.take_over(generation),
             Action::Stop(outcome) => {
@@ -270,8 +290,11 @@ impl Shell<'_> {
 
     pub(super) fn wake_guest(&mut self) {
         self.p.wake_planned = false;
-        if !self.p.runs {
+        if !self.p.runs || self.p.run_pct == 0 {
             return;
+        }
+        if self.secondary().is_some_and(|side| side.core.is_halted()) {
+            self.fail("protocol", "an SVM that is to stand still runs".into());
         }
         let now = self.world.now;
         let chance = &mut self.world.hosts[self.host].chance;
@@ -289,7 +312,7 @@ impl Shell<'_> {
         let p = &mut *self.p;
         let Some(guest) = &mut p.guest else { return 0 };
         let mut n = 0;
-        while !guest.sent.is_empty() {
+        while !guest.state.sent.is_empty() {
             let room = match &p.role {
                 Role::Primary(side) => side.path.room() || ignore_room,
                 Role::Secondary(side) => side.path.room() && !side.stopped,
@@ -298,7 +321,7 @@ impl Shell<'_> {
             if !room {
                 break;
             }
-            let Some(frame) = guest.sent.pop_front() else {
+            let Some(frame) = guest.state.sent.pop_front() else {
                 break;
             };
             let Some(token) = p.frames.insert(&frame) else {

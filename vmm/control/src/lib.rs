@@ -12,15 +12,20 @@ extern crate alloc;
 
 mod arbiter;
 mod msg;
+mod notice;
+mod pace;
 mod primary;
 mod secondary;
+mod storm;
 mod timing;
 
 pub use arbiter::{Cas, Expect, Record, Reply, Standing};
-pub use msg::{Geometry, Msg, MsgError, VERSION_MAX, VERSION_MIN};
+pub use msg::{Geometry, Msg, MsgError, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
+pub use notice::{Counters, Notice};
 pub use primary::{Primary, PrimaryEvent, PrimaryState};
 pub use secondary::{Secondary, SecondaryEvent, SecondaryState};
-pub use timing::Timing;
+pub use storm::{Mode, Pace, Protection, Storm};
+pub use timing::{Step, StepLimits, Timing};
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -32,8 +37,11 @@ pub enum Action {
     Send(Msg),
     /// Ask the arbiter; answer with an `Arbiter` event.
     Arbiter(Cas),
-    /// Primary: switch dirty tracking on and send all pages in rounds; answer `SyncReady` once few are left.
+    /// Primary: switch dirty tracking on and send all pages in rounds. A shell that leaves the rounds to the core
+    /// answers `SyncRound` after each; one that does not answers `SyncReady` once few are left.
     StartSync,
+    /// Primary: send another round, of what became dirty since; answer `SyncRound`.
+    SyncRound,
     /// Primary: stop the vCPUs, quiesce the worker, capture and let go on (rules 11, 12). `first`: the
     /// packet path starts to pair with this cut. Answer `Captured`, later `Sent`, or `CheckpointFailed`.
     Capture {
@@ -43,6 +51,9 @@ pub enum Action {
         first: bool,
         /// Pages the SVM dirtied since the last commit: a little-endian bitmap, one bit a page.
         svm_dirty: Vec<u8>,
+        /// The epoch that follows is buffered, not compared (Remus): its input is not mirrored, all its output
+        /// waits for its commit.
+        buffer: bool,
     },
     /// Primary: the checkpoint of this epoch is committed; release what it covers.
     Commit {
@@ -50,11 +61,23 @@ pub enum Action {
         epoch: u64,
     },
     /// The checkpoint of this epoch failed. Primary: keep its dirty set for the next one (rule 14).
-    /// Secondary: forget the stage and let the SVM go on.
+    /// Secondary: forget the stage and let the SVM go on from where it stands.
     Abort {
         /// The epoch.
         epoch: u64,
     },
+    /// Secondary: a stage that was reported whole is not wanted (any more); forget it, the SVM stays as it is.
+    Discard {
+        /// The epoch.
+        epoch: u64,
+    },
+    /// Primary: the PVM's vCPUs may run this share of the time; 0: they stand still until further notice.
+    Throttle {
+        /// Percent.
+        run_pct: u8,
+    },
+    /// For the log and the list of events in the status; nothing is to be done.
+    Tell(Notice),
     /// Primary: the generation was won; release everything, switch tracking off, speak alone.
     GoAlone,
     /// Nothing may leave (true) until further notice (false).
@@ -78,6 +101,8 @@ pub enum Action {
     Apply {
         /// The epoch.
         epoch: u64,
+        /// The SVM does not run from it but stands still (Remus); `Abort` or `TakeOver` lets it go on.
+        halt: bool,
     },
     /// Secondary: the generation was won; the SVM is the VM now (a stopped one continues untouched).
     TakeOver {

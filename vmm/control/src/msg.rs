@@ -10,10 +10,16 @@ use core::fmt;
 
 /// Oldest protocol version that this build speaks.
 pub const VERSION_MIN: u16 = 1;
-/// Newest protocol version that this build speaks.
-pub const VERSION_MAX: u16 = 1;
+/// Newest protocol version that this build speaks. Since 2 an abort by the primary is answered by the secondary, and
+/// the SVM can be told to stand still after a commit.
+pub const VERSION_MAX: u16 = 2;
+/// First version in which [`Msg::Aborted`] of the primary has an answer.
+pub const VERSION_ABORT_ANSWERED: u16 = 2;
 /// Longest message in bytes: the dirty bitmap of 2 TiB of guest RAM.
 pub const LEN_MAX: usize = 64 << 20;
+
+/// After the commit the SVM stands still.
+const FLAG_HALT: u16 = 1;
 
 const HEAD: usize = 2 + 2 + 8 + 8;
 const CRC: usize = 4;
@@ -32,16 +38,24 @@ pub enum Msg {
         session: u64,
         geometry: Geometry,
     },
-    /// Primary: yes.
-    Welcome { version: u16, generation: u64 },
+    /// Primary: yes. `halt`: the SVM does not run after the first commit (Remus mode).
+    Welcome {
+        version: u16,
+        generation: u64,
+        halt: bool,
+    },
     /// Either: no, for good.
     Refuse { reason: String },
     /// A sign of life, with the sender's clock.
     Heartbeat { generation: u64, sent_us: u64 },
     /// The clock of the heartbeat that is answered.
     Echo { generation: u64, sent_us: u64 },
-    /// Primary: stop the SVM, this epoch ends.
-    StopSvm { generation: u64, epoch: u64 },
+    /// Primary: stop the SVM, this epoch ends. `halt`: it does not run after the commit either (Remus mode).
+    StopSvm {
+        generation: u64,
+        epoch: u64,
+        halt: bool,
+    },
     /// Secondary: stopped; the pages it dirtied, a little-endian bitmap.
     SvmStopped {
         generation: u64,
@@ -50,7 +64,8 @@ pub enum Msg {
     },
     /// Secondary: the stage is whole and accepted (rule 13).
     Committed { generation: u64, epoch: u64 },
-    /// Either, before the commit point: this checkpoint is off.
+    /// Primary: this checkpoint is to be off. Secondary: it is off, by its own decision or as asked. Who is past the
+    /// commit point says [`Self::Committed`] instead.
     Aborted {
         generation: u64,
         epoch: u64,
@@ -138,7 +153,9 @@ impl Msg {
                 generation,
                 sent_us,
             } => (5, *generation, *sent_us),
-            Self::StopSvm { generation, epoch } => (6, *generation, *epoch),
+            Self::StopSvm {
+                generation, epoch, ..
+            } => (6, *generation, *epoch),
             Self::SvmStopped {
                 generation, epoch, ..
             } => (7, *generation, *epoch),
@@ -165,7 +182,11 @@ impl Msg {
                     put_text(out, value);
                 }
             }
-            Self::Welcome { version, .. } => out.extend_from_slice(&version.to_le_bytes()),
+            Self::Welcome { version, halt, .. } => {
+                out.extend_from_slice(&version.to_le_bytes());
+                out.extend_from_slice(&flags(*halt).to_le_bytes());
+            }
+            Self::StopSvm { halt, .. } => out.extend_from_slice(&flags(*halt).to_le_bytes()),
             Self::Refuse { reason } | Self::Aborted { reason, .. } => put_text(out, reason),
             Self::SvmStopped { dirty, .. } => {
                 out.extend_from_slice(&(dirty.len() as u32).to_le_bytes());
@@ -230,6 +251,7 @@ impl Msg {
             2 => Self::Welcome {
                 version: body.u16()?,
                 generation,
+                halt: body.flags()? & FLAG_HALT != 0,
             },
             3 => Self::Refuse {
                 reason: body.text()?,
@@ -242,7 +264,11 @@ impl Msg {
                 generation,
                 sent_us: epoch,
             },
-            6 => Self::StopSvm { generation, epoch },
+            6 => Self::StopSvm {
+                generation,
+                epoch,
+                halt: body.flags()? & FLAG_HALT != 0,
+            },
             7 => {
                 let n = body.u32()? as usize;
                 Self::SvmStopped {
@@ -263,6 +289,10 @@ impl Msg {
             _ => return Ok(None),
         }))
     }
+}
+
+const fn flags(halt: bool) -> u16 {
+    if halt { FLAG_HALT } else { 0 }
 }
 
 fn put_text(out: &mut Vec<u8>, text: &str) {
@@ -302,6 +332,14 @@ impl<'a> Reader<'a> {
         ]))
     }
 
+    /// Flags at the end of a body that the version before did not have (rule 22).
+    fn flags(&mut self) -> Result<u16, MsgError> {
+        if self.bytes.is_empty() {
+            return Ok(0);
+        }
+        self.u16()
+    }
+
     fn text(&mut self) -> Result<String, MsgError> {
         let n = self.u32()? as usize;
         let bytes = self.take(n)?;
@@ -328,6 +366,7 @@ mod tests {
             Msg::Welcome {
                 version: 1,
                 generation: 3,
+                halt: true,
             },
             Msg::Refuse {
                 reason: "ram_bytes differs".into(),
@@ -343,6 +382,7 @@ mod tests {
             Msg::StopSvm {
                 generation: 3,
                 epoch: 8,
+                halt: true,
             },
             Msg::SvmStopped {
                 generation: 3,
@@ -392,19 +432,39 @@ mod tests {
         }
     }
 
+    fn frame(kind: u16, body: &[u8]) -> Vec<u8> {
+        let mut covered = Vec::new();
+        covered.extend_from_slice(&kind.to_le_bytes());
+        covered.extend_from_slice(&2u16.to_le_bytes());
+        covered.extend_from_slice(&[0; 16]);
+        covered.extend_from_slice(body);
+        let mut out = ((covered.len() + 4) as u32).to_le_bytes().to_vec();
+        out.extend_from_slice(&covered);
+        out.extend_from_slice(&crc32fast::hash(&covered).to_le_bytes());
+        out
+    }
+
+    #[test]
+    fn rule_22_bodies_of_the_version_before_are_read_without_what_was_added() {
+        let (generation, epoch, halt) = (0, 0, false);
+        let stop = Msg::StopSvm {
+            generation,
+            epoch,
+            halt,
+        };
+        let welcome = Msg::Welcome {
+            version: 1,
+            generation,
+            halt,
+        };
+        for (kind, body, msg) in [(6, &[][..], stop), (2, &[1, 0][..], welcome)] {
+            let bytes = frame(kind, body);
+            assert_eq!(Msg::decode(&bytes), Ok(Some((Some(msg), bytes.len()))));
+        }
+    }
+
     #[test]
     fn rule_22_unknown_kinds_are_skipped_and_longer_bodies_accepted() {
-        let frame = |kind: u16, body: &[u8]| {
-            let mut covered = Vec::new();
-            covered.extend_from_slice(&kind.to_le_bytes());
-            covered.extend_from_slice(&2u16.to_le_bytes());
-            covered.extend_from_slice(&[0; 16]);
-            covered.extend_from_slice(body);
-            let mut out = ((covered.len() + 4) as u32).to_le_bytes().to_vec();
-            out.extend_from_slice(&covered);
-            out.extend_from_slice(&crc32fast::hash(&covered).to_le_bytes());
-            out
-        };
         let unknown = frame(999, b"news");
         assert_eq!(Msg::decode(&unknown), Ok(Some((None, unknown.len()))));
         let longer = frame(10, b"a field of the next version");

@@ -6,13 +6,18 @@
 //!
 //! Does not touch packets or pages: the shell does, as the actions say.
 
+mod checkpoint;
+mod roles;
+
 use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::{String, ToString};
-use alloc::vec::Vec;
 
-use crate::{Action, Cas, Expect, Geometry, Msg, Outcome, Record, Reply, Standing, Timing};
-use crate::{VERSION_MAX, VERSION_MIN};
+use crate::pace::Pacer;
+use crate::storm::Switch;
+use crate::{Action, Cas, Counters, Geometry, Mode, Msg, Outcome, Protection, Record, Reply};
+use crate::{Standing, Timing, VERSION_MAX, VERSION_MIN};
+use checkpoint::Checkpoint;
 
 /// So many checkpoints may fail one after the other before the secondary counts as lost.
 const ABORTS_MAX: u32 = 5;
@@ -33,6 +38,17 @@ pub enum PrimaryEvent {
     CheckpointWanted,
     /// Few pages are left to send; the first checkpoint can be taken.
     SyncReady,
+    /// A round of the synchronisation went to the link; the core decides whether another follows.
+    SyncRound {
+        /// Pages sent in it.
+        sent_pages: u64,
+        /// Pages that the guest dirtied meanwhile.
+        dirty_pages: u64,
+        /// How long it took.
+        took_us: u64,
+    },
+    /// The packet path can hold no more output (true), or can again (rule 14).
+    HoldFull(bool),
     /// The capture is made and the guest runs on.
     Captured {
         /// The epoch it ended.
@@ -43,7 +59,8 @@ pub enum PrimaryEvent {
         /// Its epoch.
         epoch: u64,
     },
-    /// Capture or transfer failed before the stage was whole.
+    /// Capture or transfer failed before the stage was whole. A capture that had cut the epoch reports `Captured`
+    /// first.
     CheckpointFailed {
         /// Its epoch.
         epoch: u64,
@@ -81,27 +98,6 @@ pub enum PrimaryState {
     Ended,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    /// Waits for `SvmStopped`.
-    Stopping,
-    /// Waits for `Captured`.
-    Capturing,
-    /// Waits for `Sent`.
-    Sending,
-    /// Waits for `Committed`.
-    Committing,
-}
-
-#[derive(Debug)]
-struct Checkpoint {
-    epoch: u64,
-    step: Step,
-    since_us: u64,
-    /// What the secondary said about it before our own shell reported the capture.
-    verdict: Option<Result<(), String>>,
-}
-
 #[derive(Debug)]
 struct Peer {
     /// 0 until its hello.
@@ -128,6 +124,11 @@ pub struct Primary {
     checkpoint: Option<Checkpoint>,
     aborts: u32,
     periodic_due_us: u64,
+    /// The last sign of progress of the synchronisation.
+    sync_progress_us: u64,
+    switch: Switch,
+    pacer: Pacer,
+    counters: Counters,
     /// A request came that the checkpoint in flight may not cover.
     wanted: bool,
     question: Option<Cas>,
@@ -163,6 +164,10 @@ impl Primary {
             checkpoint: None,
             aborts: 0,
             periodic_due_us: u64::MAX,
+            sync_progress_us: 0,
+            switch: Switch::new(Protection::DEFAULT),
+            pacer: Pacer::new(),
+            counters: Counters::default(),
             wanted: false,
             question: None,
             retry_us: None,
@@ -172,6 +177,31 @@ impl Primary {
             shutdown_due_us: None,
             actions: VecDeque::new(),
         }
+    }
+
+    /// The same with another way of protection than [`Protection::DEFAULT`].
+    #[must_use]
+    pub fn protected_by(mut self, protection: Protection) -> Self {
+        self.switch = Switch::new(protection);
+        self
+    }
+
+    /// How output is protected now: by comparison, or by buffering (by the operator's wish or in a storm).
+    pub fn mode(&self) -> Mode {
+        match self.switch.buffers() {
+            true => Mode::Remus,
+            false => Mode::Colo,
+        }
+    }
+
+    /// Share of time that the PVM's vCPUs may run, in percent.
+    pub fn run_pct(&self) -> u8 {
+        self.pacer.run_pct()
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// Where it is.
@@ -205,12 +235,16 @@ impl Primary {
             PrimaryEvent::Msg(msg) => self.message(now_us, msg),
             PrimaryEvent::CheckpointWanted => self.checkpoint_wanted(now_us),
             PrimaryEvent::SyncReady => self.sync_ready(now_us),
+            PrimaryEvent::SyncRound {
+                sent_pages,
+                dirty_pages,
+                took_us,
+            } => self.sync_round(now_us, sent_pages, dirty_pages, took_us),
+            PrimaryEvent::HoldFull(is_full) => self.hold_full(is_full),
             PrimaryEvent::Captured { epoch } => self.captured(now_us, epoch),
-            PrimaryEvent::Sent { epoch } => {
-                self.step(now_us, epoch, Step::Sending, Step::Committing);
-            }
+            PrimaryEvent::Sent { epoch } => self.sent(now_us, epoch),
             PrimaryEvent::CheckpointFailed { epoch, reason } => {
-                self.checkpoint_failed(now_us, epoch, reason);
+                self.checkpoint_failed(now_us, epoch, &reason);
             }
             PrimaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
             PrimaryEvent::ClockGap => self.clock_gap(),
@@ -229,9 +263,7 @@ impl Primary {
                     .heartbeat_due_us
                     .min(p.heard_us + self.timing.detection_us()),
             }),
-            self.checkpoint
-                .as_ref()
-                .map(|c| c.since_us + self.timing.step_timeout_us),
+            self.step_deadline(),
             (self.state == PrimaryState::Paired && self.checkpoint.is_none())
                 .then_some(self.periodic_due_us),
         ]
@@ -256,9 +288,8 @@ impl Primary {
             return;
         }
         self.heartbeat(now_us);
-        let late = |c: &Checkpoint| c.since_us + self.timing.step_timeout_us <= now_us;
-        if self.checkpoint.as_ref().is_some_and(late) {
-            self.drop_link("a step of the checkpoint took too long");
+        if self.step_deadline().is_some_and(|at| at <= now_us) {
+            self.step_timed_out(now_us);
         }
         if self.state == PrimaryState::Paired && self.periodic_due_us <= now_us {
             self.begin_checkpoint(now_us);
@@ -280,6 +311,14 @@ impl Primary {
         if !free || self.peer.is_some() {
             self.act(Action::CloseLink {
                 reason: "this host has a secondary".to_string(),
+            });
+            return;
+        }
+        if !self.pacer.may_join(now_us) {
+            self.act(Action::CloseLink {
+                reason: "the guest dirties memory faster than the link carries it; a secondary may try again \
+                         in a while"
+                    .to_string(),
             });
             return;
         }
@@ -333,32 +372,18 @@ impl Primary {
         peer.welcomed = generation;
         peer.heard_us = now_us;
         let version = peer.version;
+        self.switch.start(now_us);
         self.send(Msg::Welcome {
             version,
             generation,
+            halt: self.switch.buffers(),
         });
         self.state = PrimaryState::Syncing;
+        self.sync_progress_us = now_us;
         self.aborts = 0;
+        self.pacer.reset();
+        self.tell_pace();
         self.act(Action::StartSync);
-    }
-
-    fn sync_ready(&mut self, now_us: u64) {
-        if self.state != PrimaryState::Syncing {
-            return;
-        }
-        self.state = PrimaryState::FirstCheckpoint;
-        self.checkpoint = Some(Checkpoint {
-            epoch: self.epoch,
-            step: Step::Capturing,
-            since_us: now_us,
-            verdict: None,
-        });
-        let epoch = self.epoch;
-        self.act(Action::Capture {
-            epoch,
-            first: true,
-            svm_dirty: Vec::new(),
-        });
     }
 
     fn message(&mut self, now_us: u64, msg: Msg) {
@@ -394,8 +419,8 @@ impl Primary {
                 self.act(Action::Lease { until_us });
             }
             Msg::SvmStopped { epoch, dirty, .. } => self.svm_stopped(now_us, epoch, dirty),
-            Msg::Committed { epoch, .. } => self.committed(now_us, epoch),
-            Msg::Aborted { epoch, reason, .. } => self.aborted(now_us, epoch, &reason),
+            Msg::Committed { epoch, .. } => self.verdict(now_us, epoch, Ok(())),
+            Msg::Aborted { epoch, reason, .. } => self.verdict(now_us, epoch, Err(reason)),
             Msg::OffAck { .. } if self.state == PrimaryState::ShuttingDown => {
                 self.end(Outcome::Off);
             }
@@ -423,345 +448,6 @@ impl Primary {
                 sent_us: now_us,
             });
         }
-    }
-
-    fn drop_link(&mut self, reason: &str) {
-        self.act(Action::CloseLink {
-            reason: reason.to_string(),
-        });
-        self.peer_lost();
-    }
-
-    fn peer_lost(&mut self) {
-        if self.peer.take().is_none() {
-            return;
-        }
-        self.wanted = false;
-        if let Some(checkpoint) = self.checkpoint.take() {
-            self.act(Action::Abort {
-                epoch: checkpoint.epoch,
-            });
-        }
-        if self.was_paired {
-            // From here on the secondary may be the VM at any moment.
-            self.act(Action::Lease { until_us: 0 });
-        }
-        match self.state {
-            // Never paired under this generation: we hold it alone already.
-            PrimaryState::Syncing | PrimaryState::FirstCheckpoint => self.gone_alone(),
-            PrimaryState::Pairing => {
-                // Committed by the secondary, but no pair came of it.
-                let epoch = self.epoch - 1;
-                self.act(Action::Abort { epoch });
-                self.state = PrimaryState::Deciding;
-            }
-            PrimaryState::Paired if self.block_alone => self.state = PrimaryState::Blocked,
-            PrimaryState::Paired => {
-                self.state = PrimaryState::Deciding;
-                self.ask(Standing::Alone);
-            }
-            // `Blocked` with a question open about a new secondary: the answer finds no peer.
-            _ => {}
-        }
-    }
-
-    fn gone_alone(&mut self) {
-        if self.block_alone && self.was_paired {
-            self.state = PrimaryState::Blocked;
-            return;
-        }
-        self.state = PrimaryState::Alone;
-        self.act(Action::GoAlone);
-    }
-
-    // ---- checkpoints ----
-
-    fn checkpoint_wanted(&mut self, now_us: u64) {
-        // Before the capture a request is coalesced with the checkpoint in flight (rule 14); later the
-        // output it is about can be of the next epoch, and the path asks only once an epoch.
-        let covered = self
-            .checkpoint
-            .as_ref()
-            .is_some_and(|c| c.step == Step::Stopping);
-        let pairs = matches!(
-            self.state,
-            PrimaryState::FirstCheckpoint | PrimaryState::Pairing | PrimaryState::Paired
-        );
-        self.wanted |= pairs && !covered;
-        self.begin_checkpoint(now_us);
-    }
-
-    fn begin_checkpoint(&mut self, now_us: u64) {
-        if self.state != PrimaryState::Paired || self.checkpoint.is_some() {
-            return;
-        }
-        self.wanted = false;
-        let (generation, epoch) = (self.record.generation, self.epoch);
-        self.checkpoint = Some(Checkpoint {
-            epoch,
-            step: Step::Stopping,
-            since_us: now_us,
-            verdict: None,
-        });
-        self.send(Msg::StopSvm { generation, epoch });
-    }
-
-    fn svm_stopped(&mut self, now_us: u64, epoch: u64, svm_dirty: Vec<u8>) {
-        if self.step(now_us, epoch, Step::Stopping, Step::Capturing) {
-            self.act(Action::Capture {
-                epoch,
-                first: false,
-                svm_dirty,
-            });
-        }
-    }
-
-    fn captured(&mut self, now_us: u64, epoch: u64) {
-        // The cut was made whatever became of the checkpoint meanwhile.
-        if epoch == self.epoch {
-            self.epoch += 1;
-        }
-        if !self.step(now_us, epoch, Step::Capturing, Step::Sending) {
-            return;
-        }
-        match self.checkpoint.as_mut().and_then(|c| c.verdict.take()) {
-            Some(Ok(())) => self.committed(now_us, epoch),
-            Some(Err(reason)) => self.aborted(now_us, epoch, &reason),
-            None => {}
-        }
-    }
-
-    /// A verdict that overtook the report of the capture waits for it: the epoch counts from there.
-    fn is_early(&mut self, epoch: u64, verdict: Result<(), String>) -> bool {
-        match &mut self.checkpoint {
-            Some(c) if c.epoch == epoch && c.step == Step::Capturing => {
-                c.verdict = Some(verdict);
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn step(&mut self, now_us: u64, epoch: u64, from: Step, to: Step) -> bool {
-        match &mut self.checkpoint {
-            Some(c) if c.epoch == epoch && c.step == from => {
-                (c.step, c.since_us) = (to, now_us);
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn committed(&mut self, now_us: u64, epoch: u64) {
-        if self.is_early(epoch, Ok(())) {
-            return;
-        }
-        // The commit can overtake our own `Sent`.
-        let stage_sent =
-            |c: &Checkpoint| c.epoch == epoch && matches!(c.step, Step::Sending | Step::Committing);
-        if !self.checkpoint.as_ref().is_some_and(stage_sent) {
-            return;
-        }
-        self.checkpoint = None;
-        self.aborts = 0;
-        if self.state == PrimaryState::FirstCheckpoint {
-            self.state = PrimaryState::Pairing;
-            let session = self.session();
-            self.ask(Standing::Paired { session });
-            return;
-        }
-        self.committed_to(now_us, epoch);
-    }
-
-    fn committed_to(&mut self, now_us: u64, epoch: u64) {
-        self.set_periodic(now_us);
-        self.act(Action::Commit { epoch });
-        if self.wanted {
-            self.begin_checkpoint(now_us);
-        }
-    }
-
-    fn set_periodic(&mut self, now_us: u64) {
-        self.periodic_due_us = match self.timing.checkpoint_interval_us {
-            0 => u64::MAX,
-            interval => now_us + interval,
-        };
-    }
-
-    fn aborted(&mut self, now_us: u64, epoch: u64, reason: &str) {
-        if self.is_early(epoch, Err(reason.to_string())) {
-            return;
-        }
-        if self.checkpoint.as_ref().is_some_and(|c| c.epoch == epoch) {
-            self.abort(now_us, epoch, reason);
-        }
-    }
-
-    fn checkpoint_failed(&mut self, now_us: u64, epoch: u64, reason: String) {
-        let stage_open =
-            |c: &Checkpoint| c.epoch == epoch && matches!(c.step, Step::Capturing | Step::Sending);
-        if self.checkpoint.as_ref().is_some_and(stage_open) {
-            let generation = self.record.generation;
-            self.send(Msg::Aborted {
-                generation,
-                epoch,
-                reason: reason.clone(),
-            });
-            self.abort(now_us, epoch, &reason);
-        }
-    }
-
-    fn abort(&mut self, now_us: u64, epoch: u64, reason: &str) {
-        self.checkpoint = None;
-        self.aborts += 1;
-        self.act(Action::Abort { epoch });
-        if self.state == PrimaryState::FirstCheckpoint || self.aborts >= ABORTS_MAX {
-            self.drop_link(reason);
-            return;
-        }
-        self.begin_checkpoint(now_us);
-    }
-
-    // ---- the arbiter ----
-
-    fn ask(&mut self, standing: Standing) {
-        let expect = Expect::Exactly(self.record.clone());
-        self.put(Cas::Swap {
-            expect,
-            holder: self.host.clone(),
-            standing,
-        });
-    }
-
-    fn confirm(&mut self) {
-        self.put(Cas::Confirm(self.record.clone()));
-    }
-
-    fn clock_gap(&mut self) {
-        self.unconfirmed = true;
-        // An answer that was on its way during the gap says nothing about what happened in it.
-        self.stale_question = self.question.is_some() && self.retry_us.is_none();
-        self.act(Action::Mute(true));
-        self.act(Action::Lease { until_us: 0 });
-        self.confirm();
-    }
-
-    fn put(&mut self, cas: Cas) {
-        // An open question is answered first; `record_confirmed` then asks what the state still needs.
-        if self.question.is_none() {
-            self.question = Some(cas.clone());
-            self.act(Action::Arbiter(cas));
-        }
-    }
-
-    fn arbiter(&mut self, now_us: u64, reply: Reply) {
-        let record = match reply {
-            Reply::Unavailable(_) => {
-                self.retry_us = Some(now_us + self.timing.arbiter_retry_us);
-                return;
-            }
-            Reply::Won(record) | Reply::Lost(record) => record,
-        };
-        self.question = None;
-        if record.holder != self.host || record.generation < self.record.generation {
-            self.end(Outcome::Deposed { record });
-            return;
-        }
-        // Also after an answer that got lost: what we asked for may have been done.
-        self.record = record;
-        if self.stale_question {
-            self.stale_question = false;
-            self.confirm();
-            return;
-        }
-        if self.unconfirmed {
-            self.unconfirmed = false;
-            self.act(Action::Mute(false));
-        }
-        self.record_confirmed(now_us);
-    }
-
-    /// The record is ours as it stands; go on from there.
-    fn record_confirmed(&mut self, now_us: u64) {
-        match (self.state, self.record.standing) {
-            (PrimaryState::Pairing, Standing::Paired { .. }) => self.paired(now_us),
-            (PrimaryState::Pairing, _) => {
-                let session = self.session();
-                self.ask(Standing::Paired { session });
-            }
-            (PrimaryState::Deciding, Standing::Alone) => self.gone_alone(),
-            (PrimaryState::Deciding, _) => self.ask(Standing::Alone),
-            // Nobody waits at a blocked primary, or the hello will ask.
-            (PrimaryState::Blocked, _) if self.session() == 0 => {}
-            (PrimaryState::Blocked, Standing::Alone) => self.welcome(now_us),
-            (PrimaryState::Blocked, _) => self.ask(Standing::Alone),
-            (PrimaryState::ShuttingDown, Standing::Off) => self.tell_off(now_us),
-            (PrimaryState::ShuttingDown, _) => self.ask(Standing::Off),
-            _ => {}
-        }
-    }
-
-    fn paired(&mut self, now_us: u64) {
-        self.state = PrimaryState::Paired;
-        self.was_paired = true;
-        let generation = self.record.generation;
-        self.send(Msg::Paired { generation });
-        // The first checkpoint ended the epoch before the present one.
-        self.committed_to(now_us, self.epoch - 1);
-    }
-
-    /// The peer's session, 0 without one.
-    fn session(&self) -> u64 {
-        self.peer.as_ref().map_or(0, |p| p.session)
-    }
-
-    // ---- the end ----
-
-    fn shut_down(&mut self, now_us: u64) {
-        if self.state == PrimaryState::ShuttingDown {
-            return;
-        }
-        self.state = PrimaryState::ShuttingDown;
-        self.shutdown_due_us = Some(now_us + self.timing.step_timeout_us);
-        self.ask(Standing::Off);
-    }
-
-    /// Either the arbiter or the secondary must know before this host goes: a secondary that knows nothing
-    /// would resurrect the VM (rule 20).
-    fn shutdown_due(&mut self, now_us: u64) {
-        let pairing = matches!(
-            self.question,
-            Some(Cas::Swap {
-                standing: Standing::Paired { .. },
-                ..
-            })
-        );
-        let may_be_paired = pairing || matches!(self.record.standing, Standing::Paired { .. });
-        if !may_be_paired {
-            self.end(Outcome::Off);
-        } else if self.session() != 0 {
-            self.shutdown_due_us = Some(now_us + self.timing.step_timeout_us);
-            let generation = self.record.generation;
-            self.send(Msg::Off { generation });
-        } else {
-            self.shutdown_due_us = None; // the arbiter's answer ends it
-        }
-    }
-
-    fn tell_off(&mut self, now_us: u64) {
-        if self.session() == 0 {
-            self.end(Outcome::Off);
-            return;
-        }
-        let generation = self.record.generation;
-        self.shutdown_due_us = Some(now_us + self.timing.detection_us());
-        self.send(Msg::Off { generation });
-    }
-
-    fn end(&mut self, outcome: Outcome) {
-        self.state = PrimaryState::Ended;
-        self.act(Action::Mute(true));
-        self.act(Action::Stop(outcome));
     }
 }
 

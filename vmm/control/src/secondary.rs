@@ -7,8 +7,8 @@ use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use crate::{Action, Cas, Expect, Geometry, Msg, Outcome, Reply, Standing, Timing};
-use crate::{VERSION_MAX, VERSION_MIN};
+use crate::{Action, Cas, Counters, Expect, Geometry, Msg, Notice, Outcome, Reply, Standing, Step};
+use crate::{Timing, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
 
 /// What happened on the secondary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,16 +72,24 @@ pub enum SecondaryState {
     Ended,
 }
 
+/// A checkpoint as the primary announced it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Order {
+    epoch: u64,
+    /// The SVM does not run after the commit (Remus).
+    halt: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// The SVM runs (or was never started).
-    Running,
+    /// The SVM runs, was never started, or stands still at a commit (Remus).
+    Resting,
     /// The shell stops the SVM.
-    Stopping(u64),
+    Stopping(Order),
     /// Stopped; the stage fills.
-    Staging(u64),
+    Staging(Order),
     /// Past the commit point.
-    Applying(u64),
+    Applying(Order),
 }
 
 /// The secondary's core.
@@ -93,6 +101,17 @@ pub struct Secondary {
     geometry: Geometry,
     state: SecondaryState,
     phase: Phase,
+    /// When it began.
+    phase_since_us: u64,
+    /// The SVM stands still at the commit of this epoch: it has dirtied nothing since.
+    halted: Option<u64>,
+    /// The next checkpoint was announced while the last one is applied.
+    next: Option<Order>,
+    /// What becomes of the SVM after the first commit.
+    first_halt: bool,
+    /// Negotiated with the primary (rule 22).
+    version: u16,
+    counters: Counters,
     generation: u64,
     connected: bool,
     heard_us: u64,
@@ -112,7 +131,13 @@ impl Secondary {
             session,
             geometry,
             state: SecondaryState::Joining,
-            phase: Phase::Running,
+            phase: Phase::Resting,
+            phase_since_us: 0,
+            halted: None,
+            next: None,
+            first_halt: false,
+            version: VERSION_MIN,
+            counters: Counters::default(),
             generation: 0,
             connected: false,
             heard_us: 0,
@@ -134,6 +159,16 @@ impl Secondary {
         self.generation
     }
 
+    /// What happened so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Whether the SVM stands still between checkpoints (Remus mode).
+    pub fn is_halted(&self) -> bool {
+        self.halted.is_some()
+    }
+
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
@@ -148,10 +183,10 @@ impl Secondary {
             SecondaryEvent::LinkUp => self.link_up(now_us),
             SecondaryEvent::LinkDown { .. } => self.peer_lost(),
             SecondaryEvent::Msg(msg) => self.message(now_us, msg),
-            SecondaryEvent::SvmStopped { epoch, dirty } => self.svm_stopped(epoch, dirty),
-            SecondaryEvent::Staged { epoch } => self.staged(epoch),
-            SecondaryEvent::StageFailed { epoch, reason } => self.stage_failed(epoch, reason),
-            SecondaryEvent::Applied { epoch } => self.applied(epoch),
+            SecondaryEvent::SvmStopped { epoch, dirty } => self.svm_stopped(now_us, epoch, dirty),
+            SecondaryEvent::Staged { epoch } => self.staged(now_us, epoch),
+            SecondaryEvent::StageFailed { epoch, reason } => self.stage_failed(epoch, &reason),
+            SecondaryEvent::Applied { epoch } => self.applied(now_us, epoch),
             SecondaryEvent::ApplyFailed { reason } => self.end(Outcome::Failed { reason }),
             SecondaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
         }
@@ -161,7 +196,8 @@ impl Secondary {
     pub fn next_deadline(&self) -> Option<u64> {
         let silence = self.heard_us + self.timing.detection_us();
         let link = self.connected.then_some(silence.min(self.heartbeat_due_us));
-        [self.retry_us, link].into_iter().flatten().min()
+        let step = self.step_deadline().map(|(at_us, _, _)| at_us);
+        [self.retry_us, link, step].into_iter().flatten().min()
     }
 
     /// Does what is due.
@@ -169,6 +205,10 @@ impl Secondary {
         if self.retry_us.is_some_and(|at| at <= now_us) {
             self.retry_us = None;
             self.propose();
+        }
+        if let Some((_, step, epoch)) = self.step_deadline().filter(|(at_us, ..)| *at_us <= now_us)
+        {
+            self.step_timed_out(step, epoch);
         }
         if !self.connected {
             return;
@@ -216,8 +256,13 @@ impl Secondary {
         }
         self.heard_us = now_us;
         match msg {
-            Msg::Welcome { generation, .. } if self.state == SecondaryState::Joining => {
+            Msg::Welcome {
+                generation,
+                version,
+                halt,
+            } if self.state == SecondaryState::Joining => {
                 self.state = SecondaryState::Syncing;
+                (self.version, self.first_halt) = (version, halt);
                 self.generation = generation;
                 self.heartbeat_due_us = now_us + self.timing.heartbeat_us;
             }
@@ -230,7 +275,7 @@ impl Secondary {
                 sent_us,
             }),
             Msg::Paired { generation } => self.generation = generation,
-            Msg::StopSvm { epoch, .. } => self.stop_svm(epoch),
+            Msg::StopSvm { epoch, halt, .. } => self.stop_svm(now_us, Order { epoch, halt }),
             Msg::Aborted { epoch, .. } => self.aborted(epoch),
             Msg::Off { generation } => {
                 self.send(Msg::OffAck { generation });
@@ -240,21 +285,35 @@ impl Secondary {
         }
     }
 
-    fn stop_svm(&mut self, epoch: u64) {
-        if self.state == SecondaryState::Standby && self.phase == Phase::Running {
-            self.phase = Phase::Stopping(epoch);
-            self.act(Action::StopSvm { epoch });
-        } else if let Phase::Applying(_) = self.phase {
+    fn enter(&mut self, now_us: u64, phase: Phase) {
+        (self.phase, self.phase_since_us) = (phase, now_us);
+    }
+
+    fn stop_svm(&mut self, now_us: u64, order: Order) {
+        if let Phase::Applying(_) = self.phase {
             // The primary is ahead: our apply ends first, then the request is served.
-            self.phase = Phase::Applying(epoch);
+            self.next = Some(order);
+        } else if self.state == SecondaryState::Standby && self.phase == Phase::Resting {
+            if self.halted.is_some() {
+                self.enter(now_us, Phase::Staging(order));
+                self.tell_stopped(order.epoch, Vec::new());
+            } else {
+                self.enter(now_us, Phase::Stopping(order));
+                self.act(Action::StopSvm { epoch: order.epoch });
+            }
         }
     }
 
-    fn svm_stopped(&mut self, epoch: u64, dirty: Vec<u8>) {
-        if self.phase != Phase::Stopping(epoch) {
-            return;
+    fn svm_stopped(&mut self, now_us: u64, epoch: u64, dirty: Vec<u8>) {
+        if let Phase::Stopping(order) = self.phase
+            && order.epoch == epoch
+        {
+            self.enter(now_us, Phase::Staging(order));
+            self.tell_stopped(epoch, dirty);
         }
-        self.phase = Phase::Staging(epoch);
+    }
+
+    fn tell_stopped(&mut self, epoch: u64, dirty: Vec<u8>) {
         let generation = self.generation;
         self.send(Msg::SvmStopped {
             generation,
@@ -263,58 +322,121 @@ impl Secondary {
         });
     }
 
+    /// The primary wants a checkpoint to be off. Past the commit point it has our `Committed` already.
     fn aborted(&mut self, epoch: u64) {
-        if matches!(self.phase, Phase::Stopping(e) | Phase::Staging(e) if e == epoch) {
-            self.phase = Phase::Running;
-            self.act(Action::Abort { epoch });
+        let announced = self.next.take_if(|order| order.epoch == epoch).is_some();
+        if announced || self.leave_checkpoint(epoch) {
+            self.tell_aborted(epoch, "as asked", VERSION_ABORT_ANSWERED);
         }
     }
 
-    fn staged(&mut self, epoch: u64) {
-        let first = self.state == SecondaryState::Syncing && self.phase == Phase::Running;
-        if !first && self.phase != Phase::Staging(epoch) {
-            return;
+    /// Before the commit point: back to where the SVM was (rule 14).
+    fn leave_checkpoint(&mut self, epoch: u64) -> bool {
+        let open = matches!(self.phase, Phase::Stopping(o) | Phase::Staging(o) if o.epoch == epoch);
+        if open {
+            self.phase = Phase::Resting;
+            self.counters.aborts += 1;
+            if self.halted.is_none() {
+                self.act(Action::Abort { epoch });
+            }
         }
-        self.phase = Phase::Applying(epoch);
+        open
+    }
+
+    /// To a primary of that version or a newer one.
+    fn tell_aborted(&mut self, epoch: u64, reason: &str, version: u16) {
+        if self.connected && self.version >= version {
+            let generation = self.generation;
+            self.send(Msg::Aborted {
+                generation,
+                epoch,
+                reason: reason.to_string(),
+            });
+        }
+    }
+
+    fn staged(&mut self, now_us: u64, epoch: u64) {
+        let order = match self.phase {
+            Phase::Staging(order) if order.epoch == epoch => order,
+            Phase::Resting if self.state == SecondaryState::Syncing => Order {
+                epoch,
+                halt: self.first_halt,
+            },
+            // It was aborted while the rest of it was on its way.
+            _ => {
+                self.counters.discarded += 1;
+                return self.act(Action::Discard { epoch });
+            }
+        };
+        self.enter(now_us, Phase::Applying(order));
         let generation = self.generation;
         if self.connected {
             self.send(Msg::Committed { generation, epoch });
         }
-        self.act(Action::Apply { epoch });
+        let halt = order.halt;
+        self.act(Action::Apply { epoch, halt });
     }
 
-    fn stage_failed(&mut self, epoch: u64, reason: String) {
+    fn stage_failed(&mut self, epoch: u64, reason: &str) {
         if self.state == SecondaryState::Syncing {
             self.end(Outcome::NotSynced);
-            return;
-        }
-        if self.phase == Phase::Staging(epoch) {
-            self.phase = Phase::Running;
-            let generation = self.generation;
-            if self.connected {
-                self.send(Msg::Aborted {
-                    generation,
-                    epoch,
-                    reason,
-                });
-            }
-            self.act(Action::Abort { epoch });
+        } else if matches!(self.phase, Phase::Staging(order) if order.epoch == epoch) {
+            self.tell_aborted(epoch, reason, VERSION_MIN);
+            self.leave_checkpoint(epoch);
         }
     }
 
-    fn applied(&mut self, applied: u64) {
-        let Phase::Applying(epoch) = self.phase else {
+    fn applied(&mut self, now_us: u64, epoch: u64) {
+        let Phase::Applying(order) = self.phase else {
             return;
         };
-        self.phase = Phase::Running;
+        if order.epoch != epoch {
+            return;
+        }
+        self.phase = Phase::Resting;
+        self.halted = order.halt.then_some(epoch);
         if self.state == SecondaryState::Syncing {
             self.state = SecondaryState::Standby;
         }
+        let next = self.next.take();
         if self.state == SecondaryState::TakingOver {
             self.finish_takeover();
-        } else if epoch != applied {
-            self.stop_svm(epoch);
+        } else if let Some(order) = next {
+            self.stop_svm(now_us, order);
         }
+    }
+
+    /// Until when the present step may take, with the step and its epoch.
+    fn step_deadline(&self) -> Option<(u64, Step, u64)> {
+        let (step, order) = match self.phase {
+            Phase::Resting => return None,
+            Phase::Stopping(order) => (Step::Stop, order),
+            Phase::Staging(order) => (Step::Stage, order),
+            // Who takes over has nothing better than to wait for the end of the apply (rule 13).
+            Phase::Applying(_) if self.state == SecondaryState::TakingOver => return None,
+            Phase::Applying(order) => (Step::Apply, order),
+        };
+        let limit_us = self.timing.steps.of(step);
+        Some((self.phase_since_us + limit_us, step, order.epoch))
+    }
+
+    fn step_timed_out(&mut self, step: Step, epoch: u64) {
+        self.counters.timeouts[step.index()] += 1;
+        let limit_us = self.timing.steps.of(step);
+        let notice = Notice::StepTimedOut {
+            step,
+            epoch,
+            limit_us,
+        };
+        let reason = notice.to_string();
+        self.act(Action::Tell(notice));
+        if step == Step::Apply {
+            self.end(Outcome::Failed { reason });
+            return;
+        }
+        // Our shell never came to an end, or the primary neither sends nor gives up: the SVM goes on.
+        self.tell_aborted(epoch, &reason, VERSION_MIN);
+        self.leave_checkpoint(epoch);
     }
 
     fn peer_lost(&mut self) {
@@ -372,10 +494,16 @@ impl Secondary {
         let Some(generation) = self.won else { return };
         match self.phase {
             Phase::Applying(_) => return, // goes only forward: `Applied` comes back here
-            Phase::Stopping(epoch) | Phase::Staging(epoch) => self.act(Action::Abort { epoch }),
-            Phase::Running => {}
+            Phase::Stopping(Order { epoch, .. }) | Phase::Staging(Order { epoch, .. }) => {
+                self.act(Action::Abort { epoch });
+            }
+            Phase::Resting => {
+                if let Some(epoch) = self.halted {
+                    self.act(Action::Abort { epoch });
+                }
+            }
         }
-        self.phase = Phase::Running;
+        self.phase = Phase::Resting;
         self.generation = generation;
         self.state = SecondaryState::TookOver;
         self.act(Action::TakeOver { generation });

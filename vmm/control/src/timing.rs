@@ -1,5 +1,7 @@
 //! The intervals and limits of the control protocol.
 
+use core::fmt;
+
 /// Durations in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
@@ -9,8 +11,10 @@ pub struct Timing {
     pub heartbeat_count: u32,
     /// Between periodic checkpoints; 0 switches them off.
     pub checkpoint_interval_us: u64,
-    /// A step of a checkpoint or of pairing that takes longer means the peer is lost.
+    /// A hello or the acknowledgement of a shutdown that takes longer means the peer is lost.
     pub step_timeout_us: u64,
+    /// How long each step of a checkpoint may take.
+    pub steps: StepLimits,
     /// Between attempts to reach an arbiter that does not answer.
     pub arbiter_retry_us: u64,
 }
@@ -26,5 +30,118 @@ impl Timing {
     /// between the check and the send.
     pub const fn lease_us(&self) -> u64 {
         self.detection_us() / 4 * 3
+    }
+}
+
+/// A part of a checkpoint or of a synchronisation that has a limit of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Step {
+    /// Primary: from the order to stop the SVM to its answer. Secondary: until its shell has stopped the SVM.
+    Stop,
+    /// Primary: until the capture is made.
+    Capture,
+    /// Primary: until the checkpoint is on the link.
+    Send,
+    /// Primary: from there until the secondary has decided.
+    Commit,
+    /// Primary: from the wish to abort until the secondary has agreed, or has said that it is too late.
+    Abort,
+    /// Primary: between two signs of progress of a synchronisation.
+    Sync,
+    /// Secondary: from the stop of the SVM until the stage is whole.
+    Stage,
+    /// Secondary: from the commit point until the SVM is what the PVM was.
+    Apply,
+}
+
+impl Step {
+    /// How many steps there are.
+    pub const COUNT: usize = 8;
+
+    /// All steps, in the order of their counters.
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::Stop,
+        Self::Capture,
+        Self::Send,
+        Self::Commit,
+        Self::Abort,
+        Self::Sync,
+        Self::Stage,
+        Self::Apply,
+    ];
+
+    /// The name used in logs and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Capture => "capture",
+            Self::Send => "send",
+            Self::Commit => "commit",
+            Self::Abort => "abort",
+            Self::Sync => "sync",
+            Self::Stage => "stage",
+            Self::Apply => "apply",
+        }
+    }
+
+    /// Its place in a table of counters.
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How long each [`Step`] may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the fields repeat the steps")]
+pub struct StepLimits {
+    pub stop_us: u64,
+    pub capture_us: u64,
+    pub send_us: u64,
+    pub commit_us: u64,
+    pub abort_us: u64,
+    pub sync_us: u64,
+    /// More than stop, capture, send, commit and abort together: the primary gives up first.
+    pub stage_us: u64,
+    pub apply_us: u64,
+}
+
+impl StepLimits {
+    /// Generous: a step that takes longer has failed, not only been slow.
+    pub const DEFAULT: Self = Self {
+        stop_us: 2_000_000,
+        capture_us: 2_000_000,
+        send_us: 10_000_000,
+        commit_us: 5_000_000,
+        abort_us: 2_000_000,
+        sync_us: 120_000_000,
+        stage_us: 22_000_000,
+        apply_us: 10_000_000,
+    };
+
+    /// The limit of one step.
+    pub const fn of(&self, step: Step) -> u64 {
+        match step {
+            Step::Stop => self.stop_us,
+            Step::Capture => self.capture_us,
+            Step::Send => self.send_us,
+            Step::Commit => self.commit_us,
+            Step::Abort => self.abort_us,
+            Step::Sync => self.sync_us,
+            Step::Stage => self.stage_us,
+            Step::Apply => self.apply_us,
+        }
+    }
+}
+
+impl Default for StepLimits {
+    fn default() -> Self {
+        Self::DEFAULT
     }
 }

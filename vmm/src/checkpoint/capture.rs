@@ -48,6 +48,8 @@ pub enum CaptureCommand {
         first: bool,
         /// What the SVM dirtied.
         svm_dirty: Vec<u8>,
+        /// The epoch that follows is buffered, not compared.
+        buffer: bool,
         /// For the records.
         generation: u64,
     },
@@ -70,6 +72,11 @@ pub enum CaptureEvent {
         epoch: u64,
         /// What it cost.
         cost: CaptureCost,
+    },
+    /// The epoch was cut, but a failure follows; the guest runs on.
+    Cut {
+        /// The epoch ended.
+        epoch: u64,
     },
     /// All is on the link.
     Sent {
@@ -123,6 +130,14 @@ pub enum CaptureError {
     Memory(#[from] colo_fastpath::ring::MemoryError),
 }
 
+/// What a capture is to be like.
+#[derive(Debug, Clone, Copy)]
+struct Order<'a> {
+    first: bool,
+    svm_dirty: &'a [u8],
+    buffer: bool,
+}
+
 /// The thread's state.
 #[derive(Debug)]
 pub struct CaptureThread {
@@ -133,6 +148,8 @@ pub struct CaptureThread {
     carry: PageBitmap,
     /// Pages of the checkpoint in flight.
     in_flight: PageBitmap,
+    /// The capture in hand has cut the epoch.
+    is_cut: bool,
     /// The buffers of the previous checkpoint, kept for the next.
     spare: PageSet,
 }
@@ -147,6 +164,7 @@ impl CaptureThread {
             sender: None,
             carry: PageBitmap::new(pages),
             in_flight: PageBitmap::new(pages),
+            is_cut: false,
             spare: PageSet::default(),
         }
     }
@@ -160,9 +178,15 @@ impl CaptureThread {
                     epoch,
                     first,
                     svm_dirty,
+                    buffer,
                     generation,
                 } => {
-                    self.checkpoint(epoch, first, &svm_dirty, generation);
+                    let order = Order {
+                        first,
+                        svm_dirty: &svm_dirty,
+                        buffer,
+                    };
+                    self.checkpoint(epoch, order, generation);
                 }
                 CaptureCommand::Committed => self.in_flight.clear(),
                 CaptureCommand::Aborted => {
@@ -223,7 +247,7 @@ impl CaptureThread {
         Ok(())
     }
 
-    fn checkpoint(&mut self, epoch: u64, first: bool, svm_dirty: &[u8], generation: u64) {
+    fn checkpoint(&mut self, epoch: u64, order: Order<'_>, generation: u64) {
         reached(Point::SvmStopped);
         let mut checkpoint = Checkpoint {
             generation,
@@ -232,9 +256,12 @@ impl CaptureThread {
         };
         checkpoint.pages = std::mem::take(&mut self.spare);
         checkpoint.pages.clear();
-        match self.capture(&mut checkpoint, first, svm_dirty) {
+        match self.capture(&mut checkpoint, order) {
             Ok(cost) => self.post.send(CaptureEvent::Captured { epoch, cost }),
             Err(e) => {
+                if self.is_cut {
+                    self.post.send(CaptureEvent::Cut { epoch });
+                }
                 self.post.send(CaptureEvent::Failed {
                     epoch,
                     reason: e.to_string(),
@@ -268,14 +295,14 @@ impl CaptureThread {
     fn capture(
         &mut self,
         checkpoint: &mut Checkpoint,
-        first: bool,
-        svm_dirty: &[u8],
+        order: Order<'_>,
     ) -> Result<CaptureCost, CaptureError> {
         let start = Instant::now();
         let machine = self.machine.clone();
+        self.is_cut = false;
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
-        let outcome = self.capture_stopped(checkpoint, first, svm_dirty, start, &mut cost);
+        let outcome = self.capture_stopped(checkpoint, order, start, &mut cost);
         let resumed = machine.resume_workers().map_err(CaptureError::Machine);
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
@@ -286,14 +313,17 @@ impl CaptureThread {
     fn capture_stopped(
         &mut self,
         checkpoint: &mut Checkpoint,
-        first: bool,
-        svm_dirty: &[u8],
+        order: Order<'_>,
         start: Instant,
         cost: &mut CaptureCost,
     ) -> Result<(), CaptureError> {
         let machine = self.machine.clone();
         machine.quiesce_workers()?;
-        let cuts = cut_all(&machine, first).ok_or(CaptureError::Role)?;
+        let cuts = cut_all(&machine, order.first).ok_or(CaptureError::Role)?;
+        self.is_cut = true;
+        let buffer = order.buffer;
+        PrimaryRole::on_workers(machine.workers(), move |role, _| role.buffer(buffer))
+            .ok_or(CaptureError::Role)?;
         cost.quiesce_us = start.elapsed().as_micros() as u64;
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
@@ -304,7 +334,7 @@ impl CaptureThread {
         machine.take_dirty(&mut self.in_flight.words)?;
         self.in_flight.merge(&self.carry.words);
         self.in_flight
-            .merge(&PageBitmap::from_bytes(svm_dirty).words);
+            .merge(&PageBitmap::from_bytes(order.svm_dirty).words);
         self.carry.clear();
         copy_pages(machine.ram(), self.in_flight.iter(), &mut checkpoint.pages)?;
         cost.dirty_pages = checkpoint.pages.numbers.len() as u64;

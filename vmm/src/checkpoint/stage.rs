@@ -26,8 +26,11 @@ use crate::testpoint::{Point, reached};
 /// What the control thread orders after [`StageEvent::Staged`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StageCommand {
-    /// Apply it and let the SVM run.
-    Apply,
+    /// Apply it and let the SVM run, or stand still there (`halt`).
+    Apply {
+        /// Remus mode.
+        halt: bool,
+    },
     /// Forget it.
     Discard,
 }
@@ -47,7 +50,7 @@ pub enum StageEvent {
         /// In words.
         reason: String,
     },
-    /// The SVM runs from it.
+    /// The SVM runs from it, or stands still at it.
     Applied {
         /// Its epoch.
         epoch: u64,
@@ -204,7 +207,7 @@ impl StageThread {
         match commands.recv() {
             Ok(StageCommand::Discard) => true,
             Err(_) => false,
-            Ok(StageCommand::Apply) => match self.apply(accepted) {
+            Ok(StageCommand::Apply { halt }) => match self.apply(accepted, halt) {
                 Ok(cost) => {
                     self.post.send(StageEvent::Applied { epoch, cost });
                     true
@@ -286,7 +289,7 @@ impl StageThread {
         })
     }
 
-    fn apply(&mut self, accepted: Accepted) -> Result<ApplyCost, StageError> {
+    fn apply(&mut self, accepted: Accepted, halt: bool) -> Result<ApplyCost, StageError> {
         reached(Point::CommitSent);
         let start = Instant::now();
         let machine = &self.machine;
@@ -309,11 +312,17 @@ impl StageThread {
         let mut forget = vec![0; machine.ram().bitmap_words()];
         machine.take_dirty(&mut forget)?;
         reached(Point::Applied);
-        on_each(machine, vec![(); machine.workers().len()], |role, _, ()| {
-            role.start();
+        let all = vec![(); machine.workers().len()];
+        on_each(machine, all, move |role, _, ()| {
+            match halt {
+                true => role.halt(),
+                false => role.start(),
+            }
             Ok(())
         })?;
-        machine.resume_vcpus()?;
+        if !halt {
+            machine.resume_vcpus()?;
+        }
         Ok(ApplyCost {
             apply_us: start.elapsed().as_micros() as u64,
             pages,

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use colo_compare::Limits;
-use colo_control::{Geometry, Outcome, Record, Timing};
+use colo_control::{Geometry, Outcome, Protection, Record, StepLimits, Storm, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::{PacketLink, Packets, PoolMemory, open_ports};
@@ -34,7 +34,7 @@ use crate::status::{MachineStatus, StatusError, StatusSocket};
 
 /// Between attempts to join a primary.
 const JOIN_RETRY_US: u64 = 200_000;
-/// Longest step of a checkpoint or of pairing.
+/// Longest step of pairing and of the end.
 const STEP_TIMEOUT_US: u64 = 10_000_000;
 const ARBITER_RETRY_US: u64 = 100_000;
 
@@ -188,7 +188,25 @@ impl Replica {
             heartbeat_count: r.heartbeat_count,
             checkpoint_interval_us: r.checkpoint_interval_ms * 1000,
             step_timeout_us: STEP_TIMEOUT_US,
+            steps: StepLimits::DEFAULT,
             arbiter_retry_us: ARBITER_RETRY_US,
+        }
+    }
+
+    /// How output is protected, as far as this host decides it.
+    pub(super) fn protection(&self) -> Protection {
+        let r = &self.replication;
+        let window_us = r.storm_window_ms * 1000;
+        let checkpoints = r.storm_checkpoints_per_s.saturating_mul(window_us) / 1_000_000;
+        Protection {
+            mode: r.mode.into(),
+            remus_interval_us: r.remus_interval_ms * 1000,
+            storm: Storm {
+                checkpoints: u32::try_from(checkpoints).unwrap_or(u32::MAX),
+                window_us,
+                ..Storm::DEFAULT
+            },
+            ..Protection::DEFAULT
         }
     }
 

@@ -20,7 +20,7 @@ use colo_fastpath::worker::Edge;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError, unix_seconds};
 use super::link::{Channels, Listener};
-use super::report::{CheckpointTimes, PairStatus, Standing};
+use super::report::{CheckpointTimes, PairStatus, Standing, by_step, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
 use crate::machine::Machine;
@@ -74,7 +74,8 @@ impl PrimaryShell {
             geometry,
             record,
             epoch,
-        );
+        )
+        .protected_by(replica.protection());
         let (post, capture_events) = Mailbox::new().map_err(ReplicaError::System)?;
         let (capture, capture_thread) = spawn_capture(replica.machine.clone(), post)?;
         let reason = match takeovers {
@@ -175,6 +176,9 @@ impl PrimaryShell {
                 if self.core.state() != PrimaryState::FirstCheckpoint {
                     self.times.captured(&cost);
                 }
+                self.core.handle(now, PrimaryEvent::Captured { epoch });
+            }
+            CaptureEvent::Cut { epoch } => {
                 self.core.handle(now, PrimaryEvent::Captured { epoch });
             }
             CaptureEvent::Sent { epoch, sent_bytes } => {
@@ -305,12 +309,14 @@ impl PrimaryShell {
                 epoch,
                 first,
                 svm_dirty,
+                buffer,
             } => {
                 let generation = self.core.record().generation;
                 self.order(CaptureCommand::Capture {
                     epoch,
                     first,
                     svm_dirty,
+                    buffer,
                     generation,
                 });
             }
@@ -338,7 +344,13 @@ impl PrimaryShell {
                 self.close_link(&reason);
             }
             Action::Stop(outcome) => self.outcome = Some(outcome),
-            Action::StopSvm { .. } | Action::Apply { .. } | Action::TakeOver { .. } => {}
+            Action::Tell(notice) => tracing::warn!("{notice}"),
+            Action::StopSvm { .. }
+            | Action::SyncRound
+            | Action::Throttle { .. }
+            | Action::Discard { .. }
+            | Action::Apply { .. }
+            | Action::TakeOver { .. } => {}
         }
     }
 
@@ -419,6 +431,10 @@ impl PrimaryShell {
             generation: self.core.record().generation,
             epoch: self.core.epoch(),
             takeovers: self.takeovers,
+            mode: mode_name(self.core.mode()),
+            run_pct: self.core.run_pct(),
+            storms: self.core.counters().storms,
+            step_timeouts: by_step(self.core.counters()),
         }
     }
 

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use colo_compare::Cause;
+use colo_control::{Counters, Mode, Step};
 use colo_fastpath::link::LinkStats;
 use colo_fastpath::pair::{PrimaryReport, SecondaryReport};
 use hdrhistogram::Histogram;
@@ -107,6 +108,14 @@ pub struct Standing {
     pub epoch: u64,
     /// How many times this process took the VM over.
     pub takeovers: u64,
+    /// `colo` (output is compared) or `remus` (it waits for periodic checkpoints), now.
+    pub mode: &'static str,
+    /// Share of time that the guest may run, in percent, as decided.
+    pub run_pct: u8,
+    /// Storms of divergences so far.
+    pub storms: u64,
+    /// Steps of checkpoints that took too long, by step.
+    pub step_timeouts: BTreeMap<&'static str, u64>,
 }
 
 /// The document.
@@ -209,6 +218,21 @@ impl PairStatus {
             fetched: report.stats.fetched,
             ..Self::default()
         }
+    }
+}
+
+/// Counts of steps that took too long.
+pub(super) fn by_step(counters: &Counters) -> BTreeMap<&'static str, u64> {
+    let named = Step::ALL
+        .iter()
+        .map(|s| (s.name(), counters.timeouts[s.index()]));
+    named.filter(|&(_, n)| n > 0).collect()
+}
+
+pub(super) const fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Colo => "colo",
+        Mode::Remus => "remus",
     }
 }
 

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
-use colo_control::{Action, Geometry, Outcome, Record, Secondary, SecondaryEvent, SecondaryState};
+use colo_control::{
+    Action, Geometry, Mode, Outcome, Record, Secondary, SecondaryEvent, SecondaryState,
+};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{
@@ -21,7 +23,7 @@ use colo_fastpath::worker::Edge;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
-use super::report::{PairStatus, Standing};
+use super::report::{PairStatus, Standing, by_step, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::pages::PageBitmap;
 use crate::checkpoint::stage::{StageCommand, StageEvent, StageThread};
@@ -298,7 +300,9 @@ impl SecondaryShell {
                     self.end = Some(End::Ended(outcome));
                 }
             },
-            Action::Apply { .. } => self.order(StageCommand::Apply),
+            Action::Apply { halt, .. } => self.order(StageCommand::Apply { halt }),
+            Action::Discard { .. } => self.order(StageCommand::Discard),
+            Action::Tell(notice) => tracing::warn!("{notice}"),
             Action::Abort { .. } => self.resume_unchanged(),
             Action::CloseLink { reason } => {
                 tracing::info!("closing the link: {reason}");
@@ -311,6 +315,8 @@ impl SecondaryShell {
             | Action::Commit { .. }
             | Action::GoAlone
             | Action::Mute(_)
+            | Action::SyncRound
+            | Action::Throttle { .. }
             | Action::Lease { .. } => {}
         }
     }
@@ -414,6 +420,11 @@ impl SecondaryShell {
             protected: self.core.state() == SecondaryState::Standby,
             generation: self.core.generation(),
             epoch: self.applied_epoch + 1,
+            mode: mode_name(match self.core.is_halted() {
+                true => Mode::Remus,
+                false => Mode::Colo,
+            }),
+            step_timeouts: by_step(self.core.counters()),
             ..Standing::default()
         }
     }

@@ -41,6 +41,19 @@ impl PrimaryPath {
         Ok(())
     }
 
+    /// The epoch that began with the cut is buffered, or compared again (rule 21). To be said before
+    /// the commit of that cut; otherwise it is as the one before. While an epoch is buffered all its
+    /// output waits for its commit, acknowledgements included, and its input is not mirrored: what
+    /// the clients have had no acknowledgement of, they send again to whoever takes over.
+    pub fn buffer(&mut self, buffering: bool) {
+        self.buffering = buffering;
+    }
+
+    /// Whether the present epoch is buffered.
+    pub fn is_buffering(&self) -> bool {
+        self.buffering
+    }
+
     /// The undecided frames that the checkpoint in flight covers, in production order.
     pub fn pending(&mut self) -> impl Iterator<Item = Pending<'_>> {
         let covered = self.cut.unwrap_or(self.epoch);
@@ -94,7 +107,7 @@ impl PrimaryPath {
         self.leave_pending(epoch);
         self.flows.next_generation();
         self.openers.clear();
-        (self.frozen, self.table_full) = (false, false);
+        (self.frozen, self.table_full) = (self.buffering, false);
         self.comparing = self.epoch;
         self.epoch_start_us = now_us;
         // The word of the SVM that runs from this commit may overtake the commit itself.
@@ -162,6 +175,15 @@ impl PrimaryPath {
     fn resume_comparison<F: Frames + ?Sized>(&mut self, now_us: u64, frames: &mut F) {
         let epoch = self.comparing;
         self.learnt.retain(|(learnt_in, _)| *learnt_in >= epoch);
+        if self.frozen {
+            // The SVM stands still: whatever it sent is of no use.
+            self.ledger.drop_svm(frames, |_| true);
+            self.deferred_svm = Ends::EMPTY;
+            if !self.room() {
+                self.request(Divergence::plain(Cause::HoldFull, None));
+            }
+            return;
+        }
         for at in 0..self.learnt.len() {
             self.hold_until_commit(now_us, frames, self.learnt[at].1);
         }
@@ -247,6 +269,7 @@ impl PrimaryPath {
             return Err(PathError::CheckpointInFlight { epoch });
         }
         self.paired = true;
+        self.buffering = false;
         // Input is numbered from 1 in each session.
         (self.session_base, self.input_ack) = (self.input_seq, self.input_seq);
         (self.requested, self.lease_until_us) = (None, None);
@@ -285,6 +308,7 @@ impl PrimaryPath {
         self.openers.clear();
         self.learnt.clear();
         (self.paired, self.frozen, self.table_full) = (false, false, false);
+        self.buffering = false;
         (self.cut, self.requested) = (None, None);
         (self.caught_up_us, self.early_caught_up) = (None, None);
         self.comparing = self.epoch;

@@ -45,7 +45,7 @@ impl PrimaryPath {
         if packet.tcp.is_some_and(|tcp| tcp.has(RST)) {
             self.inherited.forget(&packet.key, frames);
         }
-        if !self.paired {
+        if !self.paired || self.buffering {
             frames.release(token);
             return;
         }

@@ -68,8 +68,11 @@ pub struct PrimaryPath {
     comparing: u64,
     /// The epoch that the checkpoint in flight covers.
     cut: Option<u64>,
-    /// A checkpoint was aborted: everything waits for the next commit (rule 14).
+    /// Nothing is compared and everything waits for the next commit: a checkpoint was aborted
+    /// (rule 14), or this epoch is buffered.
     frozen: bool,
+    /// The present epoch is buffered (Remus, rule 21).
+    buffering: bool,
     epoch_start_us: u64,
     caught_up_us: Option<u64>,
     /// The SVM has caught up in this epoch, whose comparison has not begun yet.
@@ -132,6 +135,7 @@ impl PrimaryPath {
             comparing: 1,
             cut: None,
             frozen: false,
+            buffering: false,
             epoch_start_us: 0,
             caught_up_us: None,
             early_caught_up: None,

@@ -1,17 +1,27 @@
 //! The secondary's rules, each in a test that carries its number.
 
 use super::*;
-use crate::Record;
+use crate::{Record, StepLimits};
 use alloc::vec;
+
+mod steps;
 
 const T: Timing = Timing {
     heartbeat_us: 10_000,
     heartbeat_count: 4,
     checkpoint_interval_us: 0,
     step_timeout_us: 1_000_000,
+    steps: LIMITS,
     arbiter_retry_us: 5_000,
 };
 const SESSION: u64 = 9;
+/// Less than the silence that loses the peer.
+const LIMITS: StepLimits = StepLimits {
+    stop_us: 10_000,
+    stage_us: 20_000,
+    apply_us: 30_000,
+    ..StepLimits::DEFAULT
+};
 
 struct Bench {
     core: Secondary,
@@ -48,6 +58,7 @@ impl Bench {
         b.msg(Msg::Welcome {
             version,
             generation,
+            halt: false,
         });
         b
     }
@@ -58,7 +69,13 @@ impl Bench {
         let staged = b.event(SecondaryEvent::Staged { epoch: 7 });
         let (generation, epoch) = (3, 7);
         let committed = Msg::Committed { generation, epoch };
-        assert_eq!(staged, [Action::Send(committed), Action::Apply { epoch }]);
+        assert_eq!(
+            staged,
+            [
+                Action::Send(committed),
+                Action::Apply { epoch, halt: false }
+            ]
+        );
         b.event(SecondaryEvent::Applied { epoch: 7 });
         b.msg(Msg::Paired { generation: 4 });
         assert_eq!(b.core.state(), SecondaryState::Standby);
@@ -94,7 +111,12 @@ impl Bench {
 
     fn stop_svm(&mut self, epoch: u64) -> Vec<Action> {
         let generation = 4;
-        self.msg(Msg::StopSvm { generation, epoch })
+        let halt = false;
+        self.msg(Msg::StopSvm {
+            generation,
+            epoch,
+            halt,
+        })
     }
 
     fn lose_peer(&mut self) -> Vec<Action> {
@@ -132,7 +154,13 @@ const TAKEN: Action = Action::TakeOver { generation: 5 };
 fn rule_13_behind_the_commit_point_a_takeover_finishes_the_apply() {
     let mut b = Bench::staging();
     let staged = b.event(SecondaryEvent::Staged { epoch: 8 });
-    assert_eq!(staged[1], Action::Apply { epoch: 8 });
+    assert_eq!(
+        staged[1],
+        Action::Apply {
+            epoch: 8,
+            halt: false
+        }
+    );
     let lost = b.lose_peer();
     assert!(
         b.answer(paired(), &lost).is_empty(),
@@ -175,14 +203,14 @@ fn rule_13_a_failed_apply_never_takes_over() {
 #[test]
 fn rule_13_a_stage_nobody_announced_is_not_applied() {
     let mut b = Bench::standby();
-    assert!(b.event(SecondaryEvent::Staged { epoch: 8 }).is_empty());
+    let discarded = |epoch| [Action::Discard { epoch }];
+    assert_eq!(b.event(SecondaryEvent::Staged { epoch: 8 }), discarded(8));
     b.stop_svm(8);
-    assert!(
-        b.event(SecondaryEvent::Staged { epoch: 8 }).is_empty(),
-        "the SVM runs"
-    );
+    let staged = b.event(SecondaryEvent::Staged { epoch: 8 });
+    assert_eq!(staged, discarded(8), "the SVM runs");
     let mut b = Bench::staging();
-    assert!(b.event(SecondaryEvent::Staged { epoch: 7 }).is_empty());
+    assert_eq!(b.event(SecondaryEvent::Staged { epoch: 7 }), discarded(7));
+    assert_eq!(b.core.counters().discarded, 1);
 }
 
 #[test]
@@ -218,7 +246,12 @@ fn rule_14_an_abort_lets_the_svm_go_on_and_the_next_checkpoint_come() {
         epoch,
         reason,
     });
-    assert_eq!(aborted, [Action::Abort { epoch }]);
+    let answer = Msg::Aborted {
+        generation,
+        epoch,
+        reason: "as asked".into(),
+    };
+    assert_eq!(aborted, [Action::Abort { epoch }, Action::Send(answer)]);
     assert_eq!(b.stop_svm(9), [Action::StopSvm { epoch: 9 }]);
 }
 
@@ -309,7 +342,14 @@ fn rule_18_an_older_record_with_our_name_is_no_victory() {
 fn rule_18_a_message_of_an_older_generation_is_refused() {
     let mut b = Bench::standby();
     let (generation, epoch) = (3, 8);
-    assert!(b.msg(Msg::StopSvm { generation, epoch }).is_empty());
+    assert!(
+        b.msg(Msg::StopSvm {
+            generation,
+            epoch,
+            halt: false
+        })
+        .is_empty()
+    );
     assert_eq!(b.stop_svm(8).len(), 1);
 }
 

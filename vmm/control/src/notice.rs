@@ -1,0 +1,92 @@
+//! What a core tells the operator: events and counters.
+
+use alloc::string::String;
+use core::fmt;
+
+use crate::Step;
+
+/// Something that the log and the status tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// A step took longer than it may; the checkpoint is aborted, or the link given up.
+    StepTimedOut {
+        /// Which.
+        step: Step,
+        /// The epoch of the checkpoint.
+        epoch: u64,
+        /// Its limit.
+        limit_us: u64,
+    },
+    /// So many divergences that the pair goes to Remus mode (rule 21).
+    Storm {
+        /// Checkpoints that were asked for,
+        checkpoints: u32,
+        /// within so long.
+        window_us: u64,
+        /// COLO is tried again after so long.
+        retry_us: u64,
+    },
+    /// The pair tries to compare again (rule 21).
+    StormOver,
+    /// The PVM is slowed down, or not any more.
+    Throttled {
+        /// Share of time that its vCPUs may run, in percent.
+        run_pct: u8,
+    },
+    /// A synchronisation was given up.
+    CannotFollow {
+        /// In words: what the guest does and what the link carries.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Notice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::StepTimedOut {
+                step,
+                epoch,
+                limit_us,
+            } => write!(
+                f,
+                "step {step} of the checkpoint of epoch {epoch} took more than {limit_us} us"
+            ),
+            Self::Storm {
+                checkpoints,
+                window_us,
+                retry_us,
+            } => write!(
+                f,
+                "storm of divergences, {checkpoints} checkpoints in {window_us} us: Remus mode; \
+                 comparing is tried again in {retry_us} us"
+            ),
+            Self::StormOver => f.write_str("Remus mode ends, output is compared again"),
+            Self::Throttled { run_pct: 100 } => f.write_str("the guest runs all the time again"),
+            Self::Throttled { run_pct: 0 } => f.write_str(
+                "no space for more held output: the guest stands still until a checkpoint is committed",
+            ),
+            Self::Throttled { run_pct } => write!(
+                f,
+                "the secondary does not follow: the guest runs {run_pct} % of the time"
+            ),
+            Self::CannotFollow { reason } => f.write_str(reason),
+        }
+    }
+}
+
+/// What happened since the core began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Steps that took too long, by [`Step::index`].
+    pub timeouts: [u64; Step::COUNT],
+    /// Checkpoints aborted before their commit, for whatever reason.
+    pub aborts: u64,
+    /// Aborts that came too late: the secondary had committed.
+    pub late_aborts: u64,
+    /// Storms of divergences.
+    pub storms: u64,
+    /// Stages that came whole when nobody wanted them any more.
+    pub discarded: u64,
+    /// Synchronisations given up because the guest dirties faster than the link carries.
+    pub not_followed: u64,
+}

@@ -1,0 +1,175 @@
+//! Whether the secondary can follow: slows a PVM down that dirties memory faster than the link carries it, or says
+//! that it cannot be protected.
+//!
+//! Invariant: a synchronisation ends. Each round that does not shrink what is left by a quarter takes time from the
+//! PVM's vCPUs; when there is none left to take, it is given up.
+
+use crate::storm::Pace;
+
+/// Share of time that the vCPUs may run, in percent, from one level to the next.
+const SHARES: [u8; 9] = [100, 70, 50, 30, 20, 10, 5, 2, 1];
+/// A synchronisation that shrinks ends before that many rounds: each leaves three quarters at most.
+const ROUNDS_MAX: u32 = 64;
+
+/// What follows a round of a synchronisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Round {
+    /// Few pages are left.
+    Ready,
+    /// Another round.
+    Again,
+    /// The guest cannot be followed.
+    GiveUp,
+}
+
+/// The controller.
+#[derive(Debug)]
+pub(crate) struct Pacer {
+    level: usize,
+    rounds: u32,
+    /// The hold space is exhausted: the vCPUs stand still (rule 14).
+    hold_is_full: bool,
+    /// What the shell was told last.
+    told_pct: u8,
+    /// Nobody may join before.
+    rejoin_at_us: u64,
+    rejoin_us: u64,
+}
+
+impl Pacer {
+    pub(crate) fn new() -> Self {
+        Self {
+            level: 0,
+            rounds: 0,
+            hold_is_full: false,
+            told_pct: 100,
+            rejoin_at_us: 0,
+            rejoin_us: 0,
+        }
+    }
+
+    /// The share that the shell is to be told of, when it has changed.
+    pub(crate) fn change(&mut self) -> Option<u8> {
+        let run_pct = self.run_pct();
+        (core::mem::replace(&mut self.told_pct, run_pct) != run_pct).then_some(run_pct)
+    }
+
+    /// Share of time that the vCPUs may run.
+    pub(crate) fn run_pct(&self) -> u8 {
+        match self.hold_is_full {
+            true => 0,
+            false => SHARES[self.level],
+        }
+    }
+
+    pub(crate) fn hold_full(&mut self, is_full: bool) {
+        self.hold_is_full = is_full;
+    }
+
+    pub(crate) fn may_join(&self, now_us: u64) -> bool {
+        self.rejoin_at_us <= now_us
+    }
+
+    /// A synchronisation begins, or there is no secondary any more.
+    pub(crate) fn reset(&mut self) {
+        (self.level, self.rounds) = (0, 0);
+    }
+
+    /// A round sent so many pages while so many became dirty.
+    pub(crate) fn round(
+        &mut self,
+        now_us: u64,
+        pace: &Pace,
+        sent_pages: u64,
+        dirty_pages: u64,
+    ) -> Round {
+        self.rounds += 1;
+        if dirty_pages <= pace.ready_pages {
+            return Round::Ready;
+        }
+        let shrinks = dirty_pages.saturating_mul(4) <= sent_pages.saturating_mul(3);
+        let slowed = shrinks || self.slow_down();
+        if slowed && self.rounds < ROUNDS_MAX {
+            return Round::Again;
+        }
+        self.rejoin_us = match self.rejoin_us {
+            0 => pace.rejoin_us,
+            us => (us * 2).min(pace.rejoin_max_us),
+        };
+        self.rejoin_at_us = now_us + self.rejoin_us;
+        Round::GiveUp
+    }
+
+    /// Takes time from the vCPUs; false when there is none left to take.
+    pub(crate) fn slow_down(&mut self) -> bool {
+        let slowed = self.level + 1 < SHARES.len();
+        self.level += usize::from(slowed);
+        slowed
+    }
+
+    /// A checkpoint that took so long is committed.
+    pub(crate) fn committed(&mut self, pace: &Pace, took_us: u64) {
+        self.rejoin_us = 0;
+        if took_us > pace.slow_us {
+            self.slow_down();
+        } else {
+            self.level = self.level.saturating_sub(1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PACE: Pace = Pace::DEFAULT;
+
+    #[test]
+    fn a_guest_that_dirties_faster_than_the_link_is_slowed_and_then_given_up() {
+        let mut pacer = Pacer::new();
+        let mut shares = [0; SHARES.len() - 1];
+        for share in &mut shares {
+            assert_eq!(pacer.round(9, &PACE, 1000, 1000), Round::Again);
+            *share = pacer.change().unwrap();
+        }
+        assert_eq!(shares, SHARES[1..]);
+        assert_eq!(pacer.round(9, &PACE, 1000, 751), Round::GiveUp);
+        assert!(!pacer.may_join(8 + PACE.rejoin_us) && pacer.may_join(9 + PACE.rejoin_us));
+    }
+
+    #[test]
+    fn a_round_that_shrinks_takes_nothing_from_the_guest() {
+        let mut pacer = Pacer::new();
+        assert_eq!(pacer.round(0, &PACE, 1000, 750), Round::Again);
+        assert_eq!(pacer.change(), None);
+        assert_eq!(pacer.round(0, &PACE, 750, 256), Round::Ready);
+    }
+
+    #[test]
+    fn no_sequence_of_rounds_is_endless() {
+        let mut pacer = Pacer::new();
+        let rounds =
+            (0..1000).take_while(|_| pacer.round(0, &PACE, u64::MAX / 8, 300) == Round::Again);
+        assert!(rounds.count() < 100);
+    }
+
+    #[test]
+    fn rule_14_without_hold_space_the_vcpus_stand_still() {
+        let mut pacer = Pacer::new();
+        pacer.slow_down();
+        assert_eq!(pacer.change(), Some(70));
+        pacer.hold_full(true);
+        assert_eq!(pacer.change(), Some(0));
+        pacer.hold_full(false);
+        assert_eq!(pacer.change(), Some(70));
+    }
+
+    #[test]
+    fn quick_checkpoints_give_the_time_back() {
+        let mut pacer = Pacer::new();
+        pacer.committed(&PACE, PACE.slow_us + 1);
+        assert_eq!(pacer.change(), Some(70));
+        pacer.committed(&PACE, PACE.slow_us);
+        assert_eq!(pacer.change(), Some(100));
+    }
+}

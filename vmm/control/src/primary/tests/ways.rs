@@ -1,0 +1,236 @@
+//! Remus mode, the storm switch, and a guest that is too fast for its secondary (rules 14 and 21).
+
+use super::*;
+use crate::{Mode, Notice, Pace, Storm};
+
+const STORM: Storm = Storm {
+    checkpoints: 3,
+    window_us: 20_000,
+    interval_min_us: 500,
+    interval_max_us: 5_000,
+    retry_us: 15_000,
+    retry_max_us: 60_000,
+};
+
+fn bench(mode: Mode) -> Bench {
+    let mut b = Bench::new(false);
+    b.core = b.core.protected_by(Protection {
+        mode,
+        remus_interval_us: 4_000,
+        storm: STORM,
+        pace: Pace {
+            ready_pages: 10,
+            slow_us: 3_000,
+            rejoin_us: 1_000,
+            rejoin_max_us: 8_000,
+        },
+    });
+    b
+}
+
+/// What the order to stop the SVM and the order to capture say about the epoch after.
+fn checkpoint(b: &mut Bench, begin: &[Action], took_us: u64) -> (bool, bool, Vec<Action>) {
+    let halt = begin.iter().find_map(|a| match a {
+        Action::Send(Msg::StopSvm { halt, .. }) => Some(*halt),
+        _ => None,
+    });
+    let epoch = b.core.epoch();
+    let captures = b.svm_stopped(epoch);
+    let buffer = captures.iter().find_map(|a| match a {
+        Action::Capture { buffer, .. } => Some(*buffer),
+        _ => None,
+    });
+    b.event(PrimaryEvent::Captured { epoch });
+    b.event(PrimaryEvent::Sent { epoch });
+    b.now += took_us;
+    let committed = b.committed(epoch);
+    (halt.unwrap(), buffer.unwrap(), committed)
+}
+
+fn wanted(b: &mut Bench, after_us: u64) -> (bool, bool, Vec<Action>) {
+    b.now += after_us;
+    let begin = b.event(PrimaryEvent::CheckpointWanted);
+    checkpoint(b, &begin, 1_000)
+}
+
+fn storm(b: &mut Bench) {
+    assert_eq!(
+        [wanted(b, 0).0, wanted(b, 0).0, wanted(b, 0).0],
+        [false, false, true]
+    );
+    assert_eq!(b.core.mode(), Mode::Remus);
+}
+
+#[test]
+fn rule_21_remus_mode_halts_the_svm_from_the_first_commit_on() {
+    let mut b = bench(Mode::Remus);
+    b.event(PrimaryEvent::LinkUp);
+    let welcome = b.event(PrimaryEvent::Msg(hello()));
+    assert!(matches!(
+        welcome[0],
+        Action::Send(Msg::Welcome { halt: true, .. })
+    ));
+    let capture = b.event(PrimaryEvent::SyncReady);
+    assert!(matches!(
+        capture[..],
+        [Action::Capture {
+            first: true,
+            buffer: true,
+            ..
+        }]
+    ));
+}
+
+#[test]
+fn rule_21_remus_checkpoints_come_by_themselves_one_interval_after_the_other() {
+    let mut b = bench(Mode::Remus);
+    b.pair();
+    assert_eq!(stop_svm(&b.silence(3_999)), None);
+    for _ in 0..5 {
+        let begin = b.silence(1);
+        assert!(stop_svm(&begin).is_some());
+        let (halt, buffer, committed) = checkpoint(&mut b, &begin, 1_500);
+        assert!(halt && buffer);
+        assert!(matches!(committed[..], [Action::Commit { .. }]));
+        assert_eq!(stop_svm(&b.silence(2_499)), None, "from begin to begin");
+    }
+    let begin = b.silence(1);
+    checkpoint(&mut b, &begin, 6_000);
+    b.core.peer.as_mut().unwrap().heard_us = b.now;
+    assert!(stop_svm(&b.silence(0)).is_some(), "as fast as the link can");
+}
+
+#[test]
+fn rule_21_a_storm_leads_to_remus_and_is_an_event() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    wanted(&mut b, 0);
+    wanted(&mut b, 0);
+    assert_eq!(b.core.mode(), Mode::Colo);
+    let (halt, buffer, actions) = wanted(&mut b, 0);
+    assert!(halt && buffer);
+    assert!(actions.contains(&Action::Tell(Notice::Storm {
+        checkpoints: 3,
+        window_us: 20_000,
+        retry_us: 15_000
+    })));
+    assert_eq!((b.core.mode(), b.core.counters().storms), (Mode::Remus, 1));
+}
+
+#[test]
+fn rule_21_below_the_rate_the_pair_goes_on_comparing() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    for _ in 0..20 {
+        b.core.peer.as_mut().unwrap().heard_us = b.now;
+        assert!(!wanted(&mut b, 10_001).0);
+    }
+}
+
+#[test]
+fn rule_21_comparing_is_tried_again_and_a_storm_that_goes_on_backs_off() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    let mut waited = Vec::new();
+    for _ in 0..4 {
+        storm(&mut b);
+        let since = b.now;
+        loop {
+            b.core.peer.as_mut().unwrap().heard_us = b.now;
+            let begin = b.silence(1_000);
+            if stop_svm(&begin).is_none() {
+                continue;
+            }
+            let (halt, _, actions) = checkpoint(&mut b, &begin, 100);
+            if !halt {
+                assert!(actions.contains(&Action::Tell(Notice::StormOver)));
+                break;
+            }
+        }
+        waited.push((b.now - since) / STORM.retry_us);
+        assert_eq!(b.core.mode(), Mode::Colo);
+    }
+    assert_eq!(waited, [1, 2, 4, 4]);
+}
+
+#[test]
+fn rule_21_an_aborted_checkpoint_changes_no_way() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    wanted(&mut b, 0);
+    wanted(&mut b, 0);
+    b.event(PrimaryEvent::CheckpointWanted);
+    let epoch = b.core.epoch();
+    b.svm_stopped(epoch);
+    b.event(PrimaryEvent::Captured { epoch });
+    let again = b.aborted(epoch);
+    assert_eq!(b.core.mode(), Mode::Colo);
+    assert!(checkpoint(&mut b, &again, 1).0, "the next one does");
+    assert_eq!(b.core.mode(), Mode::Remus);
+}
+
+#[test]
+fn rule_14_held_output_without_room_stops_the_vcpus_until_there_is() {
+    let mut b = bench(Mode::Remus);
+    b.pair();
+    let stopped = b.event(PrimaryEvent::HoldFull(true));
+    assert_eq!(stopped[0], Action::Throttle { run_pct: 0 });
+    assert!(b.event(PrimaryEvent::HoldFull(true)).is_empty());
+    let runs = b.event(PrimaryEvent::HoldFull(false));
+    assert_eq!(runs[0], Action::Throttle { run_pct: 100 });
+}
+
+#[test]
+fn a_guest_that_dirties_faster_than_the_link_is_slowed_down_and_then_told_plainly() {
+    let mut b = bench(Mode::Colo);
+    b.event(PrimaryEvent::LinkUp);
+    b.event(PrimaryEvent::Msg(hello()));
+    let (sent_pages, dirty_pages, took_us) = (100, 100, 50);
+    let round = PrimaryEvent::SyncRound {
+        sent_pages,
+        dirty_pages,
+        took_us,
+    };
+    let mut shares = Vec::new();
+    let told = loop {
+        let actions = b.event(round.clone());
+        if !actions.contains(&Action::SyncRound) {
+            break actions;
+        }
+        let Action::Throttle { run_pct } = actions[0] else {
+            panic!("{actions:?}")
+        };
+        shares.push(run_pct);
+    };
+    assert_eq!(shares.last(), Some(&1));
+    assert!(shares.is_sorted_by(|a, b| a > b));
+    let reason = "the guest dirties memory faster than the link carries it";
+    assert!(told.iter().any(
+        |a| matches!(a, Action::CloseLink { reason: why } if why.starts_with(reason) && why.contains("100 pages"))
+    ));
+    assert!(told.contains(&Action::Throttle { run_pct: 100 }));
+    assert_eq!(b.core.state(), PrimaryState::Alone);
+    // No livelock of attempts.
+    assert!(matches!(
+        b.event(PrimaryEvent::LinkUp)[..],
+        [Action::CloseLink { .. }]
+    ));
+    b.now += 1_000;
+    assert!(b.event(PrimaryEvent::LinkUp).is_empty());
+}
+
+#[test]
+fn checkpoints_that_take_too_long_slow_the_guest_down_and_quick_ones_let_it_go() {
+    let mut b = bench(Mode::Remus);
+    b.pair();
+    let throttle = |actions: &[Action]| {
+        actions.iter().find_map(|a| match a {
+            Action::Throttle { run_pct } => Some(*run_pct),
+            _ => None,
+        })
+    };
+    let begin = b.silence(4_000);
+    assert_eq!(throttle(&checkpoint(&mut b, &begin, 3_001).2), Some(70));
+    let begin = b.silence(4_000);
+    assert_eq!(throttle(&checkpoint(&mut b, &begin, 3_000).2), Some(100));
+}
