@@ -30,6 +30,9 @@ mod figures;
 mod pages;
 mod place;
 mod service;
+mod transfer;
+mod transfer_uring;
+mod transfer_ways;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -66,6 +69,8 @@ enum Benchmark {
     Compare(compare::CompareArgs),
     /// How fast packets go through the fast path, beside what others do with them
     Datapath(datapath::DatapathArgs),
+    /// How fast checkpoints go through the page channel, beside bare streams
+    Transfer(transfer::TransferArgs),
 }
 
 fn main() -> ExitCode {
@@ -91,6 +96,7 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
         Benchmark::Pages(args) => pages::run(args)?,
         Benchmark::Compare(args) => compare::run(args, &place)?,
         Benchmark::Datapath(args) => datapath::run(args, &place)?,
+        Benchmark::Transfer(args) => transfer::run(args)?,
     };
     print!("{}", outcome.text);
     if let Some(file) = &arguments.json {

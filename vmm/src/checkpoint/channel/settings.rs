@@ -16,7 +16,7 @@ const CHUNK_BYTES_MAX: usize = 4 << 20;
 pub struct Settings {
     /// Bytes of payload of a chunk at most; the same on both hosts.
     pub chunk_bytes: usize,
-    /// Chunks that are under way at most.
+    /// Chunks that are under way at most, more than streams. What does not fit a cache is copied twice from memory.
     pub send_buffers: usize,
     /// How long a peer may stand still.
     pub timeout: Duration,
@@ -30,7 +30,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             chunk_bytes: CHUNK_BYTES,
-            send_buffers: 16,
+            send_buffers: 8,
             timeout: Duration::from_secs(5),
             zero_copy: true,
             generation: 0,
