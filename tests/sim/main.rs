@@ -13,10 +13,12 @@ mod tcp;
 mod world;
 
 use colo_control::Step;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use plan::Mutation;
 use world::{Outcome, World};
 
-const SEEDS: u64 = if cfg!(debug_assertions) { 200 } else { 2000 };
+const SEEDS: u64 = if cfg!(debug_assertions) { 200 } else { 10_000 };
 
 fn run(seed: u64, mutation: Mutation, verbose: bool) -> Outcome {
     World::new(seed, mutation, verbose).run()
@@ -37,39 +39,16 @@ fn report(seed: u64, mutation: Mutation) -> String {
     )
 }
 
-#[test]
-fn every_seed_keeps_every_promise() {
-    if let Some(seed) = number("COLO_SIM_SEED") {
-        let text = report(seed, Mutation::None);
-        println!("{text}");
-        assert!(run(seed, Mutation::None, false).violations.is_empty());
-        return;
-    }
-    let seeds = number("COLO_SIM_SEEDS").unwrap_or(SEEDS);
-    let first = number("COLO_SIM_FIRST").unwrap_or(0);
-    let mut total = Outcome::default();
-    let mut failed = Vec::new();
-    let mut lost = 0;
-    for seed in first..first + seeds {
-        let outcome = run(seed, Mutation::None, false);
-        total.answers += outcome.answers;
-        total.takeovers += outcome.takeovers;
-        total.commits += outcome.commits;
-        total.matches += outcome.matches;
-        total.digests += outcome.digests;
-        total.fetched += outcome.fetched;
-        total.events += outcome.events;
-        total.joins += outcome.joins;
-        total.buffered += outcome.buffered;
-        total.storms += outcome.storms;
-        total.returns += outcome.returns;
-        total.slowed += outcome.slowed;
-        total.stopped += outcome.stopped;
-        total.not_followed += outcome.not_followed;
-        for (sum, n) in total.timeouts.iter_mut().zip(outcome.timeouts) {
-            *sum += n;
+/// Runs one seed after the other, each once among all threads; the sum, and the seeds that failed.
+fn run_until(next: &AtomicU64, end: u64) -> (Outcome, Vec<u64>) {
+    let (mut total, mut failed) = (Outcome::default(), Vec::new());
+    loop {
+        let seed = next.fetch_add(1, Ordering::Relaxed);
+        if seed >= end {
+            return (total, failed);
         }
-        lost += u64::from(outcome.vm_lost);
+        let outcome = run(seed, Mutation::None, false);
+        total.add(&outcome);
         if let Some(limit) = number("COLO_SIM_SILENCE_MS")
             && outcome.silence_us > limit * 1000
         {
@@ -80,6 +59,33 @@ fn every_seed_keeps_every_promise() {
             failed.push(seed);
         }
     }
+}
+
+#[test]
+fn every_seed_keeps_every_promise() {
+    if let Some(seed) = number("COLO_SIM_SEED") {
+        let text = report(seed, Mutation::None);
+        println!("{text}");
+        assert!(run(seed, Mutation::None, false).violations.is_empty());
+        return;
+    }
+    let seeds = number("COLO_SIM_SEEDS").unwrap_or(SEEDS);
+    let first = number("COLO_SIM_FIRST").unwrap_or(0);
+    let next = AtomicU64::new(first);
+    let (mut total, mut failed) = (Outcome::default(), Vec::new());
+    std::thread::scope(|scope| {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads: Vec<_> = (0..threads)
+            .map(|_| scope.spawn(|| run_until(&next, first + seeds)))
+            .collect();
+        for thread in threads {
+            let (outcome, seeds) = thread.join().expect("a run panicked");
+            total.add(&outcome);
+            failed.extend(seeds);
+        }
+    });
+    failed.sort_unstable();
+    let lost = total.lost;
     println!(
         "{seeds} seeds: {} events, {} answers, {} commits, {} takeovers, {} joins, {} matches, {} digests, {} fetched, {lost} lost VMs",
         total.events,
@@ -108,6 +114,21 @@ fn every_seed_keeps_every_promise() {
             failed.len(),
             report(seed, Mutation::None)
         );
+    }
+    if seeds >= 5000 {
+        // What never happens is not covered.
+        let ways = [
+            total.buffered,
+            total.storms,
+            total.returns,
+            total.slowed,
+            total.stopped,
+        ];
+        assert!(!ways.contains(&0), "a way is never gone");
+        for step in Step::ALL {
+            let happens = total.timeouts[step.index()] > 0 || step == Step::Apply;
+            assert!(happens, "step {step} never takes too long");
+        }
     }
 }
 

@@ -6,13 +6,16 @@
 
 mod arbiter;
 mod faults;
+mod outcome;
+
+pub use outcome::Outcome;
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 use colo_compare::testing::GUEST_MAC;
 use colo_compare::{Direction, Protocol, wire};
-use colo_control::{Cas, Notice, PrimaryEvent, Record, Reply, Standing, Step};
+use colo_control::{Cas, PrimaryEvent, Record, Reply, Standing};
 
 use crate::client::{DatagramClient, Oracle, TcpClient, addressee};
 use crate::host::{Command, Process, Shell};
@@ -121,36 +124,6 @@ pub struct Host {
     pub gap_us: u64,
     may_start_us: u64,
     lost_holder_us: Option<u64>,
-}
-
-/// How a run ended.
-#[derive(Debug, Default, Clone)]
-pub struct Outcome {
-    pub violations: Vec<String>,
-    pub trace: Vec<String>,
-    pub answers: u64,
-    pub takeovers: u64,
-    pub commits: u64,
-    pub matches: u64,
-    pub digests: u64,
-    pub fetched: u64,
-    pub joins: u64,
-    /// Commits that began a buffered epoch.
-    pub buffered: u64,
-    pub storms: u64,
-    /// Returns from a storm.
-    pub returns: u64,
-    pub slowed: u64,
-    /// vCPUs that stood still for lack of hold space.
-    pub stopped: u64,
-    pub not_followed: u64,
-    /// Steps that took too long.
-    pub timeouts: [u64; Step::COUNT],
-    pub events: u64,
-    pub vm_lost: bool,
-    pub virtual_us: u64,
-    /// Longest time without an answer while clients waited, after the last fault.
-    pub silence_us: u64,
 }
 
 /// See the module.
@@ -329,19 +302,6 @@ impl World {
         self.outcome
             .violations
             .push(format!("{checker}: {text} (at {} us)", self.now));
-    }
-
-    /// Counts what a core tells.
-    pub fn notice(&mut self, notice: &Notice) {
-        let outcome = &mut self.outcome;
-        match notice {
-            Notice::StepTimedOut { step, .. } => outcome.timeouts[step.index()] += 1,
-            Notice::Storm { .. } => outcome.storms += 1,
-            Notice::StormOver => outcome.returns += 1,
-            Notice::Throttled { run_pct: 0 } => outcome.stopped += 1,
-            Notice::Throttled { .. } => outcome.slowed += 1,
-            Notice::CannotFollow { .. } => outcome.not_followed += 1,
-        }
     }
 
     /// Notes a line when the run is verbose.

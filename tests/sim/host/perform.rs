@@ -97,7 +97,7 @@ impl Shell<'_> {
                 self.tell_worker(command, 300);
             }
             Action::Throttle { run_pct } => self.p.run_pct = u64::from(run_pct),
-            Action::Tell(notice) => self.world.notice(&notice),
+            Action::Tell(notice) => self.world.outcome.notice(&notice),
             Action::Discard { .. } => {
                 if let Some(side) = self.secondary() {
                     side.staged = None;

@@ -113,16 +113,17 @@ pub struct StepLimits {
 }
 
 impl StepLimits {
-    /// Generous: a step that takes longer has failed, not only been slow.
+    /// Generous: a step that takes longer has failed, not only been slow. The first round of a synchronisation
+    /// is one step, and as long as it takes to send all of a large guest's RAM over a slow link.
     pub const DEFAULT: Self = Self {
-        stop_us: 2_000_000,
-        capture_us: 2_000_000,
-        send_us: 10_000_000,
-        commit_us: 5_000_000,
-        abort_us: 2_000_000,
-        sync_us: 120_000_000,
-        stage_us: 22_000_000,
-        apply_us: 10_000_000,
+        stop_us: 5_000_000,
+        capture_us: 5_000_000,
+        send_us: 20_000_000,
+        commit_us: 10_000_000,
+        abort_us: 5_000_000,
+        sync_us: 3_600_000_000,
+        stage_us: 50_000_000,
+        apply_us: 20_000_000,
     };
 
     /// The limit of one step.

@@ -1,0 +1,74 @@
+//! How a run ended, and the sum of many.
+
+use colo_control::{Notice, Step};
+
+/// How a run ended.
+#[derive(Debug, Default, Clone)]
+pub struct Outcome {
+    pub violations: Vec<String>,
+    pub trace: Vec<String>,
+    pub answers: u64,
+    pub takeovers: u64,
+    pub commits: u64,
+    pub matches: u64,
+    pub digests: u64,
+    pub fetched: u64,
+    pub joins: u64,
+    /// Commits that began a buffered epoch.
+    pub buffered: u64,
+    pub storms: u64,
+    /// Returns from a storm.
+    pub returns: u64,
+    pub slowed: u64,
+    /// vCPUs that stood still for lack of hold space.
+    pub stopped: u64,
+    pub not_followed: u64,
+    /// Steps that took too long.
+    pub timeouts: [u64; Step::COUNT],
+    pub events: u64,
+    pub vm_lost: bool,
+    /// Runs in which the VM was lost, in a sum.
+    pub lost: u64,
+    pub virtual_us: u64,
+    /// Longest time without an answer while clients waited, after the last fault.
+    pub silence_us: u64,
+}
+
+impl Outcome {
+    /// Adds the counts of a run, or of a sum.
+    pub fn add(&mut self, other: &Self) {
+        let pairs = [
+            (&mut self.answers, other.answers),
+            (&mut self.takeovers, other.takeovers),
+            (&mut self.commits, other.commits),
+            (&mut self.matches, other.matches),
+            (&mut self.digests, other.digests),
+            (&mut self.fetched, other.fetched),
+            (&mut self.joins, other.joins),
+            (&mut self.buffered, other.buffered),
+            (&mut self.storms, other.storms),
+            (&mut self.returns, other.returns),
+            (&mut self.slowed, other.slowed),
+            (&mut self.stopped, other.stopped),
+            (&mut self.not_followed, other.not_followed),
+            (&mut self.events, other.events),
+            (&mut self.lost, other.lost + u64::from(other.vm_lost)),
+        ];
+        let steps = self.timeouts.iter_mut().zip(other.timeouts);
+        for (sum, n) in pairs.into_iter().chain(steps) {
+            *sum += n;
+        }
+    }
+
+    /// Counts what a core tells.
+    pub fn notice(&mut self, notice: &Notice) {
+        match notice {
+            Notice::StepTimedOut { step, .. } => self.timeouts[step.index()] += 1,
+            Notice::Storm { .. } => self.storms += 1,
+            Notice::StormOver => self.returns += 1,
+            Notice::Throttled { run_pct: 0 } => self.stopped += 1,
+            Notice::Throttled { .. } => self.slowed += 1,
+            Notice::CannotFollow { .. } => self.not_followed += 1,
+        }
+    }
+}
