@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
 mod mock_pair;
+mod mock_shards;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -15,6 +16,10 @@ use colo_fastpath::frame::TxMode;
 use colo_fastpath::nic::{Filter, Nic, Sink, XdpNic, XdpNicConfig};
 use perf_event::Builder;
 use perf_event::events::Tracepoint;
+
+use colo_fastpath::stats::WorkerSnapshot;
+use colo_fastpath::worker::WorkerHandle;
+use mock_shards::MockShards;
 
 use mock_pair::{GUEST_MAC, MockPair, datagram};
 
@@ -49,6 +54,9 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// The allocator counts for all workers together.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// What the worker did while packets flowed.
 #[derive(Debug)]
 struct Costs {
@@ -75,8 +83,6 @@ fn flow(pair: &mut MockPair, from: u64, frames: u64) {
 }
 
 fn costs_with(nic: Box<dyn Nic>) -> Costs {
-    // The allocator counts for all workers together.
-    static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut pair = MockPair::new(nic, TxMode::Twin);
     flow(&mut pair, 0, WARM_UP);
@@ -148,6 +154,66 @@ fn on_veth(test: impl FnOnce() + Send + 'static) {
         test();
     };
     std::thread::spawn(run).join().unwrap();
+}
+
+/// The number that the kernel gives a worker's thread, from now on counted by the allocator.
+fn count_thread(worker: &WorkerHandle) -> i32 {
+    let tid = worker.execute(|_, _| {
+        IS_WORKER.with(|worker| worker.set(true));
+        // SAFETY: the call has no arguments and cannot fail.
+        unsafe { libc::gettid() }
+    });
+    tid.unwrap()
+}
+
+/// Two shards of a guest that uses one pair of queues: half of what it sends and of what it gets
+/// crosses from one to the other.
+#[test]
+fn crossing_between_shards_asks_nothing_of_the_system() {
+    if !can_count() {
+        return;
+    }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut bench = MockShards::new();
+    bench.exchange(WARM_UP);
+    let mut counters: Vec<_> = bench
+        .workers
+        .iter()
+        .map(|worker| {
+            Builder::new(Tracepoint::with_id(system_call_event().unwrap()))
+                .observe_pid(count_thread(worker))
+                .include_kernel()
+                .build()
+                .unwrap()
+        })
+        .collect();
+    let sum = |bench: &MockShards, of: fn(&WorkerSnapshot) -> u64| -> u64 {
+        bench.workers.iter().map(|w| of(&w.stats())).sum()
+    };
+    let calls = sum(&bench, |s| s.guest_calls);
+    let crossed = sum(&bench, |s| s.crossed_in_frames);
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed);
+    for counter in &mut counters {
+        counter.enable().unwrap();
+    }
+    bench.exchange(COUNTED);
+    for counter in &mut counters {
+        counter.disable().unwrap();
+    }
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
+    let calls = sum(&bench, |s| s.guest_calls) - calls;
+    let crossed = sum(&bench, |s| s.crossed_in_frames) - crossed;
+    let system_calls: u64 = counters.iter_mut().map(|c| c.read().unwrap()).sum();
+    println!("{crossed} crossed, {system_calls} system calls, {calls} calls of the guest");
+    for worker in &bench.workers {
+        let done = worker.execute(|_, _| IS_WORKER.with(|worker| worker.set(false)));
+        done.unwrap();
+    }
+    assert_eq!(allocations, 0);
+    assert_eq!(system_calls, calls);
+    assert!(calls < 10, "{calls}");
+    // Both ways, about half of them.
+    assert!(crossed > COUNTED * 3 / 4, "{crossed}");
 }
 
 #[test]

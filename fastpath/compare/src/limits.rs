@@ -21,8 +21,8 @@ pub struct Limits {
     /// on the primary, 4 on the secondary, for the pending output of a checkpoint.
     pub max_held_frames: usize,
     /// Frames that may come at the end of an epoch in excess of `max_held_frames` or
-    /// `max_stored_output`: with several shards, those on their way from one to another. As many bytes
-    /// each as those.
+    /// `max_stored_output`: those on their way from one shard to another. As many bytes each as those.
+    /// 0 means that there is one shard; with several, fragments of TCP are held until a commit.
     pub crossing_frames: usize,
     /// SVM frames kept by the comparator, history included. 136 bytes each on the primary.
     pub max_svm_frames: usize,

@@ -316,3 +316,34 @@ fn the_svms_pieces_are_reported_when_the_last_of_the_pvms_has_left() {
         pair.close();
     }
 }
+
+#[test]
+fn with_several_shards_fragments_of_tcp_wait_for_a_commit() {
+    let tcp = |mut frame: Vec<u8>| {
+        frame[23] = 6;
+        frame
+    };
+    for (crossing_frames, leave) in [(0, 2), (8, 0)] {
+        let limits = Limits {
+            crossing_frames,
+            ..Limits::default()
+        };
+        let mut pair = Pair::with(limits);
+        let all = pieces(Side::V4, 1, &message(LEN), &[(0, 4), (4, ALL)]);
+        let all: Vec<_> = all.into_iter().map(tcp).collect();
+        for piece in &all {
+            pair.svm(piece);
+            pair.pvm(piece);
+        }
+        assert_eq!(pair.rights().len(), leave, "{crossing_frames}");
+        // Other fragments leave as ever.
+        let other = piece(Side::V6, 2, &message(LEN), (0, ALL / 2));
+        pair.svm(&other);
+        pair.pvm(&other);
+        assert_eq!(pair.rights().len(), 1);
+        pair.advance(limits.compare_deadline_us);
+        let asked = usize::from(leave == 0);
+        assert_eq!(pair.causes.len(), asked);
+        pair.close();
+    }
+}

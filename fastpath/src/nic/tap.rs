@@ -46,6 +46,18 @@ pub enum TapError {
     /// The name belongs to something else.
     #[error("net.tap: \"{0}\" exists and is not a single-queue TAP device; name another one")]
     NotATap(String),
+    /// The device exists and has one queue only, or is no TAP device.
+    #[error(
+        "net.tap: \"{name}\" exists and is not a TAP device with several queues, of which \
+         host.shards = {queues} needs one each; make it with \
+         `ip tuntap add dev {name} mode tap multi_queue`, or name another one"
+    )]
+    NotMultiQueue {
+        /// The interface.
+        name: String,
+        /// How many queues are wanted.
+        queues: usize,
+    },
     /// Any other refusal.
     #[error("net.tap: cannot {action} \"{name}\": {source}")]
     Refused {
@@ -106,6 +118,31 @@ impl Tap {
     /// Attaches to the device `name`, making it when it does not exist, sets its MTU, filters it
     /// and brings it up.
     pub fn open(name: &str, mtu: u16, filter: Filter) -> Result<Self, TapError> {
+        let mut tap = Self::attach(name, mtu, 1)?;
+        tap.bring_up(filter)?;
+        Ok(tap)
+    }
+
+    /// The same with `queues` queues, one for each shard. The filter is that of the device, whichever
+    /// queue sets it; a flow comes by the queue that it was last sent by.
+    pub fn open_queues(
+        name: &str,
+        mtu: u16,
+        filter: Filter,
+        queues: usize,
+    ) -> Result<Vec<Self>, TapError> {
+        let mut taps = Vec::with_capacity(queues);
+        for _ in 0..queues {
+            taps.push(Self::attach(name, mtu, queues)?);
+        }
+        for tap in &mut taps {
+            tap.bring_up(filter)?;
+        }
+        Ok(taps)
+    }
+
+    /// One of the queues of a device, which need not be up.
+    fn attach(name: &str, mtu: u16, queues: usize) -> Result<Self, TapError> {
         let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || !plain {
             return Err(TapError::BadName(name.to_owned()));
@@ -116,10 +153,14 @@ impl Tap {
             .custom_flags(libc::O_NONBLOCK)
             .open(TUN_PATH)
             .map_err(TapError::Control)?;
+        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI;
+        if queues > 1 {
+            flags |= libc::IFF_MULTI_QUEUE;
+        }
         let mut request = request_for(name);
-        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
         interface_ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request)
-            .map_err(|e| attach_error(name, e))?;
+            .map_err(|e| attach_error(name, queues, e))?;
         let news = Rtnetlink::open(false).map_err(|source| TapError::Refused {
             action: "watch the link of",
             name: name.to_owned(),
@@ -130,17 +171,21 @@ impl Tap {
             is_up: true,
             batches_left: Cell::new(0),
         };
-        let mut tap = Self {
+        Ok(Self {
             file,
             name: name.to_owned(),
             mtu,
             link,
-        };
-        tap.set_filter(filter)
-            .map_err(|e| tap.refused("filter", e))?;
-        tap.configure()?;
-        tap.link.is_up = is_up(name);
-        Ok(tap)
+        })
+    }
+
+    /// Filters before anything can come.
+    fn bring_up(&mut self, filter: Filter) -> Result<(), TapError> {
+        self.set_filter(filter)
+            .map_err(|e| self.refused("filter", e))?;
+        self.configure()?;
+        self.link.is_up = is_up(&self.name);
+        Ok(())
     }
 
     fn configure(&self) -> Result<(), TapError> {
@@ -247,11 +292,12 @@ fn write_pieces(fd: RawFd, frames: &mut FramePool, token: &Token) -> io::Result<
     Ok(())
 }
 
-fn attach_error(name: &str, source: io::Error) -> TapError {
+fn attach_error(name: &str, queues: usize, source: io::Error) -> TapError {
     let name = name.to_owned();
     match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => TapError::NotPermitted(name),
         Some(libc::EBUSY) => TapError::Busy(name),
+        Some(libc::EINVAL) if queues > 1 => TapError::NotMultiQueue { name, queues },
         Some(libc::EINVAL) => TapError::NotATap(name),
         _ => TapError::Refused {
             action: "attach to",

@@ -103,6 +103,78 @@ fn frames_come_through_the_filter_of_the_moment() {
     });
 }
 
+/// The next frame to `destination` that any queue has.
+fn receive_by_any(taps: &mut [Tap], destination: [u8; 6]) -> (usize, Vec<u8>) {
+    loop {
+        let mut fds = Vec::new();
+        for tap in &*taps {
+            tap.poll_fds(true, false, &mut fds);
+        }
+        // SAFETY: the pollfds live in a vector through the call.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, 10_000) };
+        assert!(ready > 0, "no frame came");
+        for (queue, tap) in taps.iter_mut().enumerate() {
+            if let Some(frame) = receive(tap)
+                && frame[..6] == destination
+            {
+                return (queue, frame);
+            }
+        }
+    }
+}
+
+#[test]
+fn each_shard_has_a_queue_of_one_device() {
+    in_namespace(|| {
+        let mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
+        let mut taps = Tap::open_queues("ct3", 1400, Filter::DropAll, 3).unwrap();
+        ip(&["addr", "add", "10.99.0.1/24", "dev", "ct3"]);
+        let neighbour = ["neigh", "add", "10.99.0.2", "lladdr"];
+        ip(&[&neighbour[..], &["52:54:00:c0:10:01", "dev", "ct3"]].concat());
+        send_to("10.99.0.2:9");
+        // Whoever sets the filter sets it for all.
+        taps[2].set_filter(Filter::Guest(mac)).unwrap();
+        let socket = UdpSocket::bind("10.99.0.1:0").unwrap();
+        let port = socket.local_addr().unwrap().port();
+        socket.send_to(b"first", "10.99.0.2:7").unwrap();
+        let (_, frame) = receive_by_any(&mut taps, mac);
+        assert!(
+            frame.ends_with(b"first"),
+            "what came before was to be dropped"
+        );
+        // An answer teaches the device the queue of its flow.
+        for queue in [1, 2, 0] {
+            let mut answer = colo_compare::testing::ip_frame(
+                colo_compare::testing::Side::V4,
+                false,
+                17,
+                64,
+                0,
+                &[&7_u16.to_be_bytes()[..], &port.to_be_bytes(), &[0, 8, 0, 0]].concat(),
+            );
+            answer[26..34].copy_from_slice(&[10, 99, 0, 2, 10, 99, 0, 1]);
+            let mut frames = FramePool::new(1, 2048);
+            let token = frames.from_bytes(&answer).unwrap();
+            assert!(matches!(taps[queue].send(&mut frames, token), Sent::Done));
+            socket.send_to(b"next", "10.99.0.2:7").unwrap();
+            let (by, frame) = receive_by_any(&mut taps, mac);
+            assert!(frame.ends_with(b"next"));
+            assert_eq!(by, queue);
+        }
+        drop(taps);
+        // One that was made with one queue has no more.
+        ip(&["tuntap", "add", "dev", "ct4", "mode", "tap"]);
+        let single = Tap::open_queues("ct4", 1500, Filter::Open, 2).unwrap_err();
+        assert!(single.to_string().contains("multi_queue"), "{single}");
+        assert_eq!(
+            Tap::open_queues("ct4", 1500, Filter::Open, 1)
+                .unwrap()
+                .len(),
+            1
+        );
+    });
+}
+
 #[test]
 fn errors_name_the_interface() {
     in_namespace(|| {

@@ -11,10 +11,14 @@
 //! start; who sends over a virtual link (veth, bridge) must compute its checksums itself
 //! (`ethtool -K NAME tx off`), because nobody completes them on the way.
 //!
-//! All frames leave by the first queue, so that a flow stays in order. Starting pins the area,
+//! With several shards each has an end of the NIC ([`XdpNic::open_shards`]): shard i the queues q with
+//! q % shards == i, all behind one program. The first end watches the interface, the others follow.
+//!
+//! All frames of an end leave by its first queue, so that a flow stays in order. Starting pins the area,
 //! guest RAM included, which takes as long as touching all of it. Does not configure addresses
 //! or queues, and does not steer flows.
 
+mod common;
 mod copies;
 mod cut;
 mod error;
@@ -31,7 +35,7 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use colo_bpf::{AddressOwner, AttachMode, Groups, GuestFrames, LinkChannel, Mac, XdpProgram};
+use colo_bpf::{AddressOwner, AttachMode, Groups, LinkChannel, Mac, XdpProgram};
 use colo_compare::{Frames, Token};
 use serde::{Deserialize, Serialize};
 
@@ -40,8 +44,8 @@ use crate::clock::now_us;
 use crate::frame::{FramePool, slot_bytes_for};
 use crate::ring::xsk::{CopyMode, Descriptor, Interface, Umem};
 
+use common::{Attachment, Common};
 use copies::Copies;
-use membership::Membership;
 use queue::{PIECES_MAX, Queue, Use};
 use recover::RETRY_US;
 use timer::Timer;
@@ -145,7 +149,7 @@ impl XdpNicConfig {
 /// registered memory, so the guest's RAM is registered only where it is sent from.
 #[derive(Debug)]
 struct Memory {
-    /// The area up to the end of the slots: for the first queue.
+    /// The area up to the end of the slots: for the first queue of this end.
     whole: Umem,
     /// The slots alone, and where they start: for the other queues, which only receive.
     slots: Option<Umem>,
@@ -156,7 +160,15 @@ struct Memory {
 #[derive(Debug)]
 pub struct XdpNic {
     config: XdpNicConfig,
-    program: XdpProgram,
+    common: Arc<Common>,
+    /// Which end of the NIC this is.
+    shard: u32,
+    /// What its sockets are bound under.
+    attachment: Option<Attachment>,
+    /// Changes of what is common that it has heeded.
+    heeded: u64,
+    /// What the guest hears, as this end knows.
+    filter: Filter,
     interface: Interface,
     memory: Option<Memory>,
     queues: Vec<Queue>,
@@ -170,7 +182,6 @@ pub struct XdpNic {
     /// When to try again, while there are no queues.
     retry_at_us: Option<u64>,
     host_addresses: Vec<IpAddr>,
-    membership: Option<Membership>,
     /// With [`Groups::Copied`].
     copies: Option<Copies>,
     watch: Option<Watch>,
@@ -181,16 +192,31 @@ pub struct XdpNic {
 impl XdpNic {
     /// Looks at the interface and loads the program. Nothing is attached or bound yet.
     pub fn open(config: XdpNicConfig) -> Result<Self, XdpNicError> {
+        let common = Self::look_at(&config, 1)?;
+        Self::end(config, Arc::new(common), 0)
+    }
+
+    /// The same with an end for each of so many shards. The first is to be started first.
+    pub fn open_shards(config: XdpNicConfig, shards: usize) -> Result<Vec<Self>, XdpNicError> {
+        let shards = shards.max(1) as u32;
+        let common = Arc::new(Self::look_at(&config, shards)?);
+        let end = |shard| Self::end(config.clone(), common.clone(), shard);
+        (0..shards).map(end).collect()
+    }
+
+    /// Looks whether the interface will do, and loads the program.
+    fn look_at(config: &XdpNicConfig, shards: u32) -> Result<Common, XdpNicError> {
         let interface = Interface::find(&config.interface)?;
         interface.mac()?;
         let mtu = interface.mtu()?;
         if mtu < u32::from(config.mtu) {
             return Err(XdpNicError::Mtu {
-                interface: config.interface,
+                interface: config.interface.clone(),
                 mtu,
                 wanted: config.mtu,
             });
         }
+        enough_queues(&config.interface, interface.rx_queues()?, shards)?;
         let mut program = XdpProgram::load()?;
         program.set_groups(config.groups)?;
         program.set_link_channel(config.link)?;
@@ -200,13 +226,27 @@ impl XdpNic {
         for address in &config.addresses {
             program.set_address(*address, AddressOwner::Guest)?;
         }
+        let (name, macs) = (&config.interface, config.macs.clone());
+        Common::new(name, program, macs, config.filter, shards).map_err(|source| {
+            XdpNicError::Watch {
+                interface: name.clone(),
+                source,
+            }
+        })
+    }
+
+    fn end(config: XdpNicConfig, common: Arc<Common>, shard: u32) -> Result<Self, XdpNicError> {
         let timer = Timer::new().map_err(|source| XdpNicError::Watch {
             interface: config.interface.clone(),
             source,
         })?;
         Ok(Self {
-            program,
-            interface,
+            interface: Interface::find(&config.interface)?,
+            common,
+            shard,
+            attachment: None,
+            heeded: 0,
+            filter: config.filter,
             memory: None,
             queues: Vec::new(),
             uses: Box::default(),
@@ -216,7 +256,6 @@ impl XdpNic {
             has_link: true,
             retry_at_us: None,
             host_addresses: Vec::new(),
-            membership: None,
             copies: None,
             watch: None,
             timer,
@@ -236,41 +275,30 @@ impl XdpNic {
     }
 
     fn apply_filter(&mut self, filter: Filter) -> Result<(), XdpNicError> {
-        if let Filter::Guest(mac) = filter
-            && !self.config.macs.contains(&mac)
-        {
-            self.program.add_guest_mac(mac)?;
-            self.config.macs.push(mac);
-        }
-        if let Some(membership) = &self.membership {
-            let told = match filter {
-                Filter::Guest(mac) => membership.add_mac(mac),
-                Filter::Open => membership.add_everybody(),
-                Filter::DropAll => Ok(()),
-            };
-            told.map_err(|source| self.address_error(source))?;
-        }
-        self.program.set_guest_frames(match filter {
-            Filter::Open => GuestFrames::Everything,
-            Filter::Guest(_) => GuestFrames::Accept,
-            Filter::DropAll => GuestFrames::Drop,
-        })?;
-        if let (Filter::DropAll, Some(copies)) = (self.config.filter, &mut self.copies) {
-            copies.discard();
-        }
-        self.config.filter = filter;
+        self.common.set_filter(filter)?;
+        self.heed_filter();
         Ok(())
     }
 
+    /// What came before the guest was to hear anything is not for it.
+    fn heed_filter(&mut self) {
+        let filter = self.common.filter();
+        if let (Filter::DropAll, Some(copies)) = (self.filter, &mut self.copies) {
+            copies.discard();
+        }
+        self.filter = filter;
+    }
+
     fn set_host_addresses(&mut self, addresses: &[IpAddr]) -> Result<(), XdpNicError> {
+        let program = &mut self.common.control().program;
         for old in &self.host_addresses {
             if !addresses.contains(old) && !self.config.addresses.contains(old) {
-                self.program.remove_address(*old)?;
+                program.remove_address(*old)?;
             }
         }
         for address in addresses {
             if !self.config.addresses.contains(address) {
-                self.program.set_address(*address, AddressOwner::Host)?;
+                program.set_address(*address, AddressOwner::Host)?;
             }
         }
         self.host_addresses = addresses.to_vec();
@@ -285,10 +313,13 @@ impl XdpNic {
     }
 
     fn receive_all(&mut self, frames: &mut FramePool, out: &mut VecDeque<Token>, max: usize) {
+        if self.common.is_closed() {
+            return self.throw_away(frames);
+        }
         let mut left = max;
         if let Some(copies) = &mut self.copies {
             let before = out.len();
-            match self.config.filter {
+            match self.filter {
                 // Rule 24: the guest hears nothing yet.
                 Filter::DropAll => copies.discard(),
                 // Groups come by the queues like all else.
@@ -304,6 +335,31 @@ impl XdpNic {
             }
         }
     }
+
+    /// Gives up what has come so far: it came before the guest was to hear anything (rule 24).
+    fn throw_away(&mut self, frames: &mut FramePool) {
+        if let Some(copies) = &mut self.copies {
+            copies.discard();
+        }
+        let mut early = VecDeque::new();
+        for queue in &mut self.queues {
+            queue.receive(frames, &mut self.uses, &mut early, usize::MAX, &self.stats);
+        }
+        for token in early {
+            frames.release(token);
+        }
+    }
+}
+
+fn enough_queues(interface: &str, queues: u32, shards: u32) -> Result<(), XdpNicError> {
+    if queues < shards {
+        return Err(XdpNicError::FewQueues {
+            interface: interface.to_owned(),
+            queues,
+            shards,
+        });
+    }
+    Ok(())
 }
 
 impl Nic for XdpNic {
@@ -367,6 +423,12 @@ impl Nic for XdpNic {
     }
 
     fn flush(&mut self, frames: &mut FramePool) -> io::Result<()> {
+        if self.common.changes() != self.heeded {
+            self.heed(frames);
+        }
+        if self.common.is_closed() {
+            self.throw_away(frames);
+        }
         if let Some(seen) = self.watch.as_ref().and_then(Watch::changed) {
             self.look(frames, &seen);
         }
@@ -392,6 +454,9 @@ impl Nic for XdpNic {
         }
         if let Some(copies) = &self.copies {
             fds.extend(poll_for(copies.poll_fd(), wants_frames, false));
+        }
+        if self.common.shards() > 1 {
+            fds.extend(poll_for(self.common.poll_fd(self.shard), true, false));
         }
         if let Some(watch) = &self.watch {
             fds.extend(poll_for(watch.poll_fd(), true, false));
@@ -423,7 +488,10 @@ impl Nic for XdpNic {
         if let Some(copies) = &self.copies {
             all.push(("group_copies_too_long", copies.too_long()));
         }
-        if let Ok(program) = self.program.counters() {
+        // All ends together; the first one tells.
+        if self.shard == 0
+            && let Ok(program) = self.common.control().program.counters()
+        {
             all.extend([
                 ("xdp_host_frames", program.host_frames),
                 ("xdp_host_neighbour_frames", program.host_neighbour_frames),
@@ -470,7 +538,8 @@ impl Nic for XdpNic {
     }
 
     fn has_link(&self) -> bool {
-        self.has_link && self.retry_at_us.is_none()
+        let is_bound = self.shard == 0 || self.attachment.is_some();
+        self.has_link && self.retry_at_us.is_none() && is_bound
     }
 
     fn recall(&mut self, frames: &mut FramePool) {

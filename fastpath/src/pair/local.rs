@@ -4,6 +4,8 @@
 //! other's by [`AHEAD_MAX`] frames waits. There is no state to copy: a checkpoint counts as taken as soon as it
 //! is asked for, so this measures and tests the packet path, it protects nothing.
 //!
+//! For one shard: what the SVM sends is compared by the worker that takes it.
+//!
 //! Does not feed the guests: frames from the NIC stay there. Does not wake for the SVM: the worker must poll
 //! ([`PollMode::Busy`](crate::worker::PollMode::Busy)).
 

@@ -47,6 +47,10 @@ impl PrimaryPath {
             _ if self.limits.canary_equal => Content::Matched,
             (PolicyAction::Release, _) => Content::Free,
             (PolicyAction::Hold, _) => Content::Wait,
+            // What it acknowledges may be input of another shard, of which this one knows nothing (rule 5).
+            _ if self.limits.crossing_frames > 0 && head.packet.is_fragment_of_tcp() => {
+                Content::Wait
+            }
             (_, Some(tcp)) => {
                 let ignored = policy.ignored();
                 flow.judge_segment(head, &tcp, ignored, &mut self.ledger, frames)

@@ -30,6 +30,7 @@ pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 
+const TCP_PROTOCOL: u8 = 6;
 const UDP_SUM_AT: u8 = 6;
 const ICMP_SUM_AT: u8 = 2;
 
@@ -128,6 +129,12 @@ impl Layout {
             Some(tcp) => tcp.is_plain_data,
             None => self.sum_at == UDP_SUM_AT,
         }
+    }
+
+    /// A part of a segment: its connection cannot be told.
+    pub(crate) fn is_fragment_of_tcp(&self) -> bool {
+        self.fragment
+            .is_some_and(|fragment| fragment.protocol == TCP_PROTOCOL)
     }
 
     /// Untagged IPv4 without options, and not a fragment.

@@ -61,6 +61,20 @@ pub enum XdpNicError {
         /// For how many queues.
         queues: u32,
     },
+    /// Every shard needs a queue.
+    #[error(
+        "net.interface: \"{interface}\" has {queues} receive queues, but host.shards = {shards} needs \
+         at least as many; `ethtool -L {interface} combined {shards}` (or `rx {shards} tx {shards}`), \
+         or lower host.shards"
+    )]
+    FewQueues {
+        /// Which.
+        interface: String,
+        /// How many it has.
+        queues: u32,
+        /// How many shards there are.
+        shards: u32,
+    },
     /// The probe of one queue failed.
     #[error(
         "probe: a frame for the guest that comes by queue {queue} of \"{interface}\" would not \

@@ -5,20 +5,19 @@
 //!
 //! Does not watch what becomes of it.
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use colo_bpf::{Attach, Groups, GuestFrames};
-use colo_compare::Frames;
+use colo_bpf::{Attach, Groups, GuestFrames, XdpProgram};
 use tracing::info;
 
+use super::common::Attachment;
 use super::copies::Copies;
 use super::membership::Membership;
 use super::queue::{Queue, Use};
 use super::watch::{Seen, Watch};
-use super::{Memory, XdpNic, XdpNicError, XdpNicMode};
+use super::{Memory, XdpNic, XdpNicError, XdpNicMode, enough_queues};
 use crate::frame::{FramePool, LINK_HEADER_MAX};
 use crate::nic::{Filter, Nic};
 use crate::ring::xsk::{BindOptions, Interface, Umem, UmemSettings, XskError, XskSocket};
@@ -31,15 +30,19 @@ const RING_ENTRIES: u32 = 2048;
 impl XdpNic {
     /// Puts the NIC to use. On an error nothing is bound or attached.
     pub(super) fn bring_up(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
-        let up = self.try_modes(frames);
+        let up = self.prepare(frames).and_then(|()| match self.shard {
+            0 => self.try_modes(frames),
+            _ => self.follow(frames, BUSY_MAX),
+        });
         if up.is_err() {
             self.close_queues(frames);
-            self.program.detach();
+            self.common.control().program.detach();
         }
         up
     }
 
-    fn try_modes(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
+    /// Shows the kernel the memory.
+    fn prepare(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
         self.uses = (0..frames.free_slots()).map(|_| Use::default()).collect();
         let whole = register(frames, 0, frames.area().mapped_bytes())?;
         self.memory = Some(Memory {
@@ -47,8 +50,13 @@ impl XdpNic {
             slots: None,
             slots_at: frames.slots_place().0 as u64,
         });
+        Ok(())
+    }
+
+    fn try_modes(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
         let seen = Seen::of(&self.config.interface);
         self.has_link = seen.has_link;
+        self.common.set_link(seen.has_link);
         self.set_host_addresses(&seen.addresses)?;
         let mut reasons = Vec::new();
         let mut refused = None;
@@ -112,26 +120,84 @@ impl XdpNic {
     ) -> Result<(), XdpNicError> {
         let name = &self.config.interface;
         self.interface = Interface::find(name)?;
-        self.program.detach();
+        let (index, queues) = (self.interface.index(), self.interface.rx_queues()?);
+        enough_queues(name, queues, self.common.shards())?;
+        self.common.release();
+        let promiscuous = matches!(self.common.filter(), Filter::Open);
+        let mut control = self.common.control();
+        control.program.detach();
         // Rule 24: nothing of the guest gets through before the filter says so.
-        self.program.set_guest_frames(GuestFrames::Drop)?;
-        self.program.attach(name, Attach::Only(mode.attach()))?;
-        let promiscuous = matches!(self.config.filter, Filter::Open);
-        let joined = Membership::join(self.interface.index(), &self.config.macs, promiscuous);
-        self.membership = Some(joined.map_err(|source| self.address_error(source))?);
+        control.program.set_guest_frames(GuestFrames::Drop)?;
+        control.program.attach(name, Attach::Only(mode.attach()))?;
+        let joined = Membership::join(index, &control.macs, promiscuous);
+        control.membership = Some(joined.map_err(|source| self.address_error(source))?);
+        drop(control);
         if self.config.groups == Groups::Copied {
-            let copies = Copies::open(self.interface.index(), self.config.mtu);
+            let copies = Copies::open(index, self.config.mtu);
             self.copies = Some(copies.map_err(|source| self.address_error(source))?);
         }
-        let queues = self.interface.rx_queues()?;
-        for queue in 0..queues {
-            self.open_queue(frames, queue, queues, mode, patience)?;
+        self.open_share(frames, queues, mode, patience)?;
+        let attachment = self.common.attached(Attachment {
+            number: 0,
+            index,
+            mode,
+            multi_buffer: self.multi_buffer,
+            queues,
+        });
+        self.settle_on(frames, attachment)
+    }
+
+    /// Binds this end's queues under what the first end has attached, if it has.
+    pub(super) fn follow(
+        &mut self,
+        frames: &mut FramePool,
+        patience: Duration,
+    ) -> Result<(), XdpNicError> {
+        let Some(attachment) = self.common.attachment() else {
+            return Ok(());
+        };
+        self.interface = Interface::find(&self.config.interface)?;
+        if self.interface.index() != attachment.index {
+            // The first end will see it, too.
+            return Ok(());
         }
-        self.probe(frames)?;
-        self.apply_filter(self.config.filter)?;
+        (self.mode, self.multi_buffer) = (attachment.mode, attachment.multi_buffer);
+        self.has_link = self.common.has_link();
+        self.open_share(frames, attachment.queues, attachment.mode, patience)?;
+        self.unpark(frames);
+        self.settle_on(frames, attachment)
+    }
+
+    fn settle_on(
+        &mut self,
+        frames: &mut FramePool,
+        attachment: Attachment,
+    ) -> Result<(), XdpNicError> {
+        self.attachment = Some(attachment);
+        let ready = self.common.ready(self.shard, &attachment);
+        // What came while the probe ran is not the guest's.
+        self.throw_away(frames);
+        ready
+    }
+
+    /// Binds what this end does not have yet of its share of `queues`.
+    pub(super) fn open_share(
+        &mut self,
+        frames: &mut FramePool,
+        queues: u32,
+        mode: XdpNicMode,
+        patience: Duration,
+    ) -> Result<(), XdpNicError> {
+        let shards = self.common.shards();
+        let share = (self.shard..queues).step_by(shards as usize);
+        let count = share.len() as u32;
+        for queue in share.skip(self.queues.len()) {
+            self.open_queue(frames, queue, count, mode, patience)?;
+        }
         Ok(())
     }
 
+    /// Binds one of `queues` of this end.
     pub(super) fn open_queue(
         &mut self,
         frames: &mut FramePool,
@@ -171,7 +237,8 @@ impl XdpNic {
             });
         }
         let socket = bound?;
-        self.program.set_guest_socket(queue, socket.as_fd())?;
+        let set = |program: &mut XdpProgram| program.set_guest_socket(queue, socket.as_fd());
+        set(&mut self.common.control().program)?;
         // Half of the slots are for what comes, the others for what goes.
         let target = self.uses.len() / 2 / queues.max(1) as usize;
         if target == 0 {
@@ -196,7 +263,7 @@ impl XdpNic {
         let Some(memory) = &mut self.memory else {
             return Ok(None);
         };
-        if queue == 0 {
+        if queue == self.shard {
             return Ok(Some((memory.whole.clone(), 0)));
         }
         let slots = match &memory.slots {
@@ -208,37 +275,6 @@ impl XdpNic {
             }
         };
         Ok(Some((slots, memory.slots_at)))
-    }
-
-    /// Rule 24: shows for every queue that the program leads the guest's frames to a socket. What
-    /// comes meanwhile is not the guest's yet and is thrown away.
-    fn probe(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
-        let probed = self.probe_queues();
-        let closed = self.program.set_guest_frames(GuestFrames::Drop);
-        let mut early = VecDeque::new();
-        self.receive_all(frames, &mut early, usize::MAX);
-        for token in early {
-            frames.release(token);
-        }
-        probed?;
-        Ok(closed?)
-    }
-
-    fn probe_queues(&mut self) -> Result<(), XdpNicError> {
-        let Some(&mac) = self.config.macs.first() else {
-            return Ok(());
-        };
-        let index = self.interface.index();
-        self.program.set_guest_frames(GuestFrames::Accept)?;
-        for queue in 0..self.interface.rx_queues()? {
-            if !self.program.takes_from(index, queue, mac)? {
-                return Err(XdpNicError::Probe {
-                    interface: self.config.interface.clone(),
-                    queue,
-                });
-            }
-        }
-        Ok(())
     }
 }
 

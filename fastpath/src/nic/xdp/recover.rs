@@ -11,6 +11,7 @@ use colo_compare::Frames;
 use tracing::{debug, info, warn};
 
 use super::XdpNic;
+use super::common::Attachment;
 use super::queue::Use;
 use super::watch::Seen;
 use crate::clock::now_us;
@@ -28,7 +29,10 @@ impl XdpNic {
         for queue in self.queues.drain(..) {
             queue.close(frames);
         }
-        self.membership = None;
+        self.attachment = None;
+        if self.shard == 0 {
+            self.common.release();
+        }
         self.copies = None;
         for (slot, place) in (0..).zip(&mut self.uses) {
             match std::mem::take(place) {
@@ -57,6 +61,7 @@ impl XdpNic {
         let name = &self.config.interface;
         if self.has_link != seen.has_link {
             self.has_link = seen.has_link;
+            self.common.set_link(seen.has_link);
             if seen.has_link {
                 info!("{name}: the link is back");
             } else {
@@ -71,25 +76,54 @@ impl XdpNic {
             self.retry_at_us = Some(0);
             return;
         }
-        let bound = self.queues.len() as u32;
+        let bound = self.attachment.map_or(0, |attachment| attachment.queues);
         let is_same = seen.index == Some(self.interface.index());
         if !is_same || seen.rx_queues < bound {
             self.lose(frames);
         } else if seen.rx_queues > bound {
-            self.add_queues(frames, bound, seen.rx_queues);
+            self.common.has_queues(seen.rx_queues);
+            self.add_queues(frames, seen.rx_queues);
         }
     }
 
-    pub(super) fn add_queues(&mut self, frames: &mut FramePool, bound: u32, queues: u32) {
-        for queue in bound..queues {
-            let added = self.open_queue(frames, queue, queues, self.mode, Duration::ZERO);
-            if let Err(e) = added {
-                warn!("{}: {e}", self.config.interface);
-                self.stats.return_failures.add(1);
-                return self.lose(frames);
+    /// Heeds what another end has changed.
+    pub(super) fn heed(&mut self, frames: &mut FramePool) {
+        self.heeded = self.common.changes();
+        self.common.seen(self.shard);
+        self.heed_filter();
+        let now = self.common.attachment();
+        let number = |attachment: Option<Attachment>| attachment.map(|a| a.number);
+        if self.shard == 0 {
+            // Another end has found that its queues are not reached.
+            if now.is_none() && self.attachment.is_some() {
+                self.lose(frames);
             }
-            self.stats.queues_added.add(1);
+            return;
         }
+        self.has_link = self.common.has_link();
+        if number(now) != number(self.attachment) {
+            self.close_queues(frames);
+            self.retry_at_us = now.map(|_| 0);
+        } else if let Some(now) = now
+            && self.attachment != Some(now)
+        {
+            self.add_queues(frames, now.queues);
+        }
+    }
+
+    fn add_queues(&mut self, frames: &mut FramePool, queues: u32) {
+        let before = self.queues.len();
+        let added = self.open_share(frames, queues, self.mode, Duration::ZERO);
+        if let Err(e) = added {
+            warn!("{}: {e}", self.config.interface);
+            self.stats.return_failures.add(1);
+            return self.lose(frames);
+        }
+        if let Some(attachment) = &mut self.attachment {
+            attachment.queues = queues;
+        }
+        let added = self.queues.len() - before;
+        self.stats.queues_added.add(added as u64);
         info!("{}: {}", self.config.interface, self.describe());
     }
 
@@ -105,13 +139,24 @@ impl XdpNic {
 
     /// Tries to use a lost NIC again, in the mode that was chosen.
     pub(super) fn come_back(&mut self, frames: &mut FramePool) {
-        match self.open_queues(frames, self.mode, Duration::ZERO) {
+        let back = match self.shard {
+            0 => self.open_queues(frames, self.mode, Duration::ZERO),
+            _ => self.follow(frames, Duration::ZERO),
+        };
+        match back {
             Ok(()) => {
                 self.retry_at_us = None;
+                if self.attachment.is_none() {
+                    // The first end is not back yet; it tells when it is.
+                    return;
+                }
                 self.stats.nic_returns.add(1);
                 info!("{}: back, {}", self.config.interface, self.describe());
             }
             Err(e) => {
+                if self.shard != 0 {
+                    self.close_queues(frames);
+                }
                 self.stats.return_failures.add(1);
                 debug!("{}: {e}", self.config.interface);
                 self.retry_at_us = Some(now_us() + RETRY_US);

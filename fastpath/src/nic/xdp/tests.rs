@@ -54,17 +54,20 @@ struct End {
 
 impl End {
     fn new(config: XdpNicConfig) -> Self {
-        let ram = Arc::new(GuestRam::new(4 << 20, Pages::Small).unwrap());
-        let stats = Arc::<WorkerStats>::default();
-        let area = ram.area().clone();
-        let mut nic = XdpNic::open(config).unwrap();
-        let mut frames = FramePool::in_area(area, SLOTS, nic.slot_bytes(), stats).unwrap();
-        frames.set_guest(ram.clone());
-        nic.start(&mut frames).unwrap();
-        let mut end = Self { nic, frames, ram };
+        let mut end = Self::of(XdpNic::open(config).unwrap());
         // The carrier of a veth pair comes a moment after it is up.
         end.until(|end| end.nic.has_link.then_some(()));
         end
+    }
+
+    fn of(mut nic: XdpNic) -> Self {
+        let ram = Arc::new(GuestRam::new(4 << 20, Pages::Small).unwrap());
+        let stats = Arc::<WorkerStats>::default();
+        let area = ram.area().clone();
+        let mut frames = FramePool::in_area(area, SLOTS, nic.slot_bytes(), stats).unwrap();
+        frames.set_guest(ram.clone());
+        nic.start(&mut frames).unwrap();
+        Self { nic, frames, ram }
     }
 
     fn flush(&mut self) {
@@ -523,6 +526,152 @@ fn queues_that_are_added_are_bound() {
         assert_eq!(far.counter("xdp_guest_unbound_frames"), 0);
         near.end();
         far.end();
+    });
+}
+
+/// Sends by a queue of `near`, which comes by the same queue of the other end.
+fn send_by(near: &mut End, queue: usize, bytes: &[u8]) {
+    near.nic.queues.swap(0, queue);
+    near.send(bytes);
+    near.until(|end| end.is_idle());
+    near.nic.queues.swap(0, queue);
+}
+
+/// Works as all workers together do until all say so.
+fn until_all(ends: &mut [End], mut is_so: impl FnMut(&End) -> bool) {
+    let begun = Instant::now();
+    loop {
+        ends.iter_mut().for_each(End::flush);
+        if ends.iter().all(&mut is_so) {
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "never");
+        let mut fds = Vec::new();
+        for end in &*ends {
+            end.nic.poll_fds(false, false, &mut fds);
+        }
+        // SAFETY: the pollfds live through the call.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, 10) };
+    }
+}
+
+#[test]
+fn each_shard_has_its_queues_behind_one_program() {
+    with_veth(5, 1500, || {
+        let mut near = End::new(config("a0", NEAR));
+        let closed = XdpNicConfig {
+            filter: Filter::DropAll,
+            ..config("a1", FAR)
+        };
+        let mut far: Vec<End> = XdpNic::open_shards(closed, 2)
+            .unwrap()
+            .into_iter()
+            .map(End::of)
+            .collect();
+        until_all(&mut far, |end| end.nic.has_link);
+        let queues = |far: &[End]| [far[0].nic.queues.len(), far[1].nic.queues.len()];
+        assert_eq!(queues(&far), [3, 2]);
+        for queue in 0..5 {
+            send_by(&mut near, queue, &frame(FAR, 60, queue));
+        }
+        far[0].until(|end| (end.counter("xdp_guest_dropped_frames") >= 5).then_some(()));
+        assert!(far.iter_mut().all(|end| end.take().is_none()));
+
+        // Whichever end opens the filter opens it for all.
+        far[1].nic.set_filter(Filter::Guest(FAR)).unwrap();
+        let check = |near: &mut End, far: &mut [End], queues: usize| {
+            for queue in 0..queues {
+                let sent = frame(FAR, 200, queue);
+                send_by(near, queue, &sent);
+                assert_eq!(far[queue % 2].receive(), sent);
+                assert_eq!(far[1 - queue % 2].take(), None);
+            }
+            for end in far {
+                end.send(&frame(NEAR, 100, 9));
+                assert_eq!(near.receive(), frame(NEAR, 100, 9));
+                end.until(|end| end.is_idle());
+            }
+        };
+        check(&mut near, &mut far, 5);
+
+        // Its loss and return is that of all ends.
+        ip("link del a1");
+        until_all(&mut far, |end| end.nic.queues.is_empty());
+        near.until(|end| end.nic.retry_at_us.map(drop));
+        assert!(far[0].nic.describe().ends_with("lost"));
+        make_veth(3, 1500);
+        until_all(&mut far, |end| {
+            end.nic.attachment.is_some() && end.nic.has_link
+        });
+        near.until(|end| (end.nic.retry_at_us.is_none() && end.nic.has_link).then_some(()));
+        assert_eq!(queues(&far), [2, 1]);
+        check(&mut near, &mut far, 3);
+
+        // With fewer queues than shards it stays lost until there are enough.
+        ip("link del a1");
+        until_all(&mut far, |end| end.nic.queues.is_empty());
+        make_veth(1, 1500);
+        let failures = far[0].counter("return_failures");
+        until_all(&mut far[..1], |end| {
+            end.counter("return_failures") > failures + 2
+        });
+        assert_eq!(queues(&far), [0, 0]);
+        ip("link del a1");
+        make_veth(2, 1500);
+        until_all(&mut far, |end| {
+            end.nic.attachment.is_some() && end.nic.has_link
+        });
+        near.until(|end| (end.nic.queues.len() == 2 && end.nic.has_link).then_some(()));
+        check(&mut near, &mut far, 2);
+        near.end();
+        far.into_iter().for_each(End::end);
+    });
+}
+
+#[test]
+fn queues_that_are_added_go_to_their_shards() {
+    with_veth(4, 1500, || {
+        set_queues("a0", 4);
+        set_queues("a1", 2);
+        let mut near = End::new(config("a0", NEAR));
+        let ends = XdpNic::open_shards(config("a1", FAR), 2).unwrap();
+        let mut far: Vec<End> = ends.into_iter().map(End::of).collect();
+        until_all(&mut far, |end| {
+            end.nic.has_link && end.nic.queues.len() == 1
+        });
+        set_queues("a1", 4);
+        until_all(&mut far, |end| end.nic.queues.len() == 2);
+        for queue in 0..4 {
+            let sent = frame(FAR, 60, queue);
+            send_by(&mut near, queue, &sent);
+            // A veth with fewer queues than its peer is no native one, and then all comes by the first.
+            let take = |far: &mut [End]| {
+                far.iter_mut().find_map(|end| {
+                    end.flush();
+                    end.take()
+                })
+            };
+            assert_eq!(near.until(|_| take(&mut far)), sent);
+        }
+        assert_eq!(far[0].counter("xdp_guest_unbound_frames"), 0);
+        near.end();
+        far.into_iter().for_each(End::end);
+    });
+}
+
+#[test]
+fn fewer_queues_than_shards_are_refused_by_name() {
+    with_veth(2, 1500, || {
+        let refused = XdpNic::open_shards(config("a0", NEAR), 3).unwrap_err();
+        let text = refused.to_string();
+        for part in [
+            "\"a0\" has 2 receive queues",
+            "host.shards = 3",
+            "ethtool -L a0",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(XdpNic::open_shards(config("a0", NEAR), 2).unwrap().len(), 2);
     });
 }
 
