@@ -30,6 +30,8 @@ mod figures;
 mod pages;
 mod place;
 mod service;
+mod stabilise;
+mod stabilise_guest;
 mod transfer;
 mod transfer_uring;
 mod transfer_ways;
@@ -65,6 +67,8 @@ enum Benchmark {
     Checkpoint(checkpoint::CheckpointArgs),
     /// What it costs to find out how a page of a checkpoint travels, beside a memcpy of it
     Pages(pages::PagesArgs),
+    /// What it takes to keep dirty pages while the guest runs on: copies, write protection, beside a memcpy
+    Stabilise(stabilise::StabiliseArgs),
     /// What a comparison costs, beside a memcmp and QEMU's comparator
     Compare(compare::CompareArgs),
     /// How fast packets go through the fast path, beside what others do with them
@@ -94,6 +98,7 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
         Benchmark::Failover(args) => failover::run(args, &place)?,
         Benchmark::Checkpoint(args) => checkpoint::run(args, &place)?,
         Benchmark::Pages(args) => pages::run(args)?,
+        Benchmark::Stabilise(args) => stabilise::run(args)?,
         Benchmark::Compare(args) => compare::run(args, &place)?,
         Benchmark::Datapath(args) => datapath::run(args, &place)?,
         Benchmark::Transfer(args) => transfer::run(args)?,

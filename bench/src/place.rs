@@ -38,6 +38,8 @@ pub(crate) enum BenchError {
     },
     #[error("colo compare --sockets asked for {requests} checkpoints though all frames were equal")]
     Compared { requests: u64 },
+    #[error("the guest of the measurement cannot {what}: {why}")]
+    Guest { what: &'static str, why: String },
     #[error("the measurement failed: {0}")]
     Failed(String),
     #[error("the pair lost its protection during the measurement; primary's status: {0}")]

@@ -5,7 +5,7 @@
 //!   `KVM_DIRTY_LOG_INITIALLY_SET` the start protects nothing at one go either. Kernels without manual protection do
 //!   both with one call.
 //! - *Ring* (`KVM_CAP_DIRTY_LOG_RING_ACQ_REL`): one ring of page numbers for each vCPU. Collecting costs what was written,
-//!   whatever the size of RAM; a full ring stops its vCPU, whose thread then collects (see [`DirtyTracker::ring_full`]).
+//!   whatever the size of RAM; a full ring stops its vCPU, whose thread then collects.
 //!
 //! Invariants: a page that [`DirtyTracker::take`] gives is protected again when it returns, so a copy made afterwards has
 //! all that was written before, and what is written later comes with the next call; a full ring loses nothing; off, KVM
@@ -125,8 +125,9 @@ pub struct DirtyTracker {
 impl DirtyTracker {
     /// For a machine without vCPUs whose RAM is slot `slot`; off at first.
     ///
-    /// `Auto` is the bitmap: with it the pause is as short or shorter up to the RAM sizes that a machine can have here
-    /// (`colo bench stabilise` measures both), and it needs no memory for each vCPU and never stops one.
+    /// `Auto` is the bitmap: it collects 1000 and 10 000 pages in about half the ring's time, 100 in somewhat more
+    /// (`colo bench stabilise`, about 100 MiB of RAM; larger RAM, where reading the bitmap grows, is not measured), and it
+    /// needs no memory for each vCPU and never stops one.
     pub fn new(
         fd: Arc<VmFd>,
         ram: Arc<GuestRam>,

@@ -6,7 +6,7 @@
 //! - *Copy*: all pages go into an arena before the guest goes on.
 //! - *Protect*: the pages are write-protected in the guest's mapping ([`GuestView`]) with userfaultfd. A vCPU that writes to one
 //!   waits until a thread has saved it. The host has a mapping of its own, which is never protected: its writes ask the
-//!   [`WriteGuard`](colo_fastpath::ring::WriteGuard) of RAM, which saves the page on the spot, without a fault, a lock or a
+//!   [`WriteGuard`] of RAM, which saves the page on the spot, without a fault, a lock or a
 //!   system call (rule 15).
 //! - *Mixed*: pages that the set before had too, which the guest will likely write again at once, are copied, the others
 //!   protected.
@@ -58,7 +58,7 @@ const PARALLEL_PAGES: usize = 8192;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StabilisePolicy {
-    /// Whatever will steal less time from the guest.
+    /// Whatever is predicted to steal less time from the guest. Not to be relied on yet: see [`StableCost::stall_us`].
     #[default]
     Auto,
     /// All pages are copied.

@@ -29,7 +29,9 @@ pub struct StableCost {
     pub pause_us: u64,
     /// Writes of the guest that had to wait until a page was saved.
     pub faults: u64,
-    /// How long they waited together.
+    /// How long they waited together, from when a thread has taken up the fault, plus a calibrated constant. How long it
+    /// waited to be taken up is missing: on a busy host that is most of it, so this, and what the model learns from it, is
+    /// far too low. `lost_us` of `colo bench stabilise` is what the guest itself lost.
     pub stall_us: u64,
     /// Pages that the host saved before it wrote.
     pub host_saves: u64,
