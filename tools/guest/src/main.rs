@@ -58,7 +58,7 @@ extern "C" fn start(start_info: u64) -> ! {
 
 fn run(options: &Options, heap_bytes: usize) -> ! {
     let clock = Clock::new(options.tsc_khz, options.wall_ns);
-    let mut device = match net::NetDevice::new(options.device_base) {
+    let mut device = match net::NetDevice::new(options.device_base, options.pairs) {
         Ok(device) => device,
         Err(error) => fail(&error),
     };
@@ -74,6 +74,9 @@ fn run(options: &Options, heap_bytes: usize) -> ! {
     match addresses.networks.first() {
         Some(network) => say(format_args!("colo-guest ready ip={}\n", network.address())),
         None => say(format_args!("colo-guest ready\n")),
+    }
+    if device.pairs() > 1 {
+        say(format_args!("colo-guest queue pairs {}\n", device.pairs()));
     }
     server.set_link(device.link_is_up());
     let mut busy_us = clock.now_us();

@@ -2,13 +2,15 @@
 //!
 //! Invariants: every received buffer goes back to the device as soon as its frame is consumed; a
 //! transmit buffer is reused only after the device returned it; when none is free, nothing is
-//! offered to the stack, so nothing is lost.
+//! offered to the stack, so nothing is lost. With several queue pairs a flow is always sent by the same one, which need
+//! not be the one that it is received by.
 //!
 //! Does not use offloads: all checksums are made and checked in software. The link is watched, not obeyed: what is
 //! sent without one is lost as on a wire, and sent again by whoever cares.
 
 use crate::virtio_mmio::{DeviceError, Register, Window};
 use crate::virtqueue::{BUFFER_BYTES, Queue, Used};
+use alloc::vec;
 use alloc::vec::Vec;
 use colo_guest_server::FrameDevice;
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -23,22 +25,104 @@ const MTU_DEFAULT: usize = 1500;
 const FEATURE_MTU: u32 = 3;
 const FEATURE_MAC: u32 = 5;
 const FEATURE_STATUS: u32 = 16;
+const FEATURE_CTRL_VQ: u32 = 17;
+const FEATURE_MQ: u32 = 22;
 const FEATURE_EVENT_IDX: u32 = 29;
 const FEATURE_VERSION_1: u32 = 32;
 const CONFIG_STATUS: usize = 6;
+const CONFIG_PAIRS: usize = 8;
 const CONFIG_MTU: usize = 10;
 /// `VIRTIO_NET_S_LINK_UP`, in the low byte of the status.
 const LINK_UP: u8 = 1;
+/// Class and command of `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`.
+const PAIRS_SET: [u8; 2] = [4, 0];
+/// Entries of the control queue, one command at a time.
+const CONTROL_SIZE: u16 = 4;
 /// `InterruptStatus`: the configuration has changed.
 const CONFIG_CHANGE: u32 = 2;
+
+/// The transmit queues.
+struct Senders {
+    senders: Vec<Sender>,
+    /// Frames on their way to the queue of their flow.
+    scratch: Vec<u8>,
+}
+
+struct Sender {
+    queue: Queue,
+    /// Buffers that the device does not hold.
+    free: Vec<u16>,
+}
+
+impl Sender {
+    fn new(window: &Window, pair: usize) -> Result<Self, DeviceError> {
+        let queue = Queue::new(window, 2 * pair as u32 + 1, QUEUE_SIZE, false)?;
+        let free = (0..queue.size()).rev().collect();
+        Ok(Self { queue, free })
+    }
+
+    fn room(&mut self) -> usize {
+        if self.has_few() {
+            while let Some(used) = self.queue.take_used() {
+                self.free.push(used.id);
+            }
+        }
+        self.free.len()
+    }
+
+    fn has_few(&self) -> bool {
+        self.free.len() < usize::from(QUEUE_SIZE / 4)
+    }
+
+    /// Sends a frame of `len` bytes that `fill` writes.
+    fn send<R>(&mut self, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+        assert!(
+            len <= BUFFER_BYTES - HEADER_BYTES,
+            "the MTU keeps frames within a buffer"
+        );
+        let Some(id) = self.free.pop() else {
+            unreachable!("a transmission is given out only when a buffer is free");
+        };
+        // SAFETY: the buffer is free, so only this function touches it; header and frame fit it.
+        let frame = unsafe {
+            let buffer = self.queue.buffer(id);
+            buffer.write_bytes(0, HEADER_BYTES);
+            core::slice::from_raw_parts_mut(buffer.add(HEADER_BYTES), len)
+        };
+        let result = fill(frame);
+        self.queue.submit(id, Some(HEADER_BYTES + len));
+        result
+    }
+}
+
+impl Senders {
+    fn send<R>(&mut self, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+        if let [sender] = &mut self.senders[..] {
+            return sender.send(len, fill);
+        }
+        // The flow is known when the frame is there.
+        let frame = &mut self.scratch[..len];
+        let result = fill(frame);
+        let number = flow_number(frame) % self.senders.len();
+        self.senders[number].send(len, |to| to.copy_from_slice(frame));
+        result
+    }
+
+    /// Nobody knows yet by which queue the next frame leaves.
+    fn room(&mut self) -> usize {
+        self.senders.iter_mut().map(Sender::room).min().unwrap_or(0)
+    }
+}
 
 /// The network device.
 pub struct NetDevice {
     window: Window,
-    guest_rx: Queue,
-    guest_tx: Queue,
-    /// Transmit buffers that the device does not hold.
-    free: Vec<u16>,
+    /// Receive queues in use, at least one.
+    guest_rx: Vec<Queue>,
+    /// Which of them is next, if it has a frame.
+    turn: usize,
+    /// As many transmit queues.
+    guest_tx: Senders,
     mac: [u8; 6],
     mtu: usize,
     /// What the device says of its link, if it says anything.
@@ -46,8 +130,8 @@ pub struct NetDevice {
 }
 
 impl NetDevice {
-    /// Starts the device whose registers are at `base`.
-    pub fn new(base: usize) -> Result<Self, DeviceError> {
+    /// Starts the device whose registers are at `base`, with as many queue pairs as it offers, but `pairs_max` at most.
+    pub fn new(base: usize, pairs_max: usize) -> Result<Self, DeviceError> {
         // SAFETY: the address comes from the VMM's command line, and only this driver uses it.
         let window = unsafe { Window::new(base) }?;
         let wanted = [
@@ -55,33 +139,55 @@ impl NetDevice {
             (FEATURE_EVENT_IDX, "EVENT_IDX"),
             (FEATURE_MAC, "MAC"),
         ];
-        let chosen = window.negotiate(&wanted, &[FEATURE_MTU, FEATURE_STATUS])?;
+        let optional = [FEATURE_MTU, FEATURE_STATUS, FEATURE_CTRL_VQ, FEATURE_MQ];
+        let chosen = window.negotiate(&wanted, &optional)?;
+        let has = |feature: u32| chosen & (1 << feature) != 0;
         let mac = core::array::from_fn(|i| window.config8(i));
-        let mtu = if chosen & (1 << FEATURE_MTU) == 0 {
-            MTU_DEFAULT
+        let mtu = if has(FEATURE_MTU) {
+            config16(&window, CONFIG_MTU)
         } else {
-            usize::from(u16::from_le_bytes([
-                window.config8(CONFIG_MTU),
-                window.config8(CONFIG_MTU + 1),
-            ]))
+            MTU_DEFAULT
         };
         // smoltcp needs 1280 for IPv6, and a frame must fit one buffer.
         let mtu = mtu.clamp(1280, BUFFER_BYTES - HEADER_BYTES - ETHERNET_HEADER);
-        let mut guest_rx = Queue::new(&window, 0, QUEUE_SIZE, true)?;
-        let guest_tx = Queue::new(&window, 1, QUEUE_SIZE, false)?;
+        let offered = if has(FEATURE_MQ) && has(FEATURE_CTRL_VQ) {
+            config16(&window, CONFIG_PAIRS)
+        } else {
+            1
+        };
+        let count = offered.min(pairs_max).max(1);
+        let receiver = |pair| Queue::new(&window, 2 * pair as u32, QUEUE_SIZE, true);
+        let mut guest_rx = (0..count).map(receiver).collect::<Result<Vec<_>, _>>()?;
+        let sender = |pair| Sender::new(&window, pair);
+        let senders = (0..count).map(sender).collect::<Result<Vec<_>, _>>()?;
+        let control = (offered > 1)
+            .then(|| Queue::new(&window, 2 * offered as u32, CONTROL_SIZE, true))
+            .transpose()?;
         window.start();
-        for id in 0..guest_rx.size() {
-            guest_rx.submit(id, None);
+        let link = has(FEATURE_STATUS).then(|| link_is_up(&window));
+        for queue in &mut guest_rx {
+            for id in 0..queue.size() {
+                queue.submit(id, None);
+            }
+            queue.tell(&window);
         }
-        guest_rx.tell(&window);
-        let says_link = chosen & (1 << FEATURE_STATUS) != 0;
-        let link = says_link.then(|| link_is_up(&window));
-        let free = (0..guest_tx.size()).rev().collect();
+        if let Some(mut control) = control
+            && count > 1
+        {
+            let [low, high] = (count as u16).to_le_bytes();
+            let [class, command] = PAIRS_SET;
+            if control.command(&window, &[class, command, low, high]) != 0 {
+                return Err(DeviceError::Pairs(count));
+            }
+        }
         Ok(Self {
             window,
             guest_rx,
-            guest_tx,
-            free,
+            turn: 0,
+            guest_tx: Senders {
+                senders,
+                scratch: vec![0; BUFFER_BYTES],
+            },
             mac,
             mtu,
             link,
@@ -91,6 +197,11 @@ impl NetDevice {
     /// The MAC address.
     pub fn mac(&self) -> [u8; 6] {
         self.mac
+    }
+
+    /// Queue pairs in use.
+    pub fn pairs(&self) -> usize {
+        self.guest_rx.len()
     }
 
     /// Whether there is a link; a device that does not say always has one.
@@ -113,25 +224,33 @@ impl NetDevice {
 
     /// Asks to be woken by the next frame; false when one is already there.
     pub fn arm_receive(&mut self) -> bool {
-        self.guest_rx.arm()
+        // All are armed, also behind one that has something.
+        let armed = |quiet, queue: &mut Queue| queue.arm() & quiet;
+        self.guest_rx.iter_mut().fold(true, armed)
     }
 
-    /// Asks to be woken when a transmit buffer comes back; false when one already has.
+    /// Asks to be woken when a transmit buffer comes back where few are left; false when one already has.
     pub fn arm_transmit(&mut self) -> bool {
-        self.guest_tx.arm()
+        let senders = self.guest_tx.senders.iter_mut();
+        let few = senders.filter(|sender| sender.has_few());
+        few.fold(true, |quiet, sender| sender.queue.arm() & quiet)
     }
 
-    fn reclaim(&mut self) {
-        while let Some(used) = self.guest_tx.take_used() {
-            self.free.push(used.id);
+    /// The next received frame, and the receive queue that has it.
+    fn next_used(&mut self) -> Option<(usize, Used)> {
+        for _ in 0..self.guest_rx.len() {
+            if let Some(used) = self.guest_rx[self.turn].peek_used() {
+                return Some((self.turn, used));
+            }
+            self.turn = (self.turn + 1) % self.guest_rx.len();
         }
+        None
     }
 
-    fn frame(&self, used: Used) -> &[u8] {
-        let len = used.len.max(HEADER_BYTES) - HEADER_BYTES;
-        // SAFETY: the device returned the buffer and does not touch it until it is submitted again,
-        // which needs `&mut self`; the length is at most that of the buffer.
-        unsafe { core::slice::from_raw_parts(self.guest_rx.buffer(used.id).add(HEADER_BYTES), len) }
+    /// Takes the frame that [`Self::next_used`] gave; then it is the next queue's turn.
+    fn take(&mut self, queue: usize) {
+        self.guest_rx[queue].take_used();
+        self.turn = (queue + 1) % self.guest_rx.len();
     }
 }
 
@@ -139,28 +258,59 @@ fn link_is_up(window: &Window) -> bool {
     window.config8(CONFIG_STATUS) & LINK_UP != 0
 }
 
+fn config16(window: &Window, at: usize) -> usize {
+    let bytes = [at, at + 1].map(|at| window.config8(at));
+    usize::from(u16::from_le_bytes(bytes))
+}
+
+fn frame_len(used: Used) -> usize {
+    used.len.max(HEADER_BYTES) - HEADER_BYTES
+}
+
+/// A number that all frames of a flow have, from addresses and ports (FNV-1a).
+fn flow_number(frame: &[u8]) -> usize {
+    let (protocol, addresses, ports) = match frame.get(12..14) {
+        Some([0x08, 0x00]) => (23, 26..34, 34..38),
+        Some([0x86, 0xdd]) => (20, 22..54, 54..58),
+        _ => return 0,
+    };
+    let has_ports = matches!(frame.get(protocol), Some(6 | 17));
+    let ports = frame.get(ports).filter(|_| has_ports).unwrap_or_default();
+    let addresses = frame.get(addresses).unwrap_or_default();
+    let mix = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    let hash = addresses.iter().chain(ports).fold(0x811c_9dc5, mix);
+    (hash >> 16) as usize
+}
+
 impl FrameDevice for NetDevice {
     fn front(&mut self) -> Option<&[u8]> {
-        let used = self.guest_rx.peek_used()?;
-        Some(self.frame(used))
+        let (queue, used) = self.next_used()?;
+        // SAFETY: the device returned the buffer and does not touch it until it is submitted again,
+        // which needs `&mut self`; the length is at most that of the buffer.
+        Some(unsafe {
+            let buffer = self.guest_rx[queue].buffer(used.id);
+            core::slice::from_raw_parts(buffer.add(HEADER_BYTES), frame_len(used))
+        })
     }
 
     fn discard(&mut self) {
-        if let Some(used) = self.guest_rx.take_used() {
-            self.guest_rx.submit(used.id, None);
+        if let Some((queue, used)) = self.next_used() {
+            self.take(queue);
+            self.guest_rx[queue].submit(used.id, None);
         }
     }
 
     fn room(&mut self) -> usize {
-        if self.free.len() < usize::from(QUEUE_SIZE / 4) {
-            self.reclaim();
-        }
-        self.free.len()
+        self.guest_tx.room()
     }
 
     fn flush(&mut self) {
-        self.guest_tx.tell(&self.window);
-        self.guest_rx.tell(&self.window);
+        for sender in &mut self.guest_tx.senders {
+            sender.queue.tell(&self.window);
+        }
+        for queue in &mut self.guest_rx {
+            queue.tell(&self.window);
+        }
     }
 }
 
@@ -172,30 +322,21 @@ impl Device for NetDevice {
         if self.room() == 0 {
             return None;
         }
-        let used = self.guest_rx.take_used()?;
-        let len = used.len.max(HEADER_BYTES) - HEADER_BYTES;
+        let (queue, used) = self.next_used()?;
+        self.take(queue);
         let received = Received {
-            queue: &mut self.guest_rx,
+            queue: &mut self.guest_rx[queue],
             id: used.id,
-            len,
+            len: frame_len(used),
         };
-        Some((
-            received,
-            Transmission {
-                queue: &mut self.guest_tx,
-                free: &mut self.free,
-            },
-        ))
+        Some((received, Transmission(&mut self.guest_tx)))
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Transmission<'_>> {
         if self.room() == 0 {
             return None;
         }
-        Some(Transmission {
-            queue: &mut self.guest_tx,
-            free: &mut self.free,
-        })
+        Some(Transmission(&mut self.guest_tx))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -230,28 +371,10 @@ impl Drop for Received<'_> {
 }
 
 /// The right to send one frame.
-pub struct Transmission<'a> {
-    queue: &'a mut Queue,
-    free: &'a mut Vec<u16>,
-}
+pub struct Transmission<'a>(&'a mut Senders);
 
 impl TxToken for Transmission<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        assert!(
-            len <= BUFFER_BYTES - HEADER_BYTES,
-            "the MTU keeps frames within a buffer"
-        );
-        let Some(id) = self.free.pop() else {
-            unreachable!("a transmission is given out only when a buffer is free");
-        };
-        // SAFETY: the buffer is free, so only this function touches it; header and frame fit it.
-        let frame = unsafe {
-            let buffer = self.queue.buffer(id);
-            buffer.write_bytes(0, HEADER_BYTES);
-            core::slice::from_raw_parts_mut(buffer.add(HEADER_BYTES), len)
-        };
-        let result = f(frame);
-        self.queue.submit(id, Some(HEADER_BYTES + len));
-        result
+        self.0.send(len, f)
     }
 }

@@ -1,7 +1,7 @@
 //! The command line.
 //!
 //! `virtio_mmio.device=SIZE@ADDRESS:IRQ` `tsc_khz=N` `wall_ns=N` come from the VMM;
-//! `ip=ADDRESS/PREFIX` `ip6=ADDRESS/PREFIX` `gw=ADDRESS` `gw6=ADDRESS` `spin_us=N` (polling before
+//! `pairs=N` (queue pairs used at most), `ip=ADDRESS/PREFIX` `ip6=ADDRESS/PREFIX` `gw=ADDRESS` `gw6=ADDRESS` `spin_us=N` (polling before
 //! sleep) from the configuration. Other words are ignored, as Linux does.
 
 use alloc::vec::Vec;
@@ -12,6 +12,8 @@ use smoltcp::wire::{IpCidr, Ipv4Address, Ipv4Cidr, Ipv6Address, Ipv6Cidr};
 
 /// Two guests, two workers and a client often share two processors: sleep soon.
 const SPIN_US: i64 = 20;
+/// Each pair takes 1 MiB of buffers.
+const PAIRS_MAX: usize = 8;
 const PREFIX_IPV4: u8 = 24;
 const PREFIX_IPV6: u8 = 64;
 const TSC_KHZ_MIN: u64 = 1000;
@@ -45,6 +47,8 @@ pub struct Options {
     pub wall_ns: u64,
     /// Polling before sleep.
     pub spin_us: i64,
+    /// Queue pairs used at most.
+    pub pairs: usize,
     networks: Vec<IpCidr>,
     gateway_ipv4: Option<Ipv4Address>,
     gateway_ipv6: Option<Ipv6Address>,
@@ -55,6 +59,7 @@ impl Options {
     pub fn parse(text: &str) -> Result<Self, OptionError> {
         let mut options = Self {
             spin_us: SPIN_US,
+            pairs: PAIRS_MAX,
             ..Self::default()
         };
         for word in text.split_ascii_whitespace() {
@@ -83,6 +88,7 @@ impl Options {
                 self.tsc_khz = tsc_khz.ok_or(OptionError::Bad("tsc_khz"))?;
             }
             "wall_ns" => self.wall_ns = number(value, "wall_ns")?,
+            "pairs" => self.pairs = number(value, "pairs")?,
             "spin_us" => self.spin_us = number(value, "spin_us")?,
             "ip" => {
                 let (address, prefix) = network(value, PREFIX_IPV4, 32, "ip")?;

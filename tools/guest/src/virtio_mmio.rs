@@ -13,6 +13,8 @@ pub enum DeviceError {
     Refused,
     /// The device has no queue of this number.
     NoQueue(u32),
+    /// The device does not let so many of its queue pairs be used.
+    Pairs(usize),
 }
 
 impl core::fmt::Display for DeviceError {
@@ -21,6 +23,9 @@ impl core::fmt::Display for DeviceError {
             Self::NotNetwork => write!(f, "no virtio-mmio network device at the given address"),
             Self::Lacks(feature) => write!(f, "the network device does not offer {feature}"),
             Self::Refused => write!(f, "the network device refuses the features chosen"),
+            Self::Pairs(pairs) => {
+                write!(f, "the network device refuses to use {pairs} queue pairs")
+            }
             Self::NoQueue(queue) => write!(f, "the network device has no queue {queue}"),
         }
     }

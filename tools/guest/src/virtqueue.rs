@@ -12,6 +12,7 @@ use core::sync::atomic::{AtomicU16, Ordering, fence};
 pub const BUFFER_BYTES: usize = 2048;
 const PAGE: usize = 4096;
 const DESCRIPTOR_BYTES: usize = 16;
+const NEXT: u16 = 1;
 const DEVICE_WRITES: u16 = 2;
 
 /// What the device returned.
@@ -66,7 +67,7 @@ impl Queue {
         };
         let flags = if device_writes { DEVICE_WRITES } else { 0 };
         for id in 0..size {
-            queue.write_descriptor(id, BUFFER_BYTES as u32, flags);
+            queue.write_descriptor(id, BUFFER_BYTES as u32, flags, 0);
         }
         window.write(Register::QueueNum, u32::from(size));
         let [low, high] = [Register::QueueDescLow, Register::QueueDescHigh];
@@ -93,7 +94,7 @@ impl Queue {
     /// Gives a buffer to the device; `len` counts for buffers that the device reads.
     pub fn submit(&mut self, id: u16, len: Option<usize>) {
         if let Some(len) = len {
-            self.write_descriptor(id, len as u32, 0);
+            self.write_descriptor(id, len as u32, 0, 0);
         }
         let slot = 2 + usize::from(self.avail_index % self.size);
         // SAFETY: the slot lies within the avail ring; the device does not read it before the index
@@ -103,6 +104,25 @@ impl Queue {
         // The descriptor and the slot must be visible before the index.
         self.word(self.avail, 1)
             .store(self.avail_index, Ordering::Release);
+    }
+
+    /// Sends a command and waits for the device's answer, one byte. Only on a queue that has no other use.
+    pub fn command(&mut self, window: &Window, command: &[u8]) -> u8 {
+        let (request, answer) = (self.buffer(0), self.buffer(1));
+        // SAFETY: both buffers are at rest, as each command is waited for, and longer than any command.
+        unsafe {
+            request.copy_from_nonoverlapping(command.as_ptr(), command.len());
+            answer.write(u8::MAX);
+        }
+        self.write_descriptor(0, command.len() as u32, NEXT, 1);
+        self.write_descriptor(1, 1, DEVICE_WRITES, 0);
+        self.submit(0, None);
+        self.tell(window);
+        while self.take_used().is_none() {
+            core::hint::spin_loop();
+        }
+        // SAFETY: the device has returned the buffer.
+        unsafe { answer.read_volatile() }
     }
 
     /// Takes the next buffer that the device returned.
@@ -167,14 +187,14 @@ impl Queue {
         !self.has_used()
     }
 
-    fn write_descriptor(&self, id: u16, len: u32, flags: u16) {
+    fn write_descriptor(&self, id: u16, len: u32, flags: u16, next: u16) {
         // SAFETY: the table has `size` entries of 16 bytes, and the device does not hold this one.
         unsafe {
             let entry = self.descriptors.add(usize::from(id) * DESCRIPTOR_BYTES);
             entry.cast::<u64>().write_volatile(self.buffer(id) as u64);
             entry.add(8).cast::<u32>().write_volatile(len);
             entry.add(12).cast::<u16>().write_volatile(flags);
-            entry.add(14).cast::<u16>().write_volatile(0);
+            entry.add(14).cast::<u16>().write_volatile(next);
         }
     }
 
