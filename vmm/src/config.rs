@@ -18,6 +18,7 @@ use colo_fastpath::link::Packets;
 use colo_fastpath::nic::XdpNicMode;
 use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
+use colo_fastpath::shard::SHARDS_MAX;
 use colo_fastpath::worker::PollMode;
 use serde::{Deserialize, Deserializer};
 
@@ -196,8 +197,11 @@ pub struct NetConfig {
 pub struct HostConfig {
     /// How the worker waits.
     pub poll: PollMode,
-    /// The CPU the worker is pinned to.
-    pub cpu: Option<usize>,
+    /// Packet workers, each with a queue pair of the guest's.
+    pub shards: usize,
+    /// The CPUs that the workers are pinned to: one for each, or none. In a file one CPU may be a plain number.
+    #[serde(deserialize_with = "cpus")]
+    pub cpu: Vec<usize>,
     /// Unix socket for `colo status`.
     pub status: Option<PathBuf>,
     /// Frames in flight at most.
@@ -208,11 +212,36 @@ pub struct HostConfig {
     pub stages: bool,
 }
 
+impl HostConfig {
+    /// The CPU that a worker is pinned to.
+    pub fn cpu_of(&self, shard: usize) -> Option<usize> {
+        self.cpu.get(shard).copied()
+    }
+}
+
+/// One number, or a list of them.
+fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usize>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(
+        untagged,
+        expecting = "expected the number of a CPU, or a list of them"
+    )]
+    enum Cpus {
+        One(usize),
+        Each(Vec<usize>),
+    }
+    Ok(match Cpus::deserialize(deserializer)? {
+        Cpus::One(cpu) => vec![cpu],
+        Cpus::Each(cpus) => cpus,
+    })
+}
+
 impl Default for HostConfig {
     fn default() -> Self {
         Self {
             poll: PollMode::default(),
-            cpu: None,
+            shards: 1,
+            cpu: Vec::new(),
             status: None,
             frame_slots: 8192,
             tx: TxMode::default(),
@@ -513,14 +542,18 @@ impl Check<'_> {
         let cpus = std::thread::available_parallelism()
             .map_or(1, usize::from)
             .max(host_cpus());
-        let exists = host.cpu.is_none_or(|cpu| cpu < cpus);
-        let value = host.cpu.unwrap_or(0);
+        let good = (1..=SHARDS_MAX).contains(&host.shards);
+        self.that(good, "host.shards", host.shards, "choose between 1 and 8")?;
+        let missing = host.cpu.iter().find(|&&cpu| cpu >= cpus);
         self.that(
-            exists,
+            missing.is_none(),
             "host.cpu",
-            value,
+            missing.unwrap_or(&0),
             "this host has no such CPU; they count from 0",
         )?;
+        let named = [0, host.shards].contains(&host.cpu.len());
+        let advice = "name one CPU for each of host.shards, or none";
+        self.that(named, "host.cpu", format!("{:?}", host.cpu), advice)?;
         let good = (64..=1 << 20).contains(&host.frame_slots);
         self.that(
             good,

@@ -43,6 +43,21 @@ fn a_good_file_gives_defaults_and_absolute_paths() {
 }
 
 #[test]
+fn each_shard_may_have_a_cpu() {
+    let host = |lines: &str| {
+        let text = GOOD.replace("poll = \"interrupt\"", lines);
+        parse(&text).unwrap().host
+    };
+    assert_eq!((host("").shards, host("").cpu_of(0)), (1, None));
+    assert_eq!(host("cpu = 0").cpu_of(0), Some(0));
+    let two = host("shards = 2\ncpu = [0, 0]");
+    assert_eq!(
+        (two.shards, two.cpu_of(1), two.cpu_of(2)),
+        (2, Some(0), None)
+    );
+}
+
+#[test]
 fn errors_name_file_field_value_and_remedy() {
     for (from, to, expected) in [
         (
@@ -75,6 +90,27 @@ fn errors_name_file_field_value_and_remedy() {
         ("52:54", "5254", "is not like \"52:54:00:c0:10:01\""),
         ("poll = \"interrupt\"", "poll = \"never\"", "never"),
         ("poll = \"interrupt\"", "cpu = 4096", "host.cpu = 4096"),
+        (
+            "poll = \"interrupt\"",
+            "shards = 2\ncpu = [0, 4096]",
+            "host.cpu = 4096",
+        ),
+        (
+            "poll = \"interrupt\"",
+            "shards = 2\ncpu = 0",
+            "host.cpu = [0]: name one CPU for each of host.shards",
+        ),
+        (
+            "poll = \"interrupt\"",
+            "cpu = \"one\"",
+            "expected the number of a CPU, or a list of them",
+        ),
+        ("poll = \"interrupt\"", "shards = 0", "host.shards = 0"),
+        (
+            "poll = \"interrupt\"",
+            "shards = 9",
+            "host.shards = 9: choose between 1 and 8",
+        ),
         ("poll = \"interrupt\"", "polll = 1", "polll"),
         ("file:generation", "etcd:x", "replication.arbiter = etcd:x"),
         ("10.78.0.2:7600", "10.78.0.1:7600", "replication.link_peer"),

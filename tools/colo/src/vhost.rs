@@ -64,7 +64,7 @@ fn try_run(path: &Path) -> Result<(), VhostError> {
     let worker_config = WorkerConfig {
         name: "worker".into(),
         poll: config.host.poll,
-        cpu: config.host.cpu,
+        cpu: config.host.cpu_of(0),
         frame_slots: config.host.frame_slots,
         tx: config.host.tx,
         stages: config.host.stages,

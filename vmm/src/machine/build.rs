@@ -13,7 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use colo_fastpath::net_offer::NetOffer;
 use colo_fastpath::nic::Nic;
 use colo_fastpath::ring::{Call, GuestRam, MemoryError};
-use colo_fastpath::worker::{PortWiring, WorkerConfig, WorkerGone, WorkerHandle};
+use colo_fastpath::worker::{PortWiring, WorkerConfig, WorkerGone, WorkerHandle, spawn_shards};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::checkpoint::dirty::DirtySnapshot;
@@ -78,8 +78,15 @@ pub enum MachineError {
     #[error(transparent)]
     Worker(#[from] WorkerGone),
     /// A machine needs one, and cannot have more ends of it than queue pairs.
-    #[error("a NIC of {0} ends; a machine needs 1 to {PAIRS_MAX}")]
-    Nics(usize),
+    #[error(
+        "host.shards = {shards}: the NIC has {ends} ends; there must be one for each shard, 1 to {PAIRS_MAX}"
+    )]
+    Nics {
+        /// What the configuration asks for.
+        shards: usize,
+        /// What there is.
+        ends: usize,
+    },
     /// A thread or descriptor.
     #[error("no descriptors or threads for the machine: {0}")]
     Host(#[from] io::Error),
@@ -153,7 +160,11 @@ impl Machine {
 
         let interrupt = EventFd::new(EFD_NONBLOCK)?;
         let call = Arc::new(Call::new(interrupt.try_clone()?));
-        let kicks = add_doorbells(&vm, nics.len())?;
+        let (shards, ends) = (config.host.shards, nics.len());
+        if shards != ends || !(1..=PAIRS_MAX).contains(&ends) {
+            return Err(MachineError::Nics { shards, ends });
+        }
+        let kicks = add_doorbells(&vm, shards)?;
         let workers = spawn_workers(&config.host, nics, &ram, &call, &kicks)?;
         let offer = NetOffer {
             guest_checksum: config.net.guest_checksum,
@@ -233,7 +244,8 @@ impl Machine {
         self.vcpus.len()
     }
 
-    /// Reads all devices as one record. vCPUs are paused and the workers are quiesced (they stay so).
+    /// Reads all devices as one record. vCPUs are paused and the workers are quiesced, several of them at one cut
+    /// ([`Machine::quiesce_workers`]); they stay so.
     pub fn save_devices(&self) -> Result<Vec<u8>, MachineError> {
         let mut live = Vec::with_capacity(2 * self.workers.len());
         for worker in &self.workers {
@@ -304,9 +316,6 @@ impl Drop for Machine {
 /// A doorbell for each queue pair: the driver writes the number of the queue (virtio 1.3 section 4.2.2). With one pair
 /// there is no other queue, and whatever is written rings.
 fn add_doorbells(vm: &Vm, pairs: usize) -> Result<Vec<EventFd>, MachineError> {
-    if !(1..=PAIRS_MAX).contains(&pairs) {
-        return Err(MachineError::Nics(pairs));
-    }
     let notify = MMIO_BASE + NOTIFY_OFFSET;
     let mut kicks = Vec::with_capacity(pairs);
     for pair in 0..pairs {
@@ -330,17 +339,16 @@ fn spawn_workers(
     call: &Arc<Call>,
     kicks: &[EventFd],
 ) -> io::Result<Vec<WorkerHandle>> {
-    let mut workers = Vec::with_capacity(nics.len());
-    for (shard, (nic, kick)) in nics.into_iter().zip(kicks).enumerate() {
-        let wiring = PortWiring {
+    let mut wirings = Vec::with_capacity(kicks.len());
+    for kick in kicks {
+        wirings.push(PortWiring {
             ram: ram.clone(),
             call: call.clone(),
             kick: kick.try_clone()?,
-        };
-        let config = worker_config(host, shard);
-        let spawned = colo_fastpath::worker::spawn(config, nic, wiring);
-        workers.push(spawned.inspect_err(|_| workers.iter().for_each(WorkerHandle::stop))?);
+        });
     }
+    let configs = (0..kicks.len()).map(|shard| worker_config(host, shard));
+    let workers = spawn_shards(configs.collect(), nics, wirings)?;
     for worker in workers.iter().skip(1) {
         // One end speaks for the NIC. A worker that has ended shows nothing anyway.
         let _ = worker.execute(|edge, _| edge.hide_link());
@@ -355,7 +363,7 @@ fn worker_config(host: &HostConfig, shard: usize) -> WorkerConfig {
             shard => format!("worker{shard}"),
         },
         poll: host.poll,
-        cpu: host.cpu,
+        cpu: host.cpu_of(shard),
         frame_slots: host.frame_slots,
         tx: host.tx,
         stages: host.stages,

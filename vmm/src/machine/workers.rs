@@ -5,11 +5,9 @@
 use super::{Machine, MachineError};
 
 impl Machine {
-    /// Stops all workers at a packet boundary.
+    /// Stops all workers at one cut across them (rule 4).
     pub fn quiesce_workers(&self) -> Result<(), MachineError> {
-        for worker in self.workers() {
-            worker.quiesce()?;
-        }
+        colo_fastpath::worker::quiesce_all(self.workers())?;
         Ok(())
     }
 

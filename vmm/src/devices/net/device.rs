@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use colo_fastpath::net_offer::NetOffer;
 use colo_fastpath::ring::{Call, GuestRam, QUEUE_SIZE_MAX, QueueState};
-use colo_fastpath::worker::{PortState, WorkerGone, WorkerHandle};
+use colo_fastpath::worker::{PortState, WorkerGone, WorkerHandle, set_active_pairs};
 use tracing::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
@@ -234,9 +234,4 @@ impl Backend for Net {
 
 fn pairs_of(queues: &[QueueState]) -> impl Iterator<Item = PortState> {
     queues.as_chunks::<2>().0.iter().copied()
-}
-
-/// Tells the workers how many pairs the guest uses.
-fn set_active_pairs(_workers: &[WorkerHandle], _pairs: usize) -> Result<(), WorkerGone> {
-    Ok(())
 }
