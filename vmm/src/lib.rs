@@ -6,8 +6,11 @@
 pub mod checkpoint;
 pub mod config;
 pub mod devices;
+pub mod geometry;
 pub mod machine;
 pub mod nic;
 pub mod replication;
+pub mod requests;
+pub mod snapshot;
 pub mod status;
 pub mod testpoint;

@@ -98,22 +98,7 @@ pub struct StatusSocket {
 impl StatusSocket {
     /// Listens at `path`.
     pub fn bind(path: &Path) -> Result<Self, StatusError> {
-        let failed = |source| StatusError::Io {
-            path: path.to_owned(),
-            source,
-        };
-        match std::fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(StatusError::NotASocket(path.to_owned()));
-            }
-            Ok(_) if UnixStream::connect(path).is_ok() => {
-                return Err(StatusError::InUse(path.to_owned()));
-            }
-            Ok(_) => std::fs::remove_file(path).map_err(failed)?,
-            Err(_) => {}
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = bind_socket(path)?;
         Ok(Self {
             listener,
             path: path.to_owned(),
@@ -140,6 +125,27 @@ impl Drop for StatusSocket {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
+}
+
+/// Listens at `path`, in place of a dead process, without waiting for clients.
+pub(crate) fn bind_socket(path: &Path) -> Result<UnixListener, StatusError> {
+    let failed = |source| StatusError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(StatusError::NotASocket(path.to_owned()));
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => {
+            return Err(StatusError::InUse(path.to_owned()));
+        }
+        Ok(_) => std::fs::remove_file(path).map_err(failed)?,
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok(listener)
 }
 
 /// Asks the process behind a status socket.

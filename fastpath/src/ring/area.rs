@@ -93,6 +93,35 @@ impl Area {
         Ok(at)
     }
 
+    /// Puts a private mapping of a file over what is mapped at `at`: its pages come when they are
+    /// touched, and what is written stays here. Both `at` and `bytes` are whole pages.
+    pub(super) fn overlay(
+        &self,
+        at: usize,
+        bytes: usize,
+        file: &File,
+        offset: u64,
+    ) -> io::Result<()> {
+        let offset = libc::off_t::try_from(offset)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        let end = at.checked_add(bytes);
+        if end.is_none_or(|end| end > self.mapped_bytes()) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: the range lies in what this area has mapped (just checked), and all access to it is
+        // by raw pointers that see the new bytes as they would see another writer's.
+        let mapped = unsafe {
+            let place = self.base().add(at).cast();
+            libc::mmap(place, bytes, protection, flags, file.as_raw_fd(), offset)
+        };
+        match mapped {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    }
+
     fn map(
         &self,
         bytes: usize,

@@ -215,6 +215,21 @@ impl GuestRam {
         self.host_dirty.len()
     }
 
+    /// Makes the bytes of `file` from `offset` on the contents of RAM, which must be one region. They are
+    /// read when they are touched; the file is never written. Before anybody uses this RAM, and with
+    /// small pages.
+    pub fn overlay(&self, file: &File, offset: u64) -> Result<(), MemoryError> {
+        let bytes = self.bytes();
+        let refused = |source| MemoryError::Map { bytes, source };
+        if self.regions.len() != 1 {
+            return Err(refused(io::ErrorKind::Unsupported.into()));
+        }
+        // The first region lies at the area's start.
+        self.area
+            .overlay(0, bytes as usize, file, offset)
+            .map_err(refused)
+    }
+
     /// Where the first region's mapping starts, for the memory slot. The mapping lives as long as
     /// `self`.
     pub fn host_address(&self) -> u64 {

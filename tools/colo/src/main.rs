@@ -8,6 +8,7 @@ mod compare_sockets;
 mod demo;
 mod replica;
 mod run;
+mod snapshot;
 mod status;
 mod stop;
 mod vhost;
@@ -38,7 +39,15 @@ enum Command {
     Run {
         /// Configuration file
         config: PathBuf,
+        /// Start where this snapshot left the machine, not with its kernel
+        #[arg(long, value_name = "FILE")]
+        restore: Option<PathBuf>,
+        /// Read and check all pages of the snapshot first
+        #[arg(long, requires = "restore")]
+        verify: bool,
     },
+    /// Write a running machine to a file, from which `colo run --restore` can start it
+    Snapshot(snapshot::SnapshotArgs),
     /// Run a virtual machine that a secondary can join
     Primary {
         /// Configuration file
@@ -81,7 +90,18 @@ enum Command {
 fn main() -> ExitCode {
     log_to_stderr();
     match Arguments::parse().command {
-        Command::Run { config } => run::run(&config),
+        Command::Run {
+            config,
+            restore,
+            verify,
+        } => {
+            let snapshot = restore.as_deref();
+            run::run(
+                &config,
+                snapshot.map(|snapshot| run::Restore { snapshot, verify }),
+            )
+        }
+        Command::Snapshot(arguments) => snapshot::run(&arguments),
         Command::Primary { config } => replica::run(&config, replica::Part::Primary),
         Command::Secondary { config } => replica::run(&config, replica::Part::Secondary),
         Command::Vhost { config } => vhost::run(&config),

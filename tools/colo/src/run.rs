@@ -11,14 +11,19 @@ use std::time::Instant;
 
 use colo_fastpath::nic::Filter;
 use colo_vmm::config::{Config, ConfigError, Kernel};
-use colo_vmm::machine::{BootError, Machine, MachineError, VmExit};
+use colo_vmm::machine::{BootError, Events, Machine, MachineError, VmExit};
 use colo_vmm::nic::{self, NicError};
 use colo_vmm::replication::ReplicaError;
+use colo_vmm::requests::RequestSocket;
+use colo_vmm::snapshot::{self, Snapshot, SnapshotError};
 use colo_vmm::status::{MachineStatus, StatusError, StatusSocket};
 use tracing::{error, info};
 
 use crate::BAD_CONFIGURATION;
 use crate::stop::{Stop, catch_signals};
+
+/// Packet workers of a machine that is not replicated.
+const SHARDS: usize = 1;
 
 /// A machine could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +42,8 @@ pub(crate) enum RunError {
     NotReplicated { path: PathBuf, source: ReplicaError },
     #[error(transparent)]
     Replica(#[from] ReplicaError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     #[error("waiting failed: {0}")]
     Wait(#[from] io::Error),
 }
@@ -53,15 +60,25 @@ impl RunError {
             Self::Machine(MachineError::Boot { source, .. }) if image(source) => {
                 ExitCode::from(BAD_CONFIGURATION)
             }
-            Self::NotReplicated { .. } => ExitCode::from(BAD_CONFIGURATION),
+            Self::NotReplicated { .. } | Self::Snapshot(SnapshotError::Geometry { .. }) => {
+                ExitCode::from(BAD_CONFIGURATION)
+            }
             _ => ExitCode::FAILURE,
         }
     }
 }
 
+/// Where a machine starts from, if not from its kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Restore<'a> {
+    pub(crate) snapshot: &'a Path,
+    /// Read all pages before the machine starts.
+    pub(crate) verify: bool,
+}
+
 /// Runs the machine of a configuration file until it ends.
-pub(crate) fn run(path: &Path) -> ExitCode {
-    match try_run(path) {
+pub(crate) fn run(path: &Path, restore: Option<Restore<'_>>) -> ExitCode {
+    match try_run(path, restore) {
         Ok(VmExit::PowerOff | VmExit::Stopped) => ExitCode::SUCCESS,
         Ok(fault) => {
             error!("{fault}");
@@ -74,21 +91,22 @@ pub(crate) fn run(path: &Path) -> ExitCode {
     }
 }
 
-fn try_run(path: &Path) -> Result<VmExit, RunError> {
+fn try_run(path: &Path, restore: Option<Restore<'_>>) -> Result<VmExit, RunError> {
     let config = Config::read(path)?;
-    let image = guest_image(&config)?;
+    let snapshot = restore.map(|from| open(from, &config)).transpose()?;
     let stop = catch_signals()?;
     let status = config
         .host
         .status
         .as_deref()
-        .map(StatusSocket::bind)
+        .map(|path| Ok::<_, StatusError>((StatusSocket::bind(path)?, RequestSocket::bind(path)?)))
         .transpose()?;
-    let nic = nic::open(&config.net, Filter::Guest(config.net.mac))?;
-    let carrier = nic.describe();
-    let (machine, events) = Machine::create_stopped(&config, vec![nic], Box::new(io::stdout()))?;
-    machine.load(&image)?;
-    drop(image);
+    let (status, requests) = status.unzip();
+    let (machine, events, carrier) = match &snapshot {
+        Some(snapshot) => restored(&config, snapshot)?,
+        None => booted(&config)?,
+    };
+    drop(snapshot);
     let started = Instant::now();
     machine.resume_vcpus()?;
     info!("{} runs on {carrier}", config.vm.name);
@@ -98,7 +116,9 @@ fn try_run(path: &Path) -> Result<VmExit, RunError> {
         serde_json::to_value(status).unwrap_or_default()
     };
     loop {
-        wait(&stop, events.wake_fd().as_raw_fd(), status.as_ref())?;
+        let request_fd = requests.as_ref().map_or(-1, RequestSocket::poll_fd);
+        let event_fd = events.wake_fd().as_raw_fd();
+        wait(&stop, [event_fd, request_fd], status.as_ref())?;
         if let Some(event) = events.next() {
             info!("{}: {}", config.vm.name, event.exit);
             return Ok(event.exit);
@@ -110,7 +130,40 @@ fn try_run(path: &Path) -> Result<VmExit, RunError> {
         if let Some(status) = &status {
             status.answer(document);
         }
+        while let Some(request) = requests.as_ref().and_then(RequestSocket::next) {
+            snapshot::serve(request, &machine, &config);
+        }
     }
+}
+
+/// A snapshot that belongs to this configuration.
+fn open(from: Restore<'_>, config: &Config) -> Result<Snapshot, RunError> {
+    let snapshot = Snapshot::open(from.snapshot)?;
+    snapshot.check_geometry(config, SHARDS)?;
+    if from.verify {
+        snapshot.verify()?;
+    }
+    Ok(snapshot)
+}
+
+/// A machine in front of its kernel's first instruction.
+fn booted(config: &Config) -> Result<(Machine, Events, String), RunError> {
+    let image = guest_image(config)?;
+    let nic = nic::open(&config.net, Filter::Guest(config.net.mac))?;
+    let carrier = nic.describe();
+    let (machine, events) = Machine::create_stopped(config, vec![nic], Box::new(io::stdout()))?;
+    machine.load(&image)?;
+    Ok((machine, events, carrier))
+}
+
+/// A machine where a snapshot left it.
+fn restored(config: &Config, snapshot: &Snapshot) -> Result<(Machine, Events, String), RunError> {
+    let nic = nic::open(&config.net, Filter::Guest(config.net.mac))?;
+    let carrier = nic.describe();
+    let console = Box::new(io::stdout());
+    let (machine, events) = Machine::create_around(snapshot.ram()?, config, vec![nic], console)?;
+    snapshot.apply(&machine)?;
+    Ok((machine, events, carrier))
 }
 
 /// Reads or finds the guest's image.
@@ -122,15 +175,15 @@ pub(crate) fn guest_image(config: &Config) -> Result<Vec<u8>, RunError> {
     }
 }
 
-/// Until a signal, an event of the guest, or a status client. Without a guest, `events` is negative.
-pub(crate) fn wait(stop: &Stop, events: i32, status: Option<&StatusSocket>) -> io::Result<()> {
+/// Until a signal, a status client, or one of `others`, which are skipped if negative.
+pub(crate) fn wait(stop: &Stop, others: [i32; 2], status: Option<&StatusSocket>) -> io::Result<()> {
     let status = status.map_or(-1, StatusSocket::poll_fd);
-    let mut fds = [stop.poll_fd(), events, status].map(|fd| libc::pollfd {
+    let mut fds = [stop.poll_fd(), others[0], others[1], status].map(|fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
         revents: 0,
     });
-    // SAFETY: three pollfds on this stack; a negative descriptor is skipped.
+    // SAFETY: four pollfds on this stack; a negative descriptor is skipped.
     let answer = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
     match io::Error::last_os_error() {
         e if answer < 0 && e.kind() != io::ErrorKind::Interrupted => Err(e),

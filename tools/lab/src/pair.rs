@@ -150,6 +150,14 @@ impl Settings {
         )
     }
 
+    /// Writes the configuration of a single guest, and gives its path.
+    pub fn run_file(&self, dir: &Path) -> Result<PathBuf, PairError> {
+        let file = dir.join("run.toml");
+        let text = self.machine(&status_socket(Host::A, dir)) + &self.primary_extra;
+        write_file(&file, &text)?;
+        Ok(file)
+    }
+
     /// The configuration of one host of a pair.
     pub fn pair_file(&self, host: Host, dir: &Path) -> String {
         let mut text = self.machine(&status_socket(host, dir));
@@ -179,15 +187,20 @@ pub struct Single {
 impl Single {
     /// Starts it and waits until its services answer. Files go to `dir`.
     pub fn start(settings: &Settings, dir: &Path) -> Result<Self, PairError> {
-        let topology = Topology::with(settings.uplink())?;
-        let file = dir.join("run.toml");
+        Self::start_in(Topology::with(settings.uplink())?, settings, dir, &[])
+    }
+
+    /// The same, in a topology that exists and with more arguments behind the configuration.
+    pub fn start_in(
+        topology: Topology,
+        settings: &Settings,
+        dir: &Path,
+        arguments: &[&str],
+    ) -> Result<Self, PairError> {
+        let file = settings.run_file(dir)?;
         let socket = status_socket(Host::A, dir);
-        write_file(
-            &file,
-            &(settings.machine(&socket) + &settings.primary_extra),
-        )?;
         let mut command = topology.host(Host::A).command(&settings.colo);
-        command.arg("run").arg(&file);
+        command.arg("run").arg(&file).args(arguments);
         let process = Process::spawn("run", command, dir)?.with_status(&socket);
         let mut single = Self { process, topology };
         wait_for_services(&single.topology, &mut single.process)?;
@@ -328,7 +341,7 @@ fn start_role(
 }
 
 /// Where a host's status document is.
-fn status_socket(host: Host, dir: &Path) -> PathBuf {
+pub fn status_socket(host: Host, dir: &Path) -> PathBuf {
     dir.join(if host == Host::A { "a.sock" } else { "b.sock" })
 }
 

@@ -21,7 +21,10 @@ use colo_fastpath::ring::GuestRam;
 use super::pages::{PAGE_BYTES, PageBitmap, PageSet};
 use super::pending;
 use super::transfer::{Checkpoint, Sender, State, StateKind, TransferError};
+use crate::config::Config;
 use crate::machine::{Machine, MachineError};
+use crate::requests::Request;
+use crate::snapshot;
 use crate::testpoint::{Point, reached};
 
 /// Live rounds end when so few pages are left, or after so many rounds.
@@ -59,6 +62,13 @@ pub enum CaptureCommand {
     Aborted,
     /// The secondary is gone: no tracking any more.
     Detach,
+    /// An operator wants a snapshot. Between checkpoints, so that nobody's pause falls into another's.
+    Snapshot {
+        /// Who waits for it.
+        request: Request,
+        /// What the machine was made from.
+        config: Box<Config>,
+    },
 }
 
 /// What the thread reports.
@@ -194,6 +204,9 @@ impl CaptureThread {
                     self.in_flight.clear();
                 }
                 CaptureCommand::Detach => self.detach(),
+                CaptureCommand::Snapshot { request, config } => {
+                    snapshot::serve(request, &self.machine, &config);
+                }
             }
         }
     }

@@ -5,6 +5,7 @@
 //! that travels, `transfer` its bytes on the link, `capture` the primary's side, `stage` the secondary's. Who may
 //! take a checkpoint when is decided by `colo-control`.
 
+pub mod audit;
 pub mod capture;
 pub mod channel;
 pub mod codec;

@@ -156,8 +156,28 @@ impl Machine {
     ) -> Result<(Self, Events), MachineError> {
         check_memory(config.vm.ram_mib)?;
         let ram = Arc::new(GuestRam::new(config.vm.ram_mib << 20, config.vm.pages())?);
-        let vm = Vm::new(ram.clone(), config.dirty_settings())?;
+        let vm = Vm::new(ram, config.dirty_settings())?;
+        Self::create_in(vm, config, nics, console)
+    }
 
+    /// The same, around RAM that exists and whose bytes are not those of its memory file: it cannot be
+    /// mapped a second time, so this machine is not to be replicated.
+    pub fn create_around(
+        ram: Arc<GuestRam>,
+        config: &Config,
+        nics: Vec<Box<dyn Nic>>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<(Self, Events), MachineError> {
+        Self::create_in(Vm::new(ram, None)?, config, nics, console)
+    }
+
+    fn create_in(
+        vm: Vm,
+        config: &Config,
+        nics: Vec<Box<dyn Nic>>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<(Self, Events), MachineError> {
+        let ram = vm.ram().clone();
         let interrupt = EventFd::new(EFD_NONBLOCK)?;
         let call = Arc::new(Call::new(interrupt.try_clone()?));
         let (shards, ends) = (config.host.shards, nics.len());

@@ -24,7 +24,7 @@ pub use build::{Event, Events, Machine, MachineError};
 pub use exits::{ExitSnapshot, VmExit};
 pub use kvm::KvmError;
 pub use record::RecordError;
-pub use states::{ClockJump, platform_differences};
+pub use states::{ClockJump, platform_parts};
 pub use vcpu::{VcpuError, VcpuHandle};
 pub use vcpu_state::VcpuState;
 pub use view::GuestView;

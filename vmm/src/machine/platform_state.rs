@@ -209,23 +209,19 @@ impl PlatformState {
         self.realtime_ns = self.realtime_ns.saturating_add_signed(by_ns);
     }
 
-    /// The names of what is not the same, the clock's reading aside.
-    pub(super) fn differences(&self, other: &Self) -> Vec<String> {
-        let chips = |s: &Self| s.chips.map(|chips| chips.map(|c| c.as_bytes().to_vec()));
-        // When a count was loaded is told in this host's time.
-        let pit = |s: &Self| {
-            let mut pit = s.pit?;
+    /// Every part under its name, clocks left out.
+    pub(super) fn parts(&self) -> Vec<(String, Vec<u8>)> {
+        let mut parts = Vec::new();
+        if let Some(chips) = &self.chips {
+            let bytes = chips.iter().flat_map(|chip| chip.as_bytes().to_vec());
+            parts.push(("interrupt controllers".to_owned(), bytes.collect()));
+        }
+        if let Some(mut pit) = self.pit {
+            // When a count was loaded is told in this host's time.
             pit.channels.iter_mut().for_each(|c| c.count_load_time = 0);
-            Some(pit.as_bytes().to_vec())
-        };
-        let mut names = Vec::new();
-        if chips(self) != chips(other) {
-            names.push("interrupt controllers".to_owned());
+            parts.push(("PIT".to_owned(), pit.as_bytes().to_vec()));
         }
-        if pit(self) != pit(other) {
-            names.push("PIT".to_owned());
-        }
-        names
+        parts
     }
 }
 

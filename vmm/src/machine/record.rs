@@ -247,6 +247,11 @@ impl<'a> Reader<'a> {
         std::mem::take(&mut self.rest)
     }
 
+    /// Whether nothing is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
     /// The next section, `None` at the end.
     pub(crate) fn section(&mut self) -> Result<Option<Section<'a>>, RecordError> {
         if self.rest.is_empty() {

@@ -52,9 +52,9 @@ impl StateKeeper {
     }
 }
 
-/// The names of what differs between two records of a platform, the clock's reading aside.
-pub fn platform_differences(a: &[u8], b: &[u8]) -> Result<Vec<String>, RecordError> {
-    Ok(PlatformState::from_bytes(a)?.differences(&PlatformState::from_bytes(b)?))
+/// Every part of a platform's record under its name, clocks left out.
+pub fn platform_parts(record: &[u8]) -> Result<Vec<(String, Vec<u8>)>, RecordError> {
+    Ok(PlatformState::from_bytes(record)?.parts())
 }
 
 impl Machine {

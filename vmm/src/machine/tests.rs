@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use colo_fastpath::nic::SocketNic;
+use colo_fastpath::ring::{GuestRam, Pages};
 
 use super::*;
 use crate::config::Config;
@@ -50,14 +51,14 @@ impl Write for Console {
     }
 }
 
-struct Lab {
-    machine: Machine,
+pub(crate) struct Lab {
+    pub(crate) machine: Machine,
     events: Events,
     console: Console,
     wire: UnixDatagram,
 }
 
-fn lab() -> Lab {
+pub(crate) fn config() -> Config {
     let text = r#"
         [vm]
         name = "test"
@@ -67,11 +68,24 @@ fn lab() -> Lab {
         tap = "none"
         mac = "52:54:00:c0:10:01"
     "#;
-    let config = Config::parse(Path::new("test.toml"), text).unwrap();
+    Config::parse(Path::new("test.toml"), text).unwrap()
+}
+
+fn lab() -> Lab {
+    let ram = GuestRam::new(8 << 20, Pages::Small).unwrap();
+    lab_around(Arc::new(ram))
+}
+
+pub(crate) fn lab_around(ram: Arc<GuestRam>) -> Lab {
     let (nic, wire) = SocketNic::pair(1500).unwrap();
     let console = Console::default();
-    let (machine, events) =
-        Machine::create_stopped(&config, vec![Box::new(nic)], Box::new(console.clone())).unwrap();
+    let (machine, events) = Machine::create_around(
+        ram,
+        &config(),
+        vec![Box::new(nic)],
+        Box::new(console.clone()),
+    )
+    .unwrap();
     Lab {
         machine,
         events,
@@ -80,7 +94,7 @@ fn lab() -> Lab {
     }
 }
 
-fn running(code: &[u8]) -> Lab {
+pub(crate) fn running(code: &[u8]) -> Lab {
     let lab = lab();
     lab.machine.load(&elf_image(code)).unwrap();
     lab.machine.resume_vcpus().unwrap();
@@ -92,13 +106,13 @@ impl Lab {
         self.events.wait().unwrap().exit
     }
 
-    fn counter(&self, gpa: u64) -> u64 {
+    pub(crate) fn counter(&self, gpa: u64) -> u64 {
         let mut bytes = [0; 8];
         self.machine.ram().read(gpa, &mut bytes).unwrap();
         u64::from_le_bytes(bytes)
     }
 
-    fn wait_until_counter_moves(&self) -> u64 {
+    pub(crate) fn wait_until_counter_moves(&self) -> u64 {
         let before = self.counter(COUNTER);
         loop {
             let now = self.counter(COUNTER);
@@ -111,12 +125,12 @@ impl Lab {
 }
 
 /// Where the counting guests count.
-const COUNTER: u64 = 0x30_0000;
+pub(crate) const COUNTER: u64 = 0x30_0000;
 
 const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0xee]; // mov dx, 0x604; out dx, al
 
 /// loop: inc qword [0x300000]; mov eax, 100; mov edx, 0x600; out dx, eax; jmp loop
-const COUNT_AND_SLEEP: &[u8] = &[
+pub(crate) const COUNT_AND_SLEEP: &[u8] = &[
     0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x30, 0x00, 0xb8, 0x64, 0x00, 0x00, 0x00, 0xba, 0x00, 0x06,
     0x00, 0x00, 0xef, 0xeb, 0xeb,
 ];

@@ -39,6 +39,8 @@ const MSRS_MAX: usize = 4096;
 const MSR_BYTES: usize = 12;
 /// Beyond what any processor has today.
 const XSAVE_BYTES_MAX: usize = 64 << 10;
+/// The register that counts down to the local APIC's next timer interrupt.
+const LAPIC_TIMER_COUNT: std::ops::Range<usize> = 0x390..0x394;
 /// The header of `kvm_nested_state`.
 const NESTED_HEADER_BYTES: usize = 128;
 
@@ -220,37 +222,59 @@ impl VcpuState {
         self.tsc.check(shape.tsc_khz, shape.tsc)
     }
 
-    /// The names of what is not the same, the clock's reading aside: a field, or an MSR.
-    pub fn differences(&self, other: &Self) -> Vec<String> {
-        let mut names = Vec::new();
-        let mut compare = |name: &str, equal: bool| {
-            if !equal {
-                names.push(name.to_owned());
-            }
-        };
-        let (a, b) = (self, other);
-        compare("registers", a.regs == b.regs);
-        compare("system registers", a.sregs == b.sregs);
-        compare("xsave", a.xsave == b.xsave);
-        compare("xcrs", a.xcrs.as_bytes() == b.xcrs.as_bytes());
-        compare("debug registers", a.debug == b.debug);
-        compare("events", a.events.as_bytes() == b.events.as_bytes());
-        compare("mp_state", a.mp_state == b.mp_state);
-        compare("TSC frequency", a.tsc.khz == b.tsc.khz);
-        let lapic = |s: &Self| s.lapic.as_ref().map(|l| l.as_bytes().to_vec());
-        compare("local APIC", lapic(a) == lapic(b));
-        let nested = |s: &Self| s.nested.as_ref().map(|n| n.as_bytes().to_vec());
-        compare("nested state", nested(a) == nested(b));
-        let value = |s: &Self, index| s.msrs.iter().find(|m| m.index == index).map(|m| m.data);
-        let both = a.msrs.iter().chain(&b.msrs).map(|m| m.index);
-        for index in both.collect::<std::collections::BTreeSet<_>>() {
-            compare(
-                &format!("MSR {index:#x}"),
-                value(a, index) == value(b, index),
-            );
+    /// Every part under its name, in a form that is the same for two vCPUs that a guest cannot tell
+    /// apart: clocks and what counts with them left out.
+    pub fn parts(&self) -> Vec<(String, Vec<u8>)> {
+        let mut sregs = sregs1_of(&self.sregs).as_bytes().to_vec();
+        sregs.extend_from_slice(self.sregs.flags.as_bytes());
+        sregs.extend_from_slice(self.sregs.pdptrs.as_bytes());
+        let fixed = [
+            ("registers", self.regs.as_bytes().to_vec()),
+            ("system registers", sregs),
+            ("xsave", self.xsave.as_bytes().to_vec()),
+            ("xcrs", self.xcrs.as_bytes().to_vec()),
+            ("debug registers", self.debug.as_bytes().to_vec()),
+            ("events", self.events.as_bytes().to_vec()),
+            ("mp_state", self.mp_state.as_bytes().to_vec()),
+        ];
+        let mut parts: Vec<_> = fixed
+            .into_iter()
+            .map(|(name, bytes)| (name.to_owned(), bytes))
+            .collect();
+        if let Some(lapic) = &self.lapic {
+            let mut bytes = lapic.as_bytes().to_vec();
+            bytes[LAPIC_TIMER_COUNT].fill(0);
+            parts.push(("local APIC".to_owned(), bytes));
         }
-        names
+        if let Some(nested) = &self.nested {
+            parts.push(("nested state".to_owned(), nested.as_bytes().to_vec()));
+        }
+        let msr =
+            |m: &kvm_msr_entry| (format!("MSR {:#x}", m.index), m.data.to_le_bytes().to_vec());
+        parts.extend(self.msrs.iter().map(msr));
+        parts
     }
+
+    /// The names of the parts that are not the same.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        differing_parts(&self.parts(), &other.parts())
+    }
+}
+
+/// The names of what is not the same in both, or not in both.
+pub(super) fn differing_parts(a: &[(String, Vec<u8>)], b: &[(String, Vec<u8>)]) -> Vec<String> {
+    let only = |a: &[(String, Vec<u8>)], b: &[(String, Vec<u8>)]| -> Vec<String> {
+        let missing = a.iter().filter(|part| !b.contains(part));
+        missing.map(|(name, _)| name.clone()).collect()
+    };
+    let mut names = only(a, b);
+    let others = only(b, a);
+    names.extend(
+        others
+            .into_iter()
+            .filter(|n| !a.iter().any(|(name, _)| name == n)),
+    );
+    names
 }
 
 impl TscState {

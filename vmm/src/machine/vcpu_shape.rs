@@ -20,6 +20,8 @@ pub(super) const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Microcode revision: may differ between hosts that are otherwise alike.
 const MSR_IA32_UCODE_REV: u32 = 0x8b;
+/// Hyper-V's interface, which no guest is offered; some are clocks of the host.
+const HYPER_V_MSRS: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 /// How far the probe moves a clock.
 const PROBE_TICKS: u64 = 1 << 32;
 
@@ -85,7 +87,8 @@ impl MsrSet {
             .map_err(KvmError::refused("list the MSRs"))?;
         let travels = |index: &u32| {
             let one = entries(&[*index]);
-            read_batch(fd, &one).is_some_and(|value| set_batch(fd, &value) == Some(1))
+            !HYPER_V_MSRS.contains(index)
+                && read_batch(fd, &one).is_some_and(|value| set_batch(fd, &value) == Some(1))
         };
         let mut indices: Vec<_> = listed.as_slice().iter().copied().filter(travels).collect();
         // The timer is armed by the clock that it counts: after it.

@@ -94,6 +94,26 @@ impl VcpuState {
         self.regs.rip
     }
 
+    /// Changes a register, for tests of who looks for changes.
+    #[cfg(test)]
+    pub(crate) fn nudge_register(&mut self) {
+        self.regs.r13 ^= 1;
+    }
+
+    /// Changes an MSR, likewise.
+    #[cfg(test)]
+    pub(crate) fn nudge_msr(&mut self, index: u32) {
+        let msr = self.msrs.iter_mut().find(|msr| msr.index == index);
+        msr.expect("an MSR that travels").data ^= 1;
+    }
+
+    /// Changes the clock, likewise.
+    #[cfg(test)]
+    pub(crate) fn nudge_clock(&mut self) {
+        self.tsc.value += 1;
+        self.tsc.realtime_ns += 1;
+    }
+
     /// A state of its own.
     pub(super) fn read(fd: &VcpuFd, shape: &VcpuShape) -> Result<Self, KvmError> {
         let mut state = Self::empty(shape);

@@ -28,8 +28,10 @@ use super::report::PairStatus;
 use super::wait::Waiter;
 use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
 use crate::config::{Alone, CompareMode, Config, ReplicationConfig};
+use crate::geometry::geometry;
 use crate::machine::{Events, Machine, MachineError, VmExit};
 use crate::nic::{self, NicError};
+use crate::requests::{Request, RequestSocket};
 use crate::status::{MachineStatus, StatusError, StatusSocket};
 
 /// Between attempts to join a primary.
@@ -116,17 +118,25 @@ pub struct Replica {
     powered_off: bool,
 }
 
-/// The status socket, if there is one.
+/// Where a host is asked: how it is, and to do something.
+struct Sockets {
+    status: StatusSocket,
+    requests: RequestSocket,
+}
+
+/// The sockets, if there are any.
 pub struct Status {
-    socket: Option<Arc<StatusSocket>>,
+    sockets: Option<Arc<Sockets>>,
     name: String,
     started: Instant,
 }
 
 impl Status {
     fn answer(&self, machine: &Machine, pair: impl Fn() -> Option<PairStatus>) {
-        let Some(socket) = &self.socket else { return };
-        socket.answer(|| {
+        let Some(sockets) = &self.sockets else {
+            return;
+        };
+        sockets.status.answer(|| {
             let pair = pair();
             let role = pair.as_ref().map_or("unknown", |p| p.standing.role);
             let machine = MachineStatus::of(machine, &self.name, role, "running", self.started);
@@ -146,7 +156,7 @@ impl Replica {
     fn new(
         config: &Config,
         filter: Filter,
-        status: Option<Arc<StatusSocket>>,
+        sockets: Option<Arc<Sockets>>,
         stop: Arc<StopRequest>,
     ) -> Result<Self, ReplicaError> {
         let replication = config
@@ -167,7 +177,7 @@ impl Replica {
             mac: config.net.mac,
             digest_key: digest_key(config.compare.mode)?,
             status: Status {
-                socket: status,
+                sockets,
                 name: config.vm.name.clone(),
                 started: Instant::now(),
             },
@@ -269,8 +279,9 @@ impl Replica {
     pub(super) fn add_fds(&self, waiter: &mut Waiter) {
         use std::os::fd::AsRawFd;
         waiter.readable(self.events.wake_fd().as_raw_fd());
-        if let Some(socket) = &self.status.socket {
-            waiter.readable(socket.poll_fd());
+        if let Some(sockets) = &self.status.sockets {
+            waiter.readable(sockets.status.poll_fd());
+            waiter.readable(sockets.requests.poll_fd());
         }
         if !self.stop.flag.load(Ordering::Relaxed) {
             waiter.readable(self.stop.wake.as_raw_fd());
@@ -300,26 +311,26 @@ impl Replica {
         std::mem::take(&mut self.powered_off)
     }
 
+    /// The next request of an operator.
+    pub(super) fn next_request(&self) -> Option<Request> {
+        self.status.sockets.as_ref()?.requests.next()
+    }
+
+    /// Sends operators to where their requests can be carried out.
+    pub(super) fn refuse_requests(&self) {
+        while let Some(request) = self.next_request() {
+            request.refuse("this host does not run the VM; ask its primary");
+        }
+    }
+
     pub(super) fn answer_status(&self, pair: impl Fn() -> Option<PairStatus>) {
         self.status.answer(&self.machine, pair);
     }
 
     /// What both hosts must agree on (rule 22).
     fn geometry(&self) -> Geometry {
-        let (vm, net) = (&self.config.vm, &self.config.net);
-        let mac = net.mac.map(|b| format!("{b:02x}")).join(":");
-        let pairs = [
-            ("vm.ram_mib", vm.ram_mib.to_string()),
-            ("vm.vcpus", vm.vcpus.to_string()),
-            ("net.mac", mac),
-            ("net.mtu", net.mtu.to_string()),
-            ("host.shards", self.machine.workers().len().to_string()),
-            ("host.cpuid", cpuid_digest()),
-        ];
-        pairs
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect()
+        let shards = self.machine.workers().len();
+        geometry(&self.config, shards).into_iter().collect()
     }
 }
 
@@ -349,46 +360,14 @@ fn limits(replication: &ReplicationConfig, frame_slots: u32) -> Limits {
     }
 }
 
-/// A checksum of the CPUID that guests see here, without what differs between CPUs of one host.
-fn cpuid_digest() -> String {
-    let table = kvm_ioctls::Kvm::new()
-        .and_then(|kvm| kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES));
-    let Ok(table) = table else {
-        return "unknown".to_owned();
-    };
-    let mut hash = crc32fast::Hasher::new();
-    for entry in table
-        .as_slice()
-        .iter()
-        .filter(|e| !matches!(e.function, 0xb | 0x1f))
-    {
-        let ebx = if entry.function == 1 {
-            entry.ebx & 0x00ff_ffff
-        } else {
-            entry.ebx
-        };
-        for word in [
-            entry.function,
-            entry.index,
-            entry.eax,
-            ebx,
-            entry.ecx,
-            entry.edx,
-        ] {
-            hash.update(&word.to_le_bytes());
-        }
-    }
-    format!("{:08x}", hash.finalize())
-}
-
 /// Runs a VM as its primary.
 pub fn run_primary(
     config: &Config,
     image: &[u8],
     stop: Arc<StopRequest>,
 ) -> Result<End, ReplicaError> {
-    let status = bind_status(config)?;
-    let replica = Replica::new(config, Filter::Guest(config.net.mac), status, stop)?;
+    let sockets = bind_sockets(config)?;
+    let replica = Replica::new(config, Filter::Guest(config.net.mac), sockets, stop)?;
     replica.machine.load(image)?;
     let record = match replica.arbiter.claim(&replica.host)? {
         Ok(record) => record,
@@ -409,9 +388,9 @@ pub fn run_primary(
 
 /// Joins a primary, follows it, and goes on in its place when it is lost.
 pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, ReplicaError> {
-    let status = bind_status(config)?;
+    let sockets = bind_sockets(config)?;
     loop {
-        let replica = Replica::new(config, Filter::DropAll, status.clone(), stop.clone())?;
+        let replica = Replica::new(config, Filter::DropAll, sockets.clone(), stop.clone())?;
         let geometry = replica.geometry();
         let Some(channels) = join(&replica)? else {
             return Ok(End::Stopped);
@@ -435,8 +414,11 @@ pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, Re
     }
 }
 
-fn bind_status(config: &Config) -> Result<Option<Arc<StatusSocket>>, ReplicaError> {
-    let bind = |path| StatusSocket::bind(path).map(Arc::new);
+fn bind_sockets(config: &Config) -> Result<Option<Arc<Sockets>>, ReplicaError> {
+    let bind = |path: &std::path::Path| {
+        let (status, requests) = (StatusSocket::bind(path)?, RequestSocket::bind(path)?);
+        Ok::<_, StatusError>(Arc::new(Sockets { status, requests }))
+    };
     Ok(config.host.status.as_deref().map(bind).transpose()?)
 }
 
@@ -463,6 +445,7 @@ fn join(replica: &Replica) -> Result<Option<link::Channels>, ReplicaError> {
                 return Ok(None);
             }
             replica.answer_status(|| Some(PairStatus::joining()));
+            replica.refuse_requests();
         }
     }
 }

@@ -159,6 +159,10 @@ impl PrimaryShell {
             self.outcome = Some(Outcome::Failed { reason: fault });
         }
         self.replica.answer_status(|| self.status());
+        while let Some(request) = self.replica.next_request() {
+            let config = Box::new(self.replica.config.clone());
+            self.order(CaptureCommand::Snapshot { request, config });
+        }
     }
 
     fn read_captures(&mut self) {

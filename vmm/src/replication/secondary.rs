@@ -184,6 +184,7 @@ impl SecondaryShell {
             self.end = Some(End::Ended(Outcome::Off));
         }
         self.replica.answer_status(|| self.status());
+        self.replica.refuse_requests();
     }
 
     fn stage_event(&mut self, event: StageEvent) {

@@ -1,0 +1,325 @@
+//! Audit (rule 16): is the image that the secondary applied the one that the primary captured?
+//!
+//! Both sides digest their whole RAM and every part of every state while their guest stands still. The
+//! secondary compares its own [`Image`] with the primary's [`Summary`]; where a chunk of RAM differs, the
+//! digests of the chunk's pages name the pages.
+//!
+//! RAM is a tree: the digests of 256 pages (1 MiB) are a page themselves, whose digest stands for the
+//! chunk. A summary has 16 bytes for each MiB.
+//!
+//! Invariants: states are compared in a form without clocks, which differ between hosts; what is
+//! compared has a name; a summary of another shape is a difference, never an agreement.
+//!
+//! Does not stop a guest, and does not say what to do about a difference.
+
+use colo_fastpath::ring::{GuestRam, MemoryError};
+
+use super::codec::digest::DIGEST_BYTES;
+use super::codec::{Page, PageDigest, PageKey};
+use super::pages::PAGE_BYTES;
+use crate::machine::record::{Kind, Reader, Writer};
+use crate::machine::{RecordError, VcpuState, platform_parts};
+
+/// Pages whose digests fill a page.
+pub const CHUNK_PAGES: usize = PAGE_BYTES / DIGEST_BYTES;
+
+const KIND: Kind = Kind {
+    name: "audit",
+    magic: *b"CAUD",
+    version: 1,
+};
+const HEAD: u16 = 1;
+const CHUNKS: u16 = 2;
+const STATES: u16 = 3;
+const NAME_BYTES_MAX: usize = 256;
+
+/// The state records of a machine, as in a checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub struct StateRecords<'a> {
+    /// In order.
+    pub vcpus: &'a [Vec<u8>],
+    /// What is in KVM once a machine.
+    pub platform: &'a [u8],
+    /// All devices.
+    pub devices: &'a [u8],
+}
+
+/// The digests of a machine that stands still.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    epoch: u64,
+    pages: Vec<PageDigest>,
+    states: Vec<(String, PageDigest)>,
+}
+
+/// What of an [`Image`] travels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    /// The epoch that the capture ended.
+    pub epoch: u64,
+    page_count: u64,
+    chunks: Vec<PageDigest>,
+    states: Vec<(String, PageDigest)>,
+}
+
+/// Something that is not the same on both sides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Difference {
+    /// The images are of different epochs or sizes: nothing can be said.
+    Shape {
+        /// Epoch and pages of the primary.
+        primary: (u64, u64),
+        /// Epoch and pages of the secondary.
+        secondary: (u64, u64),
+    },
+    /// A chunk of [`CHUNK_PAGES`] pages.
+    Chunk(usize),
+    /// A page, by its number.
+    Page(u64),
+    /// A part of a state, by its name.
+    State(String),
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Shape { primary, secondary } => write!(
+                f,
+                "epoch and pages are {primary:?} on the primary, {secondary:?} on the secondary"
+            ),
+            Self::Chunk(chunk) => {
+                let first = chunk * CHUNK_PAGES;
+                write!(
+                    f,
+                    "among the guest pages {first} to {}",
+                    first + CHUNK_PAGES - 1
+                )
+            }
+            Self::Page(page) => write!(f, "guest page {page} (address {:#x})", page * 4096),
+            Self::State(name) => write!(f, "{name}"),
+        }
+    }
+}
+
+/// An image could not be digested.
+#[derive(Debug, thiserror::Error)]
+pub enum AuditError {
+    /// Guest memory could not be read.
+    #[error("guest memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// A state record could not be read.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+impl Image {
+    /// Digests all of `ram` and `states`; the guest stands still meanwhile.
+    pub fn of(
+        epoch: u64,
+        key: &PageKey,
+        ram: &GuestRam,
+        states: StateRecords<'_>,
+    ) -> Result<Self, AuditError> {
+        let mut page: Page = [0; PAGE_BYTES];
+        let digest = |number| key.of_copy(&mut page, |page| ram.copy_page_out(number, page));
+        let pages = (0..ram.page_count())
+            .map(digest)
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            epoch,
+            pages,
+            states: digest_states(key, states)?,
+        })
+    }
+
+    /// The pages changed since this image was made, digested again: what an audit of every checkpoint
+    /// costs if the rest is trusted.
+    pub fn update(
+        &mut self,
+        epoch: u64,
+        key: &PageKey,
+        ram: &GuestRam,
+        changed: impl Iterator<Item = u64>,
+        states: StateRecords<'_>,
+    ) -> Result<(), AuditError> {
+        let mut page: Page = [0; PAGE_BYTES];
+        for number in changed {
+            let Some(digest) = self.pages.get_mut(number as usize) else {
+                break;
+            };
+            *digest = key.of_copy(&mut page, |page| ram.copy_page_out(number as usize, page))?;
+        }
+        self.epoch = epoch;
+        self.states = digest_states(key, states)?;
+        Ok(())
+    }
+
+    /// What travels.
+    pub fn summary(&self, key: &PageKey) -> Summary {
+        let chunk = |pages: &[PageDigest]| key.of(&page_of(pages));
+        Summary {
+            epoch: self.epoch,
+            page_count: self.pages.len() as u64,
+            chunks: self.pages.chunks(CHUNK_PAGES).map(chunk).collect(),
+            states: self.states.clone(),
+        }
+    }
+
+    /// The digests of a chunk's pages, as they travel; none for a chunk that is not there.
+    pub fn chunk(&self, chunk: usize) -> Vec<u8> {
+        let pages = self.pages.chunks(CHUNK_PAGES).nth(chunk).unwrap_or(&[]);
+        pages.iter().flat_map(|digest| digest.to_bytes()).collect()
+    }
+
+    /// What differs from the other side's summary, at most `limit` of them. `self` is the secondary's.
+    pub fn compare(&self, key: &PageKey, primary: &Summary, limit: usize) -> Vec<Difference> {
+        let ours = self.summary(key);
+        let shape = |s: &Summary| (s.epoch, s.page_count);
+        if shape(primary) != shape(&ours) || primary.chunks.len() != ours.chunks.len() {
+            return vec![Difference::Shape {
+                primary: shape(primary),
+                secondary: shape(&ours),
+            }];
+        }
+        let chunks = primary.chunks.iter().zip(&ours.chunks).enumerate();
+        let chunks = chunks.filter(|(_, (a, b))| a != b);
+        let states = differing_names(&primary.states, &ours.states);
+        let all = states.into_iter().map(Difference::State);
+        all.chain(chunks.map(|(chunk, _)| Difference::Chunk(chunk)))
+            .take(limit)
+            .collect()
+    }
+
+    /// The pages that differ from the other side's digests of a chunk.
+    pub fn compare_chunk(&self, chunk: usize, primary: &[u8]) -> Vec<Difference> {
+        let first = (chunk * CHUNK_PAGES) as u64;
+        let ours = self.chunk(chunk);
+        let pages = ours.len().max(primary.len()).div_ceil(DIGEST_BYTES);
+        let digest = |list: &[u8], page: usize| {
+            let at = page * DIGEST_BYTES;
+            list.get(at..at + DIGEST_BYTES).map(<[u8]>::to_vec)
+        };
+        (0..pages)
+            .filter(|&page| digest(&ours, page) != digest(primary, page))
+            .map(|page| Difference::Page(first + page as u64))
+            .collect()
+    }
+}
+
+impl Summary {
+    /// The record.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut writer = Writer::new(KIND);
+        writer.section(HEAD, |w| {
+            w.u64(self.epoch);
+            w.u64(self.page_count);
+        });
+        writer.section(CHUNKS, |w| {
+            self.chunks.iter().for_each(|c| w.bytes(&c.to_bytes()));
+        });
+        writer.section(STATES, |w| {
+            for (name, digest) in &self.states {
+                let name = &name.as_bytes()[..name.len().min(NAME_BYTES_MAX)];
+                w.u16(name.len() as u16);
+                w.bytes(name);
+                w.bytes(&digest.to_bytes());
+            }
+        });
+        writer.finish()
+    }
+
+    /// Reads a record.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
+        let mut reader = Reader::new(KIND, bytes)?;
+        let mut head = None;
+        let (mut chunks, mut states) = (Vec::new(), Vec::new());
+        while let Some(mut section) = reader.section()? {
+            let body = &mut section.body;
+            match section.tag {
+                HEAD => head = Some((body.u64()?, body.u64()?)),
+                CHUNKS => {
+                    while !body.is_empty() {
+                        chunks.push(read_digest(body)?);
+                    }
+                }
+                STATES => {
+                    while !body.is_empty() {
+                        let len = usize::from(body.u16()?);
+                        let name = std::str::from_utf8(body.take(len)?).map(str::to_owned);
+                        let name = name.map_err(|_| body.bad("name of a state"))?;
+                        states.push((name, read_digest(body)?));
+                    }
+                }
+                _ => section.unknown()?,
+            }
+        }
+        let (epoch, page_count) = head.ok_or(RecordError::Lacks {
+            what: KIND.name,
+            section: "its head",
+        })?;
+        Ok(Self {
+            epoch,
+            page_count,
+            chunks,
+            states,
+        })
+    }
+}
+
+fn read_digest(body: &mut Reader<'_>) -> Result<PageDigest, RecordError> {
+    Ok(PageDigest::from_bytes(body.plain()?))
+}
+
+/// Digests as a page; the rest of it is zeroes.
+fn page_of(digests: &[PageDigest]) -> Page {
+    let mut page = [0; PAGE_BYTES];
+    for (place, digest) in page.chunks_exact_mut(DIGEST_BYTES).zip(digests) {
+        place.copy_from_slice(&digest.to_bytes());
+    }
+    page
+}
+
+fn digest_states(
+    key: &PageKey,
+    records: StateRecords<'_>,
+) -> Result<Vec<(String, PageDigest)>, RecordError> {
+    let mut states = Vec::new();
+    for (index, record) in records.vcpus.iter().enumerate() {
+        for (name, bytes) in VcpuState::from_bytes(record)?.parts() {
+            states.push((format!("vCPU {index}: {name}"), digest_bytes(key, &bytes)));
+        }
+    }
+    for (name, bytes) in platform_parts(records.platform)? {
+        states.push((format!("platform: {name}"), digest_bytes(key, &bytes)));
+    }
+    let devices = digest_bytes(key, records.devices);
+    states.push(("devices".to_owned(), devices));
+    Ok(states)
+}
+
+/// The digest of bytes of any length: each page of them carries the digest of those before it.
+fn digest_bytes(key: &PageKey, bytes: &[u8]) -> PageDigest {
+    let mut page = [0; PAGE_BYTES];
+    page[..8].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
+    let mut digest = key.of(&page);
+    for piece in bytes.chunks(PAGE_BYTES - DIGEST_BYTES) {
+        page.fill(0);
+        page[..DIGEST_BYTES].copy_from_slice(&digest.to_bytes());
+        page[DIGEST_BYTES..DIGEST_BYTES + piece.len()].copy_from_slice(piece);
+        digest = key.of(&page);
+    }
+    digest
+}
+
+/// Names of what is not the same in both lists, or not in both.
+fn differing_names(a: &[(String, PageDigest)], b: &[(String, PageDigest)]) -> Vec<String> {
+    let lacks = |list: &[(String, PageDigest)], part: &(String, PageDigest)| !list.contains(part);
+    let mut names: Vec<_> = a.iter().filter(|part| lacks(b, part)).collect();
+    let others = b.iter().filter(|part| lacks(a, part));
+    names.extend(others.filter(|(name, _)| !a.iter().any(|(n, _)| n == name)));
+    names.into_iter().map(|(name, _)| name.clone()).collect()
+}
+
+#[cfg(test)]
+#[path = "audit_tests.rs"]
+mod tests;

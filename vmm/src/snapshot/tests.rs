@@ -1,0 +1,183 @@
+//! Snapshots of machines on the real KVM.
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::*;
+use crate::machine::tests::{COUNT_AND_SLEEP, COUNTER, Lab, config, lab_around, running};
+
+fn snapshot_of(lab: &Lab) -> (tempfile::TempDir, PathBuf, SnapshotReport) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm.snap");
+    let report = take(&lab.machine, &config(), &path).unwrap();
+    (dir, path, report)
+}
+
+fn counting() -> Lab {
+    let lab = running(COUNT_AND_SLEEP);
+    lab.wait_until_counter_moves();
+    lab
+}
+
+fn restored(path: &Path) -> Lab {
+    let snapshot = Snapshot::open(path).unwrap();
+    snapshot.check_geometry(&config(), 1).unwrap();
+    let lab = lab_around(snapshot.ram().unwrap());
+    snapshot.apply(&lab.machine).unwrap();
+    lab
+}
+
+fn refused(path: &Path) -> String {
+    Snapshot::open(path).unwrap_err().to_string()
+}
+
+#[test]
+fn a_machine_goes_on_where_its_snapshot_was_taken_as_often_as_one_likes() {
+    let lab = counting();
+    let before = lab.counter(COUNTER);
+    let (dir, path, report) = snapshot_of(&lab);
+    lab.wait_until_counter_moves();
+    assert!(report.pause_us <= report.total_us && report.stored_pages < report.pages / 2);
+    let metadata = std::fs::metadata(&path).unwrap();
+    assert!(
+        metadata.blocks() * 512 < metadata.len() / 2,
+        "pages of zeroes take no room"
+    );
+    let file = std::fs::read(&path).unwrap();
+    let mut taken_at = None;
+    for _ in 0..2 {
+        let again = restored(&path);
+        let counter = again.counter(COUNTER);
+        assert!(counter >= before && *taken_at.get_or_insert(counter) == counter);
+        again.machine.resume_vcpus().unwrap();
+        assert!(again.wait_until_counter_moves() > counter);
+        // What is running can be taken again.
+        let (_dir, second, _) = snapshot_of(&again);
+        assert!(restored(&second).counter(COUNTER) > counter);
+    }
+    assert!(std::fs::read(&path).unwrap() == file, "never written");
+    let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+}
+
+#[test]
+fn a_whole_file_is_verified_and_a_damaged_page_named() {
+    let (_dir, path, report) = snapshot_of(&counting());
+    let snapshot = Snapshot::open(&path).unwrap();
+    snapshot.verify().unwrap();
+    assert_eq!(snapshot.pages(), (report.pages, report.stored_pages));
+    let ram_at = std::fs::metadata(&path).unwrap().len() - (8 << 20);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    // In the page of the counter, then in one of zeroes.
+    for page in [COUNTER / 4096, 1500] {
+        let at = ram_at + page * 4096 + 77;
+        let byte = std::fs::read(&path).unwrap()[at as usize];
+        file.write_all_at(&[byte ^ 1], at).unwrap();
+        let bad = snapshot.verify().unwrap_err().to_string();
+        assert!(
+            bad.contains(&format!("guest page {page} is damaged")),
+            "{bad}"
+        );
+        file.write_all_at(&[byte], at).unwrap();
+    }
+    snapshot.verify().unwrap();
+}
+
+#[test]
+fn what_is_cut_or_damaged_before_the_pages_is_refused_at_once() {
+    let (_dir, path, _) = snapshot_of(&counting());
+    let good = std::fs::read(&path).unwrap();
+    let front = good.len() - (8 << 20);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let used = |at: &usize| good[*at] != 0 || at.is_multiple_of(509);
+    let meta_end = 4096 + u64::from_le_bytes(good[24..32].try_into().unwrap()) as usize;
+    let table = u64::from_le_bytes(good[32..40].try_into().unwrap()) as usize;
+    let table_end = table + (8 << 20) / 4096 * 8;
+    assert!(table_end <= front);
+    for at in (0..meta_end).chain(table..table_end).filter(used) {
+        file.write_all_at(&[good[at] ^ 0x10], at as u64).unwrap();
+        assert!(Snapshot::open(&path).is_err(), "byte {at}");
+        file.write_all_at(&[good[at]], at as u64).unwrap();
+    }
+    drop(Snapshot::open(&path).unwrap());
+    for len in [good.len() - 1, front, table, 5000, 4096, 100, 0] {
+        file.set_len(len as u64).unwrap();
+        let reason = refused(&path);
+        assert!(
+            ["cut off", "damaged", "not a snapshot"]
+                .iter()
+                .any(|word| reason.contains(word)),
+            "{len}: {reason}"
+        );
+    }
+    std::fs::write(&path, [b'x'; 10_000]).unwrap();
+    assert!(refused(&path).contains("not a snapshot"));
+    std::fs::remove_file(&path).unwrap();
+    assert!(refused(&path).contains("No such file"));
+}
+
+#[test]
+fn rule_22_another_machine_is_refused_by_name() {
+    let (_dir, path, _) = snapshot_of(&counting());
+    let snapshot = Snapshot::open(&path).unwrap();
+    let differs = |change: &dyn Fn(&mut crate::config::Config), shards| {
+        let mut other = config();
+        change(&mut other);
+        let refused = snapshot.check_geometry(&other, shards).unwrap_err();
+        refused.to_string()
+    };
+    assert!(differs(&|c| c.vm.ram_mib = 16, 1).contains("vm.ram_mib is 8 in the snapshot and 16"));
+    assert!(differs(&|c| c.vm.vcpus = 2, 1).contains("vm.vcpus is 1"));
+    assert!(differs(&|c| c.net.mac[5] = 9, 1).contains("net.mac is 52:54:00:c0:10:01"));
+    assert!(differs(&|c| c.net.mtu = 9000, 1).contains("net.mtu is 1500"));
+    assert!(differs(&|_| (), 4).contains("host.shards is 1"));
+}
+
+#[test]
+fn a_second_snapshot_replaces_the_first_and_a_failed_one_does_not() {
+    let lab = counting();
+    let (dir, path, _) = snapshot_of(&lab);
+    let first = restored(&path).counter(COUNTER);
+    lab.wait_until_counter_moves();
+    take(&lab.machine, &config(), &path).unwrap();
+    assert!(restored(&path).counter(COUNTER) > first);
+    let nowhere = dir.path().join("none/vm.snap");
+    let refused = take(&lab.machine, &config(), &nowhere).unwrap_err();
+    assert!(refused.to_string().contains("none/vm.snap"), "{refused}");
+    lab.wait_until_counter_moves();
+}
+
+/// A file system of a few pages.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=32k", "colo-test"])
+            .arg(dir.path())
+            .status();
+        assert!(mounted.unwrap().success());
+        Self(dir)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_and_the_guest_runs_on() {
+    let lab = counting();
+    let disk = SmallDisk::new();
+    let path = disk.0.path().join("vm.snap");
+    let refused = take(&lab.machine, &config(), &path).unwrap_err();
+    assert!(matches!(refused, SnapshotError::DiskFull(_)), "{refused}");
+    lab.wait_until_counter_moves();
+    lab.machine.worker().execute(|_, _| ()).unwrap();
+    let left: Vec<_> = std::fs::read_dir(disk.0.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
