@@ -4,7 +4,7 @@
 //! about: the two have permissions of their own. A request is `snapshot PATH`; the answer has `ok`, or
 //! `error` with the reason in words.
 //!
-//! Invariants: a client that does not write or read holds nothing up for longer than [`LINE_TIMEOUT`];
+//! Invariants: a client that does not write or read holds nothing up for longer than 100 ms;
 //! every request gets one answer, also when nobody handled it.
 //!
 //! Does not carry requests out.
