@@ -1,134 +1,190 @@
-//! How long a checkpoint stops the guest, for several amounts of dirty memory, beside a plain memcpy of as
-//! many pages.
+//! What a checkpoint costs, for several amounts of dirty memory of which several shares are the same on both guests,
+//! beside a plain memcpy of as many pages and a bare stream over the same link.
 //!
-//! Invariants: each amount meets a fresh pair, since its distributions count from pairing on; the memcpy
-//! runs in this process when the pair is gone.
+//! Invariants: each row meets a fresh pair and counts the checkpoints it asked for, one at a time; the memcpy runs in
+//! this process when the pair is gone, the bare stream before it comes.
 //!
-//! Does not measure the transfer apart from the commit, nor the final apply on the secondary.
+//! Does not measure what the secondary does behind the commit.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use colo_lab::pair::Pair;
+use colo_lab::pair::{Pair, Settings};
+use colo_lab::topology::Topology;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::clients::start_redis_benchmark;
-use crate::figures::{Range, table};
+use crate::checkpoint_client::GuestClient;
+use crate::checkpoint_link::link_bytes_per_s;
+use crate::figures::{Range, percentile, table};
 use crate::place::{BenchError, Outcome, Place};
 
 const PAGE_BYTES: usize = 4096;
 const MIB: usize = 1 << 20;
 /// How often the memcpy is repeated; its median counts.
 const COPIES: usize = 31;
-/// Time for each checkpoint, besides the interval, after which the benchmark gives up.
-const CHECKPOINT_MAX: Duration = Duration::from_millis(500);
+/// Time until the status tells of a checkpoint whose output has left.
+const STATUS_MAX: Duration = Duration::from_secs(10);
+/// Both guests write a large set in their own time: that must not count as a divergence.
+const DEADLINE_MS: u64 = 5_000;
 
 /// Options of `checkpoint`.
 #[derive(Debug, Args)]
 pub(crate) struct CheckpointArgs {
-    /// How many checkpoints are measured for each number of keys
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    count: u64,
-    /// Time between checkpoints
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=60_000))]
-    interval_ms: u64,
-    /// How many keys the load sets; 0 for a guest without load
-    #[arg(long, value_delimiter = ',', default_value = "0,100,1000,10000")]
-    keys: Vec<u32>,
-    /// Size of each value
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    value_bytes: u32,
+    /// How many checkpoints are measured for each row
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    count: u32,
+    /// How many pages the guests dirty before each
+    #[arg(long, value_delimiter = ',', default_value = "100,1000,10000,100000",
+        value_parser = clap::value_parser!(u32).range(1..=2_000_000))]
+    pages: Vec<u32>,
+    /// How many of a hundred pages are the same on both guests
+    #[arg(long, value_delimiter = ',', default_value = "0,50,75,95",
+        value_parser = clap::value_parser!(u32).range(0..=100))]
+    same: Vec<u32>,
+    /// Further lines for both configuration files
+    #[arg(long, default_value = "")]
+    extra: String,
 }
 
-/// One number of keys.
+/// One number of pages with one share.
 #[derive(Debug, Serialize)]
 struct Row {
-    keys: u32,
-    /// Of as many pages as the median checkpoint had.
-    memcpy_us: Range,
-    /// The primary's.
-    status: Value,
-}
-
-impl Row {
-    fn number(&self, key: &str, part: &str) -> u64 {
-        self.status[key][part].as_u64().unwrap_or(0)
-    }
-
-    fn spread(&self, key: &str) -> String {
-        let [p50, p99, max] = ["p50", "p99", "max"].map(|part| self.number(key, part));
-        format!("{p50}/{p99}/{max}")
-    }
-
-    /// How many times the median of the memcpy the median of something takes; a dash where the memcpy is
-    /// too short to tell.
-    fn ratio(&self, key: &str) -> String {
-        if self.memcpy_us.median < 1.0 {
-            return "-".to_owned();
-        }
-        let ratio = self.number(key, "p50") as f64 / self.memcpy_us.median;
-        format!("{ratio:.1}")
-    }
+    pages: u32,
+    same_pct: u32,
+    pause_us_p50: f64,
+    pause_us_p99: f64,
+    stolen_us_p50: f64,
+    hold_us_p50: f64,
+    commit_us_p50: f64,
+    /// Median of the bytes on the page channel.
+    bytes_sent: f64,
+    /// Of as many pages as the median checkpoint had, the median.
+    memcpy_us: f64,
+    /// The transfer's rate, the median.
+    link_bytes_per_s: f64,
+    /// A bare stream's over the same link.
+    raw_link_bytes_per_s: f64,
+    /// What each checkpoint tells of itself.
+    checkpoints: Vec<Value>,
 }
 
 /// Runs the benchmark.
 pub(crate) fn run(args: &CheckpointArgs, place: &Place) -> Result<Outcome, BenchError> {
     let mut rows = Vec::new();
-    for &keys in &args.keys {
-        eprintln!("{keys} keys");
-        rows.push(measure(args, place, keys)?);
+    for &pages in &args.pages {
+        for &same_pct in &args.same {
+            eprintln!("{pages} pages, {same_pct} % the same");
+            rows.push(measure(args, place, pages, same_pct)?);
+        }
     }
     Ok(Outcome {
-        text: text(&rows, args),
-        json: json!({
-            "benchmark": "checkpoint", "interval_ms": args.interval_ms,
-            "value_bytes": args.value_bytes, "rows": rows,
-        }),
+        text: text(&rows),
+        json: json!(rows),
         clean: true,
     })
 }
 
-fn measure(args: &CheckpointArgs, place: &Place, keys: u32) -> Result<Row, BenchError> {
+fn measure(
+    args: &CheckpointArgs,
+    place: &Place,
+    pages: u32,
+    same_pct: u32,
+) -> Result<Row, BenchError> {
     let dir = place.scratch()?;
-    let mut settings = place.settings();
-    settings.checkpoint_interval_ms = args.interval_ms;
-    let mut pair = Pair::start(&settings, dir.path())?;
-    let load_args = format!(
-        "-t set -r {keys} -d {} -c 16 -P 16 -n 1000000000 --csv",
-        args.value_bytes
-    );
-    let load = match keys {
-        0 => None,
-        _ => Some(start_redis_benchmark(
-            &pair.topology.client,
-            dir.path(),
-            &load_args,
-        )?),
-    };
-    let each = Duration::from_millis(args.interval_ms) + CHECKPOINT_MAX;
-    let timeout = each * u32::try_from(args.count).unwrap_or(u32::MAX);
-    let enough = |status: &Value| status["checkpoints"].as_u64() >= Some(args.count);
-    let status = pair
-        .primary
-        .wait_status("through with its checkpoints", timeout, enough)?;
-    if let Some(mut load) = load
-        && let Some(ended) = load.poll_exit()?
-    {
-        return Err(load.ended(ended, "to be stopped").into());
-    }
-    if status["protected"] != true {
-        return Err(BenchError::Unprotected(status));
-    }
+    let settings = settings(args, place, pages);
+    let topology = Topology::with(settings.uplink()).map_err(colo_lab::pair::PairError::from)?;
+    let raw_link_bytes_per_s = link_bytes_per_s(&topology, dir.path())?;
+    let mut pair = Pair::start_in(topology, &settings, dir.path())?;
+    let (checkpoints, holds) = checkpoints(args, &mut pair, pages, same_pct)?;
     drop(pair);
-    let pages = status["dirty_pages"]["p50"].as_u64().unwrap_or(0);
-    let ram_bytes = settings.ram_mib as usize * MIB;
+    let of = |key: &str| {
+        checkpoints
+            .iter()
+            .map(move |c| number(c, key))
+            .collect::<Vec<_>>()
+    };
+    let median = |key: &str| percentile(of(key), 50);
+    let rates = checkpoints.iter().filter_map(|checkpoint| {
+        let us = number(checkpoint, "transfer_us");
+        (us > 0.0).then(|| number(checkpoint, "sent_bytes") / us * 1e6)
+    });
     Ok(Row {
-        keys,
-        memcpy_us: memcpy_us(usize::try_from(pages).unwrap_or(0), ram_bytes),
-        status,
+        pages,
+        same_pct,
+        pause_us_p50: median("pause_us"),
+        pause_us_p99: percentile(of("pause_us"), 99),
+        stolen_us_p50: median("stolen_us"),
+        hold_us_p50: percentile(holds, 50),
+        commit_us_p50: median("commit_us"),
+        bytes_sent: median("sent_bytes"),
+        memcpy_us: memcpy_us(
+            median("dirty_pages") as usize,
+            settings.ram_mib as usize * MIB,
+        )
+        .median,
+        link_bytes_per_s: percentile(rates, 50),
+        raw_link_bytes_per_s,
+        checkpoints,
     })
+}
+
+fn settings(args: &CheckpointArgs, place: &Place, pages: u32) -> Settings {
+    let mut settings = place.settings();
+    // The demo guest gives written pages somewhat less than half of its memory.
+    let mib = pages.div_ceil(256) as f64;
+    settings.ram_mib = ((mib + 38.0) * 2.4) as u32 + 64;
+    settings.compare_deadline_ms = DEADLINE_MS;
+    settings.primary_extra = args.extra.clone();
+    settings.secondary_extra = args.extra.clone();
+    settings
+}
+
+/// Has checkpoints taken, one after the other. Gives what each tells of itself, and how long its output was held as
+/// the client sees it, in microseconds. The first one, in which the guest first touches the memory, is left out.
+fn checkpoints(
+    args: &CheckpointArgs,
+    pair: &mut Pair,
+    pages: u32,
+    same_pct: u32,
+) -> Result<(Vec<Value>, Vec<f64>), BenchError> {
+    let failed = |what: &str| BenchError::io(what.to_owned());
+    let client = &pair.topology.client;
+    let connected = client
+        .run(GuestClient::connect)
+        .map_err(colo_lab::pair::PairError::from)?;
+    let mut guest = connected.map_err(failed("connect to the guest"))?;
+    let (mut all, mut holds) = (Vec::new(), Vec::new());
+    for round in 0..=args.count {
+        guest
+            .dirty(pages, same_pct)
+            .map_err(failed("dirty memory"))?;
+        let before = taken(&pair.primary.status().map_err(failed("read the status"))?);
+        let held = guest.diverge().map_err(failed("get a random number"))?;
+        let told = |status: &Value| {
+            taken(status) > before && status["last_checkpoint"]["commit_us"].is_u64()
+        };
+        let status = pair
+            .primary
+            .wait_status("through with its checkpoint", STATUS_MAX, told)?;
+        if status["protected"] != true {
+            return Err(BenchError::Unprotected(status));
+        }
+        if round > 0 {
+            all.push(status["last_checkpoint"].clone());
+            holds.push(held.as_secs_f64() * 1e6);
+        }
+    }
+    Ok((all, holds))
+}
+
+fn taken(status: &Value) -> u64 {
+    status["checkpoints"].as_u64().unwrap_or(0)
+}
+
+fn number(checkpoint: &Value, key: &str) -> f64 {
+    checkpoint[key].as_f64().unwrap_or(0.0)
 }
 
 /// Copies pages spread evenly over memory as large as the guest's into a buffer; both are as warm as
@@ -151,43 +207,48 @@ fn memcpy_us(pages: usize, ram_bytes: usize) -> Range {
     Range::of((0..COPIES).map(once))
 }
 
-fn text(rows: &[Row], args: &CheckpointArgs) -> String {
+fn text(rows: &[Row]) -> String {
     let header = [
-        "keys",
-        "count",
-        "dirty pages",
-        "pause us",
-        "commit us",
-        "hold us",
-        "quiesce",
-        "state",
-        "copy",
+        "pages",
+        "same %",
+        "dirty",
+        "pause p50/p99 us",
+        "stolen us",
         "memcpy us",
-        "pause/memcpy",
-        "copy/memcpy",
+        "limit us",
+        "hold us",
+        "commit us",
+        "sent MB",
+        "of dirty",
+        "link MB/s",
+        "bare MB/s",
     ];
     let mut cells = vec![header.map(str::to_owned).to_vec()];
     for row in rows {
-        let p50 = |key| row.number(key, "p50").to_string();
+        let dirty = row.checkpoints.iter().map(|c| number(c, "dirty_pages"));
+        let dirty = percentile(dirty, 50);
+        let megabytes = |bytes: f64| format!("{:.1}", bytes / 1e6);
         cells.push(vec![
-            row.keys.to_string(),
-            row.status["checkpoints"].to_string(),
-            row.spread("dirty_pages"),
-            row.spread("checkpoint_pause_us"),
-            row.spread("commit_us"),
-            row.spread("hold_us"),
-            p50("quiesce_us"),
-            p50("state_us"),
-            p50("copy_us"),
-            format!("{:.1}", row.memcpy_us.median),
-            row.ratio("checkpoint_pause_us"),
-            row.ratio("copy_us"),
+            row.pages.to_string(),
+            row.same_pct.to_string(),
+            format!("{dirty:.0}"),
+            format!("{:.0}/{:.0}", row.pause_us_p50, row.pause_us_p99),
+            format!("{:.0}", row.stolen_us_p50),
+            format!("{:.0}", row.memcpy_us),
+            format!("{:.0}", 2.0 * row.memcpy_us + 300.0),
+            format!("{:.0}", row.hold_us_p50),
+            format!("{:.0}", row.commit_us_p50),
+            megabytes(row.bytes_sent),
+            format!(
+                "{:.3}",
+                row.bytes_sent / (dirty.max(1.0) * PAGE_BYTES as f64)
+            ),
+            megabytes(row.link_bytes_per_s),
+            megabytes(row.raw_link_bytes_per_s),
         ]);
     }
     format!(
-        "\nA checkpoint every {} ms while values of {} bytes are set; p50/p99/max or p50, in us.\n\n{}",
-        args.interval_ms,
-        args.value_bytes,
+        "\nCheckpoints on divergence, one at a time; medians. The limit of pause and stolen time is 2 x memcpy + 300 us.\n\n{}",
         table(&cells),
     )
 }
@@ -202,24 +263,5 @@ mod tests {
             let range = memcpy_us(pages, MIB);
             assert!(range.min > 0.0 && range.min <= range.median && range.median <= range.max);
         }
-    }
-
-    #[test]
-    fn ratios_are_those_of_the_medians() {
-        let mut row = Row {
-            keys: 1,
-            memcpy_us: Range {
-                median: 20.0,
-                ..Range::default()
-            },
-            status: json!({"copy_us": {"p50": 50, "p99": 60, "max": 70}}),
-        };
-        assert_eq!(row.spread("copy_us"), "50/60/70");
-        assert_eq!(
-            (row.ratio("copy_us").as_str(), row.ratio("x").as_str()),
-            ("2.5", "0.0")
-        );
-        row.memcpy_us.median = 0.1;
-        assert_eq!(row.ratio("copy_us"), "-");
     }
 }

@@ -6,6 +6,8 @@
 //! Does not judge figures: it exits with 1 only when something failed, was lost or was wrong.
 
 mod checkpoint;
+mod checkpoint_client;
+mod checkpoint_link;
 mod clients;
 mod compare;
 mod compare_core;
@@ -63,7 +65,7 @@ enum Benchmark {
     Service(service::ServiceArgs),
     /// How long a service is away when its primary is killed, and what it loses
     Failover(failover::FailoverArgs),
-    /// How long a checkpoint stops the guest, beside a memcpy of as many pages
+    /// What a checkpoint costs, beside a memcpy of as many pages and a bare stream over the link
     Checkpoint(checkpoint::CheckpointArgs),
     /// What it costs to find out how a page of a checkpoint travels, beside a memcpy of it
     Pages(pages::PagesArgs),

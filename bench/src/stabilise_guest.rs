@@ -14,12 +14,12 @@ const ORDERS: u64 = 0x30_0000;
 /// Where the pages begin.
 pub(crate) const BASE: u64 = 0x40_0000;
 
-/// mov ebx, ORDERS
-/// again: mov rdi, [rbx+16]; mov rcx, [rbx+24]; mov rsi, [rbx+32]
-/// next: inc qword [rdi]; inc qword [rdi+4088]; inc qword [rbx+48]; add rdi, rsi
-/// mov rdx, [rbx+40]; spin: dec rdx; jns spin
-/// dec rcx; jnz next
-/// inc qword [rbx+8]; jmp again
+// mov ebx, ORDERS
+// again: mov rdi, [rbx+16]; mov rcx, [rbx+24]; mov rsi, [rbx+32]
+// next: inc qword [rdi]; inc qword [rdi+4088]; inc qword [rbx+48]; add rdi, rsi
+// mov rdx, [rbx+40]; spin: dec rdx; jns spin
+// dec rcx; jnz next
+// inc qword [rbx+8]; jmp again
 const CODE: &[u8] = &[
     0xbb, 0x00, 0x00, 0x30, 0x00, 0x48, 0x8b, 0x7b, 0x10, 0x48, 0x8b, 0x4b, 0x18, 0x48, 0x8b, 0x73,
     0x20, 0x48, 0xff, 0x07, 0x48, 0xff, 0x87, 0xf8, 0x0f, 0x00, 0x00, 0x48, 0xff, 0x43, 0x30, 0x48,

@@ -28,8 +28,8 @@ pub use vhost::VhostConfig;
 /// Prefix of images that are part of the program.
 const BUILTIN: &str = "builtin:";
 const RAM_MIB_MIN: u64 = 4;
-/// RAM ends below the register windows.
-const RAM_MIB_MAX: u64 = 0xd000_0000 >> 20;
+/// What the page tables of a user-mode guest reach.
+const RAM_MIB_MAX: u64 = 128 << 10;
 
 /// A configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -483,7 +483,12 @@ impl Check<'_> {
             "name an image file",
         )?;
         let fits = (RAM_MIB_MIN..=RAM_MIB_MAX).contains(&vm.ram_mib);
-        self.that(fits, "vm.ram_mib", vm.ram_mib, "choose between 4 and 3328")?;
+        self.that(
+            fits,
+            "vm.ram_mib",
+            vm.ram_mib,
+            "choose between 4 and 131072",
+        )?;
         let advice = "a user-mode guest has exactly 1 vCPU";
         self.that(vm.vcpus == 1, "vm.vcpus", vm.vcpus, advice)?;
         let plain = vm

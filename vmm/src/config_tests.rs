@@ -63,7 +63,7 @@ fn errors_name_file_field_value_and_remedy() {
         (
             "ram_mib = 128",
             "ram_mib = 1",
-            "vm.ram_mib = 1: choose between 4 and 3328",
+            "vm.ram_mib = 1: choose between 4 and 131072",
         ),
         ("ram_mib = 128", "ram_mib = 128\nvcpus = 9", "vm.vcpus = 9"),
         ("\"demo\"", "\"\"", "vm.name"),

@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, compiler_fence};
 use std::sync::{Arc, Weak};
@@ -27,6 +27,11 @@ const SLOT_ROOM_BYTES: usize = 32 << 30;
 
 /// The page that dirty tracking counts in.
 pub const PAGE_BYTES: usize = 4096;
+
+/// Register windows of devices begin here: RAM goes on behind them.
+pub const LOW_RAM_END: u64 = 0xd000_0000;
+/// Where RAM goes on.
+pub const HIGH_RAM_START: u64 = 1 << 32;
 
 /// Which pages the host backs RAM with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,33 +117,45 @@ impl GuestBytes<'_> {
 }
 
 impl GuestRam {
-    /// Makes zeroed RAM of `bytes` (a multiple of 4096) at guest physical address 0.
+    /// Makes zeroed RAM of `bytes` (a multiple of 4096): from guest physical address 0 up to
+    /// [`LOW_RAM_END`], the rest from [`HIGH_RAM_START`] on.
     pub fn new(bytes: u64, pages: Pages) -> Result<Self, MemoryError> {
-        let size = whole_pages(bytes)?;
+        whole_pages(bytes)?;
         let huge = match pages {
-            Pages::HugeIfReserved => Self::with_file(bytes, size, libc::MFD_HUGETLB).ok(),
+            Pages::HugeIfReserved => Self::with_files(bytes, libc::MFD_HUGETLB).ok(),
             Pages::Small => None,
         };
         match huge {
             Some(ram) => Ok(Self { huge: true, ..ram }),
-            None => Self::with_file(bytes, size, 0),
+            None => Self::with_files(bytes, 0),
         }
     }
 
-    fn with_file(bytes: u64, size: usize, flags: libc::c_uint) -> Result<Self, MemoryError> {
+    fn with_files(bytes: u64, flags: libc::c_uint) -> Result<Self, MemoryError> {
         // A huge page is never cut.
         let file_bytes = match flags {
             0 => bytes,
-            _ => size.next_multiple_of(ALIGN_BYTES) as u64,
+            _ => bytes.next_multiple_of(ALIGN_BYTES as u64),
         };
-        let file =
-            memory_file(file_bytes, flags).map_err(|source| MemoryError::File { bytes, source })?;
-        Self::from_regions(vec![RegionSource {
+        let failed = |source| MemoryError::File { bytes, source };
+        let file = memory_file(file_bytes, flags).map_err(failed)?;
+        let low = bytes.min(LOW_RAM_END);
+        let mut sources = vec![RegionSource {
             gpa: 0,
-            bytes,
-            file,
+            bytes: low,
+            file: file.try_clone().map_err(failed)?,
             offset: 0,
-        }])
+        }];
+        if bytes > low {
+            // Right behind the other, in the file as at the host's addresses.
+            sources.push(RegionSource {
+                gpa: HIGH_RAM_START,
+                bytes: bytes - low,
+                file,
+                offset: low,
+            });
+        }
+        Self::from_regions(sources)
     }
 
     /// RAM that lies where `sources` say, in any order, without overlaps.
@@ -210,6 +227,12 @@ impl GuestRam {
         self.regions.iter().map(pages).sum()
     }
 
+    /// The guest physical addresses that are RAM, rising.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        let range = |region: &Region| region.gpa..region.gpa + region.memory.size() as u64;
+        self.regions.iter().map(range)
+    }
+
     /// Words of a bitmap with one bit a page.
     pub fn bitmap_words(&self) -> usize {
         self.host_dirty.len()
@@ -221,13 +244,22 @@ impl GuestRam {
     pub fn overlay(&self, file: &File, offset: u64) -> Result<(), MemoryError> {
         let bytes = self.bytes();
         let refused = |source| MemoryError::Map { bytes, source };
-        if self.regions.len() != 1 {
+        // The first region lies at the area's start; the others have to lie right behind.
+        if !self.is_in_a_row() {
             return Err(refused(io::ErrorKind::Unsupported.into()));
         }
-        // The first region lies at the area's start.
         self.area
             .overlay(0, bytes as usize, file, offset)
             .map_err(refused)
+    }
+
+    /// Whether host addresses go on from one region to the next, as they do in memory of [`Self::new`].
+    pub fn is_in_a_row(&self) -> bool {
+        let start = self.host_address() as usize;
+        let follows = |region: &Region| {
+            region.memory.as_ptr() as usize == start + region.first_page * PAGE_BYTES
+        };
+        self.regions.iter().all(follows)
     }
 
     /// Where the first region's mapping starts, for the memory slot. The mapping lives as long as
@@ -314,6 +346,27 @@ impl GuestRam {
         out: &mut [u8; PAGE_BYTES],
     ) -> Result<(), MemoryError> {
         self.read(self.gpa_of(page)?, out)
+    }
+
+    /// Copies pages in a row out, from `first` on. All below [`GuestRam::page_count`].
+    pub fn copy_pages_out(&self, first: usize, out: &mut [u8]) -> Result<(), MemoryError> {
+        let (mut page, mut rest) = (first, out);
+        for region in &self.regions {
+            let end = region.first_page + region.memory.size() / PAGE_BYTES;
+            if page < end && !rest.is_empty() {
+                let len = rest.len().min((end - page) * PAGE_BYTES);
+                let (here, later) = std::mem::take(&mut rest).split_at_mut(len);
+                self.read(self.gpa_of(page)?, here)?;
+                (page, rest) = (end, later);
+            }
+        }
+        match rest.len() {
+            0 => Ok(()),
+            len => Err(MemoryError::Outside {
+                gpa: page as u64 * PAGE_BYTES as u64,
+                len,
+            }),
+        }
     }
 
     /// Replaces one page. `page` below [`GuestRam::page_count`].
@@ -608,6 +661,25 @@ mod tests {
         let overlap = GuestRam::from_regions(vec![source(0, 0x4000, 0), source(0x3000, 0x1000, 0)]);
         assert!(matches!(overlap, Err(MemoryError::Overlap(0x3000))));
         assert!(GuestRam::from_regions(Vec::new()).is_err());
+    }
+
+    #[test]
+    fn ram_leaves_the_register_windows_free() {
+        let ram = GuestRam::new(LOW_RAM_END + (1 << 20), Pages::Small).unwrap();
+        let high = HIGH_RAM_START..HIGH_RAM_START + (1 << 20);
+        assert!(ram.ranges().eq([0..LOW_RAM_END, high]) && ram.is_in_a_row());
+        assert!(!ram.contains(LOW_RAM_END, 1) && !ram.contains(LOW_RAM_END - 1, 2));
+        ram.write(HIGH_RAM_START + 0x3000, b"high").unwrap();
+        let mut page = [0; PAGE_BYTES];
+        let number = (LOW_RAM_END >> 12) as usize + 3;
+        ram.copy_page_out(number, &mut page).unwrap();
+        assert_eq!(&page[..4], b"high");
+        ram.write(LOW_RAM_END - 4, b"low!").unwrap();
+        ram.write(HIGH_RAM_START, b"next").unwrap();
+        let mut both = vec![0; 2 * PAGE_BYTES];
+        ram.copy_pages_out(number - 4, &mut both).unwrap();
+        assert_eq!(&both[PAGE_BYTES - 4..PAGE_BYTES + 4], b"low!next");
+        assert!(ram.copy_pages_out(ram.page_count() - 1, &mut both).is_err());
     }
 
     #[test]

@@ -17,5 +17,7 @@ pub use call::Call;
 pub(crate) use checked::fold;
 pub use error::{MemoryError, RingError};
 pub use guard::WriteGuard;
-pub use memory::{GuestBytes, GuestRam, PAGE_BYTES, Pages, RegionSource};
+pub use memory::{
+    GuestBytes, GuestRam, HIGH_RAM_START, LOW_RAM_END, PAGE_BYTES, Pages, RegionSource,
+};
 pub use virtqueue::{Chain, QUEUE_SIZE_MAX, QueueState, Segment, Virtqueue};

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use colo_fastpath::nic::Filter;
+use colo_fastpath::nic::{Filter, Nic};
 use colo_vmm::config::{Config, ConfigError, Kernel};
 use colo_vmm::machine::{BootError, Events, Machine, MachineError, VmExit};
 use colo_vmm::nic::{self, NicError};
@@ -21,9 +21,6 @@ use tracing::{error, info};
 
 use crate::BAD_CONFIGURATION;
 use crate::stop::{Stop, catch_signals};
-
-/// Packet workers of a machine that is not replicated.
-const SHARDS: usize = 1;
 
 /// A machine could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -139,7 +136,7 @@ fn try_run(path: &Path, restore: Option<Restore<'_>>) -> Result<VmExit, RunError
 /// A snapshot that belongs to this configuration.
 fn open(from: Restore<'_>, config: &Config) -> Result<Snapshot, RunError> {
     let snapshot = Snapshot::open(from.snapshot)?;
-    snapshot.check_geometry(config, SHARDS)?;
+    snapshot.check_geometry(config, config.host.shards)?;
     if from.verify {
         snapshot.verify()?;
     }
@@ -149,21 +146,27 @@ fn open(from: Restore<'_>, config: &Config) -> Result<Snapshot, RunError> {
 /// A machine in front of its kernel's first instruction.
 fn booted(config: &Config) -> Result<(Machine, Events, String), RunError> {
     let image = guest_image(config)?;
-    let nic = nic::open(&config.net, Filter::Guest(config.net.mac))?;
-    let carrier = nic.describe();
-    let (machine, events) = Machine::create_stopped(config, vec![nic], Box::new(io::stdout()))?;
+    let (nics, carrier) = ends(config)?;
+    let (machine, events) = Machine::create_stopped(config, nics, Box::new(io::stdout()))?;
     machine.load(&image)?;
     Ok((machine, events, carrier))
 }
 
 /// A machine where a snapshot left it.
 fn restored(config: &Config, snapshot: &Snapshot) -> Result<(Machine, Events, String), RunError> {
-    let nic = nic::open(&config.net, Filter::Guest(config.net.mac))?;
-    let carrier = nic.describe();
+    let (nics, carrier) = ends(config)?;
     let console = Box::new(io::stdout());
-    let (machine, events) = Machine::create_around(snapshot.ram()?, config, vec![nic], console)?;
+    let (machine, events) = Machine::create_around(snapshot.ram()?, config, nics, console)?;
     snapshot.apply(&machine)?;
     Ok((machine, events, carrier))
+}
+
+/// The ends of the NIC, one for each shard, and how it works.
+fn ends(config: &Config) -> Result<(Vec<Box<dyn Nic>>, String), RunError> {
+    let filter = Filter::Guest(config.net.mac);
+    let nics = nic::open(&config.net, filter, config.host.shards)?;
+    let carrier = nics.first().map_or_else(String::new, |nic| nic.describe());
+    Ok((nics, carrier))
 }
 
 /// Reads or finds the guest's image.

@@ -59,7 +59,7 @@ fn try_run(path: &Path) -> Result<(), VhostError> {
     let status = config.host.status.as_deref().map(StatusSocket::bind);
     let status = status.transpose()?;
     let net = &config.net;
-    let nic = nic::open(net, Filter::Guest(net.mac))?;
+    let nic = nic::open_one(net, Filter::Guest(net.mac))?;
     let carrier = nic.describe();
     let worker_config = WorkerConfig {
         name: "worker".into(),

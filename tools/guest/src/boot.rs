@@ -1,7 +1,7 @@
 //! Reads what the VMM passes: the PVH start info (`hvm_start_info`, Xen's public headers), its
 //! memory map and the command line.
 //!
-//! Invariants: the heap range is RAM by the map, above the image and above everything the VMM put
+//! Invariants: the heap ranges are RAM by the map, above the image and above everything the VMM put
 //! below 1 MiB.
 
 use core::ffi::CStr;
@@ -39,8 +39,21 @@ struct MemoryRange {
 pub struct Boot {
     /// The command line.
     pub command_line: &'static str,
-    /// The largest range of free RAM.
-    pub heap: Range<usize>,
+    map: &'static [MemoryRange],
+}
+
+impl Boot {
+    /// All ranges of free RAM.
+    pub fn heap(&self) -> impl Iterator<Item = Range<usize>> {
+        let lowest = LOWEST.max(image_end()).next_multiple_of(4096);
+        let ram = self.map.iter().filter(|range| range.kind == RAM);
+        let free = ram.map(move |range| {
+            let start = range.addr.max(lowest);
+            let end = range.addr.saturating_add(range.size);
+            start as usize..end.max(start) as usize
+        });
+        free.filter(|range| !range.is_empty())
+    }
 }
 
 /// Reads the start info at `address`.
@@ -66,7 +79,7 @@ pub unsafe fn read(address: u64) -> Result<Boot, &'static str> {
         command_line: command_line
             .to_str()
             .map_err(|_| "the command line is not UTF-8")?,
-        heap: largest_free(map),
+        map,
     })
 }
 
@@ -75,18 +88,4 @@ fn image_end() -> u64 {
         static image_end: u8;
     }
     (&raw const image_end) as u64
-}
-
-fn largest_free(map: &[MemoryRange]) -> Range<usize> {
-    let lowest = LOWEST.max(image_end()).next_multiple_of(4096);
-    let mut best = 0..0;
-    for range in map.iter().filter(|range| range.kind == RAM) {
-        let start = range.addr.max(lowest);
-        let end = range.addr.saturating_add(range.size);
-        let free = start as usize..end.max(start) as usize;
-        if free.len() > best.len() {
-            best = free;
-        }
-    }
-    best
 }

@@ -1,4 +1,4 @@
-//! The heap: one range of RAM behind the global allocator.
+//! The heap: ranges of RAM behind the global allocator.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::ops::Range;
@@ -32,7 +32,7 @@ unsafe impl GlobalAlloc for Heap {
 #[global_allocator]
 static HEAP: Heap = Heap(TalcCell::new(Manual));
 
-/// Gives the heap its memory; false when it is too small.
+/// Gives the heap more memory; false when the range is too small to be of use.
 ///
 /// # Safety
 /// The range must be RAM that nothing else uses, now or later.

@@ -44,16 +44,23 @@ extern "C" fn start(start_info: u64) -> ! {
         Ok(boot) => boot,
         Err(error) => fail(&error),
     };
-    // SAFETY: the range is usable RAM by the memory map, lies beyond the image and the start info,
-    // and is claimed only here.
-    if !unsafe { heap::claim(boot.heap.clone()) } {
+    let mut heap_bytes = 0;
+    for range in boot.heap() {
+        let bytes = range.len();
+        // SAFETY: the range is usable RAM by the memory map, lies beyond the image and the start
+        // info, and is claimed only here; the ranges of the map do not overlap.
+        if unsafe { heap::claim(range) } {
+            heap_bytes += bytes;
+        }
+    }
+    if heap_bytes == 0 {
         fail(&"the memory map leaves no room for the heap");
     }
     let options = match Options::parse(boot.command_line) {
         Ok(options) => options,
         Err(error) => fail(&error),
     };
-    run(&options, boot.heap.len())
+    run(&options, heap_bytes)
 }
 
 fn run(options: &Options, heap_bytes: usize) -> ! {

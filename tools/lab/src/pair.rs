@@ -65,6 +65,8 @@ pub struct Settings {
     pub tx: String,
     /// Whether the worker times its stages.
     pub stages: bool,
+    /// How long output waits for its counterpart.
+    pub compare_deadline_ms: u64,
     /// Time between periodic checkpoints; 0 for none.
     pub checkpoint_interval_ms: u64,
     /// What may carry packets between the hosts beside TCP: `auto` or another value of `[replication] packets`.
@@ -93,6 +95,7 @@ impl Settings {
             xdp: None,
             tx: "twin".to_owned(),
             stages: false,
+            compare_deadline_ms: 20,
             checkpoint_interval_ms: 0,
             packets: "auto".to_owned(),
             alone: "continue".to_owned(),
@@ -138,12 +141,13 @@ impl Settings {
         format!(
             "\n[replication]\nlink_listen = \"{}:{LINK_PORT}\"\nlink_peer = \"{}:{LINK_PORT}\"\n\
              arbiter = \"file:{}\"\nheartbeat_ms = 20\nheartbeat_count = {}\n\
-             compare_deadline_ms = 20\nack_deadline_ms = 100\ncheckpoint_interval_ms = {}\n\
+             compare_deadline_ms = {}\nack_deadline_ms = 100\ncheckpoint_interval_ms = {}\n\
              alone = \"{}\"\npackets = \"{}\"\n",
             host.link_address(),
             host.other().link_address(),
             dir.join("generation").display(),
             self.heartbeat_count,
+            self.compare_deadline_ms,
             self.checkpoint_interval_ms,
             self.alone,
             self.packets,

@@ -1,14 +1,15 @@
 //! The primary's checkpoint thread: live synchronisation, capture, transfer.
 //!
-//! Order of a capture (rules 11 and 12): the SVM has stopped and sent its dirty set; vCPUs pause, the worker cuts the
-//! epoch at a packet boundary; state is saved and the union of both dirty sets copied; worker and vCPUs go on; only
-//! then the copy travels.
+//! Order of a capture (rules 11 and 12): the SVM has stopped and sent its dirty set; vCPUs pause, the workers cut the
+//! epoch at a packet boundary; state is saved and the union of both dirty sets kept (`stabilise`); workers and vCPUs go
+//! on; only then it travels, as far as the SVM lacks it (`outbound`).
 //!
 //! Invariants: a page leaves the dirty set only into a capture, and comes back if that capture is aborted (rule 14);
-//! the guest runs again whatever fails here.
+//! the guest runs again whatever fails here; without a secondary nothing is tracked, protected or reserved (invariant 8).
 //!
 //! Does not decide when: commands come from the control thread.
 
+use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -16,11 +17,12 @@ use std::time::Instant;
 
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::{CutState, PrimaryRole};
-use colo_fastpath::ring::GuestRam;
 
-use super::pages::{PAGE_BYTES, PageBitmap, PageSet};
-use super::pending;
-use super::transfer::{Checkpoint, Sender, State, StateKind, TransferError};
+use super::outbound::{Outbound, OutboundSettings, SendError, Sent, SvmStop};
+use super::pages::PageBitmap;
+use super::stabilise::{StabiliseError, StabilisePolicy, Stabiliser, Stable};
+use super::states::{State, StateKind};
+use super::{pending, stop};
 use crate::config::Config;
 use crate::machine::{Machine, MachineError};
 use crate::requests::Request;
@@ -30,8 +32,17 @@ use crate::testpoint::{Point, reached};
 /// Live rounds end when so few pages are left, or after so many rounds.
 const ROUND_SMALL_PAGES: usize = 256;
 const ROUNDS_MAX: u32 = 10;
-/// Pages copied and sent at a time while the guest runs.
-const SYNC_BATCH: usize = 256;
+
+/// How checkpoints are taken.
+#[derive(Debug, Clone, Copy)]
+pub struct CaptureSettings {
+    /// How captured pages are kept.
+    pub stabilise: StabilisePolicy,
+    /// Memory for captured pages.
+    pub arena_pages: u32,
+    /// How they are sent.
+    pub outbound: OutboundSettings,
+}
 
 /// What the control thread orders.
 #[derive(Debug)]
@@ -42,6 +53,8 @@ pub enum CaptureCommand {
         stream: TcpStream,
         /// For the records.
         generation: u64,
+        /// Of page digests, for this secondary alone.
+        key: [u8; 16],
     },
     /// Take a checkpoint.
     Capture {
@@ -49,8 +62,8 @@ pub enum CaptureCommand {
         epoch: u64,
         /// The first of this secondary: its packet path begins here.
         first: bool,
-        /// What the SVM dirtied.
-        svm_dirty: Vec<u8>,
+        /// What the SVM told when it stopped ([`stop`]).
+        svm_stopped: Vec<u8>,
         /// The epoch that follows is buffered, not compared.
         buffer: bool,
         /// For the records.
@@ -92,8 +105,10 @@ pub enum CaptureEvent {
     Sent {
         /// Its epoch.
         epoch: u64,
-        /// Bytes of the page channel so far.
-        sent_bytes: u64,
+        /// What that took, and what of it the guest paid for.
+        sent: Box<Sent>,
+        /// How long the guest's writes had to wait for captured pages until the last of these was read (rule 17).
+        stall_us: u64,
     },
     /// Nothing whole was sent.
     Failed {
@@ -118,8 +133,12 @@ pub struct CaptureCost {
     pub quiesce_us: u64,
     /// Part of it: registers and devices.
     pub state_us: u64,
-    /// Part of it: collecting and copying the dirty set.
-    pub copy_us: u64,
+    /// Part of it: collecting the dirty set.
+    pub collect_us: u64,
+    /// Part of it: copying or protecting the pages.
+    pub stabilise_us: u64,
+    /// Part of it: from there until the vCPUs ran.
+    pub resume_us: u64,
     /// Pages in the union of both dirty sets.
     pub dirty_pages: u64,
     /// Frames of pending output.
@@ -135,16 +154,37 @@ pub enum CaptureError {
     /// The worker is not in the primary's role.
     #[error("the packet worker is not in the primary's role")]
     Role,
-    /// Guest memory could not be read.
-    #[error("guest memory: {0}")]
-    Memory(#[from] colo_fastpath::ring::MemoryError),
+    /// The captured pages could not be kept.
+    #[error(transparent)]
+    Stabilise(#[from] StabiliseError),
+    /// The secondary's dirty set is of another machine.
+    #[error("the secondary's dirty bitmap does not fit this guest's memory")]
+    DirtySet,
+    /// There is nobody to send to.
+    #[error("there is no secondary")]
+    NoSecondary,
+}
+
+/// A checkpoint that is to be sent.
+#[derive(Debug)]
+struct Capture {
+    stop: SvmStop,
+    states: Vec<State>,
+    stable: Stable,
+}
+
+/// What there is for one secondary.
+#[derive(Debug)]
+struct Session {
+    outbound: Outbound,
+    stabiliser: Stabiliser,
 }
 
 /// What a capture is to be like.
 #[derive(Debug, Clone, Copy)]
 struct Order<'a> {
     first: bool,
-    svm_dirty: &'a [u8],
+    svm_stopped: &'a [u8],
     buffer: bool,
 }
 
@@ -152,57 +192,72 @@ struct Order<'a> {
 #[derive(Debug)]
 pub struct CaptureThread {
     machine: Arc<Machine>,
+    settings: CaptureSettings,
     post: Post<CaptureEvent>,
-    sender: Option<Sender<TcpStream>>,
+    session: Option<Session>,
     /// Pages still owed to the secondary besides what the dirty logs say.
     carry: PageBitmap,
     /// Pages of the checkpoint in flight.
     in_flight: PageBitmap,
     /// The capture in hand has cut the epoch.
     is_cut: bool,
-    /// The buffers of the previous checkpoint, kept for the next.
-    spare: PageSet,
+    /// Orders that came while a checkpoint was sent.
+    deferred: VecDeque<CaptureCommand>,
 }
 
 impl CaptureThread {
     /// For a machine; events go to `post`.
-    pub fn new(machine: Arc<Machine>, post: Post<CaptureEvent>) -> Self {
+    pub fn new(machine: Arc<Machine>, settings: CaptureSettings, post: Post<CaptureEvent>) -> Self {
         let pages = machine.ram().page_count();
         Self {
             machine,
+            settings,
             post,
-            sender: None,
+            session: None,
             carry: PageBitmap::new(pages),
             in_flight: PageBitmap::new(pages),
             is_cut: false,
-            spare: PageSet::default(),
+            deferred: VecDeque::new(),
         }
     }
 
     /// Obeys until the other end of `commands` is gone.
     pub fn run(mut self, commands: &Receiver<CaptureCommand>) {
-        while let Ok(command) = commands.recv() {
+        loop {
+            let deferred = self.deferred.pop_front();
+            let Some(command) = deferred.or_else(|| commands.recv().ok()) else {
+                return;
+            };
             match command {
-                CaptureCommand::Sync { stream, generation } => self.sync(stream, generation),
+                CaptureCommand::Sync {
+                    stream,
+                    generation,
+                    key,
+                } => self.sync(stream, generation, key),
                 CaptureCommand::Capture {
                     epoch,
                     first,
-                    svm_dirty,
+                    svm_stopped,
                     buffer,
                     generation,
                 } => {
                     let order = Order {
                         first,
-                        svm_dirty: &svm_dirty,
+                        svm_stopped: &svm_stopped,
                         buffer,
                     };
-                    self.checkpoint(epoch, order, generation);
+                    if let Some(session) = &mut self.session {
+                        session.outbound.set_generation(generation);
+                    }
+                    self.checkpoint(epoch, order, commands);
                 }
-                CaptureCommand::Committed => self.in_flight.clear(),
-                CaptureCommand::Aborted => {
-                    self.carry.merge(&self.in_flight.words);
+                CaptureCommand::Committed => {
                     self.in_flight.clear();
+                    if let Some(session) = &mut self.session {
+                        session.outbound.committed();
+                    }
                 }
+                CaptureCommand::Aborted => self.aborted(),
                 CaptureCommand::Detach => self.detach(),
                 CaptureCommand::Snapshot { request, config } => {
                     snapshot::serve(request, &self.machine, &config);
@@ -211,8 +266,16 @@ impl CaptureThread {
         }
     }
 
+    fn aborted(&mut self) {
+        self.carry.merge(&self.in_flight.words);
+        self.in_flight.clear();
+        if let Some(session) = &mut self.session {
+            session.outbound.aborted();
+        }
+    }
+
     fn detach(&mut self) {
-        self.sender = None;
+        self.session = None;
         self.carry.clear();
         self.in_flight.clear();
         if let Err(e) = self.machine.set_dirty_logging(false) {
@@ -220,35 +283,41 @@ impl CaptureThread {
         }
     }
 
-    fn sync(&mut self, stream: TcpStream, generation: u64) {
+    fn sync(&mut self, stream: TcpStream, generation: u64, key: [u8; 16]) {
+        self.session = None;
         self.carry.clear();
         self.in_flight.clear();
-        match self.send_live(stream, generation) {
+        match self.send_live(stream, generation, key) {
             Ok(()) => self.post.send(CaptureEvent::SyncReady),
             Err(reason) => {
-                self.sender = None;
+                self.session = None;
                 self.post.send(CaptureEvent::LinkDown { reason });
             }
         }
     }
 
-    fn send_live(&mut self, stream: TcpStream, generation: u64) -> Result<(), String> {
-        stream.set_nonblocking(false).map_err(|e| e.to_string())?;
-        let mut sender = Sender::new(stream);
-        self.machine
-            .set_dirty_logging(true)
-            .map_err(|e| e.to_string())?;
-        let ram = self.machine.ram().clone();
-        let mut round = PageBitmap::new(ram.page_count());
-        round.words.fill(u64::MAX);
-        let last_bits = ram.page_count() % 64;
-        if let (Some(last), 1..) = (round.words.last_mut(), last_bits) {
-            *last = (1 << last_bits) - 1;
-        }
+    fn send_live(
+        &mut self,
+        stream: TcpStream,
+        generation: u64,
+        key: [u8; 16],
+    ) -> Result<(), String> {
+        let machine = self.machine.clone();
+        let ram = machine.ram();
+        let outbound = Outbound::new(stream, ram.page_count(), key, &self.settings.outbound);
+        let mut outbound = outbound.map_err(|e| e.to_string())?;
+        outbound.set_generation(generation);
+        let view = machine.guest_view().cloned();
+        let stabiliser = Stabiliser::new(ram.clone(), view, self.settings.arena_pages);
+        let stabiliser = stabiliser.map_err(|e| e.to_string())?;
+        machine.set_dirty_logging(true).map_err(|e| e.to_string())?;
+        let mut round = PageBitmap::full(ram.page_count());
         for _ in 0..ROUNDS_MAX {
-            send_round(&mut sender, generation, &ram, &round).map_err(|e| e.to_string())?;
+            outbound
+                .sync(ram, round.iter())
+                .map_err(|e| e.to_string())?;
             round.clear();
-            self.machine
+            machine
                 .take_dirty(&mut round.words)
                 .map_err(|e| e.to_string())?;
             if round.count() <= ROUND_SMALL_PAGES {
@@ -256,125 +325,160 @@ impl CaptureThread {
             }
         }
         self.carry.merge(&round.words);
-        self.sender = Some(sender);
+        self.session = Some(Session {
+            outbound,
+            stabiliser,
+        });
         Ok(())
     }
 
-    fn checkpoint(&mut self, epoch: u64, order: Order<'_>, generation: u64) {
+    fn checkpoint(&mut self, epoch: u64, order: Order<'_>, commands: &Receiver<CaptureCommand>) {
         reached(Point::SvmStopped);
-        let mut checkpoint = Checkpoint {
-            generation,
-            epoch,
-            ..Checkpoint::default()
-        };
-        checkpoint.pages = std::mem::take(&mut self.spare);
-        checkpoint.pages.clear();
-        match self.capture(&mut checkpoint, order) {
-            Ok(cost) => self.post.send(CaptureEvent::Captured { epoch, cost }),
+        let captured = self.capture(order);
+        let Capture {
+            stop,
+            states,
+            mut stable,
+        } = match captured {
+            Ok((cost, capture)) => {
+                self.post.send(CaptureEvent::Captured { epoch, cost });
+                capture
+            }
             Err(e) => {
                 if self.is_cut {
                     self.post.send(CaptureEvent::Cut { epoch });
                 }
-                self.post.send(CaptureEvent::Failed {
-                    epoch,
-                    reason: e.to_string(),
-                });
-                return;
+                return self.failed(epoch, &e);
             }
-        }
-        reached(Point::Captured);
-        let Some(sender) = &mut self.sender else {
-            let reason = "there is no secondary".to_owned();
-            self.post.send(CaptureEvent::Failed { epoch, reason });
-            return;
         };
-        match sender.stage(&checkpoint, || reached(Point::MidTransfer)) {
-            Ok(()) => {
-                let sent_bytes = sender.sent_bytes;
+        reached(Point::Captured);
+        let Some(session) = &mut self.session else {
+            return self.failed(epoch, &CaptureError::NoSecondary);
+        };
+        let deferred = &mut self.deferred;
+        let is_off = || {
+            deferred.extend(commands.try_iter());
+            let ends =
+                |c: &CaptureCommand| matches!(c, CaptureCommand::Aborted | CaptureCommand::Detach);
+            deferred.iter().any(ends)
+        };
+        let midway = || reached(Point::MidTransfer);
+        let sent = session
+            .outbound
+            .send(epoch, &states, &mut stable, &stop, midway, is_off);
+        match sent {
+            Ok(sent) => {
                 reached(Point::StageSent);
-                self.post.send(CaptureEvent::Sent { epoch, sent_bytes });
-            }
-            Err(e) => {
-                self.sender = None;
-                self.post.send(CaptureEvent::LinkDown {
-                    reason: e.to_string(),
+                let stall_us = stable.finish().stall_us;
+                let sent = Box::new(sent);
+                self.post.send(CaptureEvent::Sent {
+                    epoch,
+                    sent,
+                    stall_us,
                 });
             }
+            Err(SendError::CalledOff) => {}
+            Err(e) if e.spares_channel() => self.failed(epoch, &e),
+            Err(e) => {
+                drop(stable);
+                self.session = None;
+                let reason = e.to_string();
+                self.post.send(CaptureEvent::LinkDown { reason });
+            }
         }
-        self.spare = checkpoint.pages;
     }
 
-    /// Stops the guest, fills `checkpoint`, lets the guest go on.
-    fn capture(
-        &mut self,
-        checkpoint: &mut Checkpoint,
-        order: Order<'_>,
-    ) -> Result<CaptureCost, CaptureError> {
+    fn failed(&self, epoch: u64, error: &dyn std::error::Error) {
+        let reason = error.to_string();
+        self.post.send(CaptureEvent::Failed { epoch, reason });
+    }
+
+    /// Stops the guest, takes its state and pages, lets it go on.
+    fn capture(&mut self, order: Order<'_>) -> Result<(CaptureCost, Capture), CaptureError> {
+        self.is_cut = false;
+        let words = self.machine.ram().bitmap_words();
+        let stopped = stop::from_bytes(order.svm_stopped, words);
+        let (dirty, number) = stopped.ok_or(CaptureError::DirtySet)?;
+        let stop = SvmStop { number, dirty };
         let start = Instant::now();
         let machine = self.machine.clone();
         self.is_cut = false;
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
-        let outcome = self.capture_stopped(checkpoint, order, start, &mut cost);
-        let resumed = machine.resume_workers().map_err(CaptureError::Machine);
+        let outcome = self.capture_stopped(order, &stop, start, &mut cost);
+        let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
-        outcome.and(resumed)?;
-        Ok(cost)
+        let parts = cost.quiesce_us + cost.state_us + cost.collect_us + cost.stabilise_us;
+        cost.resume_us = cost.pause_us.saturating_sub(parts);
+        let (states, stable) = outcome?;
+        resumed?;
+        let capture = Capture {
+            stop,
+            states,
+            stable,
+        };
+        Ok((cost, capture))
     }
 
     fn capture_stopped(
         &mut self,
-        checkpoint: &mut Checkpoint,
         order: Order<'_>,
+        stop: &SvmStop,
         start: Instant,
         cost: &mut CaptureCost,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<(Vec<State>, Stable), CaptureError> {
         let machine = self.machine.clone();
+        let mut until = 0;
+        let mut lap_us = || {
+            let now_us = start.elapsed().as_micros() as u64;
+            now_us - std::mem::replace(&mut until, now_us)
+        };
         machine.quiesce_workers()?;
         let cuts = cut_all(&machine, order.first).ok_or(CaptureError::Role)?;
         self.is_cut = true;
         let buffer = order.buffer;
         PrimaryRole::on_workers(machine.workers(), move |role, _| role.buffer(buffer))
             .ok_or(CaptureError::Role)?;
-        cost.quiesce_us = start.elapsed().as_micros() as u64;
+        cost.quiesce_us = lap_us();
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
-        checkpoint.states = self.states(cuts)?;
-        let after_state_us = start.elapsed().as_micros() as u64;
-        cost.state_us = after_state_us - cost.quiesce_us;
+        let states = self.states(cuts)?;
+        cost.state_us = lap_us();
 
         machine.take_dirty(&mut self.in_flight.words)?;
         self.in_flight.merge(&self.carry.words);
-        self.in_flight
-            .merge(&PageBitmap::from_bytes(order.svm_dirty).words);
+        self.in_flight.merge(&stop.dirty.words);
         self.carry.clear();
-        copy_pages(machine.ram(), self.in_flight.iter(), &mut checkpoint.pages)?;
-        cost.dirty_pages = checkpoint.pages.numbers.len() as u64;
-        cost.copy_us = start.elapsed().as_micros() as u64 - after_state_us;
-        Ok(())
+        cost.dirty_pages = self.in_flight.count() as u64;
+        cost.collect_us = lap_us();
+
+        let session = self.session.as_mut().ok_or(CaptureError::NoSecondary)?;
+        let policy = self.settings.stabilise;
+        let stable = session.stabiliser.take(&self.in_flight, policy)?;
+        cost.stabilise_us = lap_us();
+        Ok((states, stable))
     }
 
     fn states(&self, cuts: Vec<CutState>) -> Result<Vec<State>, CaptureError> {
-        let state = |kind: StateKind, index: usize, bytes| State {
-            kind: kind as u16,
-            index: index as u16,
-            bytes,
-        };
         let mut states = Vec::new();
         let mut vcpus = Vec::new();
         self.machine.save_vcpu_records(&mut vcpus)?;
         for (i, record) in vcpus.into_iter().enumerate() {
-            states.push(state(StateKind::Vcpu, i, record));
+            states.push(State::new(StateKind::Vcpu, i, record));
         }
         let mut platform = Vec::new();
         self.machine.save_platform(&mut platform)?;
-        states.push(state(StateKind::Platform, 0, platform));
-        states.push(state(StateKind::Devices, 0, self.machine.save_devices()?));
+        states.push(State::new(StateKind::Platform, 0, platform));
+        states.push(State::new(
+            StateKind::Devices,
+            0,
+            self.machine.save_devices()?,
+        ));
         for (shard, cut) in cuts.into_iter().enumerate() {
             let pending = pending::to_bytes(&cut.pending);
-            states.push(state(StateKind::Pending, shard, pending));
-            states.push(state(StateKind::Translations, shard, cut.translations));
+            states.push(State::new(StateKind::Pending, shard, pending));
+            states.push(State::new(StateKind::Translations, shard, cut.translations));
         }
         Ok(states)
     }
@@ -395,44 +499,4 @@ fn cut_all(machine: &Machine, first: bool) -> Option<Vec<CutState>> {
         }
     });
     None
-}
-
-fn send_round(
-    sender: &mut Sender<TcpStream>,
-    generation: u64,
-    ram: &GuestRam,
-    round: &PageBitmap,
-) -> Result<(), SyncError> {
-    let mut pages = PageSet::default();
-    let numbers: Vec<u64> = round.iter().collect();
-    for batch in numbers.chunks(SYNC_BATCH) {
-        pages.clear();
-        copy_pages(ram, batch.iter().copied(), &mut pages)?;
-        sender.sync(generation, &pages)?;
-    }
-    Ok(())
-}
-
-#[derive(Debug, thiserror::Error)]
-enum SyncError {
-    #[error(transparent)]
-    Transfer(#[from] TransferError),
-    #[error("guest memory: {0}")]
-    Memory(#[from] colo_fastpath::ring::MemoryError),
-}
-
-fn copy_pages(
-    ram: &GuestRam,
-    numbers: impl Iterator<Item = u64>,
-    pages: &mut PageSet,
-) -> Result<(), colo_fastpath::ring::MemoryError> {
-    let mut outcome = Ok(());
-    for number in numbers.take_while(|&n| n < ram.page_count() as u64) {
-        pages.push_with(number, |out| {
-            if let Err(e) = ram.read(number * PAGE_BYTES as u64, out) {
-                outcome = Err(e);
-            }
-        });
-    }
-    outcome
 }

@@ -1,9 +1,10 @@
 //! The checkpoint engine: dirty pages and machine state, captured on the primary, staged and applied whole on the
 //! secondary.
 //!
-//! `dirty` tells which pages were written, `stabilise` keeps them as they were while the guest runs on, `pages` is the set
-//! that travels, `transfer` its bytes on the link, `capture` the primary's side, `stage` the secondary's. Who may
-//! take a checkpoint when is decided by `colo-control`.
+//! Primary: `dirty` tells which pages were written, `capture` stops the guest for a moment, `stabilise` keeps the pages,
+//! `outbound` sends what the secondary lacks. Secondary: `stage` receives and applies, `staging` holds what has come.
+//! Both: `codec` makes pages small, `channel` carries them, `states` are the other records, `stop` is what a stopped SVM
+//! tells. Who may take a checkpoint when is decided by `colo-control`.
 
 pub mod audit;
 pub mod capture;
@@ -12,8 +13,11 @@ pub mod codec;
 pub mod dirty;
 #[cfg(test)]
 pub(crate) mod guests;
+pub mod outbound;
 pub mod pages;
 mod pending;
 pub mod stabilise;
 pub mod stage;
-pub mod transfer;
+pub mod staging;
+pub mod states;
+pub mod stop;

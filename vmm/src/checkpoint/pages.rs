@@ -1,6 +1,6 @@
-//! Sets of guest pages: bitmaps of page numbers, and page numbers with their contents.
+//! Sets of guest pages, as bitmaps.
 //!
-//! Invariant: [`PageSet::data`] holds 4096 bytes for each page that is not marked zero, in order of `numbers`.
+//! Does not know what is in a page.
 
 /// Bytes of a guest page.
 pub const PAGE_BYTES: usize = 4096;
@@ -18,6 +18,16 @@ impl PageBitmap {
         Self {
             words: vec![0; pages.div_ceil(64)],
         }
+    }
+
+    /// All set, for so many pages.
+    pub fn full(pages: usize) -> Self {
+        let mut bitmap = Self::new(pages);
+        bitmap.words.fill(u64::MAX);
+        if let (Some(last), 1..) = (bitmap.words.last_mut(), pages % 64) {
+            *last = (1 << (pages % 64)) - 1;
+        }
+        bitmap
     }
 
     /// Adds the pages of `other`; pages beyond our size are ignored.
@@ -63,65 +73,6 @@ impl PageBitmap {
     }
 }
 
-/// Guest pages with their contents.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PageSet {
-    /// Page number, with [`Self::ZERO`] set where the page holds zeros only and has no data.
-    pub numbers: Vec<u64>,
-    /// Contents of the others.
-    pub data: Vec<u8>,
-}
-
-impl PageSet {
-    /// Flag of a page that holds zeros only.
-    pub const ZERO: u64 = 1 << 63;
-
-    /// Forgets the pages, keeps the memory.
-    pub fn clear(&mut self) {
-        self.numbers.clear();
-        self.data.clear();
-    }
-
-    /// Adds a page; `read` fills its contents.
-    pub fn push_with(&mut self, number: u64, read: impl FnOnce(&mut [u8])) {
-        let at = self.data.len();
-        self.data.resize(at + PAGE_BYTES, 0);
-        read(&mut self.data[at..]);
-        if is_zero(&self.data[at..]) {
-            self.data.truncate(at);
-            self.numbers.push(number | Self::ZERO);
-        } else {
-            self.numbers.push(number);
-        }
-    }
-
-    /// Number and contents of each page, `None` for zeros.
-    pub fn iter(&self) -> impl Iterator<Item = (u64, Option<&[u8]>)> + '_ {
-        let mut pages = self.data.chunks_exact(PAGE_BYTES);
-        self.numbers.iter().map(move |&n| match n & Self::ZERO {
-            0 => (n, pages.next()),
-            _ => (n & !Self::ZERO, None),
-        })
-    }
-
-    /// True if the data fits the numbers and every page lies below `pages`.
-    pub fn is_consistent(&self, pages: u64) -> bool {
-        let full = self
-            .numbers
-            .iter()
-            .filter(|&&n| n & Self::ZERO == 0)
-            .count();
-        self.data.len() == full * PAGE_BYTES
-            && self.numbers.iter().all(|&n| n & !Self::ZERO < pages)
-    }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes
-        .chunks_exact(64)
-        .all(|chunk| chunk.iter().fold(0, |or, b| or | b) == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,17 +88,8 @@ mod tests {
         );
         assert_eq!(bitmap.count(), 7);
         assert_eq!(PageBitmap::from_bytes(&bitmap.to_bytes()), bitmap);
-    }
-
-    #[test]
-    fn zero_pages_carry_no_data_and_come_back_in_place() {
-        let mut set = PageSet::default();
-        set.push_with(3, |b| b.fill(7));
-        set.push_with(4, |_| {});
-        set.push_with(9, |b| b[4095] = 1);
-        assert_eq!(set.data.len(), 2 * PAGE_BYTES);
-        let back: Vec<_> = set.iter().map(|(n, d)| (n, d.map(|d| d[4095]))).collect();
-        assert_eq!(back, [(3, Some(7)), (4, None), (9, Some(1))]);
-        assert!(set.is_consistent(10) && !set.is_consistent(9));
+        for pages in [1, 63, 64, 65, 128] {
+            assert_eq!(PageBitmap::full(pages).count(), pages);
+        }
     }
 }

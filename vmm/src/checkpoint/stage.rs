@@ -1,4 +1,4 @@
-//! The secondary's checkpoint thread: receives, validates, commits, applies.
+//! The secondary's checkpoint thread: digests of the stopped SVM out, checkpoints in; validates, commits, applies.
 //!
 //! Invariants: while the machine has never run, live pages go straight to RAM; afterwards nothing of a checkpoint
 //! touches the machine before the whole of it was received and accepted (rule 13); an apply that has begun is
@@ -8,31 +8,84 @@
 
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver as Commands;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::SecondaryRole;
-use colo_fastpath::ring::{GuestRam, MemoryError};
+use colo_fastpath::ring::MemoryError;
 use colo_fastpath::worker::Edge;
 
-use super::pages::{PAGE_BYTES, PageSet};
+use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
+use super::codec::digest::KEY_BYTES;
+use super::codec::{DigestListEncoder, PageKey};
+use super::pages::{PAGE_BYTES, PageBitmap};
 use super::pending;
-use super::transfer::{Checkpoint, Incoming, Receiver, StateKind};
+use super::staging::{Staging, StagingError, write_live};
+use super::states::{State, StateKind};
+use super::stop::StopNumber;
 use crate::machine::record::RecordError;
 use crate::machine::{ClockJump, Machine, MachineError, VcpuState};
 use crate::testpoint::{Point, reached};
 
-/// What the control thread orders after [`StageEvent::Staged`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How long one wait lasts; a wake-up ends it.
+const LOOK: Duration = Duration::from_secs(1);
+/// The first list of digests; the following ones grow.
+const DIGESTS_AT_FIRST: u64 = 64;
+
+/// How checkpoints are received.
+#[derive(Debug, Clone, Copy)]
+pub struct StageSettings {
+    /// Of the channel.
+    pub channel: Settings,
+    /// Memory for pages that are staged at most.
+    pub stage_mib: usize,
+}
+
+/// What the control thread orders.
+#[derive(Debug)]
 pub enum StageCommand {
-    /// Apply it and let the SVM run, or stand still there (`halt`).
+    /// The SVM stands still: send the digests of these pages.
+    Digests {
+        /// The epoch that ends.
+        epoch: u64,
+        /// For the records (rule 18).
+        generation: u64,
+        /// Which stop it is.
+        stop: StopNumber,
+        /// What it has written since the last commit.
+        dirty: Box<PageBitmap>,
+    },
+    /// Apply what was [staged](StageEvent::Staged) and let the SVM run, or stand still there (`halt`).
     Apply {
         /// Remus mode.
         halt: bool,
     },
     /// Forget it.
     Discard,
+}
+
+/// Gives orders to the thread; dropped, it ends the thread.
+#[derive(Debug)]
+pub struct StageOrders {
+    commands: Sender<StageCommand>,
+    waker: Waker,
+}
+
+impl StageOrders {
+    /// False if the thread has ended.
+    pub fn give(&self, command: StageCommand) -> bool {
+        let given = self.commands.send(command).is_ok();
+        self.waker.wake();
+        given
+    }
+}
+
+impl Drop for StageOrders {
+    fn drop(&mut self) {
+        self.waker.shut_down();
+    }
 }
 
 /// What the thread reports.
@@ -69,11 +122,17 @@ pub enum StageEvent {
     },
 }
 
-/// What an apply cost.
+/// What a checkpoint cost the secondary.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ApplyCost {
+    /// From its first chunk until it was accepted.
+    pub stage_us: u64,
     /// From the order until the SVM ran.
     pub apply_us: u64,
+    /// Part of it: writing pages.
+    pub write_us: u64,
+    /// Part of it: registers, devices and the packet side.
+    pub load_us: u64,
     /// Pages written.
     pub pages: u64,
 }
@@ -103,6 +162,15 @@ pub enum StageError {
     /// The packet core refuses the translations.
     #[error("translations: {0}")]
     Translations(String),
+    /// A chunk makes no sense, or there is no memory for it.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
+    /// The primary has not told the key of page digests.
+    #[error("a checkpoint without the key of its page digests")]
+    NoKey,
+    /// Live pages for a machine that has run.
+    #[error("live pages came after the first checkpoint")]
+    LateSync,
     /// Guest memory can't be written.
     #[error("guest memory: {0}")]
     Memory(#[from] MemoryError),
@@ -117,7 +185,6 @@ struct Accepted {
     devices: Vec<u8>,
     /// What each shard gets.
     shards: Vec<ShardState>,
-    pages: PageSet,
 }
 
 /// The packet side of a checkpoint, of one shard.
@@ -127,103 +194,277 @@ struct ShardState {
     pending: Vec<Vec<u8>>,
 }
 
+/// A checkpoint that comes in.
+#[derive(Debug)]
+struct Open {
+    since: Instant,
+    /// Why it will be refused.
+    refusal: Option<StageError>,
+}
+
 /// The thread's state.
 #[derive(Debug)]
-pub struct StageThread {
+struct StageThread {
     machine: Arc<Machine>,
     post: Post<StageEvent>,
-    receiver: Receiver<TcpStream>,
+    channel: PageChannel,
+    commands: Receiver<StageCommand>,
+    key: Option<PageKey>,
+    staging: Staging,
+    open: Option<Open>,
     live: bool,
 }
 
-impl StageThread {
-    /// For a machine that has never run; events go to `post`.
-    pub fn new(machine: Arc<Machine>, stream: TcpStream, post: Post<StageEvent>) -> Self {
-        let page_count = machine.ram().page_count() as u64;
-        Self {
-            machine,
-            post,
-            receiver: Receiver::new(stream, page_count),
-            live: false,
+/// What ends the thread.
+enum Over {
+    /// Nobody gives orders any more, or the machine is in no usable state.
+    Quietly,
+    /// The page channel is of no use.
+    Link(String),
+}
+
+impl From<ChannelError> for Over {
+    fn from(e: ChannelError) -> Self {
+        match e {
+            ChannelError::ShutDown => Self::Quietly,
+            e => Self::Link(e.to_string()),
         }
     }
+}
 
-    /// Receives until the channel or the other end of `commands` is gone.
-    pub fn run(mut self, commands: &Commands<StageCommand>) {
+/// Starts the thread for a machine that has never run, over a connected socket; events go to `post`.
+pub fn spawn(
+    machine: Arc<Machine>,
+    stream: TcpStream,
+    settings: StageSettings,
+    post: Post<StageEvent>,
+) -> Result<(StageOrders, JoinHandle<()>), SpawnError> {
+    let (orders, commands) = channel();
+    let (ready, readiness) = channel();
+    let run = move || {
+        // A channel belongs to the thread that makes it.
+        let made = PageChannel::new(vec![stream], settings.channel);
+        let channel = match made {
+            Ok(channel) => channel,
+            Err(e) => return drop(ready.send(Err(e))),
+        };
+        let _ = ready.send(Ok(channel.waker()));
+        let pages = machine.ram().page_count();
+        let thread = StageThread {
+            staging: Staging::new(pages, settings.stage_mib),
+            machine,
+            post,
+            channel,
+            commands,
+            key: None,
+            open: None,
+            live: false,
+        };
+        thread.run();
+    };
+    let builder = std::thread::Builder::new().name("checkpoint".to_owned());
+    let thread = builder.spawn(run)?;
+    let waker = readiness.recv().map_err(|_| SpawnError::Gone)??;
+    let orders = StageOrders {
+        commands: orders,
+        waker,
+    };
+    Ok((orders, thread))
+}
+
+/// Why there is no thread.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The page channel.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// No threads.
+    #[error("no thread for checkpoints: {0}")]
+    Thread(#[from] std::io::Error),
+    /// It ended at once.
+    #[error("the checkpoint thread ended at its start")]
+    Gone,
+}
+
+impl StageThread {
+    fn run(mut self) {
         loop {
-            match self.receiver.receive() {
-                Ok(Incoming::Sync(pages)) => {
-                    if let Err(e) = self.live_pages(&pages) {
-                        self.post.send(StageEvent::LinkDown {
-                            reason: e.to_string(),
-                        });
-                        return;
-                    }
-                }
-                Ok(Incoming::Stage(stage)) => {
-                    if !self.stage(*stage, commands) {
-                        return;
-                    }
-                }
-                Ok(Incoming::Damaged { epoch, reason }) => {
-                    self.post.send(StageEvent::Failed { epoch, reason });
-                }
-                Err(e) => {
-                    self.post.send(StageEvent::LinkDown {
-                        reason: e.to_string(),
-                    });
+            match self.turn() {
+                Ok(()) => {}
+                Err(Over::Quietly) => return,
+                Err(Over::Link(reason)) => {
+                    self.post.send(StageEvent::LinkDown { reason });
                     return;
                 }
             }
         }
     }
 
-    fn live_pages(&mut self, pages: &PageSet) -> Result<(), StageError> {
-        if self.live {
-            return Err(StageError::Count {
-                what: "live page",
-                found: 1,
-                expected: 0,
-            });
+    fn turn(&mut self) -> Result<(), Over> {
+        while let Ok(command) = self.commands.try_recv() {
+            if let StageCommand::Digests {
+                epoch,
+                generation,
+                stop,
+                dirty,
+            } = command
+            {
+                self.channel.set_generation(generation);
+                self.send_digests(epoch, stop, &dirty)?;
+            }
         }
-        Ok(write_pages(self.machine.ram(), pages)?)
+        match self.channel.poll(LOOK)? {
+            Event::Chunk(chunk) if chunk.kind == Kind::Sync => {
+                let written = match self.live {
+                    false => {
+                        write_live(self.machine.ram(), chunk.payload).map_err(StageError::from)
+                    }
+                    true => Err(StageError::LateSync),
+                };
+                // Nothing would ever repair it: the sender believes it has arrived.
+                written.map_err(|e| Over::Link(e.to_string()))
+            }
+            Event::Chunk(chunk) if chunk.kind == Kind::Begin => {
+                let key: Option<[u8; KEY_BYTES]> = chunk.payload.try_into().ok();
+                if self.open.is_none() {
+                    self.staging.clear();
+                    self.key = key.map(PageKey::new);
+                    self.open = Some(Open {
+                        since: Instant::now(),
+                        refusal: None,
+                    });
+                }
+                Ok(())
+            }
+            Event::Chunk(chunk) => {
+                if let Some(open) = self.open.as_mut().filter(|open| open.refusal.is_none()) {
+                    let added = match (chunk.kind, &self.key) {
+                        (_, None) => Err(StageError::NoKey),
+                        (Kind::State, _) => {
+                            self.staging.add_state(chunk.payload).map_err(Into::into)
+                        }
+                        (Kind::Pages, Some(key)) => {
+                            let ram = self.machine.ram();
+                            let added = self.staging.add_pages(chunk.payload, ram, key);
+                            added.map_err(Into::into)
+                        }
+                        _ => Ok(()),
+                    };
+                    open.refusal = added.err();
+                }
+                Ok(())
+            }
+            Event::Complete { epoch, .. } => self.complete(epoch),
+            Event::Aborted { .. } => {
+                self.open = None;
+                self.staging.clear();
+                Ok(())
+            }
+            Event::Damaged { epoch, reason } => {
+                self.open = None;
+                self.staging.clear();
+                self.post.send(StageEvent::Failed { epoch, reason });
+                Ok(())
+            }
+            Event::Closed => Err(Over::Link("page channel: closed by the peer".to_owned())),
+            Event::Sendable | Event::Woken | Event::Idle => Ok(()),
+        }
     }
 
-    /// False when the thread has to end.
-    fn stage(&mut self, stage: Checkpoint, commands: &Commands<StageCommand>) -> bool {
-        let epoch = stage.epoch;
-        let accepted = match self.accept(stage) {
+    /// Sends what stands for the SVM's dirty pages. It stands still; should an abort let it go on meanwhile, the primary
+    /// has given this stop up.
+    fn send_digests(
+        &mut self,
+        epoch: u64,
+        stop: StopNumber,
+        dirty: &PageBitmap,
+    ) -> Result<(), Over> {
+        let Some(key) = &self.key else { return Ok(()) };
+        let ram = self.machine.ram().clone();
+        self.channel.begin(epoch, &stop.to_bytes())?;
+        let mut page = [0; PAGE_BYTES];
+        let mut numbers = dirty.iter().peekable();
+        let mut sent = 0;
+        while numbers.peek().is_some() {
+            let buffer = self.channel.next_buffer()?;
+            let capacity = buffer.len();
+            let Some(mut list) = DigestListEncoder::new(buffer, sent) else {
+                break;
+            };
+            // Small lists at first: the primary can begin.
+            let most = (DIGESTS_AT_FIRST << sent.min(8)).min(capacity as u64 / 32);
+            while u64::from(list.count()) < most
+                && let Some(number) = numbers.next()
+            {
+                let read = |out: &mut _| ram.copy_page_out(number as usize, out);
+                let digest = key
+                    .of_copy(&mut page, read)
+                    .map_err(|e| Over::Link(e.to_string()))?;
+                // There is room for so many.
+                let _ = list.push(digest);
+            }
+            let (count, length) = (list.count(), list.finish());
+            sent += u64::from(count);
+            self.channel.submit(Kind::Digests, count, length)?;
+        }
+        Ok(self.channel.finish()?)
+    }
+
+    /// All of a checkpoint is here.
+    fn complete(&mut self, epoch: u64) -> Result<(), Over> {
+        let Some(open) = self.open.take() else {
+            return Ok(());
+        };
+        let accepted = match open.refusal {
+            None => self.accept(epoch),
+            Some(refusal) => Err(refusal),
+        };
+        let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(e) => {
-                self.post.send(StageEvent::Failed {
-                    epoch,
-                    reason: e.to_string(),
-                });
-                return true;
+                self.staging.clear();
+                let reason = e.to_string();
+                self.post.send(StageEvent::Failed { epoch, reason });
+                return Ok(());
             }
         };
+        let stage_us = open.since.elapsed().as_micros() as u64;
         reached(Point::Staged);
         self.post.send(StageEvent::Staged { epoch });
-        match commands.recv() {
-            Ok(StageCommand::Discard) => true,
-            Err(_) => false,
-            Ok(StageCommand::Apply { halt }) => match self.apply(accepted, halt) {
-                Ok(cost) => {
-                    self.post.send(StageEvent::Applied { epoch, cost });
-                    true
-                }
-                Err(e) => {
-                    self.post.send(StageEvent::ApplyFailed {
-                        reason: e.to_string(),
-                    });
-                    false
-                }
-            },
+        let outcome = self.decided(accepted, stage_us);
+        self.staging.clear();
+        outcome
+    }
+
+    /// Waits for the word of the control thread, and acts on it.
+    fn decided(&mut self, accepted: Accepted, stage_us: u64) -> Result<(), Over> {
+        let epoch = accepted.epoch;
+        let halt = loop {
+            match self.commands.recv() {
+                Err(_) => return Err(Over::Quietly),
+                Ok(StageCommand::Discard) => return Ok(()),
+                // Of a stop that this checkpoint has overtaken.
+                Ok(StageCommand::Digests { .. }) => {}
+                Ok(StageCommand::Apply { halt }) => break halt,
+            }
+        };
+        match self.apply(accepted, halt) {
+            Ok(cost) => {
+                let cost = ApplyCost { stage_us, ..cost };
+                self.post.send(StageEvent::Applied { epoch, cost });
+                Ok(())
+            }
+            Err(e) => {
+                let reason = e.to_string();
+                self.post.send(StageEvent::ApplyFailed { reason });
+                Err(Over::Quietly)
+            }
         }
     }
 
     /// Parses and checks everything that can be refused (rule 13).
-    fn accept(&self, stage: Checkpoint) -> Result<Accepted, StageError> {
+    fn accept(&mut self, epoch: u64) -> Result<Accepted, StageError> {
+        let states = self.staging.take_states()?;
         let known = [
             StateKind::Vcpu,
             StateKind::Devices,
@@ -231,15 +472,14 @@ impl StageThread {
             StateKind::Pending,
             StateKind::Platform,
         ];
-        if let Some(odd) = stage
-            .states
+        if let Some(odd) = states
             .iter()
             .find(|s| !known.iter().any(|&k| k as u16 == s.kind))
         {
             return Err(StageError::UnknownKind(odd.kind));
         }
         let exactly = |what, kind, expected: usize| {
-            let records = stage.of_kind(kind);
+            let records = of_kind(&states, kind);
             match records.len() {
                 found if found == expected => Ok(records),
                 found => Err(StageError::Count {
@@ -280,12 +520,11 @@ impl StageThread {
             role.check(&record)
         })?;
         Ok(Accepted {
-            epoch: stage.epoch,
+            epoch,
             vcpus,
             platform,
             devices,
             shards,
-            pages: stage.pages,
         })
     }
 
@@ -299,8 +538,8 @@ impl StageThread {
         }
         // The worker looks at the rings even while its role stands still; half-written ones make no sense.
         machine.release_queues()?;
-        let pages = accepted.pages.numbers.len() as u64;
-        write_pages(machine.ram(), &accepted.pages)?;
+        self.staging.write_pages(machine.ram())?;
+        let write_us = start.elapsed().as_micros() as u64;
         machine.restore_vcpus(&accepted.vcpus, ClockJump::SinceStopped)?;
         machine.restore_platform(&accepted.platform, ClockJump::SinceStopped)?;
         machine.restore_devices(&accepted.devices)?;
@@ -323,9 +562,13 @@ impl StageThread {
         if !halt {
             machine.resume_vcpus()?;
         }
+        let apply_us = start.elapsed().as_micros() as u64;
         Ok(ApplyCost {
-            apply_us: start.elapsed().as_micros() as u64,
-            pages,
+            stage_us: 0,
+            apply_us,
+            write_us,
+            load_us: apply_us - write_us,
+            pages: self.staging.page_count() as u64,
         })
     }
 }
@@ -341,10 +584,8 @@ fn on_each<I: Send + 'static>(
     all.map_err(StageError::Translations)
 }
 
-fn write_pages(ram: &GuestRam, pages: &PageSet) -> Result<(), MemoryError> {
-    const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-    for (number, data) in pages.iter() {
-        ram.write(number * PAGE_BYTES as u64, data.unwrap_or(&ZEROS))?;
-    }
-    Ok(())
+/// The records of one kind, in order of their index.
+fn of_kind(states: &[State], kind: StateKind) -> Vec<&[u8]> {
+    let found = states.iter().filter(|s| s.kind == kind as u16);
+    found.map(|s| s.bytes.as_slice()).collect()
 }

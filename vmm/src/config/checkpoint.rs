@@ -1,9 +1,17 @@
 //! `[checkpoint]`: how a pair takes its checkpoints.
 
+use std::time::Duration;
+
 use serde::Deserialize;
 
 use super::{Check, Config, ConfigError};
+use crate::checkpoint::channel::Settings;
 use crate::checkpoint::dirty::{DirtyChoice, DirtySettings, RING_ENTRIES};
+use crate::checkpoint::stabilise::StabilisePolicy;
+
+/// Arena of captured pages without `arena_mib`, at most.
+const ARENA_MIB_MAX: u64 = 512;
+const PAGES_PER_MIB: u64 = 256;
 
 /// `[checkpoint]`
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -13,6 +21,20 @@ pub struct CheckpointConfig {
     pub dirty: DirtyChoice,
     /// Entries of each vCPU's dirty ring.
     pub dirty_ring_entries: u32,
+    /// How captured pages are kept while the guest runs on.
+    pub stabilise: StabilisePolicy,
+    /// Memory for captured pages on the primary; 0: half of RAM, 512 MiB at most.
+    pub arena_mib: u64,
+    /// Memory for staged pages on the secondary; 0: as much as RAM.
+    pub stage_mib: u64,
+    /// Memory for pages of the last commit, the bases of deltas; 0: none.
+    pub cache_mib: usize,
+    /// One in so many pages that digests say are equal is sent and compared; 0: none.
+    pub verify_one_in: u32,
+    /// Send without a copy in the kernel, where it does not copy all the same.
+    pub zero_copy: bool,
+    /// How long the page channel may stand still before the link counts as lost.
+    pub stall_ms: u64,
 }
 
 impl Default for CheckpointConfig {
@@ -20,6 +42,42 @@ impl Default for CheckpointConfig {
         Self {
             dirty: DirtyChoice::default(),
             dirty_ring_entries: RING_ENTRIES,
+            // The others count only a part of what they take from the guest (`colo bench stabilise`).
+            stabilise: StabilisePolicy::Copy,
+            arena_mib: 0,
+            stage_mib: 0,
+            cache_mib: 32,
+            verify_one_in: 0,
+            zero_copy: true,
+            stall_ms: 5000,
+        }
+    }
+}
+
+impl CheckpointConfig {
+    /// Memory for captured pages, in pages.
+    pub fn arena_pages(&self, ram_mib: u64) -> u32 {
+        let mib = match self.arena_mib {
+            0 => (ram_mib / 2).clamp(1, ARENA_MIB_MAX),
+            mib => mib.min(ram_mib),
+        };
+        u32::try_from(mib * PAGES_PER_MIB).unwrap_or(u32::MAX)
+    }
+
+    /// Memory for staged pages.
+    pub fn stage_mib(&self, ram_mib: u64) -> usize {
+        match self.stage_mib {
+            0 => ram_mib as usize,
+            mib => mib as usize,
+        }
+    }
+
+    /// How the page channel works.
+    pub fn channel(&self) -> Settings {
+        Settings {
+            timeout: Duration::from_millis(self.stall_ms),
+            zero_copy: self.zero_copy,
+            ..Settings::default()
         }
     }
 }
@@ -44,6 +102,9 @@ impl Check<'_> {
             "checkpoint.dirty_ring_entries",
             entries,
             "choose a power of two from 1024 to 65536",
-        )
+        )?;
+        let stall_ms = checkpoint.stall_ms;
+        let advice = "must be at least 100";
+        self.that(stall_ms >= 100, "checkpoint.stall_ms", stall_ms, advice)
     }
 }

@@ -1,11 +1,11 @@
 //! Boots a user-mode guest: a static ELF64 that starts at CPL 3 (ARCHITECTURE.md, "Guest platform").
 //!
-//! Invariants: everything below 1 MiB is the VMM's, the stack is the top of RAM and no segment may
-//! touch either; every number in the image is checked before it is used.
+//! Invariants: everything below 1 MiB is the VMM's, the stack is the top of the RAM below the register
+//! windows and no segment may touch either; every number in the image is checked before it is used.
 //!
 //! Does not boot kernels.
 
-use colo_fastpath::ring::{GuestRam, MemoryError};
+use colo_fastpath::ring::{GuestRam, LOW_RAM_END, MemoryError};
 use elf::ElfBytes;
 use elf::abi::{EM_X86_64, ET_EXEC, PT_INTERP, PT_LOAD};
 use elf::endian::LittleEndian;
@@ -16,10 +16,10 @@ use kvm_ioctls::VcpuFd;
 use super::kvm::KvmError;
 use super::vcpu_shape::write_msr;
 
-/// Stack at the top of RAM.
+/// Stack at the top of RAM below the register windows.
 pub const STACK_BYTES: u64 = 256 << 10;
 /// Where register windows start.
-pub(crate) const MMIO_BASE: u64 = 0xd000_0000;
+pub(crate) const MMIO_BASE: u64 = LOW_RAM_END;
 
 const LOW_END: u64 = 1 << 20;
 const START_INFO: u64 = 0x6000;
@@ -88,7 +88,7 @@ pub(super) struct Entry {
 
 /// Loads an image, its command line and its page tables.
 pub(super) fn load(ram: &GuestRam, image: &[u8], cmdline: &str) -> Result<Entry, BootError> {
-    let stack_top = ram.bytes();
+    let stack_top = ram.ranges().next().map_or(0, |low| low.end);
     if stack_top < 4 << 20 {
         return Err(BootError::RamTooSmall);
     }
@@ -151,14 +151,17 @@ fn load_segments(ram: &GuestRam, image: &[u8], high: u64) -> Result<u64, BootErr
 /// Identity map: RAM and 2 MiB of register windows, in 2 MiB user pages.
 fn write_page_tables(ram: &GuestRam) -> Result<(), BootError> {
     put_u64(ram, PML4, PDPT | PAGE_FLAGS)?;
-    for gib in 0..4 {
+    let end = ram.ranges().map(|range| range.end).max().unwrap_or(0);
+    for gib in 0..end.div_ceil(1 << 30).max(4) {
         put_u64(
             ram,
             PDPT + 8 * gib,
             (PAGE_DIRECTORIES + 0x1000 * gib) | PAGE_FLAGS,
         )?;
     }
-    let ram_pages = (0..ram.bytes()).step_by(LARGE_PAGE_BYTES as usize);
+    let ram_pages = ram
+        .ranges()
+        .flat_map(|range| range.step_by(LARGE_PAGE_BYTES as usize));
     for address in ram_pages.chain([MMIO_BASE]) {
         let entry = PAGE_DIRECTORIES + 8 * (address / LARGE_PAGE_BYTES);
         put_u64(ram, entry, address | PAGE_FLAGS | LARGE_PAGE)?;
@@ -174,11 +177,13 @@ fn write_start_info(ram: &GuestRam, cmdline: &str, high: u64) -> Result<(), Boot
     ram.write(COMMAND_LINE, cmdline.as_bytes())?;
     ram.write(COMMAND_LINE + cmdline.len() as u64, &[0])?;
 
-    let map = [
+    let mut map = vec![
         (0, LOW_END, MEMORY_RESERVED),
         (LOW_END, high - LOW_END, MEMORY_RAM),
     ];
-    for (at, (start, bytes, kind)) in (MEMORY_MAP..).step_by(24).zip(map) {
+    let above = ram.ranges().skip(1);
+    map.extend(above.map(|range| (range.start, range.end - range.start, MEMORY_RAM)));
+    for (at, (start, bytes, kind)) in (MEMORY_MAP..).step_by(24).zip(map.iter().copied()) {
         put_u64(ram, at, start)?;
         put_u64(ram, at + 8, bytes)?;
         put_u64(ram, at + 16, u64::from(kind))?;

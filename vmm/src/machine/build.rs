@@ -13,7 +13,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use colo_fastpath::net_offer::NetOffer;
 use colo_fastpath::nic::Nic;
 use colo_fastpath::ring::{Call, GuestRam, MemoryError};
-use colo_fastpath::worker::{PortWiring, WorkerConfig, WorkerGone, WorkerHandle, spawn_shards};
+use colo_fastpath::worker::{
+    PortWiring, WorkerConfig, WorkerGone, WorkerHandle, quiesce_all, spawn_shards,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::checkpoint::dirty::DirtySnapshot;
@@ -268,8 +270,8 @@ impl Machine {
     /// ([`Machine::quiesce_workers`]); they stay so.
     pub fn save_devices(&self) -> Result<Vec<u8>, MachineError> {
         let mut live = Vec::with_capacity(2 * self.workers.len());
-        for worker in &self.workers {
-            match worker.quiesce()? {
+        for pair in quiesce_all(&self.workers)? {
+            match pair {
                 Some(pair) => live.extend(pair.map(Some)),
                 None => live.extend([None; 2]),
             }

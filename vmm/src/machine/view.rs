@@ -29,8 +29,11 @@ unsafe impl Send for GuestView {}
 unsafe impl Sync for GuestView {}
 
 impl GuestView {
-    /// Maps the first region of `ram` once more.
+    /// Maps all of `ram` once more, which has to lie in a row.
     pub(super) fn new(ram: Arc<GuestRam>) -> io::Result<Self> {
+        if !ram.is_in_a_row() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let bytes = ram.bytes() as usize;
         let room = bytes + ALIGN_BYTES;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;

@@ -1,6 +1,6 @@
-//! One KVM virtual machine: its memory slot, its dirty log, its event descriptors.
+//! One KVM virtual machine: its memory slots, its dirty log, its event descriptors.
 //!
-//! Invariants: RAM is one slot at guest physical address 0, backed by [`GuestRam`], which this keeps
+//! Invariants: RAM is a slot for each of its ranges, counted from 0, backed by [`GuestRam`], which this keeps
 //! alive; a machine that may be replicated sees it through a mapping of its own ([`GuestView`]);
 //! dirty logging is off unless asked for.
 //!
@@ -18,8 +18,6 @@ use super::vcpu_ioctl::enable_all_events;
 use super::view::GuestView;
 use crate::checkpoint::dirty::{DirtySettings, DirtyTracker};
 
-const RAM_SLOT: u32 = 0;
-
 /// A KVM machine with its RAM.
 #[derive(Debug)]
 pub struct Vm {
@@ -34,6 +32,9 @@ pub struct Vm {
 impl Vm {
     /// Makes a machine around `ram`; with settings for dirty tracking if it may be replicated.
     pub fn new(ram: Arc<GuestRam>, dirty: Option<DirtySettings>) -> Result<Self, KvmError> {
+        if !ram.is_in_a_row() {
+            return Err(KvmError::Lacks("guest memory in a row"));
+        }
         let kvm = open()?;
         let fd = kvm
             .create_vm()
@@ -47,7 +48,7 @@ impl Vm {
         let fd = Arc::new(fd);
         let view = dirty.and_then(|_| view_of(&ram)).map(Arc::new);
         let settings = dirty.unwrap_or_default();
-        let dirty = DirtyTracker::new(fd.clone(), ram.clone(), RAM_SLOT, settings)?;
+        let dirty = DirtyTracker::new(fd.clone(), ram.clone(), settings)?;
         let vm = Self {
             dirty: Arc::new(dirty),
             fd,
@@ -55,7 +56,7 @@ impl Vm {
             view,
             ram,
         };
-        vm.set_slot(0)?;
+        vm.set_slots(0)?;
         Ok(vm)
     }
 
@@ -94,7 +95,7 @@ impl Vm {
     /// Switches dirty logging of guest and host writes. Switching on starts from an empty log.
     pub fn set_dirty_logging(&self, on: bool) -> Result<(), KvmError> {
         self.dirty.switch(on, |on| {
-            self.set_slot(if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+            self.set_slots(if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
         })
     }
 
@@ -118,23 +119,28 @@ impl Vm {
             .map_err(KvmError::refused("register an ioeventfd"))
     }
 
-    fn set_slot(&self, flags: u32) -> Result<(), KvmError> {
-        let region = kvm_userspace_memory_region {
-            slot: RAM_SLOT,
-            flags,
-            guest_phys_addr: 0,
-            memory_size: self.ram.bytes(),
-            userspace_addr: match &self.view {
-                Some(view) => view.address(),
-                None => self.ram.host_address(),
-            },
+    fn set_slots(&self, flags: u32) -> Result<(), KvmError> {
+        let mut userspace_addr = match &self.view {
+            Some(view) => view.address(),
+            None => self.ram.host_address(),
         };
-        // SAFETY: the range is the whole mapping of `ram`, or the view's of the same size, which
-        // `self` keeps until after the machine is closed; no other slot overlaps. Guest and host both
-        // write there, the host only through GuestRam.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(KvmError::refused(
-            "set the memory slot (not enough memory?)",
-        ))
+        for (slot, range) in (0..).zip(self.ram.ranges()) {
+            let memory_size = range.end - range.start;
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: range.start,
+                memory_size,
+                userspace_addr,
+            };
+            userspace_addr += memory_size;
+            // SAFETY: the ranges lie in a row in the mapping of `ram`, or in the view of the same size,
+            // which `self` keeps until after the machine is closed; no slots overlap. Guest and host
+            // both write there, the host only through GuestRam.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(KvmError::refused("set a memory slot (not enough memory?)"))?;
+        }
+        Ok(())
     }
 }
 

@@ -19,6 +19,7 @@ use colo_fastpath::link::{PacketLink, Packets, PoolMemory, open_ports};
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::nic::Filter;
 use colo_fastpath::pair::{PairEvent, PrimaryRole, PrimaryRoleConfig};
+use colo_fastpath::shard::crossing_frames;
 use colo_fastpath::worker::WorkerHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,6 +28,9 @@ use super::link::{self, LinkError};
 use super::report::PairStatus;
 use super::wait::Waiter;
 use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
+use crate::checkpoint::capture::CaptureSettings;
+use crate::checkpoint::outbound::OutboundSettings;
+use crate::checkpoint::stage::{self, StageSettings};
 use crate::config::{Alone, CompareMode, Config, ReplicationConfig};
 use crate::geometry::geometry;
 use crate::machine::{Events, Machine, MachineError, VmExit};
@@ -72,6 +76,9 @@ pub enum ReplicaError {
     /// The status socket.
     #[error(transparent)]
     Status(#[from] StatusError),
+    /// The thread that receives checkpoints.
+    #[error(transparent)]
+    Stage(stage::SpawnError),
     /// The worker has ended.
     #[error("the packet worker has ended")]
     WorkerGone,
@@ -164,14 +171,15 @@ impl Replica {
             .clone()
             .ok_or(ReplicaError::NotConfigured)?;
         let arbiter = FileArbiter::from_spec(&replication.arbiter)?;
-        let nic = nic::open(&config.net, filter)?;
-        let (machine, events) =
-            Machine::create_stopped(config, vec![nic], Box::new(Console::default()))?;
+        let nics = nic::open(&config.net, filter, config.host.shards)?;
+        let console = Box::new(Console::default());
+        let (machine, events) = Machine::create_stopped(config, nics, console)?;
         Ok(Self {
             host: replication.link_listen.to_string(),
             limits: Limits {
                 hash_seed: random_number()?,
                 canary_equal: config.test.always_equal,
+                crossing_frames: crossing_frames(config.host.shards),
                 ..limits(&replication, config.host.frame_slots)
             },
             mac: config.net.mac,
@@ -248,6 +256,27 @@ impl Replica {
         // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
         let patience_us = self.timing().detection_us() / 2;
         PacketLink::with_ports(stream, ports, key, patience_us)
+    }
+
+    pub(super) fn capture_settings(&self) -> CaptureSettings {
+        let checkpoint = &self.config.checkpoint;
+        CaptureSettings {
+            stabilise: checkpoint.stabilise,
+            arena_pages: checkpoint.arena_pages(self.config.vm.ram_mib),
+            outbound: OutboundSettings {
+                channel: checkpoint.channel(),
+                cache_mib: checkpoint.cache_mib,
+                verify_one_in: checkpoint.verify_one_in,
+            },
+        }
+    }
+
+    pub(super) fn stage_settings(&self) -> StageSettings {
+        let checkpoint = &self.config.checkpoint;
+        StageSettings {
+            channel: checkpoint.channel(),
+            stage_mib: checkpoint.stage_mib(self.config.vm.ram_mib),
+        }
     }
 
     pub(super) fn block_alone(&self) -> bool {
@@ -336,14 +365,24 @@ impl Replica {
 
 /// A key for digests, if they are wanted.
 fn digest_key(mode: CompareMode) -> Result<Option<[u8; 16]>, ReplicaError> {
-    if mode == CompareMode::Bytes {
-        return Ok(None);
+    match mode {
+        CompareMode::Bytes => Ok(None),
+        CompareMode::Digest => random_key().map(Some),
     }
+}
+
+/// A key for page digests.
+pub(super) fn page_key() -> Result<[u8; 16], ReplicaError> {
+    random_key()
+}
+
+/// Not all zeros.
+fn random_key() -> Result<[u8; 16], ReplicaError> {
     let halves = [random_number()?, random_number()? | 1];
     let mut key = [0; 16];
     key[..8].copy_from_slice(&halves[0].to_le_bytes());
     key[8..].copy_from_slice(&halves[1].to_le_bytes());
-    Ok(Some(key))
+    Ok(key)
 }
 
 fn limits(replication: &ReplicationConfig, frame_slots: u32) -> Limits {

@@ -7,7 +7,6 @@
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
@@ -18,12 +17,11 @@ use colo_fastpath::pair::{PairEvent, PrimaryReport, PrimaryRole};
 use colo_fastpath::worker::Edge;
 
 use super::control_link::ControlLink;
-use super::host::{Replica, ReplicaError, unix_seconds};
+use super::host::{Replica, ReplicaError, page_key, unix_seconds};
 use super::link::{Channels, Listener};
 use super::report::{CheckpointTimes, PairStatus, Standing, by_step, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
-use crate::machine::Machine;
 use crate::testpoint::{Point, reached};
 
 /// A running primary.
@@ -38,6 +36,8 @@ pub struct PrimaryShell {
     capture_thread: Option<JoinHandle<()>>,
     times: CheckpointTimes,
     checkpoint_begun_us: u64,
+    /// What asked for the next checkpoint first.
+    cause: Option<&'static str>,
     unprotected: Option<(String, u64)>,
     takeovers: u64,
     /// Gaps of the worker's clock that the core has heard of.
@@ -77,7 +77,7 @@ impl PrimaryShell {
         )
         .protected_by(replica.protection());
         let (post, capture_events) = Mailbox::new().map_err(ReplicaError::System)?;
-        let (capture, capture_thread) = spawn_capture(replica.machine.clone(), post)?;
+        let (capture, capture_thread) = spawn_capture(&replica, post)?;
         let reason = match takeovers {
             0 => "no secondary has joined yet",
             _ => "this host took over; no secondary has joined since",
@@ -93,6 +93,7 @@ impl PrimaryShell {
             capture_thread: Some(capture_thread),
             times: CheckpointTimes::default(),
             checkpoint_begun_us: 0,
+            cause: None,
             unprotected: Some((reason.to_owned(), unix_seconds())),
             takeovers,
             gaps: 0,
@@ -177,16 +178,19 @@ impl PrimaryShell {
             CaptureEvent::SyncReady => self.core.handle(now, PrimaryEvent::SyncReady),
             CaptureEvent::Captured { epoch, cost } => {
                 tracing::debug!("epoch {epoch} captured: {cost:?}");
-                if self.core.state() != PrimaryState::FirstCheckpoint {
-                    self.times.captured(&cost);
-                }
+                self.times.captured(&cost);
                 self.core.handle(now, PrimaryEvent::Captured { epoch });
             }
             CaptureEvent::Cut { epoch } => {
                 self.core.handle(now, PrimaryEvent::Captured { epoch });
             }
-            CaptureEvent::Sent { epoch, sent_bytes } => {
-                self.times.page_bytes = sent_bytes;
+            CaptureEvent::Sent {
+                epoch,
+                sent,
+                stall_us,
+            } => {
+                tracing::debug!("epoch {epoch} sent: {sent:?}");
+                self.times.sent(&sent, stall_us);
                 self.core.handle(now, PrimaryEvent::Sent { epoch });
             }
             CaptureEvent::Failed { epoch, reason } => {
@@ -202,9 +206,11 @@ impl PrimaryShell {
         match event {
             PairEvent::CheckpointWanted(divergence) => {
                 tracing::debug!("checkpoint wanted: {divergence:?}");
+                self.cause.get_or_insert(divergence.cause.name());
                 self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
             }
             PairEvent::PeerWantsCheckpoint => {
+                self.cause.get_or_insert("secondary");
                 self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
             }
             PairEvent::LinkDown { reason } => self.link_down(&reason),
@@ -315,11 +321,13 @@ impl PrimaryShell {
                 svm_dirty,
                 buffer,
             } => {
+                let since_us = now_us().saturating_sub(self.checkpoint_begun_us);
+                self.times.svm_stopped(since_us);
                 let generation = self.core.record().generation;
                 self.order(CaptureCommand::Capture {
                     epoch,
                     first,
-                    svm_dirty,
+                    svm_stopped: svm_dirty,
                     buffer,
                     generation,
                 });
@@ -359,8 +367,10 @@ impl PrimaryShell {
     }
 
     fn send(&mut self, msg: &Msg) {
-        if matches!(msg, Msg::StopSvm { .. }) {
+        if let Msg::StopSvm { epoch, .. } = msg {
             self.checkpoint_begun_us = now_us();
+            let cause = self.cause.take().unwrap_or("periodic");
+            self.times.begun(*epoch, cause);
         }
         let Some(link) = &mut self.link else { return };
         if let Err(e) = link.control.send(msg) {
@@ -382,7 +392,14 @@ impl PrimaryShell {
         let attached = PrimaryRole::on_each(workers, links, PrimaryRole::attach);
         told(attached);
         let generation = self.core.record().generation;
-        self.order(CaptureCommand::Sync { stream, generation });
+        match page_key() {
+            Ok(key) => self.order(CaptureCommand::Sync {
+                stream,
+                generation,
+                key,
+            }),
+            Err(e) => self.link_down(&e.to_string()),
+        }
     }
 
     fn commit(&mut self, epoch: u64) {
@@ -470,13 +487,15 @@ impl Link {
 }
 
 fn spawn_capture(
-    machine: Arc<Machine>,
+    replica: &Replica,
     post: Post<CaptureEvent>,
 ) -> Result<(Sender<CaptureCommand>, JoinHandle<()>), ReplicaError> {
     let (sender, commands) = channel();
+    let settings = replica.capture_settings();
+    let machine = replica.machine.clone();
     let thread = std::thread::Builder::new()
         .name("checkpoint".to_owned())
-        .spawn(move || CaptureThread::new(machine, post).run(&commands))
+        .spawn(move || CaptureThread::new(machine, settings, post).run(&commands))
         .map_err(ReplicaError::System)?;
     Ok((sender, thread))
 }

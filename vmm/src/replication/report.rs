@@ -1,7 +1,8 @@
 //! What a replicated VM tells about itself: the document of `colo status`.
 //!
 //! Times are microseconds. `checkpoint_pause_us` is from the order to pause the PVM until its vCPUs ran again; it does
-//! not contain the transfer. `hold_us` is from the moment a frame was taken from the PVM's ring until it was released.
+//! not contain the transfer; `stolen_us` adds to it how long writes of the PVM waited for captured pages afterwards.
+//! `commit_us` is from the order to stop the SVM until the secondary's commit. `hold_us` is from the moment a frame was taken from the PVM's ring until it was released.
 
 use std::collections::BTreeMap;
 
@@ -13,6 +14,9 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use crate::checkpoint::capture::CaptureCost;
+use crate::checkpoint::codec::PageCounters;
+use crate::checkpoint::outbound::Sent;
+use crate::checkpoint::stage::ApplyCost;
 
 /// Percentiles of a distribution.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -35,15 +39,78 @@ impl From<&Histogram<u64>> for Percentiles {
     }
 }
 
-/// The distributions of checkpoints, owned by the control thread.
+/// One checkpoint, as its primary saw it.
+#[derive(Debug, Clone, Default, Serialize)]
+#[allow(
+    missing_docs,
+    reason = "the names are the documentation; units are in them"
+)]
+pub struct CheckpointReport {
+    pub epoch: u64,
+    /// What asked for it.
+    pub cause: &'static str,
+    /// From the order to stop the SVM until it had stopped.
+    pub svm_stop_us: u64,
+    /// The PVM stood still: of this, the next five.
+    pub pause_us: u64,
+    pub quiesce_us: u64,
+    pub state_us: u64,
+    pub collect_us: u64,
+    pub stabilise_us: u64,
+    pub resume_us: u64,
+    /// Writes of the PVM that waited for captured pages.
+    pub stall_us: u64,
+    pub stolen_us: u64,
+    pub transfer_us: u64,
+    /// Part of the transfer: waiting for the SVM's digests.
+    pub digest_wait_us: u64,
+    /// From the order to stop the SVM until the secondary's commit.
+    pub commit_us: u64,
+    pub dirty_pages: u64,
+    pub pending_frames: u64,
+    pub sent_bytes: u64,
+    pub digest_bytes: u64,
+    pub pages: PageCounters,
+}
+
+/// A distribution of times or sizes.
 #[derive(Debug)]
+struct Spread(Histogram<u64>);
+
+impl Default for Spread {
+    fn default() -> Self {
+        Self(Histogram::new_with_bounds(1, 600_000_000, 3).expect("constant bounds"))
+    }
+}
+
+impl Spread {
+    fn record(&mut self, value: u64) {
+        self.0.saturating_record(value.max(1));
+    }
+
+    fn percentiles(&self) -> Percentiles {
+        (&self.0).into()
+    }
+}
+
+/// The distributions of checkpoints, owned by the control thread.
+#[derive(Debug, Default)]
 pub struct CheckpointTimes {
-    pause_us: Histogram<u64>,
-    quiesce_us: Histogram<u64>,
-    state_us: Histogram<u64>,
-    copy_us: Histogram<u64>,
-    commit_us: Histogram<u64>,
-    dirty_pages: Histogram<u64>,
+    pause_us: Spread,
+    stolen_us: Spread,
+    svm_stop_us: Spread,
+    quiesce_us: Spread,
+    state_us: Spread,
+    collect_us: Spread,
+    stabilise_us: Spread,
+    transfer_us: Spread,
+    commit_us: Spread,
+    dirty_pages: Spread,
+    pages: PageCounters,
+    /// The checkpoint in flight.
+    current: CheckpointReport,
+    /// The one committed last.
+    last: Option<CheckpointReport>,
     /// Checkpoints committed, the one that completes a pair not counted.
     pub count: u64,
     /// How long the last secondary took from its welcome to its protection.
@@ -54,37 +121,85 @@ pub struct CheckpointTimes {
     pub page_bytes: u64,
 }
 
-impl Default for CheckpointTimes {
-    fn default() -> Self {
-        let new = || Histogram::new_with_bounds(1, 600_000_000, 3).expect("constant bounds");
-        Self {
-            pause_us: new(),
-            quiesce_us: new(),
-            state_us: new(),
-            copy_us: new(),
-            commit_us: new(),
-            dirty_pages: new(),
-            count: 0,
-            sync_us: 0,
-            aborted: 0,
-            page_bytes: 0,
-        }
-    }
-}
-
 impl CheckpointTimes {
+    /// One begins.
+    pub fn begun(&mut self, epoch: u64, cause: &'static str) {
+        self.current = CheckpointReport {
+            epoch,
+            cause,
+            ..CheckpointReport::default()
+        };
+    }
+
+    /// The SVM has stopped.
+    pub fn svm_stopped(&mut self, svm_stop_us: u64) {
+        self.current.svm_stop_us = svm_stop_us;
+    }
+
     /// A capture was made.
     pub fn captured(&mut self, cost: &CaptureCost) {
-        self.pause_us.saturating_record(cost.pause_us.max(1));
-        self.quiesce_us.saturating_record(cost.quiesce_us.max(1));
-        self.state_us.saturating_record(cost.state_us.max(1));
-        self.copy_us.saturating_record(cost.copy_us.max(1));
-        self.dirty_pages.saturating_record(cost.dirty_pages.max(1));
+        let current = &mut self.current;
+        current.pause_us = cost.pause_us;
+        current.quiesce_us = cost.quiesce_us;
+        current.state_us = cost.state_us;
+        current.collect_us = cost.collect_us;
+        current.stabilise_us = cost.stabilise_us;
+        current.resume_us = cost.resume_us;
+        current.dirty_pages = cost.dirty_pages;
+        current.pending_frames = cost.pending_frames;
+    }
+
+    /// All of it is on the link.
+    pub fn sent(&mut self, sent: &Sent, stall_us: u64) {
+        self.page_bytes = sent.channel_bytes;
+        let current = &mut self.current;
+        current.stall_us = stall_us;
+        current.stolen_us = current.pause_us + stall_us;
+        current.transfer_us = sent.transfer_us;
+        current.digest_wait_us = sent.digest_wait_us;
+        current.sent_bytes = sent.sent_bytes;
+        current.digest_bytes = sent.digest_bytes;
+        current.pages = sent.pages;
     }
 
     /// A checkpoint was committed so long after it was begun.
     pub fn committed(&mut self, commit_us: u64) {
-        self.commit_us.saturating_record(commit_us.max(1));
+        let mut done = std::mem::take(&mut self.current);
+        done.commit_us = commit_us;
+        self.pause_us.record(done.pause_us);
+        self.stolen_us.record(done.stolen_us);
+        self.svm_stop_us.record(done.svm_stop_us);
+        self.quiesce_us.record(done.quiesce_us);
+        self.state_us.record(done.state_us);
+        self.collect_us.record(done.collect_us);
+        self.stabilise_us.record(done.stabilise_us);
+        self.transfer_us.record(done.transfer_us);
+        self.commit_us.record(commit_us);
+        self.dirty_pages.record(done.dirty_pages);
+        self.pages.add(&done.pages);
+        self.count += 1;
+        self.last = Some(done);
+    }
+}
+
+/// What checkpoints cost a secondary, owned by its control thread.
+#[derive(Debug, Default)]
+pub struct ApplyTimes {
+    stage_us: Spread,
+    apply_us: Spread,
+    write_us: Spread,
+    load_us: Spread,
+    /// Checkpoints applied.
+    pub count: u64,
+}
+
+impl ApplyTimes {
+    /// One was applied.
+    pub fn applied(&mut self, cost: &ApplyCost) {
+        self.stage_us.record(cost.stage_us);
+        self.apply_us.record(cost.apply_us);
+        self.write_us.record(cost.write_us);
+        self.load_us.record(cost.load_us);
         self.count += 1;
     }
 }
@@ -143,13 +258,25 @@ pub struct PairStatus {
     pub checkpoint_pause_us: Percentiles,
     pub quiesce_us: Percentiles,
     pub state_us: Percentiles,
-    pub copy_us: Percentiles,
+    pub collect_us: Percentiles,
+    pub stabilise_us: Percentiles,
+    pub stolen_us: Percentiles,
+    pub svm_stop_us: Percentiles,
+    pub transfer_us: Percentiles,
     pub commit_us: Percentiles,
+    /// Of a secondary, from here.
+    pub stage_us: Percentiles,
+    pub apply_us: Percentiles,
+    pub write_us: Percentiles,
+    pub load_us: Percentiles,
     pub hold_us: Percentiles,
     pub dirty_pages: Percentiles,
     pub link_bytes: u64,
     pub link: LinkStats,
     pub page_bytes: u64,
+    /// What became of the pages of checkpoints.
+    pub pages: PageCounters,
+    pub last_checkpoint: Option<CheckpointReport>,
     pub mirrored: u64,
     pub redelivered: u64,
     pub digests: u64,
@@ -188,27 +315,39 @@ impl PairStatus {
             checkpoints: times.count,
             checkpoints_aborted: times.aborted,
             sync_us: times.sync_us,
-            checkpoint_pause_us: (&times.pause_us).into(),
-            quiesce_us: (&times.quiesce_us).into(),
-            state_us: (&times.state_us).into(),
-            copy_us: (&times.copy_us).into(),
-            commit_us: (&times.commit_us).into(),
+            checkpoint_pause_us: times.pause_us.percentiles(),
+            quiesce_us: times.quiesce_us.percentiles(),
+            state_us: times.state_us.percentiles(),
+            collect_us: times.collect_us.percentiles(),
+            stabilise_us: times.stabilise_us.percentiles(),
+            stolen_us: times.stolen_us.percentiles(),
+            svm_stop_us: times.svm_stop_us.percentiles(),
+            transfer_us: times.transfer_us.percentiles(),
+            commit_us: times.commit_us.percentiles(),
             hold_us: (&report.hold_us).into(),
-            dirty_pages: (&times.dirty_pages).into(),
+            dirty_pages: times.dirty_pages.percentiles(),
             link_bytes: report.link.sent_bytes + report.link.received_bytes,
             link: report.link,
             page_bytes: times.page_bytes,
+            pages: times.pages,
+            last_checkpoint: times.last.clone(),
             mirrored: stats.mirrored,
             redelivered: stats.redelivered,
             digests: stats.digests,
             fetched: stats.fetched,
+            ..Self::default()
         }
     }
 
     /// Of a secondary.
-    pub fn of_secondary(standing: Standing, report: &SecondaryReport) -> Self {
+    pub fn of_secondary(standing: Standing, report: &SecondaryReport, times: &ApplyTimes) -> Self {
         Self {
             standing,
+            checkpoints: times.count,
+            stage_us: times.stage_us.percentiles(),
+            apply_us: times.apply_us.percentiles(),
+            write_us: times.write_us.percentiles(),
+            load_us: times.load_us.percentiles(),
             checkpoint_causes: by_cause(&report.stats.requests),
             link_bytes: report.link.sent_bytes + report.link.received_bytes,
             link: report.link,

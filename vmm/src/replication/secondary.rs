@@ -7,7 +7,6 @@
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use colo_control::{
@@ -23,10 +22,11 @@ use colo_fastpath::worker::Edge;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
-use super::report::{PairStatus, Standing, by_step, mode_name};
+use super::report::{ApplyTimes, PairStatus, Standing, by_step, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::pages::PageBitmap;
-use crate::checkpoint::stage::{StageCommand, StageEvent, StageThread};
+use crate::checkpoint::stage::{self, StageCommand, StageEvent, StageOrders};
+use crate::checkpoint::stop::{self, StopNumber};
 
 /// How a secondary's life ended.
 pub enum SecondaryEnd {
@@ -54,10 +54,12 @@ pub struct SecondaryShell {
     pair_post: Post<PairEvent>,
     pair_events: Mailbox<PairEvent>,
     stage_events: Mailbox<StageEvent>,
-    stage: Option<Sender<StageCommand>>,
+    stage: Option<StageOrders>,
     stage_thread: Option<JoinHandle<()>>,
     /// Pages that the SVM dirtied since the last commit.
     dirty: PageBitmap,
+    stop: StopNumber,
+    times: ApplyTimes,
     applied_epoch: u64,
     path_epoch: u64,
     end: Option<End>,
@@ -78,7 +80,6 @@ impl SecondaryShell {
         let system = ReplicaError::System;
         let (pair_post, pair_events) = Mailbox::new().map_err(system)?;
         let (stage_post, stage_events) = Mailbox::new().map_err(system)?;
-        let (stage, commands) = channel();
         let pages_end = channels.pages.try_clone().map_err(system)?;
         let links = replica.packet_links(channels.packets).map_err(system)?;
         let role = SecondaryRoleConfig {
@@ -90,11 +91,9 @@ impl SecondaryShell {
             let set = worker.set_role(Box::new(role));
             set.map_err(|_| ReplicaError::WorkerGone)?;
         }
-        let thread = StageThread::new(replica.machine.clone(), channels.pages, stage_post);
-        let stage_thread = std::thread::Builder::new()
-            .name("checkpoint".to_owned())
-            .spawn(move || thread.run(&commands))
-            .map_err(system)?;
+        let (machine, settings) = (replica.machine.clone(), replica.stage_settings());
+        let (stage, stage_thread) = stage::spawn(machine, channels.pages, settings, stage_post)
+            .map_err(ReplicaError::Stage)?;
         let core = Secondary::new(
             replica.host.clone(),
             replica.timing(),
@@ -112,6 +111,8 @@ impl SecondaryShell {
             stage: Some(stage),
             stage_thread: Some(stage_thread),
             dirty,
+            stop: StopNumber::default(),
+            times: ApplyTimes::default(),
             applied_epoch: 0,
             path_epoch: 1,
             end: None,
@@ -206,6 +207,7 @@ impl SecondaryShell {
             StageEvent::Applied { epoch, cost } => {
                 tracing::debug!("epoch {epoch} applied: {cost:?}");
                 self.dirty.clear();
+                self.times.applied(&cost);
                 self.applied_epoch = epoch;
                 self.core.handle(now, SecondaryEvent::Applied { epoch });
             }
@@ -290,7 +292,16 @@ impl SecondaryShell {
             }
             Action::StopSvm { epoch } => match self.stop_svm() {
                 Ok(()) => {
-                    let dirty = self.dirty.to_bytes();
+                    let stop = self.stop.advance();
+                    let dirty = Box::new(self.dirty.clone());
+                    let generation = self.core.generation();
+                    self.order(StageCommand::Digests {
+                        epoch,
+                        generation,
+                        stop,
+                        dirty,
+                    });
+                    let dirty = stop::to_bytes(&self.dirty, stop);
                     self.core
                         .handle(now_us(), SecondaryEvent::SvmStopped { epoch, dirty });
                 }
@@ -324,7 +335,7 @@ impl SecondaryShell {
 
     fn order(&mut self, command: StageCommand) {
         if let Some(stage) = &self.stage
-            && stage.send(command).is_err()
+            && !stage.give(command)
         {
             tracing::error!("the checkpoint thread has ended");
         }
@@ -333,12 +344,10 @@ impl SecondaryShell {
     fn stop_svm(&mut self) -> Result<(), ReplicaError> {
         let machine = &self.replica.machine;
         machine.pause_vcpus()?;
-        // What one shard takes from its queues may be another's.
-        let workers = machine.workers();
-        let take_rest = || SecondaryRole::on_workers(workers, SecondaryRole::take_rest);
-        let found_any = || take_rest().is_some_and(|found| found.iter().any(|&n| n > 0));
-        while workers.len() > 1 && found_any() {}
+        // What is under way between the shards arrives first (rule 4).
+        machine.quiesce_workers()?;
         self.on_role(|role, edge| role.stop(edge));
+        self.replica.machine.resume_workers()?;
         self.replica.machine.take_dirty(&mut self.dirty.words)?;
         Ok(())
     }
@@ -404,7 +413,11 @@ impl SecondaryShell {
         let workers = self.replica.machine.workers();
         let reports = SecondaryRole::on_workers(workers, |role, _| role.report())?;
         let report = SecondaryReport::sum(reports)?;
-        Some(PairStatus::of_secondary(self.standing(), &report))
+        Some(PairStatus::of_secondary(
+            self.standing(),
+            &report,
+            &self.times,
+        ))
     }
 
     fn standing(&self) -> Standing {

@@ -76,6 +76,40 @@ impl PageCounters {
         sent.iter().map(|kind| kind.bytes).sum()
     }
 
+    /// What was counted since `before`, an earlier value of the same counters.
+    pub fn since(&self, before: &Self) -> Self {
+        self.with(before, u64::saturating_sub)
+    }
+
+    /// Adds what another session counted.
+    pub fn add(&mut self, other: &Self) {
+        *self = self.with(other, u64::saturating_add);
+    }
+
+    fn with(&self, other: &Self, of: impl Fn(u64, u64) -> u64) -> Self {
+        let kind = |a: KindCounter, b: KindCounter| KindCounter {
+            pages: of(a.pages, b.pages),
+            bytes: of(a.bytes, b.bytes),
+        };
+        let attempt = |a: AttemptCounter, b: AttemptCounter| AttemptCounter {
+            tried: of(a.tried, b.tried),
+            refused: of(a.refused, b.refused),
+            rested: of(a.rested, b.rested),
+            rests: of(a.rests, b.rests),
+        };
+        Self {
+            equal: of(self.equal, other.equal),
+            zero: kind(self.zero, other.zero),
+            delta: kind(self.delta, other.delta),
+            lz4: kind(self.lz4, other.lz4),
+            raw: kind(self.raw, other.raw),
+            same: kind(self.same, other.same),
+            late_digests: of(self.late_digests, other.late_digests),
+            delta_attempts: attempt(self.delta_attempts, other.delta_attempts),
+            lz4_attempts: attempt(self.lz4_attempts, other.lz4_attempts),
+        }
+    }
+
     pub(super) fn count(&mut self, kind: Kind, bytes: usize) {
         let counter = match kind {
             Kind::Zero => &mut self.zero,

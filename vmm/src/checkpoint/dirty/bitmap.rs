@@ -11,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use super::Slot;
 use crate::machine::KvmError;
 
 /// Pages cleared with one call: at about 30 ns each, a vCPU that faults meanwhile waits 0.1 ms.
@@ -25,20 +26,18 @@ const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
 
 #[derive(Debug)]
 pub(super) struct Bitmap {
-    slot: u32,
-    pages: usize,
+    slot: Slot,
     /// Flags of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`; 0: reading clears.
     manual: u32,
     scratch: Box<[u64]>,
 }
 
 impl Bitmap {
-    pub(super) fn new(slot: u32, pages: usize, manual: u32) -> Self {
+    pub(super) fn new(slot: Slot, manual: u32) -> Self {
         Self {
             slot,
-            pages,
             manual,
-            scratch: vec![0; pages.div_ceil(64)].into_boxed_slice(),
+            scratch: vec![0; slot.pages.div_ceil(64)].into_boxed_slice(),
         }
     }
 
@@ -56,7 +55,8 @@ impl Bitmap {
     pub(super) fn take(&mut self, fd: &VmFd, bitmap: &mut [u64]) -> Result<u64, KvmError> {
         self.read(fd)?;
         let mut pages = 0;
-        for (out, word) in bitmap.iter_mut().zip(&self.scratch) {
+        let here = bitmap.iter_mut().skip(self.slot.first_page / 64);
+        for (out, word) in here.zip(&self.scratch) {
             *out |= word;
             pages += u64::from(word.count_ones());
         }
@@ -68,7 +68,7 @@ impl Bitmap {
 
     fn read(&mut self, fd: &VmFd) -> Result<(), KvmError> {
         let log = kvm_dirty_log {
-            slot: self.slot,
+            slot: self.slot.number,
             padding1: 0,
             __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 {
                 dirty_bitmap: self.scratch.as_mut_ptr().cast(),
@@ -92,9 +92,9 @@ impl Bitmap {
     }
 
     fn clear_words(&self, fd: &VmFd, first: usize, end: usize) -> Result<(), KvmError> {
-        let pages = (end * 64).min(self.pages) - first * 64;
+        let pages = (end * 64).min(self.slot.pages) - first * 64;
         let request = kvm_clear_dirty_log {
-            slot: self.slot,
+            slot: self.slot.number,
             num_pages: pages as u32,
             first_page: first as u64 * 64,
             __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {

@@ -20,6 +20,7 @@
 mod bitmap;
 mod ring;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -31,6 +32,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::pages::PAGE_BYTES;
 use crate::machine::KvmError;
 use bitmap::Bitmap;
 use ring::Rings;
@@ -98,7 +100,8 @@ pub struct DirtySnapshot {
 
 #[derive(Debug)]
 enum Log {
-    Bitmap(Bitmap),
+    /// One for each slot.
+    Bitmaps(Vec<Bitmap>),
     Ring(Rings),
 }
 
@@ -123,7 +126,7 @@ pub struct DirtyTracker {
 }
 
 impl DirtyTracker {
-    /// For a machine without vCPUs whose RAM is slot `slot`; off at first.
+    /// For a machine without vCPUs whose RAM is a slot for each of its ranges, counted from 0; off at first.
     ///
     /// `Auto` is the bitmap: it collects 1000 and 10 000 pages in about half the ring's time, 100 in somewhat more
     /// (`colo bench stabilise`, about 100 MiB of RAM; larger RAM, where reading the bitmap grows, is not measured), and it
@@ -131,24 +134,24 @@ impl DirtyTracker {
     pub fn new(
         fd: Arc<VmFd>,
         ram: Arc<GuestRam>,
-        slot: u32,
         settings: DirtySettings,
     ) -> Result<Self, KvmError> {
+        let slots = slots_of(&ram);
         let ring = match settings.choice {
             DirtyChoice::Ring => enable_ring(&fd, settings.ring_entries)?,
             DirtyChoice::Auto | DirtyChoice::Bitmap => false,
         };
         let (mechanism, log) = if ring {
-            let rings = Rings::new(settings.ring_entries, slot, ram.bitmap_words());
+            let rings = Rings::new(settings.ring_entries, slots, ram.bitmap_words());
             (DirtyMechanism::Ring, Log::Ring(rings))
         } else {
             let manual = enable_manual_protect(&fd)?;
-            let bitmap = Bitmap::new(slot, ram.page_count(), manual);
+            let bitmaps = slots.into_iter().map(|slot| Bitmap::new(slot, manual));
             let mechanism = match manual {
                 0 => DirtyMechanism::PlainBitmap,
                 _ => DirtyMechanism::Bitmap,
             };
-            (mechanism, Log::Bitmap(bitmap))
+            (mechanism, Log::Bitmaps(bitmaps.collect()))
         };
         Ok(Self {
             state: Mutex::new(State { on: false, log }),
@@ -164,7 +167,7 @@ impl DirtyTracker {
     /// Maps the ring of a new vCPU.
     pub(crate) fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
         match &mut self.lock().log {
-            Log::Bitmap(_) => Ok(()),
+            Log::Bitmaps(_) => Ok(()),
             Log::Ring(rings) => rings.map(vcpu),
         }
     }
@@ -179,8 +182,10 @@ impl DirtyTracker {
         state.on = false;
         set_slot_logging(on)?;
         match &mut state.log {
-            Log::Bitmap(bitmap) if on => bitmap.start(&self.fd)?,
-            Log::Bitmap(_) => {}
+            Log::Bitmaps(bitmaps) if on => {
+                bitmaps.iter_mut().try_for_each(|log| log.start(&self.fd))?;
+            }
+            Log::Bitmaps(_) => {}
             // Entries from before: off or on, nobody wants them.
             Log::Ring(rings) => rings.forget(&self.fd)?,
         }
@@ -200,7 +205,13 @@ impl DirtyTracker {
             )(off));
         }
         let pages = match &mut state.log {
-            Log::Bitmap(log) => log.take(&self.fd, bitmap)?,
+            Log::Bitmaps(logs) => {
+                let mut pages = 0;
+                for log in logs {
+                    pages += log.take(&self.fd, bitmap)?;
+                }
+                pages
+            }
             Log::Ring(rings) => rings.take(&self.fd, bitmap)?,
         };
         self.ram.take_host_dirty(bitmap);
@@ -214,7 +225,7 @@ impl DirtyTracker {
     pub(crate) fn ring_full(&self) -> Result<(), KvmError> {
         self.ring_full.fetch_add(1, Ordering::Relaxed);
         match &mut self.lock().log {
-            Log::Bitmap(_) => Ok(()),
+            Log::Bitmaps(_) => Ok(()),
             Log::Ring(rings) => rings.collect(&self.fd),
         }
     }
@@ -233,6 +244,30 @@ impl DirtyTracker {
         // A panic elsewhere leaves rings and bitmaps usable.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A range of guest RAM in KVM.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    number: u32,
+    /// Its first page of all of the guest's; a multiple of 64.
+    first_page: usize,
+    pages: usize,
+}
+
+fn slots_of(ram: &GuestRam) -> Vec<Slot> {
+    let mut first_page = 0;
+    let slot = |(number, range): (u32, Range<u64>)| {
+        let pages = ((range.end - range.start) / PAGE_BYTES as u64) as usize;
+        let slot = Slot {
+            number,
+            first_page,
+            pages,
+        };
+        first_page += pages;
+        slot
+    };
+    (0..).zip(ram.ranges()).map(slot).collect()
 }
 
 /// Whether the machine has rings now.

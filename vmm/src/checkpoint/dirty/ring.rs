@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
 use kvm_ioctls::{VcpuFd, VmFd};
 
+use super::Slot;
 use crate::machine::KvmError;
 
 /// Bits of `kvm_dirty_gfn::flags`.
@@ -91,7 +92,7 @@ fn bytes_of(count: u32) -> usize {
 pub(super) struct Rings {
     rings: Vec<Ring>,
     entries: u32,
-    slot: u32,
+    slots: Vec<Slot>,
     /// Collected, not taken yet.
     pending: Box<[u64]>,
     /// Words of `pending` that are not 0 lie in here.
@@ -99,11 +100,11 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    pub(super) fn new(entries: u32, slot: u32, words: usize) -> Self {
+    pub(super) fn new(entries: u32, slots: Vec<Slot>, words: usize) -> Self {
         Self {
             rings: Vec::new(),
             entries,
-            slot,
+            slots,
             pending: vec![0; words].into_boxed_slice(),
             touched: 0..0,
         }
@@ -120,11 +121,14 @@ impl Rings {
         for ring in &mut self.rings {
             while let Some((slot, page)) = ring.pop() {
                 harvested += 1;
-                let word = page as usize / 64;
                 // The address space is in the upper half: writes in system management mode count as well.
-                if slot & 0xffff == self.slot
-                    && let Some(bits) = self.pending.get_mut(word)
-                {
+                let number = slot & 0xffff;
+                let Some(slot) = self.slots.iter().find(|s| s.number == number) else {
+                    continue;
+                };
+                let page = slot.first_page + page as usize;
+                let word = page / 64;
+                if let Some(bits) = self.pending.get_mut(word) {
                     *bits |= 1 << (page % 64);
                     self.touched = match self.touched.is_empty() {
                         true => word..word + 1,

@@ -173,3 +173,44 @@ fn a_copy_made_after_a_reading_has_all_that_was_written_before() {
         }
     }
 }
+
+#[test]
+fn memory_above_the_register_windows_is_tracked_and_kept_like_the_rest() {
+    use crate::checkpoint::stabilise::{StabilisePolicy, Stabiliser};
+    use colo_fastpath::ring::{HIGH_RAM_START, LOW_RAM_END};
+
+    let first_high = LOW_RAM_END / 4096;
+    for more in [BITMAP, RING] {
+        let guest = Guest::start(ON_ORDER, (LOW_RAM_END >> 20) + 8, more);
+        let machine = &guest.machine;
+        machine.resume_vcpus().unwrap();
+        guest.write_once(BASE, 1, 1);
+        guest.write_once(HIGH_RAM_START, 100, 4096);
+        machine.set_dirty_logging(true).unwrap();
+        take(&guest);
+        guest.write_once(HIGH_RAM_START, 100, 4096);
+        machine.ram().write(LOW_RAM_END - 2, &[7, 8]).unwrap();
+        let mut expected = vec![ORDERS_PAGE, first_high - 1];
+        expected.extend(first_high..first_high + 100);
+        let mut set = PageBitmap::new(machine.ram().page_count());
+        machine.take_dirty(&mut set.words).unwrap();
+        same(&set.iter().collect::<Vec<_>>(), &expected, more);
+
+        let view = machine.guest_view().cloned();
+        let mut stabiliser = Stabiliser::new(machine.ram().clone(), view, 4096).unwrap();
+        for policy in [StabilisePolicy::Copy, StabilisePolicy::Protect] {
+            machine.pause_vcpus().unwrap();
+            let mut kept = stabiliser.take(&set, policy).unwrap();
+            machine.resume_vcpus().unwrap();
+            let before = guest.word(HIGH_RAM_START + 99 * 4096);
+            guest.write_once(HIGH_RAM_START, 100, 4096);
+            let mut last = (0, [0; 8]);
+            while let Some((number, page)) = kept.next_page().unwrap() {
+                let word: &[u8; 8] = page.first_chunk().unwrap();
+                last = (number, *word);
+            }
+            assert_eq!(last, (first_high + 99, before.to_le_bytes()), "{policy:?}");
+            assert_eq!(guest.word(HIGH_RAM_START + 99 * 4096), before + 1);
+        }
+    }
+}

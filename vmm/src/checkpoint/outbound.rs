@@ -1,0 +1,404 @@
+//! The primary's end of the page channel: live pages, then checkpoints of which only travels what the SVM lacks.
+//!
+//! Invariants: nothing is concluded from digests of another stop of the SVM than the one this checkpoint follows; a page
+//! is dropped or sent as a delta only on what is known of the SVM's page (`codec`); what a checkpoint teaches about pages
+//! counts from its commit on (rule 14).
+//!
+//! Does not decide when there is a checkpoint, and does not touch the guest: pages come from a capture that is kept.
+
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use colo_fastpath::ring::{GuestRam, MemoryError};
+
+use super::channel::{ChannelError, Chunk, Event, Kind, PageChannel, Settings, Step};
+use super::codec::digest::KEY_BYTES;
+use super::codec::digest_list::DigestListError;
+use super::codec::record::RECORD_MAX_BYTES;
+use super::codec::zero::is_zero;
+use super::codec::{
+    Choice, Chooser, Encoder, Known, Link, Page, PageCache, PageCounters, PageDigest, PageKey,
+    Payload, SvmDigests, SvmPage,
+};
+use super::pages::{PAGE_BYTES, PageBitmap};
+use super::stabilise::{StabiliseError, Stable};
+use super::states::{PART_HEAD_BYTES, State};
+use super::stop::StopNumber;
+
+/// What the link is taken to carry until it was measured.
+const LINK_BYTES_PER_S: u64 = 1 << 30;
+/// A transfer below this says nothing of the link.
+const MEASURED_BYTES_MIN: u64 = 4 << 20;
+/// How long one wait lasts before orders are looked at again.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How checkpoints are sent.
+#[derive(Debug, Clone, Copy)]
+pub struct OutboundSettings {
+    /// Of the channel.
+    pub channel: Settings,
+    /// Size of the cache of committed pages; 0: none.
+    pub cache_mib: usize,
+    /// One in so many equal pages is sent to prove it; 0: none.
+    pub verify_one_in: u32,
+}
+
+/// What a checkpoint was on the link.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sent {
+    /// From the first chunk until all was handed to the kernel.
+    pub transfer_us: u64,
+    /// Part of it: waiting for the SVM's digests.
+    pub digest_wait_us: u64,
+    /// Bytes of this checkpoint, heads of chunks included.
+    pub sent_bytes: u64,
+    /// Bytes of digests received for it.
+    pub digest_bytes: u64,
+    /// Bytes that the channel has sent so far.
+    pub channel_bytes: u64,
+    /// What became of its pages.
+    pub pages: PageCounters,
+}
+
+/// Why a checkpoint was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The channel is of no use any more.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The capture was not kept; this checkpoint is given up.
+    #[error(transparent)]
+    Stabilise(#[from] StabiliseError),
+    /// The secondary's digests make no sense; this checkpoint is given up.
+    #[error(transparent)]
+    Digests(#[from] DigestListError),
+    /// The secondary's digests were damaged on the way; this checkpoint is given up.
+    #[error("the secondary's page digests: {0}")]
+    DamagedDigests(String),
+    /// It was called off.
+    #[error("called off")]
+    CalledOff,
+    /// A guest's page could not be read.
+    #[error("guest memory: {0}")]
+    Memory(#[from] MemoryError),
+}
+
+impl SendError {
+    /// Whether the channel can go on with another checkpoint.
+    pub fn spares_channel(&self) -> bool {
+        !matches!(self, Self::Channel(_) | Self::Memory(_))
+    }
+}
+
+/// What the SVM had written when it stopped.
+#[derive(Debug)]
+pub struct SvmStop {
+    /// Which stop it was; none for an SVM that has never run.
+    pub number: Option<StopNumber>,
+    /// The pages written since the last commit.
+    pub dirty: PageBitmap,
+}
+
+/// The sending end, for one secondary.
+#[derive(Debug)]
+pub struct Outbound {
+    channel: PageChannel,
+    chunk_bytes: usize,
+    key: [u8; KEY_BYTES],
+    chooser: Chooser,
+    cache: PageCache,
+    list: DigestList,
+    link: Link,
+    began: Instant,
+}
+
+/// The SVM's digests, as they come in.
+#[derive(Debug)]
+struct DigestList {
+    pages: SvmDigests,
+    /// Whose digests are awaited.
+    awaited: Option<StopNumber>,
+    /// The list that comes at present is that one.
+    is_it: bool,
+    /// All of it has come.
+    is_over: bool,
+    bytes: u64,
+}
+
+impl Outbound {
+    /// Over a connected socket, for a guest of so many pages.
+    pub fn new(
+        stream: TcpStream,
+        pages: usize,
+        key: [u8; KEY_BYTES],
+        settings: &OutboundSettings,
+    ) -> Result<Self, ChannelError> {
+        let mut channel = settings.channel;
+        // A chunk takes any page.
+        channel.chunk_bytes = channel.chunk_bytes.max(2 * RECORD_MAX_BYTES);
+        Ok(Self {
+            channel: PageChannel::new(vec![stream], channel)?,
+            chunk_bytes: channel.chunk_bytes,
+            key,
+            chooser: Chooser::new(PageKey::new(key), settings.verify_one_in),
+            cache: PageCache::new(settings.cache_mib, pages),
+            list: DigestList {
+                pages: SvmDigests::new(pages),
+                awaited: None,
+                is_it: false,
+                is_over: true,
+                bytes: 0,
+            },
+            link: Link {
+                bytes_per_s: LINK_BYTES_PER_S,
+                is_bottleneck: false,
+            },
+            began: Instant::now(),
+        })
+    }
+
+    /// Of all messages from now on.
+    pub fn set_generation(&mut self, generation: u64) {
+        self.channel.set_generation(generation);
+    }
+
+    /// Sends pages of a guest that runs.
+    pub fn sync(
+        &mut self,
+        ram: &GuestRam,
+        numbers: impl Iterator<Item = u64>,
+    ) -> Result<(), SendError> {
+        let mut page: Page = [0; PAGE_BYTES];
+        let mut numbers = numbers.peekable();
+        while numbers.peek().is_some() {
+            let buffer = self.channel.next_buffer()?;
+            let Some(mut chunk) = Encoder::new(buffer, false) else {
+                return Ok(());
+            };
+            while chunk.room() >= RECORD_MAX_BYTES
+                && let Some(number) = numbers.next()
+            {
+                ram.copy_page_out(number as usize, &mut page)?;
+                let payload = match is_zero(&page) {
+                    true => Payload::Zero,
+                    false => Payload::Raw(&page),
+                };
+                // Numbers rise and there is room.
+                let _ = chunk.push(number, &payload, PageDigest::default());
+            }
+            let (items, length) = (chunk.count(), chunk.finish());
+            self.channel.submit_loose(Kind::Sync, 0, items, length)?;
+        }
+        Ok(self.channel.flush()?)
+    }
+
+    /// Sends a checkpoint. `midway` is called behind the states; `is_off` is asked between chunks.
+    pub fn send(
+        &mut self,
+        epoch: u64,
+        states: &[State],
+        stable: &mut Stable,
+        stop: &SvmStop,
+        midway: impl FnOnce(),
+        mut is_off: impl FnMut() -> bool,
+    ) -> Result<Sent, SendError> {
+        let begun = Instant::now();
+        let before = (self.channel.counters().sent_bytes, self.chooser.counters());
+        self.list.pages.begin(&stop.dirty.words)?;
+        self.list.begin(stop.number);
+        self.link.is_bottleneck = false;
+        self.channel.begin(epoch, &self.key)?;
+        let outcome = self
+            .send_states(states, &mut is_off)
+            .inspect(|()| midway())
+            .and_then(|()| self.send_pages(stable, &mut is_off))
+            .and_then(|waited| Ok(waited + self.await_end_of_list(&mut is_off)?));
+        let digest_wait = match outcome {
+            Ok(wait) => wait,
+            Err(e) => {
+                self.cache.abort();
+                if e.spares_channel() {
+                    self.channel.abort()?;
+                    // Half a list would count as a peer that stands still later.
+                    self.await_end_of_list(&mut || false)?;
+                    self.channel.flush()?;
+                }
+                return Err(e);
+            }
+        };
+        self.channel.finish()?;
+        let transfer = begun.elapsed();
+        let channel_bytes = self.channel.counters().sent_bytes;
+        let sent_bytes = channel_bytes - before.0;
+        self.measure_link(sent_bytes, transfer);
+        Ok(Sent {
+            transfer_us: transfer.as_micros() as u64,
+            digest_wait_us: digest_wait.as_micros() as u64,
+            sent_bytes,
+            digest_bytes: self.list.bytes,
+            channel_bytes,
+            pages: self.chooser.counters().since(&before.1),
+        })
+    }
+
+    /// The checkpoint sent last is committed.
+    pub fn committed(&mut self) {
+        self.cache.commit();
+    }
+
+    /// It is not.
+    pub fn aborted(&mut self) {
+        self.cache.abort();
+    }
+
+    fn send_states(
+        &mut self,
+        states: &[State],
+        is_off: &mut impl FnMut() -> bool,
+    ) -> Result<(), SendError> {
+        for state in states {
+            for (head, body) in state.parts(self.chunk_bytes) {
+                self.await_buffer(is_off)?;
+                let buffer = self.channel.next_buffer()?;
+                buffer[..PART_HEAD_BYTES].copy_from_slice(&head);
+                let length = PART_HEAD_BYTES + body.len();
+                buffer[PART_HEAD_BYTES..length].copy_from_slice(body);
+                self.channel.submit(Kind::State, 1, length)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives how long it waited for digests.
+    fn send_pages(
+        &mut self,
+        stable: &mut Stable,
+        is_off: &mut impl FnMut() -> bool,
+    ) -> Result<Duration, SendError> {
+        let mut waited = Duration::ZERO;
+        let mut next = stable.next_page()?;
+        while let Some((first, _)) = next {
+            waited += self.await_digest(first, is_off)?;
+            self.await_buffer(is_off)?;
+            let buffer = self.channel.next_buffer()?;
+            let Some(mut chunk) = Encoder::new(buffer, true) else {
+                return Ok(waited);
+            };
+            while let Some((number, page)) = next {
+                let svm = self.list.pages.at(number);
+                if svm == SvmPage::Pending || chunk.room() < RECORD_MAX_BYTES {
+                    break;
+                }
+                let base = self.cache.get(number);
+                let began = self.began;
+                let now_ns = || began.elapsed().as_nanos() as u64;
+                let known = Known { svm, base };
+                let digest = match self.chooser.choose(page, &known, self.link, now_ns) {
+                    Choice::Equal { digest } => digest,
+                    Choice::Send { payload, digest } => {
+                        // Numbers rise and there is room.
+                        let _ = chunk.push(number, &payload, digest);
+                        digest
+                    }
+                };
+                match self.chooser.wants_bases() {
+                    true => drop(self.cache.insert(number, page, digest)),
+                    false => self.cache.supersede(number),
+                }
+                next = stable.next_page()?;
+            }
+            let (items, length) = (chunk.count(), chunk.finish());
+            if items > 0 {
+                self.channel.submit(Kind::Pages, items, length)?;
+            }
+        }
+        Ok(waited)
+    }
+
+    /// Waits until the SVM's digest of a page has come, if one will.
+    fn await_digest(
+        &mut self,
+        number: u64,
+        is_off: &mut impl FnMut() -> bool,
+    ) -> Result<Duration, SendError> {
+        let begun = Instant::now();
+        while self.list.pages.at(number) == SvmPage::Pending {
+            self.look(is_off)?;
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// Reads what is left of the list: the secondary sends nothing more then, and nobody waits for it later.
+    fn await_end_of_list(
+        &mut self,
+        is_off: &mut impl FnMut() -> bool,
+    ) -> Result<Duration, SendError> {
+        let begun = Instant::now();
+        while !self.list.is_over {
+            self.look(is_off)?;
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// Waits until a chunk can be filled. The secondary's digests are read meanwhile: it may be waiting for that.
+    fn await_buffer(&mut self, is_off: &mut impl FnMut() -> bool) -> Result<(), SendError> {
+        while self.channel.try_next_buffer()?.is_none() {
+            self.link.is_bottleneck = true;
+            self.look(is_off)?;
+        }
+        Ok(())
+    }
+
+    fn look(&mut self, is_off: &mut impl FnMut() -> bool) -> Result<(), SendError> {
+        if is_off() {
+            return Err(SendError::CalledOff);
+        }
+        let list = &mut self.list;
+        match self.channel.poll(LOOK)? {
+            Event::Chunk(chunk) => list.take(&chunk),
+            Event::Complete { .. } => {
+                list.is_over |= std::mem::take(&mut list.is_it);
+                Ok(())
+            }
+            Event::Damaged { reason, .. } if list.is_it => Err(SendError::DamagedDigests(reason)),
+            Event::Closed => Err(ChannelError::Cut {
+                stream: 0,
+                step: Step::SendChunk,
+            }
+            .into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn measure_link(&mut self, bytes: u64, transfer: Duration) {
+        if bytes >= MEASURED_BYTES_MIN && self.link.is_bottleneck {
+            let seconds = transfer.as_secs_f64().max(1e-6);
+            self.link.bytes_per_s = (bytes as f64 / seconds) as u64;
+        }
+    }
+}
+
+impl DigestList {
+    fn begin(&mut self, awaited: Option<StopNumber>) {
+        self.awaited = awaited;
+        self.is_it = false;
+        self.is_over = awaited.is_none();
+        self.bytes = 0;
+    }
+
+    fn take(&mut self, chunk: &Chunk<'_>) -> Result<(), SendError> {
+        match chunk.kind {
+            // One of an SVM that has run on since says nothing of it.
+            Kind::Begin => {
+                let number = StopNumber::from_bytes(chunk.payload);
+                self.is_it = number.is_some() && number == self.awaited;
+            }
+            Kind::Digests if self.is_it => {
+                self.pages.accept(chunk.payload)?;
+                self.bytes += chunk.payload.len() as u64;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,309 @@
+//! A checkpoint on the secondary before its commit point: pages and records, received, decoded and checked.
+//!
+//! Invariants: memory is proportional to the checkpoint and bounded; nothing here touches the guest, whose stopped memory
+//! is only read as the base of deltas; the first thing that is wrong refuses the checkpoint (rule 13).
+//!
+//! Does not know what is in a state record.
+
+use colo_fastpath::ring::{GuestRam, MemoryError};
+
+use super::codec::record::{ApplyError, ChunkError};
+use super::codec::{Decoder, Kind, Page, PageKey, Record};
+use super::pages::{PAGE_BYTES, PageBitmap};
+use super::states::{State, StateAssembly, StateError};
+
+/// Pages of a block of staging memory.
+const BLOCK_PAGES: usize = 256;
+/// Blocks that are kept for the next checkpoint.
+const KEPT_BLOCKS: usize = 64;
+
+/// Why a checkpoint is refused while it comes in.
+#[derive(Debug, thiserror::Error)]
+pub enum StagingError {
+    /// A chunk of pages is none.
+    #[error(transparent)]
+    Chunk(#[from] ChunkError),
+    /// A record makes no page.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// A state record is none.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A page came twice.
+    #[error("page {number} came twice in one checkpoint")]
+    Twice {
+        /// Which.
+        number: u64,
+    },
+    /// More than may be staged.
+    #[error("checkpoint.stage_mib = {limit_mib}: the checkpoint is larger; raise it")]
+    TooLarge {
+        /// The limit.
+        limit_mib: usize,
+    },
+    /// The host has none.
+    #[error("no memory to stage {pages} pages; free some on this host")]
+    NoMemory {
+        /// So far.
+        pages: usize,
+    },
+    /// A base could not be read.
+    #[error("guest memory: {0}")]
+    Memory(#[from] MemoryError),
+}
+
+/// Memory for pages, in blocks.
+#[derive(Debug)]
+struct Blocks {
+    blocks: Vec<Box<[u8]>>,
+    used_pages: usize,
+    pages_max: usize,
+}
+
+impl Blocks {
+    fn next(&mut self) -> Result<&mut Page, StagingError> {
+        if self.used_pages >= self.pages_max {
+            let limit_mib = (self.pages_max * PAGE_BYTES) >> 20;
+            return Err(StagingError::TooLarge { limit_mib });
+        }
+        if self.used_pages == self.blocks.len() * BLOCK_PAGES {
+            let pages = self.used_pages;
+            let mut block = Vec::new();
+            block
+                .try_reserve_exact(BLOCK_PAGES * PAGE_BYTES)
+                .map_err(|_| StagingError::NoMemory { pages })?;
+            block.resize(BLOCK_PAGES * PAGE_BYTES, 0);
+            self.blocks.push(block.into_boxed_slice());
+        }
+        let at = self.used_pages;
+        self.used_pages += 1;
+        let block = &mut self.blocks[at / BLOCK_PAGES];
+        let page = block[at % BLOCK_PAGES * PAGE_BYTES..].first_chunk_mut();
+        page.ok_or(StagingError::NoMemory { pages: at })
+    }
+
+    fn get(&self, at: usize) -> Option<&Page> {
+        let block = self.blocks.get(at / BLOCK_PAGES)?;
+        block[at % BLOCK_PAGES * PAGE_BYTES..].first_chunk()
+    }
+
+    fn clear(&mut self) {
+        self.used_pages = 0;
+        self.blocks.truncate(KEPT_BLOCKS);
+    }
+}
+
+/// The checkpoint that comes in. Its memory is used again for the next one.
+#[derive(Debug)]
+pub struct Staging {
+    blocks: Blocks,
+    /// Page numbers, in the order they came; zero pages have no memory.
+    pages: Vec<(u64, Option<u32>)>,
+    seen: PageBitmap,
+    states: StateAssembly,
+    page_count: u64,
+    base: Box<Page>,
+}
+
+impl Staging {
+    /// For a guest of so many pages; at most `limit_mib` of pages are staged.
+    pub fn new(page_count: usize, limit_mib: usize) -> Self {
+        Self {
+            blocks: Blocks {
+                blocks: Vec::new(),
+                used_pages: 0,
+                pages_max: (limit_mib << 20) / PAGE_BYTES,
+            },
+            pages: Vec::new(),
+            seen: PageBitmap::new(page_count),
+            states: StateAssembly::default(),
+            page_count: page_count as u64,
+            base: Box::new([0; PAGE_BYTES]),
+        }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        for (number, _) in self.pages.drain(..) {
+            self.seen.words[number as usize / 64] &= !(1 << (number % 64));
+        }
+        self.blocks.clear();
+        self.states = StateAssembly::default();
+    }
+
+    /// Takes a part of a state record.
+    pub fn add_state(&mut self, part: &[u8]) -> Result<(), StagingError> {
+        Ok(self.states.add(part)?)
+    }
+
+    /// Takes a chunk of pages. `ram` is that of the stopped SVM, `key` the session's.
+    pub fn add_pages(
+        &mut self,
+        chunk: &[u8],
+        ram: &GuestRam,
+        key: &PageKey,
+    ) -> Result<(), StagingError> {
+        for record in Decoder::new(chunk, self.page_count)? {
+            self.add_page(&record?, ram, key)?;
+        }
+        Ok(())
+    }
+
+    fn add_page(
+        &mut self,
+        record: &Record<'_>,
+        ram: &GuestRam,
+        key: &PageKey,
+    ) -> Result<(), StagingError> {
+        let number = record.number;
+        // Below the guest's number of pages, says the decoder.
+        let word = &mut self.seen.words[number as usize / 64];
+        if *word >> (number % 64) & 1 == 1 {
+            return Err(StagingError::Twice { number });
+        }
+        let slot = match record.kind {
+            Kind::Zero => None,
+            _ => Some(self.blocks.used_pages as u32),
+        };
+        if slot.is_some() {
+            if record.needs_base() {
+                ram.copy_page_out(number as usize, &mut self.base)?;
+            }
+            record.apply(&self.base, self.blocks.next()?, Some(key))?;
+        }
+        *word |= 1 << (number % 64);
+        self.pages.push((number, slot));
+        Ok(())
+    }
+
+    /// How many pages there are.
+    pub fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// The records, once; the pages stay.
+    pub fn take_states(&mut self) -> Result<Vec<State>, StagingError> {
+        Ok(std::mem::take(&mut self.states).finish()?)
+    }
+
+    /// Puts the pages into guest memory.
+    pub fn write_pages(&self, ram: &GuestRam) -> Result<(), MemoryError> {
+        const ZEROS: Page = [0; PAGE_BYTES];
+        for &(number, slot) in &self.pages {
+            let page = slot.and_then(|slot| self.blocks.get(slot as usize));
+            ram.write_page(number as usize, page.unwrap_or(&ZEROS))?;
+        }
+        Ok(())
+    }
+}
+
+/// Puts live pages into the memory of a machine that has never run.
+pub fn write_live(ram: &GuestRam, chunk: &[u8]) -> Result<(), StagingError> {
+    let nothing = [0; PAGE_BYTES];
+    let mut page = [0; PAGE_BYTES];
+    for record in Decoder::new(chunk, ram.page_count() as u64)? {
+        let record = record?;
+        record.apply(&nothing, &mut page, None)?;
+        ram.write_page(record.number as usize, &page)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::codec::{Encoder, PageDigest, Payload};
+    use super::*;
+    use colo_fastpath::ring::Pages;
+
+    const PAGES: usize = 600;
+
+    fn key() -> PageKey {
+        PageKey::new([3; 16])
+    }
+
+    fn ram() -> GuestRam {
+        GuestRam::new((PAGES * PAGE_BYTES) as u64, Pages::Small).unwrap()
+    }
+
+    fn chunk(pages: &[(u64, Payload<'_>)], digest_of: &dyn Fn(u64) -> PageDigest) -> Vec<u8> {
+        let mut buffer = vec![0; 8 << 20];
+        let mut encoder = Encoder::new(&mut buffer, true).unwrap();
+        for (number, payload) in pages {
+            encoder.push(*number, payload, digest_of(*number)).unwrap();
+        }
+        let length = encoder.finish();
+        buffer.truncate(length);
+        buffer
+    }
+
+    fn filled(number: u64) -> Page {
+        [number as u8 | 1; PAGE_BYTES]
+    }
+
+    #[test]
+    fn rule_13_pages_reach_the_guest_only_when_they_are_written() {
+        let (ram, key) = (ram(), key());
+        ram.write_page(7, &[9; PAGE_BYTES]).unwrap();
+        let mut staging = Staging::new(PAGES, 64);
+        for _ in 0..2 {
+            let contents: Vec<_> = (0..PAGES as u64).map(filled).collect();
+            let mut pages: Vec<_> = contents
+                .iter()
+                .enumerate()
+                .map(|(n, page)| (n as u64, Payload::Raw(page)))
+                .collect();
+            pages[7].1 = Payload::Zero;
+            let bytes = chunk(&pages, &|n| key.of(&filled(n)));
+            staging.add_pages(&bytes, &ram, &key).unwrap();
+            let mut page = [0; PAGE_BYTES];
+            ram.copy_page_out(7, &mut page).unwrap();
+            assert_eq!(page, [9; PAGE_BYTES]);
+            assert_eq!(staging.page_count(), PAGES);
+            staging.clear();
+            assert_eq!(staging.page_count(), 0);
+        }
+        let bytes = chunk(&[(5, Payload::Raw(&filled(5))), (7, Payload::Zero)], &|n| {
+            key.of(&filled(n))
+        });
+        staging.add_pages(&bytes, &ram, &key).unwrap();
+        staging.write_pages(&ram).unwrap();
+        let mut page = [0; PAGE_BYTES];
+        ram.copy_page_out(7, &mut page).unwrap();
+        assert_eq!(page, [0; PAGE_BYTES]);
+        ram.copy_page_out(5, &mut page).unwrap();
+        assert_eq!(page, filled(5));
+    }
+
+    #[test]
+    fn what_is_wrong_refuses_the_checkpoint() {
+        let (ram, key) = (ram(), key());
+        let right = |n| key.of(&filled(n));
+        let page = filled(5);
+        let raw = Payload::Raw(&page);
+
+        let mut staging = Staging::new(PAGES, 64);
+        let twice = chunk(&[(5, raw)], &right);
+        staging.add_pages(&twice, &ram, &key).unwrap();
+        let refused = staging.add_pages(&twice, &ram, &key).unwrap_err();
+        assert!(matches!(refused, StagingError::Twice { number: 5 }));
+
+        let wrong = chunk(&[(6, raw)], &right);
+        let refused = staging.add_pages(&wrong, &ram, &key).unwrap_err();
+        assert!(matches!(refused, StagingError::Apply(_)), "{refused}");
+
+        let beyond = chunk(&[(PAGES as u64, raw)], &|_| right(5));
+        let refused = staging.add_pages(&beyond, &ram, &key).unwrap_err();
+        assert!(matches!(refused, StagingError::Chunk(_)), "{refused}");
+
+        let contents: Vec<_> = (0..400).map(filled).collect();
+        let many: Vec<_> = contents
+            .iter()
+            .enumerate()
+            .map(|(n, page)| (n as u64, Payload::Raw(page)))
+            .collect();
+        let mut small = Staging::new(PAGES, 1);
+        let refused = small.add_pages(&chunk(&many, &right), &ram, &key);
+        let refused = refused.unwrap_err();
+        assert!(refused.to_string().contains("checkpoint.stage_mib = 1"));
+    }
+}
