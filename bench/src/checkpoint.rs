@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use colo_lab::pair::{Pair, Settings};
-use colo_lab::topology::Topology;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -94,7 +93,9 @@ fn measure(
 ) -> Result<Row, BenchError> {
     let dir = place.scratch()?;
     let settings = settings(args, place, pages);
-    let topology = Topology::with(settings.uplink()).map_err(colo_lab::pair::PairError::from)?;
+    let topology = settings
+        .topology()
+        .map_err(colo_lab::pair::PairError::from)?;
     let raw_link_bytes_per_s = link_bytes_per_s(&topology, dir.path())?;
     let mut pair = Pair::start_in(topology, &settings, dir.path())?;
     let (checkpoints, holds) = checkpoints(args, &mut pair, pages, same_pct)?;

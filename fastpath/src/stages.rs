@@ -66,6 +66,14 @@ impl Stages {
         self.histograms[stage as usize].saturating_record(ns.max(1));
     }
 
+    /// Adds what another worker recorded.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, more) in self.histograms.iter_mut().zip(&other.histograms) {
+            // Their bounds are equal.
+            let _ = sum.add(more);
+        }
+    }
+
     /// The distribution of one stage.
     pub fn histogram(&self, stage: Stage) -> &Histogram<u64> {
         &self.histograms[stage as usize]

@@ -51,6 +51,11 @@ macro_rules! counters {
         }
 
         impl $copy {
+            /// Adds what another thread counted.
+            pub fn add(&mut self, other: &Self) {
+                $(self.$field += other.$field;)*
+            }
+
             /// Names and values, for tables.
             pub fn entries(&self) -> Vec<(&'static str, u64)> {
                 vec![$((stringify!($field), self.$field),)*]

@@ -454,7 +454,7 @@ fn compares_in_place(xdp: Option<&str>) {
     };
     let mut settings = carried_by(&bench, "xdp");
     settings.xdp = xdp.map(str::to_owned);
-    let topology = Topology::with(settings.uplink()).unwrap();
+    let topology = settings.topology().unwrap();
     for host in [Host::A, Host::B] {
         let longer = "link set link0 mtu 1700\n";
         topology.host(host).batch(longer).unwrap();

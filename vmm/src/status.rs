@@ -12,7 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use colo_fastpath::stages::StageReport;
+use colo_fastpath::stages::{StageReport, Stages};
 use colo_fastpath::stats::WorkerSnapshot;
 use colo_fastpath::worker::NicReport;
 use serde::Serialize;
@@ -55,8 +55,11 @@ pub struct MachineStatus {
     pub uptime_s: f64,
     /// One per vCPU.
     pub exits: Vec<ExitSnapshot>,
-    /// The packet worker.
+    /// The packet workers, all shards together.
     pub worker: WorkerSnapshot,
+    /// Each of them, if there are several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<WorkerSnapshot>,
     /// The network device's control queue.
     pub control: ControlSnapshot,
     /// The NIC; absent once the worker has ended.
@@ -69,21 +72,43 @@ pub struct MachineStatus {
 impl MachineStatus {
     /// Reads a machine's counters.
     pub fn of(machine: &Machine, name: &str, role: &str, guest: &str, started: Instant) -> Self {
-        let asked = machine
-            .worker()
-            .execute(|edge, _| (edge.nic_report(), edge.stages().cloned()));
-        let (nic, stages) = asked.map_or((None, None), |(nic, stages)| (Some(nic), stages));
-        let stages = stages.map_or_else(Vec::new, |stages| stages.report());
+        let mut nic = None;
+        let mut stages: Option<Stages> = None;
+        let mut worker = WorkerSnapshot::default();
+        let mut workers = Vec::new();
+        for one in machine.workers() {
+            let counted = one.stats();
+            worker.add(&counted);
+            workers.push(counted);
+            let Ok((end, timed)) =
+                one.execute(|edge, _| (edge.nic_report(), edge.stages().cloned()))
+            else {
+                continue;
+            };
+            match &mut nic {
+                None => nic = Some(end),
+                Some(nic) => nic.add(&end),
+            }
+            match (&mut stages, timed) {
+                (Some(stages), Some(timed)) => stages.add(&timed),
+                (None, timed) => stages = timed,
+                (Some(_), None) => {}
+            }
+        }
+        if workers.len() == 1 {
+            workers.clear();
+        }
         Self {
             name: name.to_owned(),
             role: role.to_owned(),
             guest: guest.to_owned(),
             uptime_s: started.elapsed().as_secs_f64(),
             exits: machine.exits(),
-            worker: machine.worker().stats(),
+            worker,
+            workers,
             control: machine.control(),
             nic,
-            stages,
+            stages: stages.map_or_else(Vec::new, |stages| stages.report()),
         }
     }
 }

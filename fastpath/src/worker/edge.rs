@@ -48,6 +48,15 @@ pub struct NicReport {
     pub counters: BTreeMap<&'static str, u64>,
 }
 
+impl NicReport {
+    /// Adds what another shard's end of the NIC has counted.
+    pub fn add(&mut self, other: &Self) {
+        for (name, count) in &other.counters {
+            *self.counters.entry(name).or_default() += count;
+        }
+    }
+}
+
 /// Everything the worker owns besides its role.
 pub struct Edge {
     /// The frames of this worker.

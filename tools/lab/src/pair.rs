@@ -61,6 +61,8 @@ pub struct Settings {
     pub poll: String,
     /// The mode of AF_XDP (`auto`, `driver`, `generic`) on the uplink; without it, a TAP device.
     pub xdp: Option<String>,
+    /// Workers, and queue pairs of the guest.
+    pub shards: usize,
     /// With which bytes compared frames leave: a mode of `[host] tx`.
     pub tx: String,
     /// Whether the worker times its stages.
@@ -93,6 +95,7 @@ impl Settings {
             ram_mib: 128,
             poll: "adaptive".to_owned(),
             xdp: None,
+            shards: 1,
             tx: "twin".to_owned(),
             stages: false,
             compare_deadline_ms: 20,
@@ -115,6 +118,11 @@ impl Settings {
         }
     }
 
+    /// The network that they need.
+    pub fn topology(&self) -> Result<Topology, NetError> {
+        Topology::with_queues(self.uplink(), self.shards)
+    }
+
     fn nic(&self) -> String {
         match &self.xdp {
             Some(mode) => format!("interface = \"{UPLINK}\"\nxdp = \"{mode}\""),
@@ -127,9 +135,10 @@ impl Settings {
             "[vm]\nname = \"demo\"\nkernel = \"builtin:demo\"\nram_mib = {}\nvcpus = 1\n\
              cmdline = \"ip={GUEST_V4}/24 ip6={GUEST_V6}/64\"\n\n\
              [net]\n{}\nmac = \"{GUEST_MAC}\"\nmtu = 1500\n\n\
-             [host]\npoll = \"{}\"\ntx = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
+             [host]\nshards = {}\npoll = \"{}\"\ntx = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
             self.ram_mib,
             self.nic(),
+            self.shards,
             self.poll,
             self.tx,
             self.stages,
@@ -191,7 +200,7 @@ pub struct Single {
 impl Single {
     /// Starts it and waits until its services answer. Files go to `dir`.
     pub fn start(settings: &Settings, dir: &Path) -> Result<Self, PairError> {
-        Self::start_in(Topology::with(settings.uplink())?, settings, dir, &[])
+        Self::start_in(settings.topology()?, settings, dir, &[])
     }
 
     /// The same, in a topology that exists and with more arguments behind the configuration.
@@ -228,7 +237,7 @@ pub struct Pair {
 impl Pair {
     /// Starts both and waits until the primary's services answer and it says it is protected.
     pub fn start(settings: &Settings, dir: &Path) -> Result<Self, PairError> {
-        Self::start_in(Topology::with(settings.uplink())?, settings, dir)
+        Self::start_in(settings.topology()?, settings, dir)
     }
 
     /// The same, in a topology that exists.

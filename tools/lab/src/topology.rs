@@ -113,6 +113,11 @@ impl Topology {
 
     /// The same, with guests that reach the switch like this.
     pub fn with(uplink: Uplink) -> Result<Self, NetError> {
+        Self::with_queues(uplink, 1)
+    }
+
+    /// The same; the devices that the guests use have so many queues.
+    pub fn with_queues(uplink: Uplink, queues: usize) -> Result<Self, NetError> {
         sweep()?;
         let run = unique_name();
         let make = |part: &str| Netns::create(&format!("{run}-{part}"));
@@ -125,9 +130,9 @@ impl Topology {
             hosts,
         };
         topology.quiet_ipv6()?;
-        topology.wire_switch()?;
+        topology.wire_switch(queues)?;
         for host in [Host::A, Host::B] {
-            topology.wire_host(host, uplink)?;
+            topology.wire_host(host, uplink, queues)?;
         }
         topology.wire_link()?;
         topology.address_client()?;
@@ -189,7 +194,7 @@ impl Topology {
         self.client.set_sysctl("ipv6/conf/default/accept_ra", "0")
     }
 
-    fn wire_switch(&self) -> Result<(), NetError> {
+    fn wire_switch(&self, queues: usize) -> Result<(), NetError> {
         let mut lines =
             String::from("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n");
         let peers = [
@@ -199,20 +204,24 @@ impl Topology {
         let peers = peers.into_iter().chain([("b", &self.hosts[1], UPLINK)]);
         for (port, netns, inner) in peers {
             let far = netns.name();
-            lines += &format!("link add port-{port} type veth peer name {inner} netns {far}\n");
+            let queues = format!("numtxqueues {queues} numrxqueues {queues}");
+            lines += &format!(
+                "link add port-{port} {queues} type veth peer name {inner} {queues} netns {far}\n"
+            );
             lines += &format!("link set port-{port} master br0 up\n");
         }
         lines += "link set br0 up\n";
         self.switch.batch(&lines)
     }
 
-    fn wire_host(&self, host: Host, uplink: Uplink) -> Result<(), NetError> {
+    fn wire_host(&self, host: Host, uplink: Uplink, queues: usize) -> Result<(), NetError> {
+        let multi = if queues > 1 { " multi_queue" } else { "" };
         if uplink == Uplink::Direct {
             return self.host(host).batch(&format!("link set {UPLINK} up\n"));
         }
         self.host(host).batch(&format!(
             "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
-             tuntap add dev {TAP} mode tap\n\
+             tuntap add dev {TAP} mode tap{multi}\n\
              link set {TAP} master br0 up\n\
              link set {UPLINK} master br0 up\n\
              link set br0 up\n"
