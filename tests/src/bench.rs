@@ -52,9 +52,12 @@ impl Bench {
         &self.colo
     }
 
-    /// The usual settings of a guest or pair.
+    /// The usual settings of a guest or pair. Every checkpoint is audited: each test of a pair is one of rule 16.
     pub fn settings(&self) -> Settings {
-        Settings::new(&self.colo)
+        Settings {
+            audit_every: 1,
+            ..Settings::new(&self.colo)
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use colo_control::Msg;
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::process::Process;
-use colo_lab::topology::{GUEST, Host, Topology};
+use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
 

@@ -294,5 +294,14 @@ fn checkpoints_come_periodically_when_asked_for_and_cover_what_was_written() {
         "{status:#}"
     );
     assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+    let last = &status["last_checkpoint"];
+    assert!(number(last, "audit_us") > 0, "audited: {last:#}");
+    assert_eq!(last["cause"], "periodic");
+    let pages = &status["pages"];
+    let sent: u64 = ["zero", "delta", "lz4", "raw"]
+        .iter()
+        .map(|kind| number(&pages[kind], "pages"))
+        .sum();
+    assert!(sent > 0 && number(pages, "equal") > 0, "{pages:#}");
     assert_paired(&mut pair);
 }

@@ -77,6 +77,8 @@ pub struct Settings {
     pub alone: String,
     /// Heartbeats, one every 20 ms, that may be missing before the peer counts as lost.
     pub heartbeat_count: u32,
+    /// One in so many checkpoints is audited.
+    pub audit_every: u32,
     /// The canary: the primary's comparator says "equal" to everything.
     pub always_equal: bool,
     /// Further lines for the primary's file, such as a `[test]` table.
@@ -103,6 +105,7 @@ impl Settings {
             packets: "auto".to_owned(),
             alone: "continue".to_owned(),
             heartbeat_count: 10,
+            audit_every: 0,
             always_equal: false,
             primary_extra: String::new(),
             secondary_extra: String::new(),
@@ -181,6 +184,9 @@ impl Settings {
         };
         if self.always_equal && host == Host::A {
             text += "\n[test]\nalways_equal = true\n";
+        }
+        if self.audit_every > 0 && !extra.contains("[checkpoint]") {
+            text += &format!("\n[checkpoint]\naudit_every = {}\n", self.audit_every);
         }
         // Writing to a string does not fail.
         write!(text, "\n{extra}").ok();

@@ -120,6 +120,13 @@ impl Image {
         ram: &GuestRam,
         states: StateRecords<'_>,
     ) -> Result<Self, AuditError> {
+        let states = digest_states(key, states)?;
+        let memory = Self::of_memory(epoch, key, ram)?;
+        Ok(Self { states, ..memory })
+    }
+
+    /// Digests all of `ram`; [`Self::update`] adds the states.
+    pub fn of_memory(epoch: u64, key: &PageKey, ram: &GuestRam) -> Result<Self, AuditError> {
         let mut page: Page = [0; PAGE_BYTES];
         let digest = |number| key.of_copy(&mut page, |page| ram.copy_page_out(number, page));
         let pages = (0..ram.page_count())
@@ -128,7 +135,7 @@ impl Image {
         Ok(Self {
             epoch,
             pages,
-            states: digest_states(key, states)?,
+            states: Vec::new(),
         })
     }
 

@@ -18,10 +18,12 @@ use std::time::Instant;
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::{CutState, PrimaryRole};
 
+use super::audit::{AuditError, Image, StateRecords};
+use super::codec::PageKey;
 use super::outbound::{Outbound, OutboundSettings, SendError, Sent, SvmStop};
 use super::pages::PageBitmap;
 use super::stabilise::{StabiliseError, StabilisePolicy, Stabiliser, Stable};
-use super::states::{State, StateKind};
+use super::states::{State, StateKind, of_kind};
 use super::{pending, stop};
 use crate::config::Config;
 use crate::machine::{Machine, MachineError};
@@ -40,6 +42,8 @@ pub struct CaptureSettings {
     pub stabilise: StabilisePolicy,
     /// Memory for captured pages.
     pub arena_pages: u32,
+    /// One in so many checkpoints is audited (rule 16); 0: none.
+    pub audit_every: u32,
     /// How they are sent.
     pub outbound: OutboundSettings,
 }
@@ -137,6 +141,8 @@ pub struct CaptureCost {
     pub collect_us: u64,
     /// Part of it: copying or protecting the pages.
     pub stabilise_us: u64,
+    /// Part of it: digesting all of memory for an audit.
+    pub audit_us: u64,
     /// Part of it: from there until the vCPUs ran.
     pub resume_us: u64,
     /// Pages in the union of both dirty sets.
@@ -157,6 +163,9 @@ pub enum CaptureError {
     /// The captured pages could not be kept.
     #[error(transparent)]
     Stabilise(#[from] StabiliseError),
+    /// The image could not be digested.
+    #[error("audit: {0}")]
+    Audit(#[from] AuditError),
     /// The secondary's dirty set is of another machine.
     #[error("the secondary's dirty bitmap does not fit this guest's memory")]
     DirtySet,
@@ -203,6 +212,7 @@ pub struct CaptureThread {
     is_cut: bool,
     /// Orders that came while a checkpoint was sent.
     deferred: VecDeque<CaptureCommand>,
+    captures: u64,
 }
 
 impl CaptureThread {
@@ -218,6 +228,7 @@ impl CaptureThread {
             in_flight: PageBitmap::new(pages),
             is_cut: false,
             deferred: VecDeque::new(),
+            captures: 0,
         }
     }
 
@@ -409,7 +420,8 @@ impl CaptureThread {
         let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
-        let parts = cost.quiesce_us + cost.state_us + cost.collect_us + cost.stabilise_us;
+        let parts =
+            cost.quiesce_us + cost.state_us + cost.collect_us + cost.stabilise_us + cost.audit_us;
         cost.resume_us = cost.pause_us.saturating_sub(parts);
         let (states, stable) = outcome?;
         resumed?;
@@ -443,7 +455,7 @@ impl CaptureThread {
         cost.quiesce_us = lap_us();
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
-        let states = self.states(cuts)?;
+        let mut states = self.states(cuts)?;
         cost.state_us = lap_us();
 
         machine.take_dirty(&mut self.in_flight.words)?;
@@ -457,6 +469,13 @@ impl CaptureThread {
         let policy = self.settings.stabilise;
         let stable = session.stabiliser.take(&self.in_flight, policy)?;
         cost.stabilise_us = lap_us();
+
+        self.captures += 1;
+        let every = self.settings.audit_every;
+        if every > 0 && self.captures.is_multiple_of(u64::from(every)) {
+            states.push(audit_of(&machine, session.outbound.key(), &states)?);
+            cost.audit_us = lap_us();
+        }
         Ok((states, stable))
     }
 
@@ -482,6 +501,22 @@ impl CaptureThread {
         }
         Ok(states)
     }
+}
+
+/// What a captured machine is, in digests.
+fn audit_of(machine: &Machine, key: &PageKey, states: &[State]) -> Result<State, AuditError> {
+    let vcpus: Vec<_> = of_kind(states, StateKind::Vcpu)
+        .map(<[u8]>::to_vec)
+        .collect();
+    let only = |kind| of_kind(states, kind).next().unwrap_or_default();
+    let records = StateRecords {
+        vcpus: &vcpus,
+        platform: only(StateKind::Platform),
+        devices: only(StateKind::Devices),
+    };
+    let image = Image::of(0, key, machine.ram(), records)?;
+    let bytes = image.summary(key).to_bytes();
+    Ok(State::new(StateKind::Audit, 0, bytes))
 }
 
 /// Ends the epoch in all shards, or in none (rule 4).

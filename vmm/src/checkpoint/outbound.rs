@@ -157,6 +157,11 @@ impl Outbound {
         })
     }
 
+    /// The session's key of page digests.
+    pub fn key(&self) -> &PageKey {
+        self.chooser.key()
+    }
+
     /// Of all messages from now on.
     pub fn set_generation(&mut self, generation: u64) {
         self.channel.set_generation(generation);

@@ -17,13 +17,14 @@ use colo_fastpath::pair::SecondaryRole;
 use colo_fastpath::ring::MemoryError;
 use colo_fastpath::worker::Edge;
 
+use super::audit::{AuditError, Image, StateRecords, Summary};
 use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
 use super::pending;
 use super::staging::{Staging, StagingError, write_live};
-use super::states::{State, StateKind};
+use super::states::{StateKind, of_kind};
 use super::stop::StopNumber;
 use crate::machine::record::RecordError;
 use crate::machine::{ClockJump, Machine, MachineError, VcpuState};
@@ -33,6 +34,8 @@ use crate::testpoint::{Point, reached};
 const LOOK: Duration = Duration::from_secs(1);
 /// The first list of digests; the following ones grow.
 const DIGESTS_AT_FIRST: u64 = 64;
+/// Differences that an audit names.
+const DIFFERENCES_MAX: usize = 8;
 
 /// How checkpoints are received.
 #[derive(Debug, Clone, Copy)]
@@ -168,6 +171,12 @@ pub enum StageError {
     /// The primary has not told the key of page digests.
     #[error("a checkpoint without the key of its page digests")]
     NoKey,
+    /// The audit found something.
+    #[error("audit: the applied image is not the captured one: {0}")]
+    Different(String),
+    /// The audit could not be made.
+    #[error("audit: {0}")]
+    Audit(#[from] AuditError),
     /// Live pages for a machine that has run.
     #[error("live pages came after the first checkpoint")]
     LateSync,
@@ -183,6 +192,8 @@ struct Accepted {
     vcpus: Vec<VcpuState>,
     platform: Vec<u8>,
     devices: Vec<u8>,
+    /// What the primary captured, in digests.
+    audit: Option<Summary>,
     /// What each shard gets.
     shards: Vec<ShardState>,
 }
@@ -471,6 +482,7 @@ impl StageThread {
             StateKind::Translations,
             StateKind::Pending,
             StateKind::Platform,
+            StateKind::Audit,
         ];
         if let Some(odd) = states
             .iter()
@@ -479,7 +491,7 @@ impl StageThread {
             return Err(StageError::UnknownKind(odd.kind));
         }
         let exactly = |what, kind, expected: usize| {
-            let records = of_kind(&states, kind);
+            let records: Vec<_> = of_kind(&states, kind).collect();
             match records.len() {
                 found if found == expected => Ok(records),
                 found => Err(StageError::Count {
@@ -519,13 +531,45 @@ impl StageThread {
         on_each(&self.machine, records, |role, _, record| {
             role.check(&record)
         })?;
+        let audit = of_kind(&states, StateKind::Audit).next();
+        let audit = audit.map(Summary::from_bytes).transpose();
         Ok(Accepted {
+            audit: audit.map_err(MachineError::from)?,
             epoch,
             vcpus,
             platform,
             devices,
             shards,
         })
+    }
+
+    /// All of guest memory, in digests, before the worker may write to it.
+    fn memory_image(&self) -> Result<Image, StageError> {
+        let key = self.key.as_ref().ok_or(StageError::NoKey)?;
+        Ok(Image::of_memory(0, key, self.machine.ram())?)
+    }
+
+    /// Whether the machine is what the primary captured (rule 16).
+    fn audit(&self, captured: &Summary, mut image: Image) -> Result<(), StageError> {
+        let key = self.key.as_ref().ok_or(StageError::NoKey)?;
+        let machine = &self.machine;
+        let (mut vcpus, mut platform) = (Vec::new(), Vec::new());
+        machine.save_vcpu_records(&mut vcpus)?;
+        machine.save_platform(&mut platform)?;
+        let devices = machine.save_devices()?;
+        machine.resume_workers()?;
+        let records = StateRecords {
+            vcpus: &vcpus,
+            platform: &platform,
+            devices: &devices,
+        };
+        image.update(0, key, machine.ram(), std::iter::empty(), records)?;
+        let differences = image.compare(key, captured, DIFFERENCES_MAX);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let named: Vec<_> = differences.iter().map(ToString::to_string).collect();
+        Err(StageError::Different(named.join("; ")))
     }
 
     fn apply(&mut self, accepted: Accepted, halt: bool) -> Result<ApplyCost, StageError> {
@@ -540,9 +584,14 @@ impl StageThread {
         machine.release_queues()?;
         self.staging.write_pages(machine.ram())?;
         let write_us = start.elapsed().as_micros() as u64;
+        let memory = accepted.audit.as_ref().map(|_| self.memory_image());
+        let memory = memory.transpose()?;
         machine.restore_vcpus(&accepted.vcpus, ClockJump::SinceStopped)?;
         machine.restore_platform(&accepted.platform, ClockJump::SinceStopped)?;
         machine.restore_devices(&accepted.devices)?;
+        if let (Some(captured), Some(memory)) = (&accepted.audit, memory) {
+            self.audit(captured, memory)?;
+        }
         let epoch = accepted.epoch;
         on_each(machine, accepted.shards, move |role, edge, shard| {
             role.commit(edge, epoch, &shard.pending, &shard.translations)
@@ -582,10 +631,4 @@ fn on_each<I: Send + 'static>(
     let results = SecondaryRole::on_each(machine.workers(), items, task).ok_or(StageError::Role)?;
     let all: Result<(), String> = results.into_iter().collect();
     all.map_err(StageError::Translations)
-}
-
-/// The records of one kind, in order of their index.
-fn of_kind(states: &[State], kind: StateKind) -> Vec<&[u8]> {
-    let found = states.iter().filter(|s| s.kind == kind as u16);
-    found.map(|s| s.bytes.as_slice()).collect()
 }

@@ -29,6 +29,8 @@ pub enum StateKind {
     Pending = 5,
     /// What is of the machine as a whole: clocks, interrupt controllers.
     Platform = 6,
+    /// Digests of the captured image, for the audit (rule 16).
+    Audit = 7,
 }
 
 /// One piece of machine state.
@@ -71,6 +73,12 @@ impl State {
             (head, &self.bytes[start..end])
         })
     }
+}
+
+/// The records of one kind, in their order.
+pub(super) fn of_kind(states: &[State], kind: StateKind) -> impl Iterator<Item = &[u8]> {
+    let found = states.iter().filter(move |s| s.kind == kind as u16);
+    found.map(|s| s.bytes.as_slice())
 }
 
 /// Why the states of a checkpoint are refused.

@@ -31,6 +31,9 @@ pub struct CheckpointConfig {
     pub cache_mib: usize,
     /// One in so many pages that digests say are equal is sent and compared; 0: none.
     pub verify_one_in: u32,
+    /// One in so many checkpoints is audited: both sides digest all of their memory and state, and the secondary
+    /// compares; 0: none. The guest stands still meanwhile.
+    pub audit_every: u32,
     /// Send without a copy in the kernel, where it does not copy all the same.
     pub zero_copy: bool,
     /// How long the page channel may stand still before the link counts as lost.
@@ -48,6 +51,7 @@ impl Default for CheckpointConfig {
             stage_mib: 0,
             cache_mib: 32,
             verify_one_in: 0,
+            audit_every: 0,
             zero_copy: true,
             stall_ms: 5000,
         }

@@ -263,6 +263,7 @@ impl Replica {
         CaptureSettings {
             stabilise: checkpoint.stabilise,
             arena_pages: checkpoint.arena_pages(self.config.vm.ram_mib),
+            audit_every: checkpoint.audit_every,
             outbound: OutboundSettings {
                 channel: checkpoint.channel(),
                 cache_mib: checkpoint.cache_mib,

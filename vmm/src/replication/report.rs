@@ -51,12 +51,13 @@ pub struct CheckpointReport {
     pub cause: &'static str,
     /// From the order to stop the SVM until it had stopped.
     pub svm_stop_us: u64,
-    /// The PVM stood still: of this, the next five.
+    /// The PVM stood still: of this, the next six.
     pub pause_us: u64,
     pub quiesce_us: u64,
     pub state_us: u64,
     pub collect_us: u64,
     pub stabilise_us: u64,
+    pub audit_us: u64,
     pub resume_us: u64,
     /// Writes of the PVM that waited for captured pages.
     pub stall_us: u64,
@@ -144,6 +145,7 @@ impl CheckpointTimes {
         current.state_us = cost.state_us;
         current.collect_us = cost.collect_us;
         current.stabilise_us = cost.stabilise_us;
+        current.audit_us = cost.audit_us;
         current.resume_us = cost.resume_us;
         current.dirty_pages = cost.dirty_pages;
         current.pending_frames = cost.pending_frames;
