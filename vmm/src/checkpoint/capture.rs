@@ -380,7 +380,7 @@ impl CaptureThread {
         match sent {
             Ok(sent) => {
                 reached(Point::StageSent);
-                let stall_us = stable.finish().stall_us;
+                let stall_us = stable.end().stall_us;
                 let sent = Box::new(sent);
                 self.post.send(CaptureEvent::Sent {
                     epoch,

@@ -23,7 +23,7 @@ use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
 use super::pending;
-use super::staging::{Staging, StagingError, write_live};
+use super::staging::{LiveMemory, Staging, StagingError};
 use super::states::{StateKind, of_kind};
 use super::stop::StopNumber;
 use crate::machine::record::RecordError;
@@ -223,6 +223,8 @@ struct StageThread {
     key: Option<PageKey>,
     staging: Staging,
     open: Option<Open>,
+    /// What has come before the machine first runs.
+    memory: LiveMemory,
     live: bool,
 }
 
@@ -263,6 +265,7 @@ pub fn spawn(
         let pages = machine.ram().page_count();
         let thread = StageThread {
             staging: Staging::new(pages, settings.stage_mib),
+            memory: LiveMemory::new(pages),
             machine,
             post,
             channel,
@@ -327,9 +330,10 @@ impl StageThread {
         match self.channel.poll(LOOK)? {
             Event::Chunk(chunk) if chunk.kind == Kind::Sync => {
                 let written = match self.live {
-                    false => {
-                        write_live(self.machine.ram(), chunk.payload).map_err(StageError::from)
-                    }
+                    false => self
+                        .memory
+                        .write(self.machine.ram(), chunk.payload)
+                        .map_err(StageError::from),
                     true => Err(StageError::LateSync),
                 };
                 // Nothing would ever repair it: the sender believes it has arrived.

@@ -14,8 +14,10 @@ use super::states::{State, StateAssembly, StateError};
 
 /// Pages of a block of staging memory.
 const BLOCK_PAGES: usize = 256;
-/// Blocks that are kept for the next checkpoint.
-const KEPT_BLOCKS: usize = 64;
+/// Blocks that are kept for the next checkpoint without being used.
+const SPARE_BLOCKS: usize = 64;
+/// Blocks beyond that which one checkpoint gives back: the system takes its time for that.
+const GIVEN_BACK: usize = 16;
 
 /// Why a checkpoint is refused while it comes in.
 #[derive(Debug, thiserror::Error)]
@@ -88,8 +90,10 @@ impl Blocks {
     }
 
     fn clear(&mut self) {
+        let wanted = self.used_pages.div_ceil(BLOCK_PAGES) + SPARE_BLOCKS;
+        let kept = self.blocks.len().saturating_sub(GIVEN_BACK).max(wanted);
+        self.blocks.truncate(kept);
         self.used_pages = 0;
-        self.blocks.truncate(KEPT_BLOCKS);
     }
 }
 
@@ -197,16 +201,38 @@ impl Staging {
     }
 }
 
-/// Puts live pages into the memory of a machine that has never run.
-pub fn write_live(ram: &GuestRam, chunk: &[u8]) -> Result<(), StagingError> {
-    let nothing = [0; PAGE_BYTES];
-    let mut page = [0; PAGE_BYTES];
-    for record in Decoder::new(chunk, ram.page_count() as u64)? {
-        let record = record?;
-        record.apply(&nothing, &mut page, None)?;
-        ram.write_page(record.number as usize, &page)?;
+/// The memory of a machine that has never run, while live pages come in.
+#[derive(Debug)]
+pub struct LiveMemory {
+    /// Pages that are not the zeros they were made of.
+    written: PageBitmap,
+}
+
+impl LiveMemory {
+    /// For a guest of so many pages.
+    pub fn new(page_count: usize) -> Self {
+        Self {
+            written: PageBitmap::new(page_count),
+        }
     }
-    Ok(())
+
+    /// Puts live pages into memory. Zeros that are there already are not written: that would take memory.
+    pub fn write(&mut self, ram: &GuestRam, chunk: &[u8]) -> Result<(), StagingError> {
+        let nothing = [0; PAGE_BYTES];
+        let mut page = [0; PAGE_BYTES];
+        for record in Decoder::new(chunk, ram.page_count() as u64)? {
+            let record = record?;
+            let word = &mut self.written.words[record.number as usize / 64];
+            let bit = 1 << (record.number % 64);
+            if record.kind == Kind::Zero && *word & bit == 0 {
+                continue;
+            }
+            *word |= bit;
+            record.apply(&nothing, &mut page, None)?;
+            ram.write_page(record.number as usize, &page)?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -272,6 +298,24 @@ mod tests {
         assert_eq!(page, [0; PAGE_BYTES]);
         ram.copy_page_out(5, &mut page).unwrap();
         assert_eq!(page, filled(5));
+    }
+
+    #[test]
+    fn live_pages_are_written_and_become_zero_again() {
+        let (ram, any) = (ram(), |_| PageDigest::default());
+        let mut live = LiveMemory::new(PAGES);
+        let mut page = [1; PAGE_BYTES];
+        for payload in [Payload::Zero, Payload::Raw(&filled(5)), Payload::Zero] {
+            live.write(&ram, &chunk(&[(5, payload)], &any)).unwrap();
+            ram.copy_page_out(5, &mut page).unwrap();
+            let expected = match payload {
+                Payload::Raw(page) => *page,
+                _ => [0; PAGE_BYTES],
+            };
+            assert_eq!(page, expected);
+        }
+        let beyond = chunk(&[(PAGES as u64, Payload::Zero)], &any);
+        assert!(live.write(&ram, &beyond).is_err());
     }
 
     #[test]

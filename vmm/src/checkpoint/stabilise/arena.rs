@@ -11,6 +11,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::checkpoint::pages::PAGE_BYTES;
 
+/// Pages that are made ready with one call.
+const WARM_STEP_PAGES: usize = 1024;
+
 /// Slots in a row that one caller may write. Not `Clone`: it is the right to do so.
 #[derive(Debug)]
 pub(super) struct Slots {
@@ -73,11 +76,14 @@ impl Arena {
         if to <= from {
             return;
         }
-        let at = self.base.as_ptr().wrapping_add(from as usize * PAGE_BYTES);
-        let bytes = (to - from) as usize * PAGE_BYTES;
-        // SAFETY: the range lies in our mapping; MADV_POPULATE_WRITE keeps what is in it. Where the kernel does not know
-        // it (before 5.14) the pages come when they are written.
-        unsafe { libc::madvise(at.cast(), bytes, libc::MADV_POPULATE_WRITE) };
+        // In steps: each call keeps other threads of this process from changing mappings.
+        for first in (from..to).step_by(WARM_STEP_PAGES) {
+            let at = self.base.as_ptr().wrapping_add(first as usize * PAGE_BYTES);
+            let bytes = (to - first).min(WARM_STEP_PAGES as u32) as usize * PAGE_BYTES;
+            // SAFETY: the range lies in our mapping; MADV_POPULATE_WRITE keeps what is in it. Where the kernel does not
+            // know it (before 5.14) the pages come when they are written.
+            unsafe { libc::madvise(at.cast(), bytes, libc::MADV_POPULATE_WRITE) };
+        }
         self.warm.store(to, Ordering::Relaxed);
     }
 

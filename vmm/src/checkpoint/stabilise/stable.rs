@@ -291,6 +291,11 @@ impl Stable {
     pub fn finish(mut self) -> StableCost {
         self.close()
     }
+
+    /// The same, while it is kept: what its memory is prepared for the next one with comes when it is dropped.
+    pub fn end(&mut self) -> StableCost {
+        self.close()
+    }
 }
 
 impl Drop for Stable {
