@@ -19,6 +19,8 @@ mod primary_contents;
 mod primary_features;
 #[path = "primary_fragments.rs"]
 mod primary_fragments;
+#[path = "primary_policy.rs"]
+mod primary_policy;
 #[path = "release_properties.rs"]
 mod release_properties;
 #[path = "stream_properties.rs"]
