@@ -59,6 +59,8 @@ pub enum CaptureCommand {
         generation: u64,
         /// Of page digests, for this secondary alone.
         key: [u8; 16],
+        /// Names this secondary in [`CaptureEvent::LinkDown`].
+        session: u64,
     },
     /// Take a checkpoint.
     Capture {
@@ -123,6 +125,8 @@ pub enum CaptureEvent {
     },
     /// The page channel is unusable.
     LinkDown {
+        /// Which secondary's: the word of an old one says nothing of the next.
+        session: u64,
         /// In words.
         reason: String,
     },
@@ -204,6 +208,7 @@ pub struct CaptureThread {
     settings: CaptureSettings,
     post: Post<CaptureEvent>,
     session: Option<Session>,
+    session_number: u64,
     /// Pages still owed to the secondary besides what the dirty logs say.
     carry: PageBitmap,
     /// Pages of the checkpoint in flight.
@@ -224,6 +229,7 @@ impl CaptureThread {
             settings,
             post,
             session: None,
+            session_number: 0,
             carry: PageBitmap::new(pages),
             in_flight: PageBitmap::new(pages),
             is_cut: false,
@@ -244,7 +250,11 @@ impl CaptureThread {
                     stream,
                     generation,
                     key,
-                } => self.sync(stream, generation, key),
+                    session,
+                } => {
+                    self.session_number = session;
+                    self.sync(stream, generation, key);
+                }
                 CaptureCommand::Capture {
                     epoch,
                     first,
@@ -302,7 +312,7 @@ impl CaptureThread {
             Ok(()) => self.post.send(CaptureEvent::SyncReady),
             Err(reason) => {
                 self.session = None;
-                self.post.send(CaptureEvent::LinkDown { reason });
+                self.link_down(reason);
             }
         }
     }
@@ -393,10 +403,14 @@ impl CaptureThread {
             Err(e) => {
                 drop(stable);
                 self.session = None;
-                let reason = e.to_string();
-                self.post.send(CaptureEvent::LinkDown { reason });
+                self.link_down(e.to_string());
             }
         }
+    }
+
+    fn link_down(&self, reason: String) {
+        let session = self.session_number;
+        self.post.send(CaptureEvent::LinkDown { session, reason });
     }
 
     fn failed(&self, epoch: u64, error: &dyn std::error::Error) {

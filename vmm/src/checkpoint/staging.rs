@@ -6,18 +6,19 @@
 //! Does not know what is in a state record.
 
 use colo_fastpath::ring::{GuestRam, MemoryError};
+use memmap2::{Advice, MmapMut};
 
 use super::codec::record::{ApplyError, ChunkError};
 use super::codec::{Decoder, Kind, Page, PageKey, Record};
 use super::pages::{PAGE_BYTES, PageBitmap};
 use super::states::{State, StateAssembly, StateError};
 
-/// Pages of a block of staging memory.
-const BLOCK_PAGES: usize = 256;
+/// Pages of a block of staging memory: as large as a large page, of which the system gives one at a time.
+const BLOCK_PAGES: usize = 512;
 /// Blocks that are kept for the next checkpoint without being used.
-const SPARE_BLOCKS: usize = 64;
+const SPARE_BLOCKS: usize = 32;
 /// Blocks beyond that which one checkpoint gives back: the system takes its time for that.
-const GIVEN_BACK: usize = 16;
+const GIVEN_BACK: usize = 8;
 
 /// Why a checkpoint is refused while it comes in.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +58,7 @@ pub enum StagingError {
 /// Memory for pages, in blocks.
 #[derive(Debug)]
 struct Blocks {
-    blocks: Vec<Box<[u8]>>,
+    blocks: Vec<MmapMut>,
     used_pages: usize,
     pages_max: usize,
 }
@@ -70,12 +71,11 @@ impl Blocks {
         }
         if self.used_pages == self.blocks.len() * BLOCK_PAGES {
             let pages = self.used_pages;
-            let mut block = Vec::new();
-            block
-                .try_reserve_exact(BLOCK_PAGES * PAGE_BYTES)
-                .map_err(|_| StagingError::NoMemory { pages })?;
-            block.resize(BLOCK_PAGES * PAGE_BYTES, 0);
-            self.blocks.push(block.into_boxed_slice());
+            let block = MmapMut::map_anon(BLOCK_PAGES * PAGE_BYTES);
+            let block = block.map_err(|_| StagingError::NoMemory { pages })?;
+            // Small pages do as well, only slower.
+            let _ = block.advise(Advice::HugePage);
+            self.blocks.push(block);
         }
         let at = self.used_pages;
         self.used_pages += 1;

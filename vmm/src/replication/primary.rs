@@ -47,6 +47,7 @@ pub struct PrimaryShell {
 
 /// The channels to the secondary.
 struct Link {
+    session: u64,
     control: ControlLink,
     /// Handed to worker and checkpoint thread when the synchronisation starts.
     packets: Option<Vec<TcpStream>>,
@@ -198,7 +199,15 @@ impl PrimaryShell {
                 self.core
                     .handle(now, PrimaryEvent::CheckpointFailed { epoch, reason });
             }
-            CaptureEvent::LinkDown { reason } => self.link_down(&reason),
+            CaptureEvent::LinkDown { session, reason } => {
+                if self
+                    .link
+                    .as_ref()
+                    .is_some_and(|link| link.session == session)
+                {
+                    self.link_down(&reason);
+                }
+            }
         }
     }
 
@@ -383,6 +392,7 @@ impl PrimaryShell {
         let (Some(packets), Some(stream)) = (link.packets.take(), link.pages.take()) else {
             return;
         };
+        let session = link.session;
         self.checkpoint_begun_us = now_us();
         let links = match self.replica.packet_links(packets) {
             Ok(links) => links,
@@ -397,6 +407,7 @@ impl PrimaryShell {
                 stream,
                 generation,
                 key,
+                session,
             }),
             Err(e) => self.link_down(&e.to_string()),
         }
@@ -478,6 +489,7 @@ fn told<T>(answers: Option<Vec<T>>) {
 impl Link {
     fn new(channels: Channels) -> io::Result<Self> {
         Ok(Self {
+            session: channels.session,
             control: ControlLink::new(channels.control)?,
             pages_end: channels.pages.try_clone()?,
             packets: Some(channels.packets),
