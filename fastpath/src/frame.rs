@@ -607,10 +607,6 @@ impl Frames for FramePool {
         key.of(&self.host_bytes(token.slot())[at..at + n])
     }
 
-    fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16 {
-        ones_sum(&self.bytes(token)[at..at + n])
-    }
-
     fn duplicate(&mut self, token: &Token) -> Option<Token> {
         self.settle(token.slot(), CopyCause::Read);
         let slot = self.free.pop()?;
@@ -636,23 +632,6 @@ impl Frames for FramePool {
 #[cold]
 fn position(a: &[u8], b: &[u8]) -> Option<usize> {
     a.iter().zip(b).position(|(a, b)| a != b)
-}
-
-/// Ones' complement sum of big-endian words, folded, not inverted (RFC 1071).
-fn ones_sum(bytes: &[u8]) -> u16 {
-    let mut sum: u64 = 0;
-    let mut words = bytes.chunks_exact(4);
-    for word in &mut words {
-        sum += u64::from(u32::from_be_bytes([word[0], word[1], word[2], word[3]]));
-    }
-    let rest = words.remainder();
-    let mut tail = [0; 4];
-    tail[..rest.len()].copy_from_slice(rest);
-    sum += u64::from(u32::from_be_bytes(tail));
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
 }
 
 #[cfg(test)]

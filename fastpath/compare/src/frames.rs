@@ -87,10 +87,6 @@ pub trait Frames {
         key.of_chunks(n, |from, out| self.copy_out(token, at + from, out))
     }
 
-    /// Ones' complement sum (RFC 1071, not inverted, folded to 16 bits) of `n` bytes at `at`, as if
-    /// `at` were even.
-    fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16;
-
     /// A second frame with the same bytes; `None` when no slot is free.
     fn duplicate(&mut self, token: &Token) -> Option<Token>;
 

@@ -102,10 +102,6 @@ impl Frames for VecFrames {
         out.copy_from_slice(&self.bytes(token)[at..at + out.len()]);
     }
 
-    fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16 {
-        ones_sum(&self.bytes(token)[at..at + n])
-    }
-
     fn duplicate(&mut self, token: &Token) -> Option<Token> {
         let bytes = self.bytes(token).to_vec();
         self.insert(&bytes)

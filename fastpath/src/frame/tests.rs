@@ -71,17 +71,6 @@ fn slots_are_bounded_and_come_back() {
 }
 
 #[test]
-fn sums_follow_rfc_1071() {
-    assert_eq!(
-        ones_sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]),
-        0xddf2
-    );
-    assert_eq!(ones_sum(&[0xff]), 0xff00);
-    assert_eq!(ones_sum(&[0x12, 0x34, 0x56]), 0x1234 + 0x5600);
-    assert_eq!(ones_sum(&[]), 0);
-}
-
-#[test]
 fn headers_stop_at_their_limit() {
     let mut pool = FramePool::new(1, 2048);
     let token = pool.from_bytes(&[7; 1000]).unwrap();

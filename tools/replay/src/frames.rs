@@ -130,20 +130,6 @@ impl Frames for MappedFrames<'_> {
         });
     }
 
-    fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16 {
-        let mut sum = 0u64;
-        self.pieces(token, at, n, |from, piece| {
-            for (offset, byte) in piece.iter().enumerate() {
-                let high = (from + offset) % 2 == 0;
-                sum += u64::from(*byte) << if high { 8 } else { 0 };
-            }
-        });
-        while sum > 0xffff {
-            sum = (sum & 0xffff) + (sum >> 16);
-        }
-        sum as u16
-    }
-
     fn duplicate(&mut self, token: &Token) -> Option<Token> {
         let copy = self.slot(token).clone();
         Some(self.fill(copy))
@@ -196,10 +182,6 @@ mod tests {
                     let shifted = vectors.first_difference(&b[i], at, &b[j], 100, n);
                     assert_eq!(mapped.first_difference(x, at, y, 100, n), shifted);
                 }
-                assert_eq!(
-                    mapped.ones_sum(&a[2], at, n),
-                    vectors.ones_sum(&b[2], at, n)
-                );
                 let (mut out, mut expected) = ([0; 100], [0; 100]);
                 mapped.copy_out(&a[1], at, &mut out[..n]);
                 vectors.copy_out(&b[1], at, &mut expected[..n]);

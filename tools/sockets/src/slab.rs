@@ -342,10 +342,6 @@ impl Frames for Slab {
         out.copy_from_slice(self.part(token, at, out.len()));
     }
 
-    fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16 {
-        colo_compare::wire::checksum::ones_sum(self.part(token, at, n))
-    }
-
     /// Only input is ever kept twice, and a stand-in sees none.
     fn duplicate(&mut self, _token: &Token) -> Option<Token> {
         None

@@ -124,10 +124,6 @@ impl Frames for Pool {
         out.copy_from_slice(&self.bytes(token)[at..at + out.len()]);
     }
 
-    fn ones_sum(&self, token: &Token, at: usize, n: usize) -> u16 {
-        colo_compare::wire::checksum::ones_sum(&self.bytes(token)[at..at + n])
-    }
-
     fn duplicate(&mut self, token: &Token) -> Option<Token> {
         let slot = self.free.pop()?;
         self.slab[slot as usize] = self.slab[token.slot() as usize];
