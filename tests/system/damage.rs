@@ -21,8 +21,8 @@ const PROXY_PORT: u16 = 7700;
 const PREAMBLE: usize = 20;
 const PACKETS: u8 = 1;
 const PAGES: u8 = 2;
-/// The head of a record on the page channel, and where it says what follows.
-const HEAD: usize = 40;
+/// The head of a chunk on the page channel.
+const HEAD: usize = 64;
 const KIND_PAGES: u8 = 4;
 
 /// What the link damages once it is armed, once.
@@ -30,7 +30,7 @@ const KIND_PAGES: u8 = 4;
 enum Damage {
     /// A bit in the contents of a page of a checkpoint.
     Page,
-    /// A bit in the head of a record of pages.
+    /// A bit in the head of a chunk of pages.
     Head,
     /// The packet channel turns into noise.
     Packets,
@@ -83,7 +83,7 @@ fn forward(mut near: TcpStream, damage: Damage, armed: &Arc<AtomicBool>) -> io::
     let (channel, armed) = (preamble[10], armed.clone());
     thread::spawn(move || {
         let _ = match (channel, damage) {
-            (PAGES, Damage::Page | Damage::Head) => records(&mut far, &mut near, damage, &armed),
+            (PAGES, Damage::Page | Damage::Head) => chunks(&mut far, &mut near, damage, &armed),
             (PACKETS, Damage::Packets) => noise(&mut far, &mut near, &armed),
             _ => io::copy(&mut far, &mut near).map(drop),
         };
@@ -92,8 +92,8 @@ fn forward(mut near: TcpStream, damage: Damage, armed: &Arc<AtomicBool>) -> io::
     Ok(())
 }
 
-/// Passes the records of the page channel on, one of them damaged.
-fn records(
+/// Passes the chunks of the page channel on, one of them damaged.
+fn chunks(
     from: &mut TcpStream,
     to: &mut TcpStream,
     damage: Damage,

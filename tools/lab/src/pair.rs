@@ -185,11 +185,11 @@ impl Settings {
         if self.always_equal && host == Host::A {
             text += "\n[test]\nalways_equal = true\n";
         }
+        // Writing to a string does not fail.
+        write!(text, "\n{extra}").ok();
         if self.audit_every > 0 && !extra.contains("[checkpoint]") {
             text += &format!("\n[checkpoint]\naudit_every = {}\n", self.audit_every);
         }
-        // Writing to a string does not fail.
-        write!(text, "\n{extra}").ok();
         text
     }
 }
