@@ -225,9 +225,12 @@ impl PrimaryRole {
         })
     }
 
-    /// What the cut began is buffered (Remus mode), or compared. After the cut of all shards, before they go on.
-    pub fn buffer(&mut self, buffering: bool) {
+    /// What the cut began is buffered (Remus mode), or compared. After the cut, before the worker goes on. Gives what it
+    /// was before.
+    pub fn buffer(&mut self, buffering: bool) -> bool {
+        let before = self.path.is_buffering();
         self.path.buffer(buffering);
+        before
     }
 
     /// Takes a cut back that another shard could not make. The worker is still quiesced.

@@ -461,11 +461,8 @@ impl CaptureThread {
             now_us - std::mem::replace(&mut until, now_us)
         };
         machine.quiesce_workers()?;
-        let cuts = cut_all(&machine, order.first).ok_or(CaptureError::Role)?;
+        let cuts = cut_all(&machine, order.first, order.buffer).ok_or(CaptureError::Role)?;
         self.is_cut = true;
-        let buffer = order.buffer;
-        PrimaryRole::on_workers(machine.workers(), move |role, _| role.buffer(buffer))
-            .ok_or(CaptureError::Role)?;
         cost.quiesce_us = lap_us();
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
@@ -533,18 +530,24 @@ fn audit_of(machine: &Machine, key: &PageKey, states: &[State]) -> Result<State,
     Ok(State::new(StateKind::Audit, 0, bytes))
 }
 
-/// Ends the epoch in all shards, or in none (rule 4).
-fn cut_all(machine: &Machine, first: bool) -> Option<Vec<CutState>> {
+/// Ends the epoch in all shards, or in none (rule 4). `buffer`: the next one is not compared. All in one order to each
+/// worker, while the guest stands still: each costs a wake-up.
+fn cut_all(machine: &Machine, first: bool, buffer: bool) -> Option<Vec<CutState>> {
     let workers = machine.workers();
-    let cuts = PrimaryRole::on_workers(workers, move |role, edge| role.cut(edge, first))?;
+    let cuts = PrimaryRole::on_workers(workers, move |role, edge| {
+        let cut = role.cut(edge, first)?;
+        Some((cut, role.buffer(buffer)))
+    })?;
     if cuts.iter().all(Option::is_some) {
-        return Some(cuts.into_iter().flatten().collect());
+        return Some(cuts.into_iter().flatten().map(|(cut, _)| cut).collect());
     }
-    let epochs = cuts.iter().map(|cut| cut.as_ref().map(|cut| cut.epoch));
-    let epochs: Vec<_> = epochs.collect();
-    let _ = PrimaryRole::on_each(workers, epochs, |role, _, epoch| {
-        if let Some(epoch) = epoch {
+    let before = cuts
+        .into_iter()
+        .map(|cut| cut.map(|(cut, was)| (cut.epoch, was)));
+    let _ = PrimaryRole::on_each(workers, before.collect::<Vec<_>>(), |role, _, before| {
+        if let Some((epoch, was_buffering)) = before {
             role.uncut(epoch);
+            role.buffer(was_buffering);
         }
     });
     None
