@@ -27,6 +27,23 @@ fn number(status: &Value, key: &str) -> u64 {
         .unwrap_or_else(|| panic!("{key} in {status:#}"))
 }
 
+/// Kills the primary: the secondary goes on, and no client can tell.
+fn survives_a_kill(mut pair: Pair, load: Load) {
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    assert!(
+        load.wait_answers(ANSWERS, TIMEOUT),
+        "the service stands still"
+    );
+    let report = load.finish().unwrap();
+    assert_eq!(
+        (report.client_errors, report.wrong_responses),
+        (0, 0),
+        "{report:#?}"
+    );
+}
+
 #[test]
 fn rule_21_a_pair_in_remus_mode_compares_nothing_and_survives_a_kill() {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
@@ -50,19 +67,7 @@ fn rule_21_a_pair_in_remus_mode_compares_nothing_and_survives_a_kill() {
         number(&status, "released_by_checkpoint") >= ANSWERS,
         "{status:#}"
     );
-    load.mark_kill();
-    pair.primary.kill().unwrap();
-    pair.wait_alone(Host::B).unwrap();
-    assert!(
-        load.wait_answers(ANSWERS, TIMEOUT),
-        "the service stands still"
-    );
-    let report = load.finish().unwrap();
-    assert_eq!(
-        (report.client_errors, report.wrong_responses),
-        (0, 0),
-        "{report:#?}"
-    );
+    survives_a_kill(pair, load);
 }
 
 #[test]
@@ -85,17 +90,5 @@ fn rule_21_a_storm_of_divergences_leads_to_remus_mode_and_a_kill_there_is_surviv
         load.wait_answers(ANSWERS, TIMEOUT),
         "the service stands still"
     );
-    load.mark_kill();
-    pair.primary.kill().unwrap();
-    pair.wait_alone(Host::B).unwrap();
-    assert!(
-        load.wait_answers(ANSWERS, TIMEOUT),
-        "the service stands still"
-    );
-    let report = load.finish().unwrap();
-    assert_eq!(
-        (report.client_errors, report.wrong_responses),
-        (0, 0),
-        "{report:#?}"
-    );
+    survives_a_kill(pair, load);
 }

@@ -14,7 +14,7 @@ use colo_fastpath::ring::{GuestRam, MemoryError};
 use super::channel::{ChannelError, Chunk, Event, Kind, PageChannel, Settings, Step};
 use super::codec::digest::KEY_BYTES;
 use super::codec::digest_list::DigestListError;
-use super::codec::record::RECORD_MAX_BYTES;
+use super::codec::record::{EncodeError, RECORD_MAX_BYTES};
 use super::codec::zero::is_zero;
 use super::codec::{
     Choice, Chooser, Encoder, Known, Link, Page, PageCache, PageCounters, PageDigest, PageKey,
@@ -72,6 +72,9 @@ pub enum SendError {
     /// The secondary's digests make no sense; this checkpoint is given up.
     #[error(transparent)]
     Digests(#[from] DigestListError),
+    /// A page does not go into its chunk, though numbers rise and there is room; this checkpoint is given up.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
     /// The secondary's digests were damaged on the way; this checkpoint is given up.
     #[error("the secondary's page digests: {0}")]
     DamagedDigests(String),
@@ -188,8 +191,7 @@ impl Outbound {
                     true => Payload::Zero,
                     false => Payload::Raw(&page),
                 };
-                // Numbers rise and there is room.
-                let _ = chunk.push(number, &payload, PageDigest::default());
+                chunk.push(number, &payload, PageDigest::default())?;
             }
             let (items, length) = (chunk.count(), chunk.finish());
             self.channel.submit_loose(Kind::Sync, 0, items, length)?;
@@ -301,8 +303,7 @@ impl Outbound {
                 let digest = match self.chooser.choose(page, &known, self.link, now_ns) {
                     Choice::Equal { digest } => digest,
                     Choice::Send { payload, digest } => {
-                        // Numbers rise and there is room.
-                        let _ = chunk.push(number, &payload, digest);
+                        chunk.push(number, &payload, digest)?;
                         digest
                     }
                 };

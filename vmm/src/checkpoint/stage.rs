@@ -415,8 +415,10 @@ impl StageThread {
                 let digest = key
                     .of_copy(&mut page, read)
                     .map_err(|e| Over::Link(e.to_string()))?;
-                // There is room for so many.
-                let _ = list.push(digest);
+                if !list.push(digest) {
+                    let reason = "page channel: a list of digests is full before its end";
+                    return Err(Over::Link(reason.to_owned()));
+                }
             }
             let (count, length) = (list.count(), list.finish());
             sent += u64::from(count);
