@@ -350,8 +350,10 @@ const fn default_ack_deadline_ms() -> u64 {
 const fn default_remus_interval_ms() -> u64 {
     50
 }
+/// A checkpoint takes a few milliseconds: at such a rate pairs do little else, while below it most output still leaves by
+/// comparison at once.
 const fn default_storm_checkpoints_per_s() -> u64 {
-    20
+    200
 }
 const fn default_storm_window_ms() -> u64 {
     5000
