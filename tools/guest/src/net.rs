@@ -12,7 +12,7 @@ use crate::virtio_mmio::{DeviceError, Register, Window};
 use crate::virtqueue::{BUFFER_BYTES, Queue, Used};
 use alloc::vec;
 use alloc::vec::Vec;
-use colo_guest_server::FrameDevice;
+use colo_guest_server::{FrameDevice, flow_number};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
 
@@ -265,21 +265,6 @@ fn config16(window: &Window, at: usize) -> usize {
 
 fn frame_len(used: Used) -> usize {
     used.len.max(HEADER_BYTES) - HEADER_BYTES
-}
-
-/// A number that all frames of a flow have, from addresses and ports (FNV-1a).
-fn flow_number(frame: &[u8]) -> usize {
-    let (protocol, addresses, ports) = match frame.get(12..14) {
-        Some([0x08, 0x00]) => (23, 26..34, 34..38),
-        Some([0x86, 0xdd]) => (20, 22..54, 54..58),
-        _ => return 0,
-    };
-    let has_ports = matches!(frame.get(protocol), Some(6 | 17));
-    let ports = frame.get(ports).filter(|_| has_ports).unwrap_or_default();
-    let addresses = frame.get(addresses).unwrap_or_default();
-    let mix = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
-    let hash = addresses.iter().chain(ports).fold(0x811c_9dc5, mix);
-    (hash >> 16) as usize
 }
 
 impl FrameDevice for NetDevice {

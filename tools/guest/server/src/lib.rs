@@ -16,6 +16,7 @@ extern crate alloc;
 mod arena;
 mod conn;
 mod demux;
+mod flow;
 mod hash;
 mod http;
 mod kv;
@@ -27,6 +28,7 @@ mod server;
 mod sessions;
 mod world;
 
+pub use flow::flow_number;
 pub use neighbors::link_local;
 pub use pages::page_byte;
 pub use server::{Addresses, FrameDevice, Limits, Need, Server};
