@@ -5,12 +5,18 @@ use std::path::Path;
 use colo_fastpath::nic::SocketNic;
 
 use crate::config::Config;
-use crate::machine::{Events, Machine, tests::elf_image};
+use crate::machine::{Events, Machine, PAGE_TABLES, tests::elf_image};
 
 /// Where the guests read their orders: a sequence number, its echo, address, count, stride, pause.
 pub(crate) const ORDERS: u64 = 0x30_0000;
 /// Page of the orders; the guest writes the echo there.
 pub(crate) const ORDERS_PAGE: u64 = ORDERS / 4096;
+
+/// Not one of the guest's page tables: with AMD-V's nested paging every walk of the guest's tables counts as a write to
+/// them (APM volume 2, 15.25.5), whatever the accessed and dirty bits are.
+pub(crate) fn is_no_page_table(page: u64) -> bool {
+    !PAGE_TABLES.contains(&(page * 4096))
+}
 
 /// mov ebx, ORDERS
 /// wait: pause; mov rax, [rbx]; cmp rax, [rbx+8]; je wait

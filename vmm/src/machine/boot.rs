@@ -29,6 +29,9 @@ const COMMAND_LINE_MAX: usize = 4096;
 const PML4: u64 = 0x1_0000;
 const PDPT: u64 = 0x1_1000;
 const PAGE_DIRECTORIES: u64 = 0x1_2000;
+/// Where the page tables lie that a guest starts with.
+#[cfg(test)]
+pub(crate) const PAGE_TABLES: std::ops::Range<u64> = PML4..LOW_END;
 
 /// Present, writable, user, accessed, dirty: nobody has to write the tables later.
 const PAGE_FLAGS: u64 = 0x67;

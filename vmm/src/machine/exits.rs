@@ -31,8 +31,8 @@ pub enum VmExit {
     Fault {
         /// What happened.
         what: String,
-        /// Where.
-        rip: u64,
+        /// Where; none if KVM does not tell.
+        rip: Option<u64>,
     },
     /// The thread was told to end.
     Stopped,
@@ -42,7 +42,11 @@ impl std::fmt::Display for VmExit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::PowerOff => write!(f, "the guest powered off"),
-            Self::Fault { what, rip } => write!(f, "guest fault at {rip:#x}: {what}"),
+            Self::Fault {
+                what,
+                rip: Some(rip),
+            } => write!(f, "guest fault at {rip:#x}: {what}"),
+            Self::Fault { what, rip: None } => write!(f, "guest fault: {what}"),
             Self::Stopped => write!(f, "stopped"),
         }
     }
@@ -199,6 +203,6 @@ fn fault(what: &str) -> Next {
     // The caller knows the instruction pointer.
     Next::End(VmExit::Fault {
         what: what.to_owned(),
-        rip: 0,
+        rip: None,
     })
 }

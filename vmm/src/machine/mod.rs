@@ -19,6 +19,8 @@ mod view;
 mod vm;
 mod workers;
 
+#[cfg(test)]
+pub(crate) use boot::PAGE_TABLES;
 pub use boot::{BootError, STACK_BYTES};
 pub use build::{Event, Events, Machine, MachineError};
 pub use exits::{ExitSnapshot, VmExit};

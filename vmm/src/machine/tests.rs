@@ -159,6 +159,11 @@ fn a_guest_prints_and_powers_off() {
     assert!(lab.events.next().is_none(), "an ended guest stays ended");
 }
 
+/// KVM runs on AMD-V itself, which does not say where a triple fault was.
+fn is_amd_v() -> bool {
+    Path::new("/sys/module/kvm_amd").exists()
+}
+
 #[test]
 fn faults_are_reported_with_their_place() {
     // nop; ud2, hlt, mov al, [very high]
@@ -168,7 +173,8 @@ fn faults_are_reported_with_their_place() {
         match lab.end() {
             VmExit::Fault { what, rip } => {
                 assert!(what.contains("triple fault"), "{what}");
-                assert!((2 << 20..(2 << 20) + 8).contains(&rip), "{rip:#x}");
+                let is_there = |rip| (2 << 20..(2 << 20) + 8).contains(&rip);
+                assert!(rip.map_or(is_amd_v(), is_there), "{rip:x?}");
             }
             other => panic!("{other:?}"),
         }

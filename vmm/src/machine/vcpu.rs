@@ -27,6 +27,9 @@ use super::vcpu_shape::VcpuShape;
 use super::vcpu_state::{TscTarget, VcpuState};
 use crate::checkpoint::dirty::DirtyTracker;
 
+/// Base of the code segment and instruction pointer of a vCPU that was reset.
+const RESET_VECTOR: (u64, u64) = (0xffff_0000, 0xfff0);
+
 /// A vCPU could not be reached or refused.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
@@ -389,7 +392,7 @@ impl Vcpu {
             }
             Err(e) => Next::End(VmExit::Fault {
                 what: format!("KVM_RUN failed: {e}"),
-                rip: 0,
+                rip: None,
             }),
         };
         self.stats.total.add(1);
@@ -413,7 +416,7 @@ impl Vcpu {
             Ok(()) => Next::Run,
             Err(e) => Next::End(VmExit::Fault {
                 what: e.to_string(),
-                rip: 0,
+                rip: None,
             }),
         }
     }
@@ -434,7 +437,7 @@ impl Vcpu {
                 Err(e) if e.errno() == libc::EINTR => self.mode = Mode::Paused,
                 Err(e) => {
                     let what = format!("KVM_RUN failed: {e}");
-                    self.end(VmExit::Fault { what, rip: 0 });
+                    self.end(VmExit::Fault { what, rip: None });
                 }
             }
         }
@@ -466,10 +469,18 @@ impl Vcpu {
         }
     }
 
+    /// Where the guest is. AMD-V loses that at a triple fault: KVM has put the vCPU to its reset vector then.
+    fn place(&self) -> Option<u64> {
+        let regs = self.fd.get_regs().ok()?;
+        let sregs = self.fd.get_sregs().ok()?;
+        let is_reset = (sregs.cs.base, regs.rip) == RESET_VECTOR;
+        (!is_reset).then_some(regs.rip)
+    }
+
     fn end(&mut self, exit: VmExit) {
         let exit = match exit {
             VmExit::Fault { what, .. } => {
-                let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+                let rip = self.place();
                 VmExit::Fault { what, rip }
             }
             other => other,

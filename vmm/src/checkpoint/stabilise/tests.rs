@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
 use super::*;
-use crate::checkpoint::guests::{FOR_EVER, Guest, ON_ORDER, ORDERS};
+use crate::checkpoint::guests::{FOR_EVER, Guest, ON_ORDER, ORDERS, is_no_page_table};
 
 const BASE: u64 = 0x40_0000;
 const FIRST: usize = (BASE / 4096) as usize;
@@ -357,11 +357,12 @@ fn the_dirty_log_goes_on_beside_it() {
     lab.guest.write_once(BASE, 1, 1);
     machine.set_dirty_logging(true).unwrap();
     let mut dirty = PageBitmap::new(machine.ram().page_count());
+    let written = |dirty: &PageBitmap| dirty.iter().filter(|&page| is_no_page_table(page)).count();
     for round in 0..4 {
         lab.guest.write_once(BASE, 500, 4096);
         dirty.clear();
         lab.guest.machine.take_dirty(&mut dirty.words).unwrap();
-        assert_eq!(dirty.count(), 501, "round {round}");
+        assert_eq!(written(&dirty), 501, "round {round}");
         let (stable, truth) = take(
             &mut lab.stabiliser,
             &lab.guest,
@@ -373,6 +374,6 @@ fn the_dirty_log_goes_on_beside_it() {
         assert_eq!(read(stable, &truth, |_| {}).wrong, [] as [u64; 0]);
         dirty.clear();
         lab.guest.machine.take_dirty(&mut dirty.words).unwrap();
-        assert_eq!(dirty.count(), 251, "round {round}");
+        assert_eq!(written(&dirty), 251, "round {round}");
     }
 }
