@@ -439,3 +439,39 @@ fn a_policy_lets_a_flow_of_a_pair_go_before_and_after_a_takeover() {
     pair.wait_protected(Host::B).unwrap();
     assert_policy_holds(&mut pair, Host::B);
 }
+
+#[test]
+fn rule_22_hosts_that_would_judge_differently_do_not_pair() {
+    let Some(bench) = bench() else { return };
+    let rule = "[[rule]]\nprotocol = \"arp\"\naction = \"release\"\n";
+    std::fs::write(bench.dir().join("flows.toml"), rule).unwrap();
+    let mut settings = bench.settings();
+    let extra = "[compare]\npolicy = \"flows.toml\"\n".to_owned();
+    (settings.primary_extra, settings.secondary_extra) = (extra.clone(), extra);
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    pair.secondary.kill().unwrap();
+    pair.wait_alone(Host::A).unwrap();
+    let join = |text: &str, name: &str| {
+        let file = bench.dir().join(name);
+        std::fs::write(&file, text).unwrap();
+        let mut command = pair.topology.host(Host::B).command("timeout");
+        command.args(["60"]).arg(bench.colo()).arg("secondary");
+        command.arg(&file).output().unwrap()
+    };
+    let good = settings.pair_file(Host::B, bench.dir());
+    std::fs::write(bench.dir().join("other.toml"), rule.replace("arp", "icmp")).unwrap();
+    let other = good.replace("flows.toml", "other.toml");
+    let none = good.replace("policy = \"flows.toml\"\n", "");
+    for (text, theirs) in [(other, "and 1 rules, "), (none, "and none")] {
+        let output = join(&text, "spoilt.toml");
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(4), "{said}");
+        assert!(said.contains("compare.policy is 1 rules, "), "{said}");
+        assert!(said.contains(theirs), "{said}");
+    }
+    // Comments and order say nothing.
+    let same = "# the neighbours\n[[rule]]\naction = \"release\"\nprotocol = \"arp\"\n";
+    std::fs::write(bench.dir().join("flows.toml"), same).unwrap();
+    pair.restart(Host::B, "secondary").unwrap();
+    pair.wait_protected(Host::A).unwrap();
+}

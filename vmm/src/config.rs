@@ -136,6 +136,9 @@ pub struct CompareConfig {
     /// What that file says.
     #[serde(skip)]
     pub rules: Policy,
+    /// Names what it says, for the other host: see [`policy::fingerprint`].
+    #[serde(skip)]
+    pub fingerprint: Option<String>,
 }
 
 /// `[test]`: breaks the protection on purpose, so that a test can show that it would notice.
@@ -412,10 +415,12 @@ impl CompareConfig {
     fn read(&mut self, path: &Path, base: &Path) -> Result<(), ConfigError> {
         if let Some(file) = &mut self.policy {
             *file = base.join(&*file);
-            self.rules = policy::read(file).map_err(|source| ConfigError::Policy {
+            let refused = |source| ConfigError::Policy {
                 path: path.to_owned(),
                 source: Box::new(source),
-            })?;
+            };
+            self.rules = policy::read(file).map_err(refused)?;
+            self.fingerprint = Some(policy::fingerprint(file).map_err(refused)?);
         }
         Ok(())
     }

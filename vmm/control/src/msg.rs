@@ -27,6 +27,9 @@ const CRC: usize = 4;
 /// What both hosts must agree on, as named values (`ram_bytes`, `cpuid`, `net0.mac`, ...).
 pub type Geometry = Vec<(String, String)>;
 
+/// What a host that has none of something says of it in its [`Geometry`]; an older peer does not name it at all (rule 22).
+pub const NOTHING: &str = "none";
+
 /// A control message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the fields repeat what the variants say")]

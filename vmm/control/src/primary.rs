@@ -15,7 +15,9 @@ use alloc::string::{String, ToString};
 
 use crate::pace::Pacer;
 use crate::storm::Switch;
-use crate::{Action, Cas, Counters, Geometry, Mode, Msg, Outcome, Protection, Record, Reply};
+use crate::{
+    Action, Cas, Counters, Geometry, Mode, Msg, NOTHING, Outcome, Protection, Record, Reply,
+};
 use crate::{Standing, Timing, VERSION_MAX, VERSION_MIN};
 use checkpoint::Checkpoint;
 
@@ -460,6 +462,7 @@ fn difference(ours: &Geometry, theirs: &Geometry) -> Option<String> {
                     "{name} is {value} on the primary and {other} on the secondary: make them equal"
                 ));
             }
+            None if value == NOTHING => {}
             None => return Some(format!("the secondary does not name its {name}: update it")),
         }
     }

@@ -665,6 +665,17 @@ fn rule_22_geometry_that_differs_is_refused_by_name() {
 }
 
 #[test]
+fn rule_22_an_older_peer_has_none_of_what_it_does_not_name() {
+    let with = |value: &str| {
+        let mut ours = geometry();
+        ours.push(("compare.policy".into(), value.into()));
+        difference(&ours, &geometry())
+    };
+    assert_eq!(with(NOTHING), None);
+    assert!(with("2 rules").unwrap().contains("compare.policy"));
+}
+
+#[test]
 fn a_peer_that_connects_and_says_nothing_is_dropped() {
     let mut b = Bench::new(false);
     b.event(PrimaryEvent::LinkUp);
