@@ -30,15 +30,16 @@ fn pair(settings: &Settings, bench: &Bench) -> Pair {
     Pair::start(settings, bench.dir()).unwrap()
 }
 
-/// Some time between half a second and two seconds, told so that a failure can be repeated.
-fn random_moment() -> Duration {
+/// Lets some time between half a second and two seconds go by, told so that a failure can be repeated: when a host is lost
+/// must not matter, so no condition is waited for.
+fn until_a_random_moment() {
     let nanos = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap()
         .subsec_nanos();
     let moment = Duration::from_millis(500 + u64::from(nanos) % 1500);
     println!("kill after {moment:?}");
-    moment
+    thread::sleep(moment);
 }
 
 fn load(pair: &Pair) -> Load {
@@ -73,13 +74,12 @@ fn assert_clean(report: &LoadReport) {
 
 /// Kills the primary at a random moment while `client` runs, and waits for both.
 fn killed_under(pair: &mut Pair, client: impl FnOnce(&Netns) + Send) {
-    let moment = random_moment();
     let Pair {
         primary, topology, ..
     } = &mut *pair;
     thread::scope(|scope| {
         let running = scope.spawn(|| client(&topology.client));
-        thread::sleep(moment);
+        until_a_random_moment();
         assert!(!running.is_finished(), "the client ended before the kill");
         primary.kill().unwrap();
         running.join().unwrap();
@@ -110,7 +110,7 @@ fn everything_told_before_a_kill_is_true_after_it() {
     let Some(bench) = bench() else { return };
     let mut pair = pair(&bench.settings(), &bench);
     let load = load(&pair);
-    thread::sleep(random_moment());
+    until_a_random_moment();
     load.mark_kill();
     pair.primary.kill().unwrap();
     pair.wait_alone(Host::B).unwrap();
@@ -124,7 +124,7 @@ fn a_host_that_falls_silent_is_replaced() {
     let Some(bench) = bench() else { return };
     let mut pair = pair(&bench.settings(), &bench);
     let load = load(&pair);
-    thread::sleep(random_moment());
+    until_a_random_moment();
     load.mark_kill();
     pair.topology.cut_link().unwrap();
     pair.primary.kill().unwrap();
@@ -231,7 +231,7 @@ fn the_primary_goes_on_without_its_secondary() {
     let Some(bench) = bench() else { return };
     let mut pair = pair(&bench.settings(), &bench);
     let load = load(&pair);
-    thread::sleep(random_moment());
+    until_a_random_moment();
     load.mark_kill();
     pair.secondary.kill().unwrap();
     let status = pair.wait_alone(Host::A).unwrap();
@@ -245,12 +245,12 @@ fn a_returned_host_protects_again_and_the_other_may_die() {
     let Some(bench) = bench() else { return };
     let mut pair = pair(&bench.settings(), &bench);
     let load = load(&pair);
-    thread::sleep(random_moment());
+    until_a_random_moment();
     pair.primary.kill().unwrap();
     pair.wait_alone(Host::B).unwrap();
     pair.restart(Host::A, "secondary").unwrap();
     pair.wait_protected(Host::B).unwrap();
-    thread::sleep(random_moment());
+    until_a_random_moment();
     load.mark_kill();
     pair.secondary.kill().unwrap();
     pair.wait_alone(Host::A).unwrap();
@@ -312,7 +312,7 @@ fn a_cut_link_leaves_one_voice() {
     let mut pair = pair(&bench.settings(), &bench);
     let voices = Voices::listen(&pair, &bench);
     let load = load(&pair);
-    thread::sleep(random_moment());
+    until_a_random_moment();
     load.mark_kill();
     pair.topology.cut_link().unwrap();
     let (winner, other) = pair.wait_winner().unwrap();
@@ -329,7 +329,7 @@ fn a_frozen_primary_is_silent_when_it_wakes() {
     let mut pair = pair(&bench.settings(), &bench);
     let voices = Voices::listen(&pair, &bench);
     let load = load(&pair);
-    thread::sleep(random_moment());
+    until_a_random_moment();
     load.mark_kill();
     pair.primary.freeze().unwrap();
     pair.wait_alone(Host::B).unwrap();
