@@ -98,7 +98,7 @@ fn measure(
         .map_err(colo_lab::pair::PairError::from)?;
     let raw_link_bytes_per_s = link_bytes_per_s(&topology, dir.path())?;
     let mut pair = Pair::start_in(topology, &settings, dir.path())?;
-    let (checkpoints, holds) = checkpoints(args, &mut pair, pages, same_pct)?;
+    let (checkpoints, holds) = checkpoints(args.count, &mut pair, pages, same_pct)?;
     drop(pair);
     let of = |key: &str| {
         checkpoints
@@ -144,8 +144,8 @@ fn settings(args: &CheckpointArgs, place: &Place, pages: u32) -> Settings {
 
 /// Has checkpoints taken, one after the other. Gives what each tells of itself, and how long its output was held as
 /// the client sees it, in microseconds. The first one, in which the guest first touches the memory, is left out.
-fn checkpoints(
-    args: &CheckpointArgs,
+pub(crate) fn checkpoints(
+    count: u32,
     pair: &mut Pair,
     pages: u32,
     same_pct: u32,
@@ -157,7 +157,7 @@ fn checkpoints(
         .map_err(colo_lab::pair::PairError::from)?;
     let mut guest = connected.map_err(failed("connect to the guest"))?;
     let (mut all, mut holds) = (Vec::new(), Vec::new());
-    for round in 0..=args.count {
+    for round in 0..=count {
         guest
             .dirty(pages, same_pct)
             .map_err(failed("dirty memory"))?;

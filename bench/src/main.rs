@@ -34,6 +34,7 @@ mod place;
 mod service;
 mod stabilise;
 mod stabilise_guest;
+mod sync;
 mod transfer;
 mod transfer_uring;
 mod transfer_ways;
@@ -75,6 +76,8 @@ enum Benchmark {
     Compare(compare::CompareArgs),
     /// How fast packets go through the fast path, beside what others do with them
     Datapath(datapath::DatapathArgs),
+    /// What the size of a guest's memory costs: the time of a synchronisation, and the pause of checkpoints after it
+    Sync(sync::SyncArgs),
     /// How fast checkpoints go through the page channel, beside bare streams
     Transfer(transfer::TransferArgs),
 }
@@ -103,6 +106,7 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
         Benchmark::Stabilise(args) => stabilise::run(args)?,
         Benchmark::Compare(args) => compare::run(args, &place)?,
         Benchmark::Datapath(args) => datapath::run(args, &place)?,
+        Benchmark::Sync(args) => sync::run(args, &place)?,
         Benchmark::Transfer(args) => transfer::run(args)?,
     };
     print!("{}", outcome.text);

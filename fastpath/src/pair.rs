@@ -5,6 +5,7 @@
 //!
 //! Does not decide about roles or checkpoints: the control thread does, through the methods of the two roles.
 
+mod hold;
 mod local;
 mod primary;
 mod secondary;
@@ -32,6 +33,8 @@ pub enum PairEvent {
         /// In words.
         reason: String,
     },
+    /// A shard has had no room for more held output for a while (true), or has room again (rule 14).
+    HoldFull(bool),
     /// The thread stood still for too long; the role is muted (rule 18).
     ClockGap {
         /// For how long.

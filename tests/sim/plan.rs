@@ -263,6 +263,7 @@ fn protection(chance: &mut Prng) -> Protection {
         pace: Pace {
             ready_pages: chance.range(4, 40),
             slow_us: chance.range(10_000, 80_000),
+            relief_us: 50_000,
             rejoin_us: 20_000,
             rejoin_max_us: 100_000,
         },

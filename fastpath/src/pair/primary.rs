@@ -11,6 +11,7 @@ use colo_compare::{
 };
 use hdrhistogram::Histogram;
 
+use super::hold::HoldWatch;
 use super::{PairEvent, RESERVED_SLOTS, on_role, on_roles};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
@@ -91,6 +92,7 @@ pub struct PrimaryRole {
     batch: Vec<Token>,
     output_batch: Vec<(u64, u64, Token)>,
     hold_us: Histogram<u64>,
+    hold: HoldWatch,
     released_seqs: Vec<u8>,
     released_pending: Option<u64>,
     digest_key: Option<[u8; 16]>,
@@ -133,6 +135,7 @@ impl PrimaryRole {
             batch: Vec::with_capacity(BATCH),
             output_batch: Vec::with_capacity(BATCH),
             hold_us: hold_us.expect("constant bounds"),
+            hold: HoldWatch::new(config.limits.max_held_frames),
             released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
             released_pending: None,
             digest_key: config.digest_key,
@@ -602,6 +605,9 @@ impl Role for PrimaryRole {
             self.path.handle_timeout(now_us, &mut edge.frames);
         }
         n += self.act(edge);
+        if let Some(is_full) = self.hold.look(now_us, self.path.room_frames()) {
+            self.post.send(PairEvent::HoldFull(is_full));
+        }
         n > 0
     }
 
@@ -634,7 +640,8 @@ impl Role for PrimaryRole {
 
     fn deadline_us(&self) -> Option<u64> {
         let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
-        [self.path.next_deadline(), link_us]
+        let hold_us = self.hold.deadline_us();
+        [self.path.next_deadline(), link_us, hold_us]
             .into_iter()
             .flatten()
             .min()

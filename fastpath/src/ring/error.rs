@@ -26,6 +26,12 @@ pub enum MemoryError {
         /// Why.
         source: io::Error,
     },
+    /// The memory file does not tell what was written to.
+    #[error("the kernel does not tell which guest memory is in use: {source}")]
+    Holes {
+        /// Why.
+        source: io::Error,
+    },
     /// Two regions share addresses, or one ends beyond the last.
     #[error("the memory region at guest address {0:#x} overlaps another one or has no end")]
     Overlap(u64),

@@ -21,6 +21,7 @@ use super::area::{ALIGN_BYTES, Area};
 use super::checked;
 use super::error::MemoryError;
 use super::guard::{GuardSlot, WriteGuard};
+use super::holes::MemoryFile;
 
 /// Addresses kept free behind guest RAM for the frame slots; costs no memory.
 const SLOT_ROOM_BYTES: usize = 32 << 30;
@@ -82,6 +83,8 @@ pub struct GuestRam {
     guard: GuardSlot,
     host_dirty: Box<[AtomicU64]>,
     huge: bool,
+    /// The memory, page after page in one file, as long as nothing else lies over it.
+    file: MemoryFile,
 }
 
 /// A range of guest RAM. The guest may write it at any time, so it is only ever copied.
@@ -126,7 +129,12 @@ impl GuestRam {
             Pages::Small => None,
         };
         match huge {
-            Some(ram) => Ok(Self { huge: true, ..ram }),
+            Some(ram) => Ok(Self {
+                huge: true,
+                // Such a file does not tell its holes.
+                file: MemoryFile::default(),
+                ..ram
+            }),
             None => Self::with_files(bytes, 0),
         }
     }
@@ -139,6 +147,7 @@ impl GuestRam {
         };
         let failed = |source| MemoryError::File { bytes, source };
         let file = memory_file(file_bytes, flags).map_err(failed)?;
+        let whole = MemoryFile::new(file.try_clone().map_err(failed)?);
         let low = bytes.min(LOW_RAM_END);
         let mut sources = vec![RegionSource {
             gpa: 0,
@@ -155,7 +164,8 @@ impl GuestRam {
                 offset: low,
             });
         }
-        Self::from_regions(sources)
+        let ram = Self::from_regions(sources)?;
+        Ok(Self { file: whole, ..ram })
     }
 
     /// RAM that lies where `sources` say, in any order, without overlaps.
@@ -202,6 +212,7 @@ impl GuestRam {
             tracking: AtomicBool::new(false),
             guard: GuardSlot::default(),
             huge: false,
+            file: MemoryFile::default(),
             host_dirty: (0..words).map(|_| AtomicU64::new(0)).collect(),
         })
     }
@@ -248,6 +259,7 @@ impl GuestRam {
         if !self.is_in_a_row() {
             return Err(refused(io::ErrorKind::Unsupported.into()));
         }
+        self.file.hide();
         self.area
             .overlay(0, bytes as usize, file, offset)
             .map_err(refused)
@@ -407,6 +419,14 @@ impl GuestRam {
                 *out |= word.swap(0, Ordering::AcqRel);
             }
         }
+    }
+
+    /// Sets in `bitmap` (one bit a page, at least [`GuestRam::bitmap_words`] words) the pages that something may have
+    /// been written to, without touching any. The others have never been written to or read, take no memory, and
+    /// are zeros. A page that is written to meanwhile may be left out: only dirty tracking tells of it.
+    pub fn find_data(&self, bitmap: &mut [u64]) -> Result<(), MemoryError> {
+        let found = self.file.find_data(self.page_count(), bitmap);
+        found.map_err(|source| MemoryError::Holes { source })
     }
 
     #[inline]

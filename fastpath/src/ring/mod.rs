@@ -6,6 +6,7 @@ mod checked;
 pub mod driver_mock;
 mod error;
 mod guard;
+mod holes;
 mod memory;
 mod split;
 pub mod spsc;

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -125,6 +126,21 @@ impl Process {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Bytes of memory in its memory files whose name contains this; 0 without any.
+    pub fn memory_file_bytes(&self, name: &str) -> io::Result<u64> {
+        let folder = std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?;
+        let is_it = |path: &PathBuf| {
+            let file = std::fs::read_link(path);
+            file.is_ok_and(|file| file.to_string_lossy().contains(name))
+        };
+        let mut paths = folder.flatten().map(|entry| entry.path());
+        // Descriptors that were copied are of the same file.
+        match paths.find(is_it) {
+            Some(path) => Ok(std::fs::metadata(path)?.blocks() * 512),
+            None => Ok(0),
+        }
     }
 
     /// Its name, as in its log file.

@@ -37,8 +37,7 @@ pub enum Action {
     Send(Msg),
     /// Ask the arbiter; answer with an `Arbiter` event.
     Arbiter(Cas),
-    /// Primary: switch dirty tracking on and send all pages in rounds. A shell that leaves the rounds to the core
-    /// answers `SyncRound` after each; one that does not answers `SyncReady` once few are left.
+    /// Primary: switch dirty tracking on and send all pages, a first round; answer `SyncRound`.
     StartSync,
     /// Primary: send another round, of what became dirty since; answer `SyncRound`.
     SyncRound,

@@ -4,12 +4,35 @@
 //! Invariant: a synchronisation ends. Each round that does not shrink what is left by a quarter takes time from the
 //! PVM's vCPUs; when there is none left to take, it is given up.
 
+use core::fmt;
+
 use crate::storm::Pace;
 
 /// Share of time that the vCPUs may run, in percent, from one level to the next.
 const SHARES: [u8; 9] = [100, 70, 50, 30, 20, 10, 5, 2, 1];
 /// A synchronisation that shrinks ends before that many rounds: each leaves three quarters at most.
 const ROUNDS_MAX: u32 = 64;
+
+/// Pages in a time, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rate {
+    pages_per_s: u64,
+}
+
+impl Rate {
+    pub(crate) fn of(pages: u64, us: u64) -> Self {
+        let pages_per_s = pages.saturating_mul(1_000_000) / us.max(1);
+        Self { pages_per_s }
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tenths = self.pages_per_s.saturating_mul(4096) / 100_000;
+        let (mb, tenth) = (tenths / 10, tenths % 10);
+        write!(f, "{} pages/s ({mb}.{tenth} MB/s)", self.pages_per_s)
+    }
+}
 
 /// What follows a round of a synchronisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +57,8 @@ pub(crate) struct Pacer {
     /// Nobody may join before.
     rejoin_at_us: u64,
     rejoin_us: u64,
+    /// When some of the time is given back, without a checkpoint that says so.
+    relief_at_us: u64,
 }
 
 impl Pacer {
@@ -45,6 +70,7 @@ impl Pacer {
             told_pct: 100,
             rejoin_at_us: 0,
             rejoin_us: 0,
+            relief_at_us: 0,
         }
     }
 
@@ -108,12 +134,26 @@ impl Pacer {
     }
 
     /// A checkpoint that took so long is committed.
-    pub(crate) fn committed(&mut self, pace: &Pace, took_us: u64) {
+    pub(crate) fn committed(&mut self, now_us: u64, pace: &Pace, took_us: u64) {
         self.rejoin_us = 0;
+        self.relief_at_us = now_us + pace.relief_us;
         if took_us > pace.slow_us {
             self.slow_down();
         } else {
             self.level = self.level.saturating_sub(1);
+        }
+    }
+
+    /// When a pair that needs no checkpoint gives time back; `None` while the vCPUs have all of it.
+    pub(crate) fn relief_at_us(&self) -> Option<u64> {
+        (self.level > 0).then_some(self.relief_at_us)
+    }
+
+    /// Gives time back, if it is due.
+    pub(crate) fn relieve(&mut self, now_us: u64, pace: &Pace) {
+        if self.relief_at_us().is_some_and(|at| at <= now_us) {
+            self.level -= 1;
+            self.relief_at_us = now_us + pace.relief_us;
         }
     }
 }
@@ -135,6 +175,14 @@ mod tests {
         assert_eq!(shares, SHARES[1..]);
         assert_eq!(pacer.round(9, &PACE, 1000, 751), Round::GiveUp);
         assert!(!pacer.may_join(8 + PACE.rejoin_us) && pacer.may_join(9 + PACE.rejoin_us));
+    }
+
+    #[test]
+    fn rates_are_pages_and_megabytes_a_second() {
+        let text = |pages, us| alloc::format!("{}", Rate::of(pages, us));
+        assert_eq!(text(1000, 2_000_000), "500 pages/s (2.0 MB/s)");
+        assert_eq!(text(123, 0), "123000000 pages/s (503808.0 MB/s)");
+        assert_eq!(text(0, 5), "0 pages/s (0.0 MB/s)");
     }
 
     #[test]
@@ -167,9 +215,28 @@ mod tests {
     #[test]
     fn quick_checkpoints_give_the_time_back() {
         let mut pacer = Pacer::new();
-        pacer.committed(&PACE, PACE.slow_us + 1);
+        pacer.committed(0, &PACE, PACE.slow_us + 1);
         assert_eq!(pacer.change(), Some(70));
-        pacer.committed(&PACE, PACE.slow_us);
+        pacer.committed(0, &PACE, PACE.slow_us);
         assert_eq!(pacer.change(), Some(100));
+    }
+
+    #[test]
+    fn a_pair_without_checkpoints_gives_the_time_back_little_by_little() {
+        let mut pacer = Pacer::new();
+        pacer.relieve(u64::MAX, &PACE);
+        assert_eq!((pacer.change(), pacer.relief_at_us()), (None, None));
+        pacer.slow_down();
+        pacer.slow_down();
+        pacer.committed(7, &PACE, PACE.slow_us + 1);
+        assert_eq!(pacer.change(), Some(30));
+        for share in [50, 70, 100] {
+            let at_us = pacer.relief_at_us().unwrap();
+            pacer.relieve(at_us - 1, &PACE);
+            assert_eq!(pacer.change(), None);
+            pacer.relieve(at_us, &PACE);
+            assert_eq!(pacer.change(), Some(share));
+        }
+        assert_eq!(pacer.relief_at_us(), None);
     }
 }

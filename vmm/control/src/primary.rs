@@ -38,8 +38,6 @@ pub enum PrimaryEvent {
     Msg(Msg),
     /// The packet path, the operator or a limit wants a checkpoint.
     CheckpointWanted,
-    /// Few pages are left to send; the first checkpoint can be taken.
-    SyncReady,
     /// A round of the synchronisation went to the link; the core decides whether another follows.
     SyncRound {
         /// Pages sent in it.
@@ -236,7 +234,6 @@ impl Primary {
             PrimaryEvent::LinkDown { .. } => self.peer_lost(),
             PrimaryEvent::Msg(msg) => self.message(now_us, msg),
             PrimaryEvent::CheckpointWanted => self.checkpoint_wanted(now_us),
-            PrimaryEvent::SyncReady => self.sync_ready(now_us),
             PrimaryEvent::SyncRound {
                 sent_pages,
                 dirty_pages,
@@ -266,6 +263,7 @@ impl Primary {
                     .min(p.heard_us + self.timing.detection_us()),
             }),
             self.step_deadline(),
+            self.relief_at_us(),
             (self.state == PrimaryState::Paired && self.checkpoint.is_none())
                 .then_some(self.periodic_due_us),
         ]
@@ -293,6 +291,7 @@ impl Primary {
         if self.step_deadline().is_some_and(|at| at <= now_us) {
             self.step_timed_out(now_us);
         }
+        self.relieve(now_us);
         if self.state == PrimaryState::Paired && self.periodic_due_us <= now_us {
             self.begin_checkpoint(now_us);
         }

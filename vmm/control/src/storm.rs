@@ -81,6 +81,8 @@ pub struct Pace {
     pub ready_pages: u64,
     /// A checkpoint that takes longer from its begin to its commit slows the PVM down.
     pub slow_us: u64,
+    /// A pair without checkpoints gives some of the time back so often.
+    pub relief_us: u64,
     /// So long after a synchronisation that did not end a secondary may try again; doubles each time.
     pub rejoin_us: u64,
     /// Up to this.
@@ -92,6 +94,7 @@ impl Pace {
     pub const DEFAULT: Self = Self {
         ready_pages: 256,
         slow_us: 3_000_000,
+        relief_us: 1_000_000,
         rejoin_us: 5_000_000,
         rejoin_max_us: 300_000_000,
     };

@@ -16,7 +16,7 @@ use colo_fastpath::ring::{GuestRam, MemoryError};
 
 use super::codec::digest::DIGEST_BYTES;
 use super::codec::{Page, PageDigest, PageKey};
-use super::pages::PAGE_BYTES;
+use super::pages::{PAGE_BYTES, PageBitmap};
 use crate::machine::record::{Kind, Reader, Writer};
 use crate::machine::{RecordError, VcpuState, platform_parts};
 
@@ -128,7 +128,14 @@ impl Image {
     /// Digests all of `ram`; [`Self::update`] adds the states.
     pub fn of_memory(epoch: u64, key: &PageKey, ram: &GuestRam) -> Result<Self, AuditError> {
         let mut page: Page = [0; PAGE_BYTES];
-        let digest = |number| key.of_copy(&mut page, |page| ram.copy_page_out(number, page));
+        let zeros = key.of(&page);
+        // To read a page that nobody has touched would make one.
+        let mut data = PageBitmap::new(ram.page_count());
+        ram.find_data(&mut data.words)?;
+        let digest = |number: usize| match data.words[number / 64] >> (number % 64) & 1 {
+            0 => Ok(zeros),
+            _ => key.of_copy(&mut page, |page| ram.copy_page_out(number, page)),
+        };
         let pages = (0..ram.page_count())
             .map(digest)
             .collect::<Result<_, _>>()?;

@@ -1,4 +1,4 @@
-//! The primary's checkpoint thread: live synchronisation, capture, transfer.
+//! The primary's checkpoint thread: live synchronisation (`live`), capture, transfer.
 //!
 //! Order of a capture (rules 11 and 12): the SVM has stopped and sent its dirty set; vCPUs pause, the workers cut the
 //! epoch at a packet boundary; state is saved and the union of both dirty sets kept (`stabilise`); workers and vCPUs go
@@ -8,6 +8,8 @@
 //! the guest runs again whatever fails here; without a secondary nothing is tracked, protected or reserved (invariant 8).
 //!
 //! Does not decide when: commands come from the control thread.
+
+mod live;
 
 use std::collections::VecDeque;
 use std::net::TcpStream;
@@ -31,10 +33,6 @@ use crate::requests::Request;
 use crate::snapshot;
 use crate::testpoint::{Point, reached};
 
-/// Live rounds end when so few pages are left, or after so many rounds.
-const ROUND_SMALL_PAGES: usize = 256;
-const ROUNDS_MAX: u32 = 10;
-
 /// How checkpoints are taken.
 #[derive(Debug, Clone, Copy)]
 pub struct CaptureSettings {
@@ -51,7 +49,7 @@ pub struct CaptureSettings {
 /// What the control thread orders.
 #[derive(Debug)]
 pub enum CaptureCommand {
-    /// Send all pages to a joining secondary, live.
+    /// Send all pages to a joining secondary, live: the first round.
     Sync {
         /// The page channel.
         stream: TcpStream,
@@ -62,6 +60,8 @@ pub enum CaptureCommand {
         /// Names this secondary in [`CaptureEvent::LinkDown`].
         session: u64,
     },
+    /// Send what became dirty in the round before.
+    SyncRound,
     /// Take a checkpoint.
     Capture {
         /// The epoch it ends.
@@ -93,8 +93,15 @@ pub enum CaptureCommand {
 /// What the thread reports.
 #[derive(Debug)]
 pub enum CaptureEvent {
-    /// Few pages are left.
-    SyncReady,
+    /// A live round is on the link.
+    SyncRound {
+        /// Pages sent in it.
+        sent_pages: u64,
+        /// Pages that became dirty meanwhile.
+        dirty_pages: u64,
+        /// How long it took.
+        took_us: u64,
+    },
     /// The guest runs on.
     Captured {
         /// The epoch ended.
@@ -215,7 +222,7 @@ pub struct CaptureThread {
     in_flight: PageBitmap,
     /// The capture in hand has cut the epoch.
     is_cut: bool,
-    /// Orders that came while a checkpoint was sent.
+    /// Orders that came while a checkpoint or a live round was sent.
     deferred: VecDeque<CaptureCommand>,
     captures: u64,
 }
@@ -253,8 +260,9 @@ impl CaptureThread {
                     session,
                 } => {
                     self.session_number = session;
-                    self.sync(stream, generation, key);
+                    self.begin_sync(stream, generation, key, commands);
                 }
+                CaptureCommand::SyncRound => self.sync_round(commands),
                 CaptureCommand::Capture {
                     epoch,
                     first,
@@ -302,55 +310,6 @@ impl CaptureThread {
         if let Err(e) = self.machine.set_dirty_logging(false) {
             tracing::warn!("dirty logging stays on, the guest runs slower than it could: {e}");
         }
-    }
-
-    fn sync(&mut self, stream: TcpStream, generation: u64, key: [u8; 16]) {
-        self.session = None;
-        self.carry.clear();
-        self.in_flight.clear();
-        match self.send_live(stream, generation, key) {
-            Ok(()) => self.post.send(CaptureEvent::SyncReady),
-            Err(reason) => {
-                self.session = None;
-                self.link_down(reason);
-            }
-        }
-    }
-
-    fn send_live(
-        &mut self,
-        stream: TcpStream,
-        generation: u64,
-        key: [u8; 16],
-    ) -> Result<(), String> {
-        let machine = self.machine.clone();
-        let ram = machine.ram();
-        let outbound = Outbound::new(stream, ram.page_count(), key, &self.settings.outbound);
-        let mut outbound = outbound.map_err(|e| e.to_string())?;
-        outbound.set_generation(generation);
-        let view = machine.guest_view().cloned();
-        let stabiliser = Stabiliser::new(ram.clone(), view, self.settings.arena_pages);
-        let stabiliser = stabiliser.map_err(|e| e.to_string())?;
-        machine.set_dirty_logging(true).map_err(|e| e.to_string())?;
-        let mut round = PageBitmap::full(ram.page_count());
-        for _ in 0..ROUNDS_MAX {
-            outbound
-                .sync(ram, round.iter())
-                .map_err(|e| e.to_string())?;
-            round.clear();
-            machine
-                .take_dirty(&mut round.words)
-                .map_err(|e| e.to_string())?;
-            if round.count() <= ROUND_SMALL_PAGES {
-                break;
-            }
-        }
-        self.carry.merge(&round.words);
-        self.session = Some(Session {
-            outbound,
-            stabiliser,
-        });
-        Ok(())
     }
 
     fn checkpoint(&mut self, epoch: u64, order: Order<'_>, commands: &Receiver<CaptureCommand>) {

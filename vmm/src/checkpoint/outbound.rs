@@ -170,18 +170,24 @@ impl Outbound {
         self.channel.set_generation(generation);
     }
 
-    /// Sends pages of a guest that runs.
+    /// Sends pages of a guest that runs; gives how many. `is_off` is asked between chunks.
     pub fn sync(
         &mut self,
         ram: &GuestRam,
         numbers: impl Iterator<Item = u64>,
-    ) -> Result<(), SendError> {
+        mut is_off: impl FnMut() -> bool,
+    ) -> Result<u64, SendError> {
         let mut page: Page = [0; PAGE_BYTES];
         let mut numbers = numbers.peekable();
+        let mut sent = 0;
         while numbers.peek().is_some() {
+            if is_off() {
+                return Err(SendError::CalledOff);
+            }
+            self.await_buffer(&mut is_off)?;
             let buffer = self.channel.next_buffer()?;
             let Some(mut chunk) = Encoder::new(buffer, false) else {
-                return Ok(());
+                return Ok(sent);
             };
             while chunk.room() >= RECORD_MAX_BYTES
                 && let Some(number) = numbers.next()
@@ -192,11 +198,14 @@ impl Outbound {
                     false => Payload::Raw(&page),
                 };
                 chunk.push(number, &payload, PageDigest::default())?;
+                sent += 1;
             }
             let (items, length) = (chunk.count(), chunk.finish());
             self.channel.submit_loose(Kind::Sync, 0, items, length)?;
         }
-        Ok(self.channel.flush()?)
+        // A few chunks at most.
+        self.channel.flush()?;
+        Ok(sent)
     }
 
     /// Sends a checkpoint. `midway` is called behind the states; `is_off` is asked between chunks.

@@ -4,6 +4,7 @@ mod boot;
 mod build;
 mod clock;
 mod cpuid;
+mod duty;
 mod exits;
 mod kvm;
 mod platform_state;
@@ -32,6 +33,8 @@ pub use vcpu_state::VcpuState;
 pub use view::GuestView;
 pub use vm::Vm;
 
+#[cfg(test)]
+mod duty_tests;
 #[cfg(test)]
 mod state_tests;
 #[cfg(test)]

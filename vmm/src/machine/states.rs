@@ -97,6 +97,19 @@ impl Machine {
         self.vcpus.iter().try_for_each(|vcpu| Ok(vcpu.resume()?))
     }
 
+    /// Lets the vCPUs run this share of the time only, in percent; 0: they stand still until told otherwise. This goes
+    /// beside pauses: a machine that is paused stays so, one that is let run again keeps its share.
+    pub fn throttle_vcpus(&self, run_pct: u8) -> Result<(), MachineError> {
+        let throttle = |vcpu: &VcpuHandle| Ok(vcpu.throttle(run_pct)?);
+        self.vcpus.iter().try_for_each(throttle)
+    }
+
+    /// How long vCPUs were kept standing by [`Machine::throttle_vcpus`]; of several, the one that was longest.
+    pub fn throttled_us(&self) -> u64 {
+        let times = self.vcpus.iter().map(VcpuHandle::throttled_us);
+        times.max().unwrap_or(0)
+    }
+
     /// Reads all paused vCPUs.
     pub fn save_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
         self.vcpus.iter().map(|vcpu| Ok(vcpu.save()?)).collect()

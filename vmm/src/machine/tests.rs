@@ -95,14 +95,19 @@ pub(crate) fn lab_around(ram: Arc<GuestRam>) -> Lab {
 }
 
 pub(crate) fn running(code: &[u8]) -> Lab {
-    let lab = lab();
-    lab.machine.load(&elf_image(code)).unwrap();
+    let lab = stopped(code);
     lab.machine.resume_vcpus().unwrap();
     lab
 }
 
+pub(crate) fn stopped(code: &[u8]) -> Lab {
+    let lab = lab();
+    lab.machine.load(&elf_image(code)).unwrap();
+    lab
+}
+
 impl Lab {
-    fn end(&self) -> VmExit {
+    pub(super) fn end(&self) -> VmExit {
         self.events.wait().unwrap().exit
     }
 
@@ -127,7 +132,7 @@ impl Lab {
 /// Where the counting guests count.
 pub(crate) const COUNTER: u64 = 0x30_0000;
 
-const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0xee]; // mov dx, 0x604; out dx, al
+pub(super) const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0xee]; // mov dx, 0x604; out dx, al
 
 /// loop: inc qword [0x300000]; mov eax, 100; mov edx, 0x600; out dx, eax; jmp loop
 pub(crate) const COUNT_AND_SLEEP: &[u8] = &[
@@ -136,7 +141,7 @@ pub(crate) const COUNT_AND_SLEEP: &[u8] = &[
 ];
 
 /// loop: inc qword [0x300000]; jmp loop
-const COUNT: &[u8] = &[0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x30, 0x00, 0xeb, 0xf6];
+pub(super) const COUNT: &[u8] = &[0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x30, 0x00, 0xeb, 0xf6];
 
 /// xor eax, eax; mov edx, 0x600; out dx, eax; then power off
 const SLEEP_WITHOUT_LIMIT: &[u8] = &[

@@ -10,10 +10,11 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, Msrs, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -21,6 +22,7 @@ use tracing::warn;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::duty::Duty;
 use super::exits::{ExitStats, Next, Platform, VmExit, lock};
 use super::kvm::KvmError;
 use super::vcpu_shape::VcpuShape;
@@ -60,6 +62,8 @@ enum Command {
     Save(Vec<u8>),
     /// A state has been written: an ended vCPU may run again.
     Revive,
+    /// It may run this share of the time, in percent.
+    Throttle(u8),
     Stop,
 }
 
@@ -69,6 +73,8 @@ pub struct VcpuHandle {
     commands: Sender<Command>,
     kick: Arc<Kick>,
     stats: Arc<ExitStats>,
+    /// Microseconds that the vCPU was kept standing.
+    stood: Arc<AtomicU64>,
     shape: Arc<VcpuShape>,
     saves: Mutex<Saves>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -98,6 +104,7 @@ impl VcpuHandle {
             .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
         let kick = Arc::new(Kick::new(&mut fd)?);
         let stats = Arc::new(ExitStats::default());
+        let stood = Arc::new(AtomicU64::new(0));
         let (commands, inbox) = channel();
         let (saved, answers) = sync_channel(1);
         let shape = Arc::new(shape);
@@ -113,6 +120,7 @@ impl VcpuHandle {
             kick: kick.clone(),
             stats: stats.clone(),
             mode: Mode::Paused,
+            duty: Duty::new(stood.clone()),
             on_end: Box::new(on_end),
         };
         let thread = thread::Builder::new()
@@ -122,6 +130,7 @@ impl VcpuHandle {
             commands,
             kick,
             stats,
+            stood,
             shape,
             saves: Mutex::new(Saves {
                 answers,
@@ -147,6 +156,16 @@ impl VcpuHandle {
     /// Lets it run; a guest that has ended stays ended.
     pub fn resume(&self) -> Result<(), VcpuError> {
         self.send(Command::Resume)
+    }
+
+    /// Lets it run this share of the time, in percent; 0: it stands still until told otherwise. Pauses go on as before.
+    pub(super) fn throttle(&self, run_pct: u8) -> Result<(), VcpuError> {
+        self.send(Command::Throttle(run_pct))
+    }
+
+    /// For how long it was kept standing so far.
+    pub(super) fn throttled_us(&self) -> u64 {
+        self.stood.load(Ordering::Relaxed)
     }
 
     /// Reads the state of a paused vCPU.
@@ -337,12 +356,17 @@ struct Vcpu {
     kick: Arc<Kick>,
     stats: Arc<ExitStats>,
     mode: Mode,
+    duty: Duty,
     on_end: Box<dyn Fn(VmExit) + Send>,
 }
 
 impl Vcpu {
     fn run(mut self) {
         while self.obey() {
+            if let Some(time) = self.duty.must_stand() {
+                self.stand(time);
+                continue;
+            }
             match self.step() {
                 Next::Run => {}
                 Next::Sleep(limit_us) => self.sleep(limit_us),
@@ -376,6 +400,7 @@ impl Vcpu {
                 Command::Task(task) => task(&self.fd, &self.shape),
                 Command::Save(memory) => self.save(memory),
                 Command::Revive => self.mode = Mode::Paused,
+                Command::Throttle(run_pct) => self.duty.set(run_pct),
                 Command::Stop => return false,
             }
         }
@@ -383,6 +408,7 @@ impl Vcpu {
 
     /// Enters the guest once.
     fn step(&mut self) -> Next {
+        let entered = self.duty.enter();
         let next = match self.fd.run() {
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => self.ring_full(),
             Ok(exit) => self.platform.handle(exit, &self.stats),
@@ -395,6 +421,7 @@ impl Vcpu {
                 rip: None,
             }),
         };
+        self.duty.leave(entered);
         self.stats.total.add(1);
         next
     }
@@ -445,28 +472,25 @@ impl Vcpu {
     }
 
     /// The sleep port: until a device interrupt, which is consumed, a kick, or the limit.
-    fn sleep(&self, limit_us: u32) {
+    fn sleep(&mut self, limit_us: u32) {
+        let begun = self.duty.is_limited().then(Instant::now);
         let line = &self.platform.interrupt;
-        let poll = |fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let mut fds = [poll(line.as_raw_fd()), poll(self.kick.event.as_raw_fd())];
-        let limit = libc::timespec {
-            tv_sec: libc::time_t::from(limit_us / 1_000_000),
-            tv_nsec: libc::c_long::from(limit_us % 1_000_000) * 1000,
-        };
-        let limit = if limit_us == 0 {
-            std::ptr::null()
-        } else {
-            &raw const limit
-        };
-        // SAFETY: two pollfds and a timespec on this stack; no signal mask.
-        unsafe { libc::ppoll(fds.as_mut_ptr(), 2, limit, std::ptr::null()) };
+        let mut fds = [readable(line), readable(&self.kick.event)];
+        let limit = (limit_us > 0).then(|| Duration::from_micros(limit_us.into()));
+        wait(&mut fds, limit);
         if fds[0].revents != 0 {
             let _ = line.read();
         }
+        if let Some(begun) = begun {
+            self.duty.rested(begun.elapsed());
+        }
+    }
+
+    /// Keeps the guest from running for so long, or until somebody wants something.
+    fn stand(&mut self, time: Duration) {
+        let begun = Instant::now();
+        wait(&mut [readable(&self.kick.event)], Some(time));
+        self.duty.stood(begun.elapsed());
     }
 
     /// Where the guest is. AMD-V loses that at a triple fault: KVM has put the vCPU to its reset vector then.
@@ -491,4 +515,24 @@ impl Vcpu {
         self.mode = Mode::Ended;
         (self.on_end)(exit);
     }
+}
+
+fn readable(event: &EventFd) -> libc::pollfd {
+    libc::pollfd {
+        fd: event.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    }
+}
+
+/// Until one of `fds` is ready, a signal, or the limit.
+fn wait(fds: &mut [libc::pollfd], limit: Option<Duration>) {
+    let limit = limit.map(|limit| libc::timespec {
+        tv_sec: limit.as_secs() as libc::time_t,
+        tv_nsec: libc::c_long::from(limit.subsec_nanos()),
+    });
+    let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let count = fds.len() as libc::nfds_t;
+    // SAFETY: pollfds and timespec live during the call, the count is that of the pollfds; no signal mask.
+    unsafe { libc::ppoll(fds.as_mut_ptr(), count, limit, std::ptr::null()) };
 }

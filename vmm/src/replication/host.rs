@@ -40,6 +40,8 @@ use crate::status::{MachineStatus, StatusError, StatusSocket};
 
 /// Between attempts to join a primary.
 const JOIN_RETRY_US: u64 = 200_000;
+/// A primary that let a secondary go before it had the state gets some rest.
+const REJOIN_AFTER_US: u64 = 1_000_000;
 /// Longest step of pairing and of the end.
 const STEP_TIMEOUT_US: u64 = 10_000_000;
 const ARBITER_RETRY_US: u64 = 100_000;
@@ -434,16 +436,18 @@ pub fn run_primary(
 /// Joins a primary, follows it, and goes on in its place when it is lost.
 pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, ReplicaError> {
     let sockets = bind_sockets(config)?;
+    let mut rest_us = 0;
     loop {
         let replica = Replica::new(config, Filter::DropAll, sockets.clone(), stop.clone())?;
         let geometry = replica.geometry();
-        let Some(channels) = join(&replica)? else {
+        let Some(channels) = join(&replica, rest_us)? else {
             return Ok(End::Stopped);
         };
         match SecondaryShell::new(replica, geometry.clone(), channels)?.run() {
             // The machine holds a part of a state: a new one is needed for the next attempt.
             SecondaryEnd::Ended(Outcome::NotSynced) => {
                 tracing::warn!("the link went before the state was complete; joining again");
+                rest_us = REJOIN_AFTER_US;
             }
             SecondaryEnd::Ended(outcome) => return Ok(end(outcome)),
             SecondaryEnd::TookOver {
@@ -467,11 +471,13 @@ fn bind_sockets(config: &Config) -> Result<Option<Arc<Sockets>>, ReplicaError> {
     Ok(config.host.status.as_deref().map(bind).transpose()?)
 }
 
-/// Tries until the primary answers; `None` when asked to stop.
-fn join(replica: &Replica) -> Result<Option<link::Channels>, ReplicaError> {
-    let mut waiter = Waiter::default();
+/// Tries until the primary answers, for the first time after a rest; `None` when asked to stop.
+fn join(replica: &Replica, rest_us: u64) -> Result<Option<link::Channels>, ReplicaError> {
     let mut told = false;
     let shards = replica.machine.workers().len();
+    if rest_us > 0 && !wait_to_join(replica, rest_us) {
+        return Ok(None);
+    }
     loop {
         match link::connect(replica.replication.link_peer, fresh_session()?, shards) {
             Ok(channels) => return Ok(Some(channels)),
@@ -481,18 +487,27 @@ fn join(replica: &Replica) -> Result<Option<link::Channels>, ReplicaError> {
             }
             Err(_) => {}
         }
-        let until_us = now_us() + JOIN_RETRY_US;
-        while now_us() < until_us {
-            waiter.clear();
-            replica.add_fds(&mut waiter);
-            waiter.wait(Some(until_us));
-            if replica.wants_stop() {
-                return Ok(None);
-            }
-            replica.answer_status(|| Some(PairStatus::joining()));
-            replica.refuse_requests();
+        if !wait_to_join(replica, JOIN_RETRY_US) {
+            return Ok(None);
         }
     }
+}
+
+/// Answers those who ask meanwhile; false when asked to stop.
+fn wait_to_join(replica: &Replica, wait_us: u64) -> bool {
+    let mut waiter = Waiter::default();
+    let until_us = now_us() + wait_us;
+    while now_us() < until_us {
+        waiter.clear();
+        replica.add_fds(&mut waiter);
+        waiter.wait(Some(until_us));
+        if replica.wants_stop() {
+            return false;
+        }
+        replica.answer_status(|| Some(PairStatus::joining()));
+        replica.refuse_requests();
+    }
+    true
 }
 
 fn fresh_session() -> Result<u64, ReplicaError> {

@@ -10,7 +10,9 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
-use colo_control::{Action, Geometry, Msg, Outcome, Primary, PrimaryEvent, PrimaryState, Record};
+use colo_control::{
+    Action, Geometry, Msg, Notice, Outcome, Primary, PrimaryEvent, PrimaryState, Record,
+};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{PairEvent, PrimaryReport, PrimaryRole};
@@ -40,6 +42,8 @@ pub struct PrimaryShell {
     cause: Option<&'static str>,
     unprotected: Option<(String, u64)>,
     takeovers: u64,
+    /// Shards without room for more held output.
+    full_shards: usize,
     /// Gaps of the worker's clock that the core has heard of.
     gaps: u64,
     outcome: Option<Outcome>,
@@ -97,6 +101,7 @@ impl PrimaryShell {
             cause: None,
             unprotected: Some((reason.to_owned(), unix_seconds())),
             takeovers,
+            full_shards: 0,
             gaps: 0,
             outcome: None,
         })
@@ -176,7 +181,23 @@ impl PrimaryShell {
     fn capture_event(&mut self, event: CaptureEvent) {
         let now = now_us();
         match event {
-            CaptureEvent::SyncReady => self.core.handle(now, PrimaryEvent::SyncReady),
+            CaptureEvent::SyncRound {
+                sent_pages,
+                dirty_pages,
+                took_us,
+            } => {
+                tracing::debug!(
+                    "live round: {sent_pages} pages sent in {took_us} us, {dirty_pages} dirty again"
+                );
+                self.times.sync_rounds += 1;
+                self.times.sync_pages += sent_pages;
+                let event = PrimaryEvent::SyncRound {
+                    sent_pages,
+                    dirty_pages,
+                    took_us,
+                };
+                self.core.handle(now, event);
+            }
             CaptureEvent::Captured { epoch, cost } => {
                 tracing::debug!("epoch {epoch} captured: {cost:?}");
                 self.times.captured(&cost);
@@ -223,6 +244,7 @@ impl PrimaryShell {
                 self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
             }
             PairEvent::LinkDown { reason } => self.link_down(&reason),
+            PairEvent::HoldFull(is_full) => self.hold_full(is_full),
             PairEvent::ClockGap { gap_us, gaps } => {
                 self.gaps = gaps;
                 tracing::warn!("this process stood still for {gap_us} us; asking the arbiter");
@@ -365,13 +387,41 @@ impl PrimaryShell {
                 self.close_link(&reason);
             }
             Action::Stop(outcome) => self.outcome = Some(outcome),
-            Action::Tell(notice) => tracing::warn!("{notice}"),
+            Action::Tell(notice) => self.tell(notice),
+            Action::SyncRound => self.order(CaptureCommand::SyncRound),
+            Action::Throttle { run_pct } => self.throttle(run_pct),
             Action::StopSvm { .. }
-            | Action::SyncRound
-            | Action::Throttle { .. }
             | Action::Discard { .. }
             | Action::Apply { .. }
             | Action::TakeOver { .. } => {}
+        }
+    }
+
+    fn tell(&mut self, notice: Notice) {
+        tracing::warn!("{notice}");
+        if let Notice::CannotFollow { reason } = notice {
+            // What a client of the status wants to know until a secondary has joined.
+            let since = self.unprotected.take().map(|(_, since)| since);
+            self.unprotected = Some((reason, since.unwrap_or_else(unix_seconds)));
+        }
+    }
+
+    fn throttle(&self, run_pct: u8) {
+        if let Err(e) = self.replica.machine.throttle_vcpus(run_pct) {
+            tracing::error!("the guest cannot be slowed down: {e}");
+        }
+    }
+
+    /// The vCPUs stand still as long as any shard has no room for output (rule 14).
+    fn hold_full(&mut self, is_full: bool) {
+        let before = self.full_shards;
+        self.full_shards = match is_full {
+            true => before + 1,
+            false => before.saturating_sub(1),
+        };
+        self.times.hold_full += u64::from(is_full);
+        if (before == 0) != (self.full_shards == 0) {
+            self.core.handle(now_us(), PrimaryEvent::HoldFull(is_full));
         }
     }
 
@@ -394,6 +444,7 @@ impl PrimaryShell {
         };
         let session = link.session;
         self.checkpoint_begun_us = now_us();
+        (self.times.sync_rounds, self.times.sync_pages) = (0, 0);
         let links = match self.replica.packet_links(packets) {
             Ok(links) => links,
             Err(e) => return self.link_down(&e.to_string()),
@@ -465,6 +516,8 @@ impl PrimaryShell {
             takeovers: self.takeovers,
             mode: mode_name(self.core.mode()),
             run_pct: self.core.run_pct(),
+            throttled_us: self.replica.machine.throttled_us(),
+            not_followed: self.core.counters().not_followed,
             storms: self.core.counters().storms,
             step_timeouts: by_step(self.core.counters()),
         }

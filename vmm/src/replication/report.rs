@@ -116,6 +116,12 @@ pub struct CheckpointTimes {
     pub count: u64,
     /// How long the last secondary took from its welcome to its protection.
     pub sync_us: u64,
+    /// Live rounds of the last secondary's synchronisation, and the pages sent in them.
+    pub sync_rounds: u64,
+    /// See `sync_rounds`.
+    pub sync_pages: u64,
+    /// How often a shard had no room for more held output, and the vCPUs stood still.
+    pub hold_full: u64,
     /// Checkpoints aborted.
     pub aborted: u64,
     /// Bytes on the page channel.
@@ -227,8 +233,12 @@ pub struct Standing {
     pub takeovers: u64,
     /// `colo` (output is compared) or `remus` (it waits for periodic checkpoints), now.
     pub mode: &'static str,
-    /// Share of time that the guest may run, in percent, as decided.
+    /// Share of time that the guest may run, in percent.
     pub run_pct: u8,
+    /// How long its vCPUs were kept standing for that, so far.
+    pub throttled_us: u64,
+    /// Synchronisations given up because the guest dirties memory faster than the link carries it.
+    pub not_followed: u64,
     /// Storms of divergences so far.
     pub storms: u64,
     /// Steps of checkpoints that took too long, by step.
@@ -257,6 +267,9 @@ pub struct PairStatus {
     pub checkpoints: u64,
     pub checkpoints_aborted: u64,
     pub sync_us: u64,
+    pub sync_rounds: u64,
+    pub sync_pages: u64,
+    pub hold_full: u64,
     pub checkpoint_pause_us: Percentiles,
     pub quiesce_us: Percentiles,
     pub state_us: Percentiles,
@@ -317,6 +330,9 @@ impl PairStatus {
             checkpoints: times.count,
             checkpoints_aborted: times.aborted,
             sync_us: times.sync_us,
+            sync_rounds: times.sync_rounds,
+            sync_pages: times.sync_pages,
+            hold_full: times.hold_full,
             checkpoint_pause_us: times.pause_us.percentiles(),
             quiesce_us: times.quiesce_us.percentiles(),
             state_us: times.state_us.percentiles(),

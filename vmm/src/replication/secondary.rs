@@ -224,6 +224,7 @@ impl SecondaryShell {
         match event {
             PairEvent::LinkDown { reason } => self.link_down(reason),
             PairEvent::CheckpointWanted(_)
+            | PairEvent::HoldFull(_)
             | PairEvent::PeerWantsCheckpoint
             | PairEvent::ClockGap { .. } => {}
         }

@@ -10,7 +10,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::{ABORTS_MAX, Primary, PrimaryState};
-use crate::pace::Round;
+use crate::pace::{Rate, Round};
 use crate::storm::Change;
 use crate::{Action, Msg, Notice, Standing, Step, VERSION_ABORT_ANSWERED};
 
@@ -91,9 +91,12 @@ impl Primary {
             }
             Round::GiveUp => {
                 self.counters.not_followed += 1;
+                let rate = |pages: u64| Rate::of(pages, us);
                 let reason = format!(
-                    "the guest dirties memory faster than the link carries it: {dirty_pages} pages while \
-                     {sent_pages} were sent in {us} us, at {} % of its time; a faster link or less write load helps",
+                    "the guest dirties memory faster than the link carries it: it dirties {}, the link carries {}, \
+                     though it runs {} % of the time only; a faster link or less write load helps",
+                    rate(dirty_pages),
+                    rate(sent_pages),
                     self.pacer.run_pct()
                 );
                 self.act(Action::Tell(Notice::CannotFollow {
@@ -104,10 +107,7 @@ impl Primary {
         }
     }
 
-    pub(super) fn sync_ready(&mut self, now_us: u64) {
-        if self.state != PrimaryState::Syncing {
-            return;
-        }
+    fn sync_ready(&mut self, now_us: u64) {
         self.state = PrimaryState::FirstCheckpoint;
         self.switch.start(now_us);
         let buffer = self.switch.buffers();
@@ -285,7 +285,7 @@ impl Primary {
         self.aborts = 0;
         let took_us = now_us.saturating_sub(c.begun_us);
         let pace = self.switch.protection().pace;
-        self.pacer.committed(&pace, took_us);
+        self.pacer.committed(now_us, &pace, took_us);
         if self.state == PrimaryState::FirstCheckpoint {
             self.state = PrimaryState::Pairing;
             let session = self.session();
@@ -345,6 +345,20 @@ impl Primary {
     }
 
     // ---- the PVM's pace ----
+
+    /// When a pair gives the PVM some of its time back, though no checkpoint shows that it may have it.
+    pub(super) fn relief_at_us(&self) -> Option<u64> {
+        let rests = self.state == PrimaryState::Paired && self.checkpoint.is_none();
+        self.pacer.relief_at_us().filter(|_| rests)
+    }
+
+    pub(super) fn relieve(&mut self, now_us: u64) {
+        if self.relief_at_us().is_some() {
+            let pace = self.switch.protection().pace;
+            self.pacer.relieve(now_us, &pace);
+            self.tell_pace();
+        }
+    }
 
     pub(super) fn hold_full(&mut self, is_full: bool) {
         self.pacer.hold_full(is_full);

@@ -39,6 +39,13 @@ fn geometry() -> Geometry {
     vec![("ram_bytes".into(), "4096".into())]
 }
 
+/// Nothing is left to send.
+const READY: PrimaryEvent = PrimaryEvent::SyncRound {
+    sent_pages: 1,
+    dirty_pages: 0,
+    took_us: 1,
+};
+
 fn alone() -> Record {
     Record {
         generation: 3,
@@ -90,7 +97,7 @@ impl Bench {
         if self.core.state() == PrimaryState::Blocked {
             panic!("answer the question first");
         }
-        self.event(PrimaryEvent::SyncReady);
+        self.event(READY);
         let epoch = self.core.epoch();
         self.event(PrimaryEvent::Captured { epoch });
         self.event(PrimaryEvent::Sent { epoch });
@@ -547,7 +554,7 @@ fn rule_19_a_pair_lost_while_it_is_noted_leaves_no_checkpoint_in_flight() {
     b.event(PrimaryEvent::LinkUp);
     let asked = b.event(PrimaryEvent::Msg(hello()));
     b.answer(&asked);
-    b.event(PrimaryEvent::SyncReady);
+    b.event(READY);
     b.event(PrimaryEvent::Captured { epoch: 8 });
     let committed = b.committed(8);
     assert!(b.lose_peer().contains(&Action::Abort { epoch: 8 }));

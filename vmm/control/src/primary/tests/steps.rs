@@ -189,7 +189,7 @@ fn rule_22_a_secondary_of_the_version_before_answers_no_abort() {
             actions[0],
             Action::Send(Msg::Welcome { version: 1, .. })
         ));
-        b.event(PrimaryEvent::SyncReady);
+        b.event(READY);
         b.event(PrimaryEvent::Captured { epoch: 7 });
         let committed = b.committed(7);
         b.answer(&committed);

@@ -21,6 +21,7 @@ fn bench(mode: Mode) -> Bench {
         pace: Pace {
             ready_pages: 10,
             slow_us: 3_000,
+            relief_us: 50_000,
             rejoin_us: 1_000,
             rejoin_max_us: 8_000,
         },
@@ -70,7 +71,7 @@ fn rule_21_remus_mode_halts_the_svm_from_the_first_commit_on() {
         welcome[0],
         Action::Send(Msg::Welcome { halt: true, .. })
     ));
-    let capture = b.event(PrimaryEvent::SyncReady);
+    let capture = b.event(READY);
     assert!(matches!(
         capture[..],
         [Action::Capture {
@@ -206,7 +207,7 @@ fn a_guest_that_dirties_faster_than_the_link_is_slowed_down_and_then_told_plainl
     assert!(shares.is_sorted_by(|a, b| a > b));
     let reason = "the guest dirties memory faster than the link carries it";
     assert!(told.iter().any(
-        |a| matches!(a, Action::CloseLink { reason: why } if why.starts_with(reason) && why.contains("100 pages"))
+        |a| matches!(a, Action::CloseLink { reason: why } if why.starts_with(reason) && why.contains("it dirties 2000000 pages/s (8192.0 MB/s), the link carries 2000000 pages/s (8192.0 MB/s)"))
     ));
     assert!(told.contains(&Action::Throttle { run_pct: 100 }));
     assert_eq!(b.core.state(), PrimaryState::Alone);
@@ -233,4 +234,32 @@ fn checkpoints_that_take_too_long_slow_the_guest_down_and_quick_ones_let_it_go()
     assert_eq!(throttle(&checkpoint(&mut b, &begin, 3_001).2), Some(70));
     let begin = b.silence(4_000);
     assert_eq!(throttle(&checkpoint(&mut b, &begin, 3_000).2), Some(100));
+}
+
+#[test]
+fn a_slowed_pair_that_needs_no_checkpoint_gets_its_time_back() {
+    let mut b = bench(Mode::Colo);
+    b.event(PrimaryEvent::LinkUp);
+    b.event(PrimaryEvent::Msg(hello()));
+    let (sent_pages, took_us) = (100, 50);
+    for dirty_pages in [100, 100, 9] {
+        b.event(PrimaryEvent::SyncRound {
+            sent_pages,
+            dirty_pages,
+            took_us,
+        });
+    }
+    assert_eq!(b.core.run_pct(), 50);
+    b.event(PrimaryEvent::Captured { epoch: 7 });
+    let committed = b.committed(7);
+    assert_eq!(
+        (b.core.state(), b.core.run_pct()),
+        (PrimaryState::Pairing, 70)
+    );
+    b.answer(&committed);
+    assert_eq!(b.core.state(), PrimaryState::Paired);
+    b.now += 50_000;
+    b.core.peer.as_mut().unwrap().heard_us = b.now;
+    b.silence(0);
+    assert_eq!(b.core.run_pct(), 100);
 }

@@ -1,0 +1,117 @@
+//! Live rounds to a joining secondary: all memory that is in use, then what became dirty meanwhile, as often as the control
+//! core asks for it.
+//!
+//! Invariants: no page is touched that the guest never touched, so a synchronisation takes none of the primary's memory and
+//! costs what is in use, not what the guest could have; a page that is written to after the first look at what is in use is
+//! in the dirty log of the next round (rule 15), because the log was switched on before; an order waits for a chunk at
+//! most, and what a round that was called off has not sent belongs to what follows.
+//!
+//! Does not decide whether another round follows, or how fast the guest may run.
+
+use std::net::TcpStream;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use super::super::outbound::{Outbound, SendError};
+use super::super::stabilise::Stabiliser;
+use super::{CaptureCommand, CaptureEvent, CaptureThread, Session};
+use crate::snapshot;
+
+impl CaptureThread {
+    /// A secondary has joined: everything that is in use goes to it.
+    pub(super) fn begin_sync(
+        &mut self,
+        stream: TcpStream,
+        generation: u64,
+        key: [u8; 16],
+        commands: &Receiver<CaptureCommand>,
+    ) {
+        self.session = None;
+        self.carry.clear();
+        self.in_flight.clear();
+        match self.open_session(stream, generation, key) {
+            Ok(session) => {
+                self.session = Some(session);
+                self.sync_round(commands);
+            }
+            Err(reason) => self.link_down(reason),
+        }
+    }
+
+    fn open_session(
+        &mut self,
+        stream: TcpStream,
+        generation: u64,
+        key: [u8; 16],
+    ) -> Result<Session, String> {
+        let machine = &self.machine;
+        let ram = machine.ram();
+        let outbound = Outbound::new(stream, ram.page_count(), key, &self.settings.outbound);
+        let mut outbound = outbound.map_err(|e| e.to_string())?;
+        outbound.set_generation(generation);
+        let view = machine.guest_view().cloned();
+        let stabiliser = Stabiliser::new(ram.clone(), view, self.settings.arena_pages);
+        let stabiliser = stabiliser.map_err(|e| e.to_string())?;
+        machine.set_dirty_logging(true).map_err(|e| e.to_string())?;
+        // A joining secondary has zeros everywhere: holes are there already.
+        let found = ram.find_data(&mut self.carry.words);
+        found.map_err(|e| e.to_string())?;
+        Ok(Session {
+            outbound,
+            stabiliser,
+        })
+    }
+
+    /// Sends what is owed, and tells what came to be owed meanwhile.
+    pub(super) fn sync_round(&mut self, commands: &Receiver<CaptureCommand>) {
+        // A link that failed was told of.
+        let Some(mut session) = self.session.take() else {
+            return;
+        };
+        std::mem::swap(&mut self.carry, &mut self.in_flight);
+        let begun = Instant::now();
+        let machine = self.machine.clone();
+        let deferred = &mut self.deferred;
+        let is_off = || {
+            loop {
+                match commands.try_recv() {
+                    // The guest may stand still for it: no capture is under way.
+                    Ok(CaptureCommand::Snapshot { request, config }) => {
+                        snapshot::serve(request, &machine, &config);
+                    }
+                    Ok(command) => deferred.push_back(command),
+                    Err(TryRecvError::Empty) => return !deferred.is_empty(),
+                    Err(TryRecvError::Disconnected) => return true,
+                }
+            }
+        };
+        let pages = self.in_flight.iter();
+        let sent = session.outbound.sync(machine.ram(), pages, is_off);
+        let failure = match sent {
+            Ok(sent_pages) => {
+                self.in_flight.clear();
+                match machine.take_dirty(&mut self.carry.words) {
+                    Ok(()) => {
+                        self.session = Some(session);
+                        return self.post.send(CaptureEvent::SyncRound {
+                            sent_pages,
+                            dirty_pages: self.carry.count() as u64,
+                            took_us: begun.elapsed().as_micros() as u64,
+                        });
+                    }
+                    Err(e) => e.to_string(),
+                }
+            }
+            Err(SendError::CalledOff) => {
+                self.carry.merge(&self.in_flight.words);
+                self.in_flight.clear();
+                self.session = Some(session);
+                return;
+            }
+            Err(e) => e.to_string(),
+        };
+        // The channel and what is kept for it go.
+        drop(session);
+        self.link_down(failure);
+    }
+}
