@@ -53,6 +53,7 @@ fn hello() -> Msg {
         max: VERSION_MAX,
         session: 9,
         geometry: geometry(),
+        ahead_mib: 64,
     }
 }
 
@@ -617,6 +618,7 @@ fn rule_22_versions_that_do_not_overlap_are_refused_by_name() {
         max: VERSION_MAX + 4,
         session: 9,
         geometry: geometry(),
+        ahead_mib: 64,
     }));
     assert!(matches!(&actions[0], Action::Send(Msg::Refuse { reason }) if reason.contains("3..6")));
     assert_eq!(b.core.state(), PrimaryState::Alone);
@@ -631,6 +633,7 @@ fn rule_22_a_newer_secondary_is_welcomed_with_our_version() {
         max: VERSION_MAX + 1,
         session: 9,
         geometry: geometry(),
+        ahead_mib: 64,
     }));
     let (version, generation) = (VERSION_MAX, 3);
     let welcome = Msg::Welcome {
@@ -654,6 +657,7 @@ fn rule_22_geometry_that_differs_is_refused_by_name() {
             max: VERSION_MAX,
             session: 9,
             geometry,
+            ahead_mib: 64,
         }));
         assert!(
             matches!(&actions[0], Action::Send(Msg::Refuse { reason }) if reason.contains(word))
