@@ -11,9 +11,9 @@ use std::thread;
 use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
-use colo_lab::pair::Pair;
+use colo_lab::pair::{Pair, Settings};
 use colo_lab::process::Process;
-use colo_lab::topology::Host;
+use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
 
 const WAIT: Duration = Duration::from_secs(30);
@@ -24,6 +24,7 @@ const PAGES: u8 = 2;
 /// The head of a chunk on the page channel.
 const HEAD: usize = 64;
 const KIND_PAGES: u8 = 4;
+const KIND_AHEAD: u8 = 8;
 
 /// What the link damages once it is armed, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,8 @@ enum Damage {
     Page,
     /// A bit in the head of a chunk of pages.
     Head,
+    /// A bit in a page that travels ahead of its checkpoint.
+    Ahead,
     /// The packet channel turns into noise.
     Packets,
 }
@@ -83,7 +86,9 @@ fn forward(mut near: TcpStream, damage: Damage, armed: &Arc<AtomicBool>) -> io::
     let (channel, armed) = (preamble[10], armed.clone());
     thread::spawn(move || {
         let _ = match (channel, damage) {
-            (PAGES, Damage::Page | Damage::Head) => chunks(&mut far, &mut near, damage, &armed),
+            (PAGES, Damage::Page | Damage::Head | Damage::Ahead) => {
+                chunks(&mut far, &mut near, damage, &armed)
+            }
             (PACKETS, Damage::Packets) => noise(&mut far, &mut near, &armed),
             _ => io::copy(&mut far, &mut near).map(drop),
         };
@@ -99,13 +104,17 @@ fn chunks(
     damage: Damage,
     armed: &AtomicBool,
 ) -> io::Result<()> {
+    let kind = match damage {
+        Damage::Ahead => KIND_AHEAD,
+        _ => KIND_PAGES,
+    };
     loop {
         let mut head = [0; HEAD];
         from.read_exact(&mut head)?;
         let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
         let mut payload = vec![0; len];
         from.read_exact(&mut payload)?;
-        if head[6] == KIND_PAGES && armed.swap(false, Ordering::SeqCst) {
+        if head[6] == kind && armed.swap(false, Ordering::SeqCst) {
             match damage {
                 Damage::Head => head[25] ^= 0x20,
                 _ => payload[len / 2] ^= 0x20,
@@ -131,12 +140,12 @@ fn noise(from: &mut TcpStream, to: &mut TcpStream, armed: &AtomicBool) -> io::Re
 }
 
 /// A pair whose link goes through a proxy.
-fn pair_through(bench: &Bench, damage: Damage) -> (Pair, Proxy) {
-    let mut pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
+fn pair_through(bench: &Bench, settings: &Settings, damage: Damage) -> (Pair, Proxy) {
+    let mut pair = Pair::start(settings, bench.dir()).unwrap();
     pair.secondary.kill().unwrap();
     pair.wait_alone(Host::A).unwrap();
     let proxy = Proxy::start(&pair, damage);
-    let text = bench.settings().pair_file(Host::B, bench.dir());
+    let text = settings.pair_file(Host::B, bench.dir());
     let peer = |host: Host, port: u16| format!("link_peer = \"{}:{port}\"", host.link_address());
     let text = text.replace(&peer(Host::A, 7600), &peer(Host::B, PROXY_PORT));
     let file = bench.dir().join("through.toml");
@@ -169,7 +178,7 @@ fn finish(load: Load) {
 #[test]
 fn rule_14_a_damaged_checkpoint_is_taken_again_and_the_pair_goes_on() {
     let Some(bench) = Bench::new(&[]) else { return };
-    let (mut pair, proxy) = pair_through(&bench, Damage::Page);
+    let (mut pair, proxy) = pair_through(&bench, &bench.settings(), Damage::Page);
     let load = load(&pair);
     proxy.arm();
     let aborted = |status: &serde_json::Value| status["checkpoints_aborted"] == 1;
@@ -189,10 +198,53 @@ fn rule_14_a_damaged_checkpoint_is_taken_again_and_the_pair_goes_on() {
 }
 
 #[test]
+fn rule_14_a_damaged_page_ahead_costs_the_checkpoint_that_names_it_and_no_more() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let settings = Settings {
+        // What the guests write in their own time is no divergence.
+        compare_deadline_ms: 5_000,
+        ..bench.settings()
+    };
+    let (mut pair, proxy) = pair_through(&bench, &settings, Damage::Ahead);
+    let ask = |pair: &Pair, method: &str, path: &str| {
+        let mut curl = pair.topology.client.command("curl");
+        curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
+        let url = format!("http://{GUEST_V4}{path}");
+        let output = curl.arg(url).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    proxy.arm();
+    ask(&pair, "POST", "/dirty/2000/0/4096");
+    let sent = |status: &serde_json::Value| status["ahead"]["sent_pages"].as_u64() >= Some(1_900);
+    let status = pair.primary.wait_status("sent ahead", WAIT, sent).unwrap();
+    assert!(proxy.has_struck());
+    let before = status["checkpoints"].as_u64().unwrap();
+    ask(&pair, "GET", "/random");
+    let more = |status: &serde_json::Value| status["checkpoints"].as_u64() > Some(before);
+    let status = pair.primary.wait_status("a commit", WAIT, more).unwrap();
+    assert_eq!(status["checkpoints_aborted"], 1, "{status:#}");
+    assert_eq!(status["state"], "paired");
+    let last = &status["last_checkpoint"];
+    assert!(last["dirty_pages"].as_u64() >= Some(2_000), "{last:#}");
+    assert_eq!(last["ahead"]["used_pages"], 0, "the next one is whole");
+    let refused = |status: &serde_json::Value| status["ahead_area"]["refused_chunks"] == 1;
+    let waited = pair.secondary.wait_status("applied", WAIT, refused);
+    waited.unwrap();
+    // What came after the damage is as good as what came before.
+    let load = load(&pair);
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    finish(load);
+}
+
+#[test]
 fn a_broken_stream_ends_the_pair_and_one_host_goes_on() {
     for damage in [Damage::Head, Damage::Packets] {
         let Some(bench) = Bench::new(&[]) else { return };
-        let (mut pair, proxy) = pair_through(&bench, damage);
+        let (mut pair, proxy) = pair_through(&bench, &bench.settings(), damage);
         let load = load(&pair);
         load.mark_kill();
         proxy.arm();

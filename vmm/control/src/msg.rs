@@ -40,6 +40,8 @@ pub enum Msg {
         max: u16,
         session: u64,
         geometry: Geometry,
+        /// Memory for pages that come ahead of a checkpoint; 0 of a version that keeps none.
+        ahead_mib: u32,
     },
     /// Primary: yes. `halt`: the SVM does not run after the first commit (Remus mode).
     Welcome {
@@ -175,7 +177,11 @@ impl Msg {
     fn encode_body(&self, out: &mut Vec<u8>) {
         match self {
             Self::Hello {
-                min, max, geometry, ..
+                min,
+                max,
+                geometry,
+                ahead_mib,
+                ..
             } => {
                 out.extend_from_slice(&min.to_le_bytes());
                 out.extend_from_slice(&max.to_le_bytes());
@@ -184,6 +190,7 @@ impl Msg {
                     put_text(out, name);
                     put_text(out, value);
                 }
+                out.extend_from_slice(&ahead_mib.to_le_bytes());
             }
             Self::Welcome { version, halt, .. } => {
                 out.extend_from_slice(&version.to_le_bytes());
@@ -249,6 +256,7 @@ impl Msg {
                     max,
                     session: epoch,
                     geometry,
+                    ahead_mib: body.added_u32()?,
                 }
             }
             2 => Self::Welcome {
@@ -343,6 +351,14 @@ impl<'a> Reader<'a> {
         self.u16()
     }
 
+    /// A number at the end of a body that the version before did not have.
+    fn added_u32(&mut self) -> Result<u32, MsgError> {
+        if self.bytes.is_empty() {
+            return Ok(0);
+        }
+        self.u32()
+    }
+
     fn text(&mut self) -> Result<String, MsgError> {
         let n = self.u32()? as usize;
         let bytes = self.take(n)?;
@@ -365,6 +381,7 @@ mod tests {
                 max: 3,
                 session: 77,
                 geometry: vec![("ram_bytes".into(), "134217728".into())],
+                ahead_mib: 64,
             },
             Msg::Welcome {
                 version: 1,
@@ -460,7 +477,19 @@ mod tests {
             generation,
             halt,
         };
-        for (kind, body, msg) in [(6, &[][..], stop), (2, &[1, 0][..], welcome)] {
+        let hello = Msg::Hello {
+            min: 1,
+            max: 2,
+            session: 0,
+            geometry: vec![],
+            ahead_mib: 0,
+        };
+        let cases = [
+            (6, &[][..], stop),
+            (2, &[1, 0][..], welcome),
+            (1, &[1, 0, 2, 0, 0, 0, 0, 0][..], hello),
+        ];
+        for (kind, body, msg) in cases {
             let bytes = frame(kind, body);
             assert_eq!(Msg::decode(&bytes), Ok(Some((Some(msg), bytes.len()))));
         }

@@ -104,6 +104,8 @@ struct Peer {
     session: u64,
     /// Negotiated at the hello (rule 22).
     version: u16,
+    /// Its memory for pages that come ahead of a checkpoint.
+    ahead_mib: u32,
     /// Generation of our welcome: older messages are of another link.
     welcomed: u64,
     heard_us: u64,
@@ -192,6 +194,11 @@ impl Primary {
             true => Mode::Remus,
             false => Mode::Colo,
         }
+    }
+
+    /// Memory that the secondary has for pages that come ahead of a checkpoint, in MiB.
+    pub fn peer_ahead_mib(&self) -> u32 {
+        self.peer.as_ref().map_or(0, |peer| peer.ahead_mib)
     }
 
     /// Share of time that the PVM's vCPUs may run, in percent.
@@ -327,6 +334,7 @@ impl Primary {
         self.peer = Some(Peer {
             session: 0,
             version: VERSION_MAX,
+            ahead_mib: 0,
             welcomed: 0,
             heard_us: now_us,
             heartbeat_due_us,
@@ -394,9 +402,11 @@ impl Primary {
             max,
             session,
             geometry,
+            ahead_mib,
         } = msg
         {
             if peer.session == 0 {
+                peer.ahead_mib = ahead_mib;
                 peer.heard_us = now_us;
                 self.hello(now_us, (min, max), session, &geometry);
             }

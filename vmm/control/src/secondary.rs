@@ -99,6 +99,7 @@ pub struct Secondary {
     timing: Timing,
     session: u64,
     geometry: Geometry,
+    ahead_mib: u32,
     state: SecondaryState,
     phase: Phase,
     /// When it began.
@@ -130,6 +131,7 @@ impl Secondary {
             timing,
             session,
             geometry,
+            ahead_mib: 0,
             state: SecondaryState::Joining,
             phase: Phase::Resting,
             phase_since_us: 0,
@@ -147,6 +149,13 @@ impl Secondary {
             won: None,
             actions: VecDeque::new(),
         }
+    }
+
+    /// The same with memory for pages that come ahead of a checkpoint.
+    #[must_use]
+    pub fn keeping_ahead(mut self, ahead_mib: u32) -> Self {
+        self.ahead_mib = ahead_mib;
+        self
     }
 
     /// Where it is.
@@ -247,6 +256,7 @@ impl Secondary {
             max: VERSION_MAX,
             session: self.session,
             geometry: self.geometry.clone(),
+            ahead_mib: self.ahead_mib,
         });
     }
 

@@ -9,6 +9,7 @@
 //!
 //! Does not decide when: commands come from the control thread.
 
+mod ahead;
 mod live;
 
 use std::collections::VecDeque;
@@ -20,6 +21,7 @@ use std::time::Instant;
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::{CutState, PrimaryRole};
 
+use super::ahead::{AheadCounters, AheadSettings};
 use super::audit::{AuditError, Image, StateRecords};
 use super::codec::PageKey;
 use super::outbound::{Outbound, OutboundSettings, SendError, Sent, SvmStop};
@@ -42,6 +44,8 @@ pub struct CaptureSettings {
     pub arena_pages: u32,
     /// One in so many checkpoints is audited (rule 16); 0: none.
     pub audit_every: u32,
+    /// How pages travel before a checkpoint needs them.
+    pub ahead: AheadSettings,
     /// How they are sent.
     pub outbound: OutboundSettings,
 }
@@ -59,6 +63,8 @@ pub enum CaptureCommand {
         key: [u8; 16],
         /// Names this secondary in [`CaptureEvent::LinkDown`].
         session: u64,
+        /// Memory for pages that come ahead of a checkpoint, ours and the secondary's; 0: none come.
+        ahead_mib: usize,
     },
     /// Send what became dirty in the round before.
     SyncRound,
@@ -76,7 +82,10 @@ pub enum CaptureCommand {
         generation: u64,
     },
     /// The checkpoint in flight is committed.
-    Committed,
+    Committed {
+        /// For what is sent until the next one.
+        generation: u64,
+    },
     /// It is not: its pages belong to the next one.
     Aborted,
     /// The secondary is gone: no tracking any more.
@@ -114,6 +123,8 @@ pub enum CaptureEvent {
         /// The epoch ended.
         epoch: u64,
     },
+    /// The dirty log was read between checkpoints; what was counted since the last time.
+    Ahead(AheadCounters),
     /// All is on the link.
     Sent {
         /// Its epoch.
@@ -158,6 +169,8 @@ pub struct CaptureCost {
     pub resume_us: u64,
     /// Pages in the union of both dirty sets.
     pub dirty_pages: u64,
+    /// Of these, sent ahead and not written since: neither copied nor protected.
+    pub ahead_pages: u64,
     /// Frames of pending output.
     pub pending_frames: u64,
 }
@@ -248,8 +261,7 @@ impl CaptureThread {
     /// Obeys until the other end of `commands` is gone.
     pub fn run(mut self, commands: &Receiver<CaptureCommand>) {
         loop {
-            let deferred = self.deferred.pop_front();
-            let Some(command) = deferred.or_else(|| commands.recv().ok()) else {
+            let Some(command) = self.next_command(commands) else {
                 return;
             };
             match command {
@@ -258,9 +270,11 @@ impl CaptureThread {
                     generation,
                     key,
                     session,
+                    ahead_mib,
                 } => {
                     self.session_number = session;
                     self.begin_sync(stream, generation, key, commands);
+                    self.prepare_ahead(ahead_mib);
                 }
                 CaptureCommand::SyncRound => self.sync_round(commands),
                 CaptureCommand::Capture {
@@ -280,9 +294,10 @@ impl CaptureThread {
                     }
                     self.checkpoint(epoch, order, commands);
                 }
-                CaptureCommand::Committed => {
+                CaptureCommand::Committed { generation } => {
                     self.in_flight.clear();
                     if let Some(session) = &mut self.session {
+                        session.outbound.set_generation(generation);
                         session.outbound.committed();
                     }
                 }
@@ -429,6 +444,9 @@ impl CaptureThread {
         cost.state_us = lap_us();
 
         machine.take_dirty(&mut self.in_flight.words)?;
+        if let Some(session) = &mut self.session {
+            cost.ahead_pages = session.outbound.captured(&self.in_flight);
+        }
         self.in_flight.merge(&self.carry.words);
         self.in_flight.merge(&stop.dirty.words);
         self.carry.clear();
@@ -437,7 +455,8 @@ impl CaptureThread {
 
         let session = self.session.as_mut().ok_or(CaptureError::NoSecondary)?;
         let policy = self.settings.stabilise;
-        let stable = session.stabiliser.take(&self.in_flight, policy)?;
+        let keep = session.outbound.to_keep(&self.in_flight);
+        let stable = session.stabiliser.take(keep, policy)?;
         cost.stabilise_us = lap_us();
 
         self.captures += 1;

@@ -6,11 +6,15 @@
 //!
 //! Does not decide when there is a checkpoint, and does not touch the guest: pages come from a capture that is kept.
 
+mod ahead;
+
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use colo_fastpath::ring::{GuestRam, MemoryError};
 
+use super::ahead::AheadCounters;
+use super::ahead::primary::Ahead;
 use super::channel::{ChannelError, Chunk, Event, Kind, PageChannel, Settings, Step};
 use super::codec::digest::KEY_BYTES;
 use super::codec::digest_list::DigestListError;
@@ -24,6 +28,8 @@ use super::pages::{PAGE_BYTES, PageBitmap};
 use super::stabilise::{StabiliseError, Stable};
 use super::states::{PART_HEAD_BYTES, State};
 use super::stop::StopNumber;
+
+pub use ahead::{AheadError, AheadStep};
 
 /// What the link is taken to carry until it was measured.
 const LINK_BYTES_PER_S: u64 = 1 << 30;
@@ -58,6 +64,19 @@ pub struct Sent {
     pub channel_bytes: u64,
     /// What became of its pages.
     pub pages: PageCounters,
+    /// And of those that had been sent ahead.
+    pub names: Names,
+    /// What else was counted of pages ahead since the log was read last.
+    pub ahead: AheadCounters,
+}
+
+/// What became of pages that a checkpoint found sent ahead.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Names {
+    /// Named, and not sent again.
+    pub used_pages: u64,
+    /// Dropped: the SVM has the same.
+    pub equal_pages: u64,
 }
 
 /// Why a checkpoint was not sent.
@@ -112,6 +131,11 @@ pub struct Outbound {
     cache: PageCache,
     list: DigestList,
     link: Link,
+    /// What the link was seen to carry, if it was.
+    measured: Option<u64>,
+    /// Pages that travel before a checkpoint, if any do.
+    ahead: Option<Ahead>,
+    names: Names,
     began: Instant,
 }
 
@@ -156,6 +180,9 @@ impl Outbound {
                 bytes_per_s: LINK_BYTES_PER_S,
                 is_bottleneck: false,
             },
+            measured: None,
+            ahead: None,
+            names: Names::default(),
             began: Instant::now(),
         })
     }
@@ -223,11 +250,13 @@ impl Outbound {
         self.list.pages.begin(&stop.dirty.words)?;
         self.list.begin(stop.number);
         self.link.is_bottleneck = false;
+        self.names = Names::default();
         self.channel.begin(epoch, &self.key)?;
         let outcome = self
             .send_states(states, &mut is_off)
             .inspect(|()| midway())
             .and_then(|()| self.send_pages(stable, &mut is_off))
+            .and_then(|waited| Ok(waited + self.send_names(&mut is_off)?))
             .and_then(|waited| Ok(waited + self.await_end_of_list(&mut is_off)?));
         let digest_wait = match outcome {
             Ok(wait) => wait,
@@ -254,17 +283,31 @@ impl Outbound {
             digest_bytes: self.list.bytes,
             channel_bytes,
             pages: self.chooser.counters().since(&before.1),
+            names: self.names,
+            ahead: self
+                .ahead
+                .as_mut()
+                .map(Ahead::take_counters)
+                .unwrap_or_default(),
         })
     }
 
     /// The checkpoint sent last is committed.
     pub fn committed(&mut self) {
         self.cache.commit();
+        self.rest();
     }
 
     /// It is not.
     pub fn aborted(&mut self) {
         self.cache.abort();
+        self.rest();
+    }
+
+    fn rest(&mut self) {
+        if let Some(ahead) = &mut self.ahead {
+            ahead.rest(Instant::now());
+        }
     }
 
     fn send_states(
@@ -389,6 +432,7 @@ impl Outbound {
         if bytes >= MEASURED_BYTES_MIN && self.link.is_bottleneck {
             let seconds = transfer.as_secs_f64().max(1e-6);
             self.link.bytes_per_s = (bytes as f64 / seconds) as u64;
+            self.measured = Some(self.link.bytes_per_s);
         }
     }
 }

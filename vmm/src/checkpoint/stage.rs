@@ -17,6 +17,8 @@ use colo_fastpath::pair::SecondaryRole;
 use colo_fastpath::ring::MemoryError;
 use colo_fastpath::worker::Edge;
 
+use super::ahead;
+use super::ahead::area::{Area, AreaCounters, AreaError};
 use super::audit::{AuditError, Image, StateRecords, Summary};
 use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
 use super::codec::digest::KEY_BYTES;
@@ -44,6 +46,8 @@ pub struct StageSettings {
     pub channel: Settings,
     /// Memory for pages that are staged at most.
     pub stage_mib: usize,
+    /// Memory for pages that come ahead of a checkpoint.
+    pub ahead_mib: usize,
 }
 
 /// What the control thread orders.
@@ -138,6 +142,8 @@ pub struct ApplyCost {
     pub load_us: u64,
     /// Pages written.
     pub pages: u64,
+    /// What had come ahead, since the start.
+    pub area: AreaCounters,
 }
 
 /// Why a stage is refused or an apply failed.
@@ -168,6 +174,9 @@ pub enum StageError {
     /// A chunk makes no sense, or there is no memory for it.
     #[error(transparent)]
     Staging(#[from] StagingError),
+    /// A checkpoint names pages that had not come ahead, or its list of them is none.
+    #[error(transparent)]
+    Area(#[from] AreaError),
     /// The primary has not told the key of page digests.
     #[error("a checkpoint without the key of its page digests")]
     NoKey,
@@ -222,6 +231,8 @@ struct StageThread {
     commands: Receiver<StageCommand>,
     key: Option<PageKey>,
     staging: Staging,
+    /// What has come ahead of the next checkpoint.
+    area: Area,
     open: Option<Open>,
     /// What has come before the machine first runs.
     memory: LiveMemory,
@@ -265,6 +276,7 @@ pub fn spawn(
         let pages = machine.ram().page_count();
         let thread = StageThread {
             staging: Staging::new(pages, settings.stage_mib),
+            area: Area::new(pages, settings.ahead_mib),
             memory: LiveMemory::new(pages),
             machine,
             post,
@@ -339,10 +351,20 @@ impl StageThread {
                 // Nothing would ever repair it: the sender believes it has arrived.
                 written.map_err(|e| Over::Link(e.to_string()))
             }
+            Event::Chunk(chunk) if chunk.kind == Kind::Ahead => {
+                // A checkpoint that comes in may have named what this would replace.
+                if let Some(key) = self.key.as_ref().filter(|_| self.open.is_none())
+                    && let Err(e) = self.area.take(chunk.payload, key)
+                {
+                    tracing::warn!("{e}");
+                }
+                Ok(())
+            }
             Event::Chunk(chunk) if chunk.kind == Kind::Begin => {
                 let key: Option<[u8; KEY_BYTES]> = chunk.payload.try_into().ok();
                 if self.open.is_none() {
                     self.staging.clear();
+                    self.area.begin();
                     self.key = key.map(PageKey::new);
                     self.open = Some(Open {
                         since: Instant::now(),
@@ -363,6 +385,9 @@ impl StageThread {
                             let added = self.staging.add_pages(chunk.payload, ram, key);
                             added.map_err(Into::into)
                         }
+                        (Kind::Named, Some(key)) => {
+                            self.area.name(chunk.payload, key).map_err(Into::into)
+                        }
                         _ => Ok(()),
                     };
                     open.refusal = added.err();
@@ -373,6 +398,10 @@ impl StageThread {
             Event::Aborted { .. } => {
                 self.open = None;
                 self.staging.clear();
+                Ok(())
+            }
+            Event::Damaged { epoch, .. } if epoch == ahead::EPOCH => {
+                self.area.note_damaged();
                 Ok(())
             }
             Event::Damaged { epoch, reason } => {
@@ -467,6 +496,7 @@ impl StageThread {
         };
         match self.apply(accepted, halt) {
             Ok(cost) => {
+                self.area.clear();
                 let cost = ApplyCost { stage_us, ..cost };
                 self.post.send(StageEvent::Applied { epoch, cost });
                 Ok(())
@@ -481,6 +511,15 @@ impl StageThread {
 
     /// Parses and checks everything that can be refused (rule 13).
     fn accept(&mut self, epoch: u64) -> Result<Accepted, StageError> {
+        if let Some(&number) = self
+            .area
+            .named()
+            .iter()
+            .find(|&&n| self.staging.has(n.into()))
+        {
+            let number = number.into();
+            return Err(StagingError::Twice { number }.into());
+        }
         let states = self.staging.take_states()?;
         let known = [
             StateKind::Vcpu,
@@ -589,6 +628,7 @@ impl StageThread {
         // The worker looks at the rings even while its role stands still; half-written ones make no sense.
         machine.release_queues()?;
         self.staging.write_pages(machine.ram())?;
+        self.area.write_named(machine.ram())?;
         let write_us = start.elapsed().as_micros() as u64;
         let memory = accepted.audit.as_ref().map(|_| self.memory_image());
         let memory = memory.transpose()?;
@@ -623,7 +663,8 @@ impl StageThread {
             apply_us,
             write_us,
             load_us: apply_us - write_us,
-            pages: self.staging.page_count() as u64,
+            pages: (self.staging.page_count() + self.area.named().len()) as u64,
+            area: self.area.counters(),
         })
     }
 }

@@ -180,6 +180,12 @@ impl Staging {
         Ok(())
     }
 
+    /// Whether a page is among them.
+    pub fn has(&self, number: u64) -> bool {
+        let word = self.seen.words.get(number as usize / 64);
+        word.is_some_and(|word| word >> (number % 64) & 1 == 1)
+    }
+
     /// How many pages there are.
     pub fn page_count(&self) -> usize {
         self.pages.len()

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{Check, Config, ConfigError};
+use crate::checkpoint::ahead::AheadSettings;
 use crate::checkpoint::channel::Settings;
 use crate::checkpoint::dirty::{DirtyChoice, DirtySettings, RING_ENTRIES};
 use crate::checkpoint::stabilise::StabilisePolicy;
@@ -27,6 +28,12 @@ pub struct CheckpointConfig {
     pub arena_mib: u64,
     /// Memory for staged pages on the secondary; 0: as much as RAM.
     pub stage_mib: u64,
+    /// Memory on the secondary for pages that come before a checkpoint needs them; 0 on either host: none come.
+    pub ahead_mib: usize,
+    /// How fast they come; 0: with a quarter of what the link was seen to carry.
+    pub ahead_mib_per_s: u32,
+    /// How often the primary looks for such pages while it finds some.
+    pub ahead_interval_ms: u64,
     /// Memory for pages of the last commit, the bases of deltas; 0: none.
     pub cache_mib: usize,
     /// One in so many pages that digests say are equal is sent and compared; 0: none.
@@ -49,6 +56,9 @@ impl Default for CheckpointConfig {
             stabilise: StabilisePolicy::Copy,
             arena_mib: 0,
             stage_mib: 0,
+            ahead_mib: 64,
+            ahead_mib_per_s: 0,
+            ahead_interval_ms: 100,
             cache_mib: 32,
             verify_one_in: 0,
             audit_every: 0,
@@ -73,6 +83,14 @@ impl CheckpointConfig {
         match self.stage_mib {
             0 => ram_mib as usize,
             mib => mib as usize,
+        }
+    }
+
+    /// How pages travel before a checkpoint needs them.
+    pub fn ahead(&self) -> AheadSettings {
+        AheadSettings {
+            interval: Duration::from_millis(self.ahead_interval_ms),
+            mib_per_s: self.ahead_mib_per_s,
         }
     }
 
@@ -107,6 +125,10 @@ impl Check<'_> {
             entries,
             "choose a power of two from 1024 to 65536",
         )?;
+        let interval_ms = checkpoint.ahead_interval_ms;
+        let is_good = (1..=60_000).contains(&interval_ms);
+        let advice = "must be from 1 to 60000; ahead_mib = 0 switches it off";
+        self.that(is_good, "checkpoint.ahead_interval_ms", interval_ms, advice)?;
         let stall_ms = checkpoint.stall_ms;
         let advice = "must be at least 100";
         self.that(stall_ms >= 100, "checkpoint.stall_ms", stall_ms, advice)

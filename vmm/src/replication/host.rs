@@ -266,6 +266,7 @@ impl Replica {
             stabilise: checkpoint.stabilise,
             arena_pages: checkpoint.arena_pages(self.config.vm.ram_mib),
             audit_every: checkpoint.audit_every,
+            ahead: checkpoint.ahead(),
             outbound: OutboundSettings {
                 channel: checkpoint.channel(),
                 cache_mib: checkpoint.cache_mib,
@@ -279,6 +280,7 @@ impl Replica {
         StageSettings {
             channel: checkpoint.channel(),
             stage_mib: checkpoint.stage_mib(self.config.vm.ram_mib),
+            ahead_mib: checkpoint.ahead_mib,
         }
     }
 

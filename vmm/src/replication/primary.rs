@@ -206,6 +206,7 @@ impl PrimaryShell {
             CaptureEvent::Cut { epoch } => {
                 self.core.handle(now, PrimaryEvent::Captured { epoch });
             }
+            CaptureEvent::Ahead(counters) => self.times.ahead(&counters),
             CaptureEvent::Sent {
                 epoch,
                 sent,
@@ -453,19 +454,23 @@ impl PrimaryShell {
         let attached = PrimaryRole::on_each(workers, links, PrimaryRole::attach);
         told(attached);
         let generation = self.core.record().generation;
+        let theirs = usize::try_from(self.core.peer_ahead_mib()).unwrap_or(usize::MAX);
+        let ahead_mib = self.replica.config.checkpoint.ahead_mib.min(theirs);
         match page_key() {
             Ok(key) => self.order(CaptureCommand::Sync {
                 stream,
                 generation,
                 key,
                 session,
+                ahead_mib,
             }),
             Err(e) => self.link_down(&e.to_string()),
         }
     }
 
     fn commit(&mut self, epoch: u64) {
-        self.order(CaptureCommand::Committed);
+        let generation = self.core.record().generation;
+        self.order(CaptureCommand::Committed { generation });
         let since_us = now_us().saturating_sub(self.checkpoint_begun_us);
         let first = self.core.state() == PrimaryState::Paired && self.unprotected.take().is_some();
         if first {

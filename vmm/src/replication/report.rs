@@ -13,6 +13,8 @@ use colo_fastpath::pair::{PrimaryReport, SecondaryReport};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::checkpoint::ahead::AheadCounters;
+use crate::checkpoint::ahead::area::AreaCounters;
 use crate::checkpoint::capture::CaptureCost;
 use crate::checkpoint::codec::PageCounters;
 use crate::checkpoint::outbound::Sent;
@@ -68,10 +70,14 @@ pub struct CheckpointReport {
     /// From the order to stop the SVM until the secondary's commit.
     pub commit_us: u64,
     pub dirty_pages: u64,
+    /// Of these, sent ahead and not written since: not captured in the pause.
+    pub ahead_pages: u64,
     pub pending_frames: u64,
     pub sent_bytes: u64,
     pub digest_bytes: u64,
     pub pages: PageCounters,
+    /// Pages sent ahead since the commit before.
+    pub ahead: AheadCounters,
 }
 
 /// A distribution of times or sizes.
@@ -108,6 +114,9 @@ pub struct CheckpointTimes {
     commit_us: Spread,
     dirty_pages: Spread,
     pages: PageCounters,
+    ahead: AheadCounters,
+    /// Since the last commit.
+    ahead_since: AheadCounters,
     /// The checkpoint in flight.
     current: CheckpointReport,
     /// The one committed last.
@@ -154,6 +163,7 @@ impl CheckpointTimes {
         current.audit_us = cost.audit_us;
         current.resume_us = cost.resume_us;
         current.dirty_pages = cost.dirty_pages;
+        current.ahead_pages = cost.ahead_pages;
         current.pending_frames = cost.pending_frames;
     }
 
@@ -168,12 +178,24 @@ impl CheckpointTimes {
         current.sent_bytes = sent.sent_bytes;
         current.digest_bytes = sent.digest_bytes;
         current.pages = sent.pages;
+        current.ahead.used_pages = sent.names.used_pages;
+        current.ahead.equal_pages = sent.names.equal_pages;
+        self.ahead(&sent.ahead);
+    }
+
+    /// Pages were sent ahead.
+    pub fn ahead(&mut self, counted: &AheadCounters) {
+        self.ahead.add(counted);
+        self.ahead_since.add(counted);
     }
 
     /// A checkpoint was committed so long after it was begun.
     pub fn committed(&mut self, commit_us: u64) {
         let mut done = std::mem::take(&mut self.current);
         done.commit_us = commit_us;
+        let used = done.ahead;
+        self.ahead.add(&used);
+        done.ahead.add(&std::mem::take(&mut self.ahead_since));
         self.pause_us.record(done.pause_us);
         self.stolen_us.record(done.stolen_us);
         self.svm_stop_us.record(done.svm_stop_us);
@@ -197,6 +219,7 @@ pub struct ApplyTimes {
     apply_us: Spread,
     write_us: Spread,
     load_us: Spread,
+    area: AreaCounters,
     /// Checkpoints applied.
     pub count: u64,
 }
@@ -208,6 +231,7 @@ impl ApplyTimes {
         self.apply_us.record(cost.apply_us);
         self.write_us.record(cost.write_us);
         self.load_us.record(cost.load_us);
+        self.area = cost.area;
         self.count += 1;
     }
 }
@@ -291,6 +315,10 @@ pub struct PairStatus {
     pub page_bytes: u64,
     /// What became of the pages of checkpoints.
     pub pages: PageCounters,
+    /// Pages that were sent before a checkpoint needed them.
+    pub ahead: AheadCounters,
+    /// The same on the secondary, as of the last commit.
+    pub ahead_area: AreaCounters,
     pub last_checkpoint: Option<CheckpointReport>,
     pub mirrored: u64,
     pub redelivered: u64,
@@ -348,6 +376,7 @@ impl PairStatus {
             link: report.link,
             page_bytes: times.page_bytes,
             pages: times.pages,
+            ahead: times.ahead,
             last_checkpoint: times.last.clone(),
             mirrored: stats.mirrored,
             redelivered: stats.redelivered,
@@ -366,6 +395,7 @@ impl PairStatus {
             apply_us: times.apply_us.percentiles(),
             write_us: times.write_us.percentiles(),
             load_us: times.load_us.percentiles(),
+            ahead_area: times.area,
             checkpoint_causes: by_cause(&report.stats.requests),
             link_bytes: report.link.sent_bytes + report.link.received_bytes,
             link: report.link,

@@ -99,7 +99,8 @@ impl SecondaryShell {
             replica.timing(),
             channels.session,
             geometry,
-        );
+        )
+        .keeping_ahead(u32::try_from(settings.ahead_mib).unwrap_or(u32::MAX));
         let dirty = PageBitmap::new(replica.machine.ram().page_count());
         Ok(Self {
             core,

@@ -60,6 +60,7 @@ fn hello() -> Msg {
         max: VERSION_MAX,
         session: 9,
         geometry: geometry(),
+        ahead_mib: 64,
     }
 }
 
@@ -624,6 +625,7 @@ fn rule_22_versions_that_do_not_overlap_are_refused_by_name() {
         max: VERSION_MAX + 4,
         session: 9,
         geometry: geometry(),
+        ahead_mib: 64,
     }));
     assert!(matches!(&actions[0], Action::Send(Msg::Refuse { reason }) if reason.contains("3..6")));
     assert_eq!(b.core.state(), PrimaryState::Alone);
@@ -638,6 +640,7 @@ fn rule_22_a_newer_secondary_is_welcomed_with_our_version() {
         max: VERSION_MAX + 1,
         session: 9,
         geometry: geometry(),
+        ahead_mib: 64,
     }));
     let (version, generation) = (VERSION_MAX, 3);
     let welcome = Msg::Welcome {
@@ -661,6 +664,7 @@ fn rule_22_geometry_that_differs_is_refused_by_name() {
             max: VERSION_MAX,
             session: 9,
             geometry,
+            ahead_mib: 64,
         }));
         assert!(
             matches!(&actions[0], Action::Send(Msg::Refuse { reason }) if reason.contains(word))

@@ -238,7 +238,7 @@ impl Assembly {
                 })
             }
             _ if sequence == 0 => Err(format!("stream {stream} does not begin it")),
-            Kind::State | Kind::Pages | Kind::Digests => {
+            Kind::State | Kind::Pages | Kind::Named | Kind::Digests => {
                 share.totals.add_chunk(kind, header.items);
                 Ok(Verdict::Deliver(kind))
             }

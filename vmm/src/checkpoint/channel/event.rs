@@ -5,7 +5,7 @@ use super::frame::{Kind, Totals};
 /// A chunk that has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk<'a> {
-    /// What it holds: Sync, Ahead, Begin (the first of them), State, Pages or Digests.
+    /// What it holds: Sync, Ahead, Begin (the first of them), State, Pages, Named or Digests.
     pub kind: Kind,
     /// Of its checkpoint.
     pub epoch: u64,

@@ -36,9 +36,19 @@ pub enum Kind {
     Abort = 7,
     /// Pages sent ahead of the checkpoint of this epoch, outside of it.
     Ahead = 8,
+    /// Names of pages that were sent ahead of this checkpoint.
+    Named = 9,
 }
 
 impl Kind {
+    /// What a checkpoint is made of, between its begin and its end.
+    pub(super) fn is_content(self) -> bool {
+        matches!(
+            self,
+            Self::State | Self::Pages | Self::Named | Self::Digests
+        )
+    }
+
     /// None for kinds of a later version.
     pub(super) fn from_wire(kind: u16) -> Option<Self> {
         Some(match kind {
@@ -50,6 +60,7 @@ impl Kind {
             6 => Self::End,
             7 => Self::Abort,
             8 => Self::Ahead,
+            9 => Self::Named,
             _ => return None,
         })
     }
@@ -180,7 +191,7 @@ pub struct Totals {
     pub chunks: u64,
     /// Records of machine state.
     pub states: u64,
-    /// Pages.
+    /// Pages, and names of pages that were sent ahead.
     pub pages: u64,
     /// Digests.
     pub digests: u64,
@@ -192,7 +203,7 @@ impl Totals {
         self.chunks += 1;
         match kind {
             Kind::State => self.states += items,
-            Kind::Pages => self.pages += items,
+            Kind::Pages | Kind::Named => self.pages += items,
             Kind::Digests => self.digests += items,
             Kind::Sync | Kind::Ahead | Kind::Begin | Kind::End | Kind::Abort => {}
         }

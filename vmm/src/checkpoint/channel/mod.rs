@@ -199,9 +199,9 @@ impl PageChannel {
         let Some(epoch) = self.outgoing.open else {
             return Err(ChannelError::Usage("no checkpoint is open; begin one"));
         };
-        if !matches!(kind, Kind::State | Kind::Pages | Kind::Digests) {
+        if !kind.is_content() {
             return Err(ChannelError::Usage(
-                "a checkpoint has states, pages and digests",
+                "a checkpoint has states, pages, names and digests",
             ));
         }
         let stream = self.outgoing.shortest();

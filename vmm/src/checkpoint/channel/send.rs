@@ -159,7 +159,7 @@ impl Outgoing {
         if !loose {
             lane.sequence += 1;
         }
-        if matches!(kind, Kind::State | Kind::Pages | Kind::Digests) {
+        if kind.is_content() {
             lane.totals.add_chunk(kind, items);
         }
         if lane.queue.is_empty() {

@@ -184,6 +184,7 @@ fn rule_22_a_secondary_of_the_version_before_answers_no_abort() {
             max,
             session,
             geometry,
+            ahead_mib: 0,
         }));
         assert!(matches!(
             actions[0],

@@ -1,0 +1,176 @@
+//! Pages that travel between checkpoints: the set of the next one is what was written lately, whatever was written since
+//! the last one, and nothing depends on any of it.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use std::time::Duration;
+
+use colo_lab::load::{Load, LoadConfig};
+use colo_lab::pair::{Pair, Settings};
+use colo_lab::topology::{GUEST_V4, Host};
+use colo_tests::bench::Bench;
+use serde_json::Value;
+
+const WAIT: Duration = Duration::from_secs(60);
+/// Pages that the guest writes once.
+const PAGES: u64 = 3_000;
+
+/// Every checkpoint is audited. Two guests that write much do so in their own time.
+fn settings(bench: &Bench, lines: &str) -> Settings {
+    let lines = format!("[checkpoint]\naudit_every = 1\nahead_interval_ms = 20\n{lines}");
+    Settings {
+        compare_deadline_ms: 5_000,
+        primary_extra: lines.clone(),
+        secondary_extra: lines,
+        ..bench.settings()
+    }
+}
+
+fn ask(pair: &Pair, method: &str, path: &str) -> String {
+    let output = pair
+        .topology
+        .client
+        .command("curl")
+        .args(["-sS", "--fail", "--max-time", "60", "-X", method])
+        .arg(format!("http://{GUEST_V4}{path}"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{method} {path}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn number(value: &Value, key: &str) -> u64 {
+    value[key]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no {key} in {value:#}"))
+}
+
+/// Has pages written, none of them the same on both guests, or so many of a hundred.
+fn dirty(pair: &Pair, pages: u64, same_pct: u32) {
+    let answer = ask(pair, "POST", &format!("/dirty/{pages}/{same_pct}/4096"));
+    assert_eq!(answer.trim(), pages.to_string());
+}
+
+/// Waits until so many pages more than `before` were sent ahead.
+fn await_sent(pair: &mut Pair, before: u64, pages: u64) -> Value {
+    let sent = |status: &Value| number(&status["ahead"], "sent_pages") >= before + pages;
+    let status = pair.primary.wait_status("pages sent ahead", WAIT, sent);
+    status.unwrap()
+}
+
+/// A divergence; gives the status when its checkpoint is committed.
+fn diverge(pair: &mut Pair) -> Value {
+    let before = number(&pair.primary.status().unwrap(), "checkpoints");
+    ask(pair, "GET", "/random");
+    let more = |status: &Value| number(status, "checkpoints") > before;
+    pair.primary
+        .wait_status("a checkpoint", WAIT, more)
+        .unwrap()
+}
+
+/// A large set that was left alone costs the next checkpoint next to nothing.
+fn most_of_a_quiet_set_travels_before_it_is_needed(lines: &str) {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let mut pair = Pair::start(&settings(&bench, lines), bench.dir()).unwrap();
+    for (round, same_pct) in [0, 50, 0].into_iter().enumerate() {
+        let before = number(&pair.primary.status().unwrap()["ahead"], "sent_pages");
+        dirty(&pair, PAGES, same_pct);
+        await_sent(&mut pair, before, PAGES * 9 / 10);
+        let status = diverge(&mut pair);
+        let last = &status["last_checkpoint"];
+        let (union, ahead) = (number(last, "dirty_pages"), number(last, "ahead_pages"));
+        assert!(ahead >= PAGES * 9 / 10, "{round}: {last:#}");
+        assert!(union - ahead < PAGES / 5, "{round}: {last:#}");
+        let counted = &last["ahead"];
+        let (used, equal) = (
+            number(counted, "used_pages"),
+            number(counted, "equal_pages"),
+        );
+        assert_eq!(used + equal, ahead, "{round}: {last:#}");
+        let same = PAGES * u64::from(same_pct) / 100;
+        assert!(equal + PAGES / 10 >= same, "{round}: {last:#}");
+        // Pages that were sent before are not sent again.
+        let most_bytes = (union - ahead + PAGES / 10) * 4096 + ahead * 20;
+        assert!(number(last, "sent_bytes") < most_bytes, "{round}: {last:#}");
+        assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+        assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+    }
+    let used = number(&pair.primary.status().unwrap()["ahead"], "used_pages");
+    let applied = |status: &Value| number(&status["ahead_area"], "used_pages") == used;
+    let status = pair.secondary.wait_status("applied", WAIT, applied);
+    let status = status.unwrap();
+    assert_eq!(number(&status["ahead_area"], "refused_chunks"), 0);
+}
+
+#[test]
+fn most_of_a_quiet_set_travels_before_it_is_needed_by_the_bitmap() {
+    most_of_a_quiet_set_travels_before_it_is_needed("dirty = \"bitmap\"\n");
+}
+
+#[test]
+fn most_of_a_quiet_set_travels_before_it_is_needed_by_the_ring() {
+    most_of_a_quiet_set_travels_before_it_is_needed("dirty = \"ring\"\n");
+}
+
+#[test]
+fn what_does_not_fit_goes_with_the_checkpoint() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let mut settings = settings(&bench, "");
+    // The smaller limit counts, whoever has it.
+    settings.secondary_extra += "ahead_mib = 4\n";
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    dirty(&pair, PAGES, 0);
+    let refused = |status: &Value| number(&status["ahead"], "refused_pages") > 0;
+    pair.primary.wait_status("full", WAIT, refused).unwrap();
+    let status = diverge(&mut pair);
+    let last = &status["last_checkpoint"];
+    assert!(number(last, "ahead_pages") <= 1024, "{last:#}");
+    assert!(number(last, "ahead_pages") > 900, "{last:#}");
+    assert!(number(last, "dirty_pages") >= PAGES, "{last:#}");
+    assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+    assert_eq!(status["state"], "paired");
+}
+
+#[test]
+fn rule_22_a_secondary_without_an_area_gets_nothing_ahead() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let mut settings = settings(&bench, "");
+    settings.secondary_extra += "ahead_mib = 0\n";
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    dirty(&pair, PAGES, 0);
+    let status = diverge(&mut pair);
+    let last = &status["last_checkpoint"];
+    assert!(number(last, "dirty_pages") >= PAGES, "{last:#}");
+    assert_eq!(number(last, "ahead_pages"), 0, "{last:#}");
+    assert_eq!(number(&status["ahead"], "rounds"), 0, "{status:#}");
+}
+
+#[test]
+fn rule_14_a_primary_that_dies_with_pages_on_their_way_leaves_the_last_commit() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    // Slowly, so that there are always some on their way.
+    let settings = settings(&bench, "ahead_mib_per_s = 1\n");
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    dirty(&pair, 5_000, 0);
+    await_sent(&mut pair, 0, 300);
+    let status = pair.primary.status().unwrap();
+    assert!(number(&status["ahead"], "sent_pages") < 4_500, "{status:#}");
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    // It goes on, and is whole enough to be the primary of another pair.
+    let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
+    assert!(load.wait_answers(1_000, WAIT), "the service stands still");
+    pair.restart(Host::A, "secondary").unwrap();
+    pair.wait_protected(Host::B).unwrap();
+    let report = load.finish().unwrap();
+    let wrong = (report.client_errors, report.wrong_responses);
+    assert_eq!(wrong, (0, 0), "{:#?}", report.notes);
+}
