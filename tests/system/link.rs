@@ -76,6 +76,7 @@ fn hello(min: u16, max: u16, session: u64) -> Msg {
         max,
         session,
         geometry,
+        ahead_mib: 0,
     }
 }
 
