@@ -1,5 +1,6 @@
 //! What a checkpoint costs, for several amounts of dirty memory of which several shares are the same on both guests,
-//! beside a plain memcpy of as many pages and a bare stream over the same link.
+//! beside a plain memcpy of as many pages and a bare stream over the same link; if asked for, also when the guest has
+//! left the memory alone for a while, so that pages have travelled ahead of the checkpoint.
 //!
 //! Invariants: each row meets a fresh pair and counts the checkpoints it asked for, one at a time; the memcpy runs in
 //! this process when the pair is gone, the bare stream before it comes.
@@ -42,16 +43,21 @@ pub(crate) struct CheckpointArgs {
     #[arg(long, value_delimiter = ',', default_value = "0,50,75,95",
         value_parser = clap::value_parser!(u32).range(0..=100))]
     same: Vec<u32>,
+    /// How long the memory is left alone before each
+    #[arg(long, value_delimiter = ',', default_value = "0",
+        value_parser = clap::value_parser!(u32).range(0..=60_000))]
+    rest_ms: Vec<u32>,
     /// Further lines for both configuration files
     #[arg(long, default_value = "")]
     extra: String,
 }
 
-/// One number of pages with one share.
+/// One number of pages with one share and one rest.
 #[derive(Debug, Serialize)]
 struct Row {
     pages: u32,
     same_pct: u32,
+    rest_ms: u32,
     pause_us_p50: f64,
     pause_us_p99: f64,
     stolen_us_p50: f64,
@@ -59,7 +65,11 @@ struct Row {
     commit_us_p50: f64,
     /// Median of the bytes on the page channel.
     bytes_sent: f64,
-    /// Of as many pages as the median checkpoint had, the median.
+    /// Median of the bytes that had travelled ahead.
+    ahead_bytes: f64,
+    /// Median of the pages that the pause captured: the dirty ones without those that had.
+    captured_pages: f64,
+    /// Of as many pages as that, the median.
     memcpy_us: f64,
     /// The transfer's rate, the median.
     link_bytes_per_s: f64,
@@ -74,8 +84,15 @@ pub(crate) fn run(args: &CheckpointArgs, place: &Place) -> Result<Outcome, Bench
     let mut rows = Vec::new();
     for &pages in &args.pages {
         for &same_pct in &args.same {
-            eprintln!("{pages} pages, {same_pct} % the same");
-            rows.push(measure(args, place, pages, same_pct)?);
+            for &rest_ms in &args.rest_ms {
+                eprintln!("{pages} pages, {same_pct} % the same, {rest_ms} ms of rest");
+                let set = Set {
+                    pages,
+                    same_pct,
+                    rest_ms,
+                };
+                rows.push(measure(args, place, set)?);
+            }
         }
     }
     Ok(Outcome {
@@ -85,20 +102,23 @@ pub(crate) fn run(args: &CheckpointArgs, place: &Place) -> Result<Outcome, Bench
     })
 }
 
-fn measure(
-    args: &CheckpointArgs,
-    place: &Place,
-    pages: u32,
-    same_pct: u32,
-) -> Result<Row, BenchError> {
+/// What the guest writes before a checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Set {
+    pub(crate) pages: u32,
+    pub(crate) same_pct: u32,
+    pub(crate) rest_ms: u32,
+}
+
+fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchError> {
     let dir = place.scratch()?;
-    let settings = settings(args, place, pages);
+    let settings = settings(args, place, set.pages);
     let topology = settings
         .topology()
         .map_err(colo_lab::pair::PairError::from)?;
     let raw_link_bytes_per_s = link_bytes_per_s(&topology, dir.path())?;
     let mut pair = Pair::start_in(topology, &settings, dir.path())?;
-    let (checkpoints, holds) = checkpoints(args.count, &mut pair, pages, same_pct)?;
+    let (checkpoints, holds) = checkpoints(args.count, &mut pair, set)?;
     drop(pair);
     let of = |key: &str| {
         checkpoints
@@ -111,20 +131,26 @@ fn measure(
         let us = number(checkpoint, "transfer_us");
         (us > 0.0).then(|| number(checkpoint, "sent_bytes") / us * 1e6)
     });
+    let captured = checkpoints
+        .iter()
+        .map(|c| number(c, "dirty_pages") - number(c, "ahead_pages"));
+    let captured_pages = percentile(captured, 50);
+    let ahead_bytes = checkpoints
+        .iter()
+        .map(|c| number(&c["ahead"], "sent_bytes"));
     Ok(Row {
-        pages,
-        same_pct,
+        pages: set.pages,
+        same_pct: set.same_pct,
+        rest_ms: set.rest_ms,
         pause_us_p50: median("pause_us"),
         pause_us_p99: percentile(of("pause_us"), 99),
         stolen_us_p50: median("stolen_us"),
         hold_us_p50: percentile(holds, 50),
         commit_us_p50: median("commit_us"),
         bytes_sent: median("sent_bytes"),
-        memcpy_us: memcpy_us(
-            median("dirty_pages") as usize,
-            settings.ram_mib as usize * MIB,
-        )
-        .median,
+        ahead_bytes: percentile(ahead_bytes, 50),
+        captured_pages,
+        memcpy_us: memcpy_us(captured_pages as usize, settings.ram_mib as usize * MIB).median,
         link_bytes_per_s: percentile(rates, 50),
         raw_link_bytes_per_s,
         checkpoints,
@@ -147,8 +173,7 @@ fn settings(args: &CheckpointArgs, place: &Place, pages: u32) -> Settings {
 pub(crate) fn checkpoints(
     count: u32,
     pair: &mut Pair,
-    pages: u32,
-    same_pct: u32,
+    set: Set,
 ) -> Result<(Vec<Value>, Vec<f64>), BenchError> {
     let failed = |what: &str| BenchError::io(what.to_owned());
     let client = &pair.topology.client;
@@ -159,8 +184,9 @@ pub(crate) fn checkpoints(
     let (mut all, mut holds) = (Vec::new(), Vec::new());
     for round in 0..=count {
         guest
-            .dirty(pages, same_pct)
+            .dirty(set.pages, set.same_pct)
             .map_err(failed("dirty memory"))?;
+        std::thread::sleep(Duration::from_millis(set.rest_ms.into()));
         let before = taken(&pair.primary.status().map_err(failed("read the status"))?);
         let held = guest.diverge().map_err(failed("get a random number"))?;
         let told = |status: &Value| {
@@ -212,13 +238,16 @@ fn text(rows: &[Row]) -> String {
     let header = [
         "pages",
         "same %",
+        "rest ms",
         "dirty",
+        "captured",
         "pause p50/p99 us",
         "stolen us",
         "memcpy us",
         "limit us",
         "hold us",
         "commit us",
+        "ahead MB",
         "sent MB",
         "of dirty",
         "link MB/s",
@@ -232,13 +261,16 @@ fn text(rows: &[Row]) -> String {
         cells.push(vec![
             row.pages.to_string(),
             row.same_pct.to_string(),
+            row.rest_ms.to_string(),
             format!("{dirty:.0}"),
+            format!("{:.0}", row.captured_pages),
             format!("{:.0}/{:.0}", row.pause_us_p50, row.pause_us_p99),
             format!("{:.0}", row.stolen_us_p50),
             format!("{:.0}", row.memcpy_us),
             format!("{:.0}", 2.0 * row.memcpy_us + 300.0),
             format!("{:.0}", row.hold_us_p50),
             format!("{:.0}", row.commit_us_p50),
+            megabytes(row.ahead_bytes),
             megabytes(row.bytes_sent),
             format!(
                 "{:.3}",

@@ -14,7 +14,7 @@ use colo_lab::topology::Host;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::checkpoint::checkpoints;
+use crate::checkpoint::{Set, checkpoints};
 use crate::checkpoint_client::GuestClient;
 use crate::figures::{percentile, table};
 use crate::place::{BenchError, Outcome, Place};
@@ -123,7 +123,12 @@ fn measure(
     let used_after_mib = used_mib(&pair)?;
     let mut pauses = Vec::new();
     for &pages in &args.pages {
-        let (told, _) = checkpoints(args.count, &mut pair, pages, 50)?;
+        let set = Set {
+            pages,
+            same_pct: 50,
+            rest_ms: 0,
+        };
+        let (told, _) = checkpoints(args.count, &mut pair, set)?;
         pauses.push(pause(pages, &told));
     }
     let number = |key: &str| status[key].as_u64().unwrap_or(0);

@@ -352,11 +352,14 @@ impl StageThread {
                 written.map_err(|e| Over::Link(e.to_string()))
             }
             Event::Chunk(chunk) if chunk.kind == Kind::Ahead => {
-                // A checkpoint that comes in may have named what this would replace.
-                if let Some(key) = self.key.as_ref().filter(|_| self.open.is_none())
-                    && let Err(e) = self.area.take(chunk.payload, key)
-                {
-                    tracing::warn!("{e}");
+                match &self.key {
+                    Some(key) if self.open.is_none() => {
+                        if let Err(e) = self.area.take(chunk.payload, key) {
+                            tracing::debug!("{e}");
+                        }
+                    }
+                    // A checkpoint that comes in may have named what this would replace.
+                    _ => self.area.refuse_chunk(),
                 }
                 Ok(())
             }
@@ -401,7 +404,7 @@ impl StageThread {
                 Ok(())
             }
             Event::Damaged { epoch, .. } if epoch == ahead::EPOCH => {
-                self.area.note_damaged();
+                self.area.refuse_chunk();
                 Ok(())
             }
             Event::Damaged { epoch, reason } => {

@@ -148,8 +148,8 @@ impl Area {
         Ok(())
     }
 
-    /// A chunk was damaged on its way.
-    pub fn note_damaged(&mut self) {
+    /// A chunk was damaged on its way, or came at a wrong time.
+    pub fn refuse_chunk(&mut self) {
         self.counters.refused_chunks += 1;
     }
 

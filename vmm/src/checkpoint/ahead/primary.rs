@@ -15,10 +15,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::wire::put_head;
+use super::wire::{HEAD_BYTES, put_head};
 use super::{AheadCounters, AheadSettings, CHUNK_PAGES};
 use crate::checkpoint::codec::digest::DIGEST_BYTES;
-use crate::checkpoint::codec::record::EncodeError;
+use crate::checkpoint::codec::record::{CHUNK_HEAD_BYTES, EncodeError, RECORD_MAX_BYTES};
 use crate::checkpoint::codec::zero::is_zero;
 use crate::checkpoint::codec::{Encoder, Page, PageDigest, PageKey, Payload};
 use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
@@ -27,6 +27,8 @@ use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
 const FAULT: Duration = Duration::from_micros(4);
 /// Faults may take one part in so many of the guest's time.
 const FAULTS_ONE_IN: u32 = 100;
+/// Most bytes of a chunk before its first record.
+const HEADS_BYTES_MAX: usize = HEAD_BYTES + 4 * CHUNK_PAGES + CHUNK_HEAD_BYTES;
 /// The longest time between two looks, in intervals.
 const INTERVALS_MAX: u32 = 10;
 
@@ -176,7 +178,10 @@ impl Ahead {
         mut read: impl FnMut(u64, &mut Page) -> Result<(), E>,
     ) -> Result<Filled, FillError<E>> {
         let (mut numbers, mut forget) = ([0; CHUNK_PAGES], [0; CHUNK_PAGES]);
-        let (count, forgotten) = self.choose(&mut numbers, &mut forget);
+        // What the smallest channel takes, too.
+        let room = buffer.len().saturating_sub(HEADS_BYTES_MAX) / RECORD_MAX_BYTES;
+        let places = &mut numbers[..room.min(CHUNK_PAGES)];
+        let (count, forgotten) = self.choose(places, &mut forget);
         let none = Filled {
             pages: 0,
             length: 0,
@@ -207,14 +212,10 @@ impl Ahead {
     }
 
     /// Pages that go into the next chunk, and those that the area gives up for them.
-    fn choose(
-        &mut self,
-        numbers: &mut [u64; CHUNK_PAGES],
-        forget: &mut [u32; CHUNK_PAGES],
-    ) -> (usize, usize) {
+    fn choose(&mut self, numbers: &mut [u64], forget: &mut [u32; CHUNK_PAGES]) -> (usize, usize) {
         let (mut count, mut forgotten) = (0, 0);
         let mut is_full = false;
-        while count < CHUNK_PAGES
+        while count < numbers.len()
             && let Some(number) = self.next_due()
         {
             let (word, bit) = (number / 64, 1 << (number % 64));
@@ -350,6 +351,17 @@ impl Ahead {
     /// What was counted since this was asked last.
     pub fn take_counters(&mut self) -> AheadCounters {
         std::mem::take(&mut self.counters)
+    }
+
+    /// The same, if it is more than that the log was looked at.
+    pub fn take_news(&mut self) -> Option<AheadCounters> {
+        let AheadCounters {
+            sent_pages,
+            wasted_pages,
+            refused_pages,
+            ..
+        } = self.counters;
+        (sent_pages + wasted_pages + refused_pages > 0).then(|| self.take_counters())
     }
 }
 

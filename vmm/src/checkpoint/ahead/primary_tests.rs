@@ -1,6 +1,6 @@
 use std::convert::Infallible;
 
-use super::super::wire::{AheadChunk, HEAD_BYTES};
+use super::super::wire::AheadChunk;
 use super::*;
 use crate::checkpoint::codec::Decoder;
 

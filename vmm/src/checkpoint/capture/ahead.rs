@@ -50,8 +50,8 @@ impl CaptureThread {
             .outbound
             .step_ahead(machine.ram(), &mut self.carry, take);
         match step {
-            Ok(AheadStep::Round(counters)) => self.post.send(CaptureEvent::Ahead(counters)),
-            Ok(AheadStep::Chunk) => {}
+            Ok(AheadStep::Round(Some(news))) => self.post.send(CaptureEvent::Ahead(news)),
+            Ok(AheadStep::Round(None) | AheadStep::Chunk) => {}
             Err(AheadError::Log(e)) => {
                 tracing::warn!("no pages are sent ahead of checkpoints any more: {e}");
                 session.outbound.set_ahead(None);

@@ -23,8 +23,8 @@ const UNMEASURED_BYTES_PER_S: u64 = 128 << 20;
 /// What a step has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AheadStep {
-    /// The log was read; this was counted since the last time.
-    Round(AheadCounters),
+    /// The log was read; this was counted since the last time, if anything was.
+    Round(Option<AheadCounters>),
     /// A chunk went to the link, or nothing did.
     Chunk,
 }
@@ -74,7 +74,7 @@ impl Outbound {
         };
         if ahead.is_round_due(now) {
             ahead.round(owed, now, take).map_err(AheadError::Log)?;
-            return Ok(AheadStep::Round(ahead.take_counters()));
+            return Ok(AheadStep::Round(ahead.take_news()));
         }
         let buffer = self.channel.try_next_buffer().map_err(SendError::from)?;
         let Some(buffer) = buffer else {
