@@ -429,9 +429,11 @@ impl CaptureThread {
         cost.state_us = lap_us();
 
         machine.take_dirty(&mut self.in_flight.words)?;
-        self.in_flight.merge(&self.carry.words);
         self.in_flight.merge(&stop.dirty.words);
-        self.carry.clear();
+        if !self.carry.is_empty() {
+            self.in_flight.merge(&self.carry.words);
+            self.carry.clear();
+        }
         cost.dirty_pages = self.in_flight.count() as u64;
         cost.collect_us = lap_us();
 
