@@ -384,12 +384,16 @@ impl CaptureThread {
         let stopped = stop::from_bytes(order.svm_stopped, words);
         let (dirty, number) = stopped.ok_or(CaptureError::DirtySet)?;
         let stop = SvmStop { number, dirty };
+        // What is known before is put together while the guest runs: it takes longer the more memory there is.
+        self.in_flight.merge(&stop.dirty.words);
+        self.in_flight.merge(&self.carry.words);
+        self.carry.clear();
         let start = Instant::now();
         let machine = self.machine.clone();
         self.is_cut = false;
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
-        let outcome = self.capture_stopped(order, &stop, start, &mut cost);
+        let outcome = self.capture_stopped(order, start, &mut cost);
         let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
@@ -409,7 +413,6 @@ impl CaptureThread {
     fn capture_stopped(
         &mut self,
         order: Order<'_>,
-        stop: &SvmStop,
         start: Instant,
         cost: &mut CaptureCost,
     ) -> Result<(Vec<State>, Stable), CaptureError> {
@@ -429,11 +432,6 @@ impl CaptureThread {
         cost.state_us = lap_us();
 
         machine.take_dirty(&mut self.in_flight.words)?;
-        self.in_flight.merge(&stop.dirty.words);
-        if !self.carry.is_empty() {
-            self.in_flight.merge(&self.carry.words);
-            self.carry.clear();
-        }
         cost.dirty_pages = self.in_flight.count() as u64;
         cost.collect_us = lap_us();
 

@@ -52,11 +52,6 @@ impl PageBitmap {
         }
     }
 
-    /// Whether none is set.
-    pub fn is_empty(&self) -> bool {
-        set_words(&self.words).next().is_none()
-    }
-
     /// Clears all.
     pub fn clear(&mut self) {
         self.words.fill(0);
