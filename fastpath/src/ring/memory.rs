@@ -29,6 +29,9 @@ const SLOT_ROOM_BYTES: usize = 32 << 30;
 /// The page that dirty tracking counts in.
 pub const PAGE_BYTES: usize = 4096;
 
+/// Words of the marks of host writes that are looked at together.
+const LOOK_WORDS: usize = 32;
+
 /// Register windows of devices begin here: RAM goes on behind them.
 pub const LOW_RAM_END: u64 = 0xd000_0000;
 /// Where RAM goes on.
@@ -414,9 +417,17 @@ impl GuestRam {
     /// Adds the pages that the host wrote since the last call to `bitmap` (one bit a page, at least
     /// [`GuestRam::bitmap_words`] words) and forgets them here.
     pub fn take_host_dirty(&self, bitmap: &mut [u64]) {
-        for (word, out) in self.host_dirty.iter().zip(bitmap) {
-            if word.load(Ordering::Relaxed) != 0 {
-                *out |= word.swap(0, Ordering::AcqRel);
+        // The guest stands still meanwhile, and most of a large guest's words are 0.
+        let blocks = self.host_dirty.chunks(LOOK_WORDS);
+        for (words, outs) in blocks.zip(bitmap.chunks_mut(LOOK_WORDS)) {
+            let any = |all, word: &AtomicU64| all | word.load(Ordering::Relaxed);
+            if words.iter().fold(0, any) == 0 {
+                continue;
+            }
+            for (word, out) in words.iter().zip(outs) {
+                if word.load(Ordering::Relaxed) != 0 {
+                    *out |= word.swap(0, Ordering::AcqRel);
+                }
             }
         }
     }

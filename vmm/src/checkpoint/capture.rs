@@ -233,6 +233,8 @@ pub struct CaptureThread {
     carry: PageBitmap,
     /// Pages of the checkpoint in flight.
     in_flight: PageBitmap,
+    /// Those of them that the log named when the guest stood still: what went ahead of them is of no use.
+    written: PageBitmap,
     /// The capture in hand has cut the epoch.
     is_cut: bool,
     /// Orders that came while a checkpoint or a live round was sent.
@@ -252,6 +254,7 @@ impl CaptureThread {
             session_number: 0,
             carry: PageBitmap::new(pages),
             in_flight: PageBitmap::new(pages),
+            written: PageBitmap::new(pages),
             is_cut: false,
             deferred: VecDeque::new(),
             captures: 0,
@@ -399,12 +402,16 @@ impl CaptureThread {
         let stopped = stop::from_bytes(order.svm_stopped, words);
         let (dirty, number) = stopped.ok_or(CaptureError::DirtySet)?;
         let stop = SvmStop { number, dirty };
+        // What is known before is put together while the guest runs: it takes longer the more memory there is.
+        self.in_flight.merge(&stop.dirty.words);
+        self.in_flight.merge(&self.carry.words);
+        self.carry.clear();
+        self.written.clear();
         let start = Instant::now();
         let machine = self.machine.clone();
-        self.is_cut = false;
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
-        let outcome = self.capture_stopped(order, &stop, start, &mut cost);
+        let outcome = self.capture_stopped(order, start, &mut cost);
         let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
@@ -424,7 +431,6 @@ impl CaptureThread {
     fn capture_stopped(
         &mut self,
         order: Order<'_>,
-        stop: &SvmStop,
         start: Instant,
         cost: &mut CaptureCost,
     ) -> Result<(Vec<State>, Stable), CaptureError> {
@@ -443,13 +449,12 @@ impl CaptureThread {
         let mut states = self.states(cuts)?;
         cost.state_us = lap_us();
 
-        machine.take_dirty(&mut self.in_flight.words)?;
+        let taken = machine.take_dirty(&mut self.written.words);
+        self.in_flight.merge(&self.written.words);
+        taken?;
         if let Some(session) = &mut self.session {
-            cost.ahead_pages = session.outbound.captured(&self.in_flight);
+            cost.ahead_pages = session.outbound.captured(&self.written);
         }
-        self.in_flight.merge(&self.carry.words);
-        self.in_flight.merge(&stop.dirty.words);
-        self.carry.clear();
         cost.dirty_pages = self.in_flight.count() as u64;
         cost.collect_us = lap_us();
 

@@ -5,6 +5,20 @@
 /// Bytes of a guest page.
 pub const PAGE_BYTES: usize = 4096;
 
+/// Words that are looked at together: most of a large guest's are 0.
+const BLOCK_WORDS: usize = 32;
+
+/// The words that are not 0, with their places, rising. What is 0 costs next to nothing.
+pub fn set_words(words: &[u64]) -> impl Iterator<Item = (usize, u64)> + '_ {
+    let blocks = words.chunks(BLOCK_WORDS).enumerate();
+    let some = blocks.filter(|(_, block)| block.iter().fold(0, |all, word| all | word) != 0);
+    some.flat_map(|(number, block)| {
+        let words = block.iter().enumerate();
+        let words = words.map(move |(at, &word)| (number * BLOCK_WORDS + at, word));
+        words.filter(|&(_, word)| word != 0)
+    })
+}
+
 /// One bit per guest page.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PageBitmap {
@@ -32,8 +46,9 @@ impl PageBitmap {
 
     /// Adds the pages of `other`; pages beyond our size are ignored.
     pub fn merge(&mut self, other: &[u64]) {
-        for (word, more) in self.words.iter_mut().zip(other) {
-            *word |= more;
+        let fits = other.len().min(self.words.len());
+        for (at, more) in set_words(&other[..fits]) {
+            self.words[at] |= more;
         }
     }
 
@@ -44,12 +59,14 @@ impl PageBitmap {
 
     /// How many pages are set.
     pub fn count(&self) -> usize {
-        self.words.iter().map(|w| w.count_ones() as usize).sum()
+        set_words(&self.words)
+            .map(|(_, word)| word.count_ones() as usize)
+            .sum()
     }
 
     /// The numbers of the pages set, rising.
     pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
-        self.words.iter().enumerate().flat_map(|(i, &word)| {
+        set_words(&self.words).flat_map(|(i, word)| {
             let mut rest = word;
             std::iter::from_fn(move || {
                 let bit = (rest != 0).then(|| rest.trailing_zeros())?;
@@ -91,5 +108,23 @@ mod tests {
         for pages in [1, 63, 64, 65, 128] {
             assert_eq!(PageBitmap::full(pages).count(), pages);
         }
+    }
+
+    #[test]
+    fn words_that_are_not_0_are_found_wherever_they_lie() {
+        for len in [0, 1, BLOCK_WORDS, 3 * BLOCK_WORDS + 5] {
+            for step in [1, 7, 31, 32, 33, 1000] {
+                let mut words = vec![0; len];
+                (0..len)
+                    .step_by(step)
+                    .for_each(|at| words[at] = at as u64 + 1);
+                let plain = words.iter().copied().enumerate();
+                let plain: Vec<_> = plain.filter(|&(_, word)| word != 0).collect();
+                assert_eq!(set_words(&words).collect::<Vec<_>>(), plain);
+            }
+        }
+        let mut short = PageBitmap::new(64);
+        short.merge(&[1, 1]);
+        assert_eq!(short.words, [1]);
     }
 }

@@ -26,6 +26,9 @@ use super::wait::Waiter;
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
 use crate::testpoint::{Point, reached};
 
+/// How often the log tells how fast the guest may run; the status does always.
+const PACE_TOLD_EVERY_US: u64 = 1_000_000;
+
 /// A running primary.
 pub struct PrimaryShell {
     core: Primary,
@@ -44,6 +47,8 @@ pub struct PrimaryShell {
     takeovers: u64,
     /// Shards without room for more held output.
     full_shards: usize,
+    /// When the log was told last how fast the guest may run.
+    pace_told_us: u64,
     /// Gaps of the worker's clock that the core has heard of.
     gaps: u64,
     outcome: Option<Outcome>,
@@ -102,6 +107,7 @@ impl PrimaryShell {
             unprotected: Some((reason.to_owned(), unix_seconds())),
             takeovers,
             full_shards: 0,
+            pace_told_us: 0,
             gaps: 0,
             outcome: None,
         })
@@ -399,7 +405,18 @@ impl PrimaryShell {
     }
 
     fn tell(&mut self, notice: Notice) {
-        tracing::warn!("{notice}");
+        let now = now_us();
+        match notice {
+            // A guest at its limits is stopped and let go again many times a second.
+            Notice::Throttled { .. } if now < self.pace_told_us + PACE_TOLD_EVERY_US => {
+                tracing::debug!("{notice}");
+            }
+            Notice::Throttled { .. } => {
+                self.pace_told_us = now;
+                tracing::warn!("{notice}");
+            }
+            _ => tracing::warn!("{notice}"),
+        }
         if let Notice::CannotFollow { reason } = notice {
             // What a client of the status wants to know until a secondary has joined.
             let since = self.unprotected.take().map(|(_, since)| since);

@@ -80,7 +80,7 @@ impl CaptureThread {
                         snapshot::serve(request, &machine, &config);
                     }
                     Ok(command) => deferred.push_back(command),
-                    Err(TryRecvError::Empty) => return !deferred.is_empty(),
+                    Err(TryRecvError::Empty) => return deferred.iter().any(ends_round),
                     Err(TryRecvError::Disconnected) => return true,
                 }
             }
@@ -113,5 +113,17 @@ impl CaptureThread {
         // The channel and what is kept for it go.
         drop(session);
         self.link_down(failure);
+    }
+}
+
+/// Nobody waits for a round any more that one of these follows; a snapshot that a checkpoint has deferred waits on.
+fn ends_round(command: &CaptureCommand) -> bool {
+    match command {
+        CaptureCommand::Snapshot { .. } | CaptureCommand::Committed { .. } => false,
+        CaptureCommand::Sync { .. }
+        | CaptureCommand::SyncRound
+        | CaptureCommand::Capture { .. }
+        | CaptureCommand::Aborted
+        | CaptureCommand::Detach => true,
     }
 }

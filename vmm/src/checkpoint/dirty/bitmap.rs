@@ -12,6 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 
 use super::Slot;
+use crate::checkpoint::pages::set_words;
 use crate::machine::KvmError;
 
 /// Pages cleared with one call: at about 30 ns each, a vCPU that faults meanwhile waits 0.1 ms.
@@ -55,9 +56,12 @@ impl Bitmap {
     pub(super) fn take(&mut self, fd: &VmFd, bitmap: &mut [u64]) -> Result<u64, KvmError> {
         self.read(fd)?;
         let mut pages = 0;
-        let here = bitmap.iter_mut().skip(self.slot.first_page / 64);
-        for (out, word) in here.zip(&self.scratch) {
-            *out |= word;
+        let here = bitmap
+            .get_mut(self.slot.first_page / 64..)
+            .unwrap_or(&mut []);
+        let fits = here.len().min(self.scratch.len());
+        for (at, word) in set_words(&self.scratch[..fits]) {
+            here[at] |= word;
             pages += u64::from(word.count_ones());
         }
         if self.manual != 0 && pages > 0 {
@@ -82,7 +86,7 @@ impl Bitmap {
     fn clear(&self, fd: &VmFd) -> Result<(), KvmError> {
         let words = &self.scratch;
         let mut first = 0;
-        while let Some(skip) = words[first..].iter().position(|&word| word != 0) {
+        while let Some((skip, _)) = set_words(&words[first..]).next() {
             first += skip;
             let last = range_end(&words[first..]) + first;
             self.clear_words(fd, first, last)?;

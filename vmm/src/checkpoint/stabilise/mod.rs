@@ -47,7 +47,7 @@ pub use model::Model;
 pub use stable::{Stable, StableCost};
 pub use uffd::UffdError;
 
-use super::pages::{PAGE_BYTES, PageBitmap};
+use super::pages::{PAGE_BYTES, PageBitmap, set_words};
 
 /// Arena that is ready before the first capture, in pages.
 const WARM_PAGES: u32 = 4096;
@@ -230,6 +230,8 @@ impl Stabiliser {
         }
         let outcome = self.take_free(union, policy, begun);
         match &outcome {
+            // Who copies everything asks for nothing that the set before can tell.
+            Ok(_) if policy == StabilisePolicy::Copy => {}
             Ok(_) => {
                 self.before.words.copy_from_slice(&union.words);
                 self.before_at = Some(begun);
@@ -250,7 +252,13 @@ impl Stabiliser {
         let _serving = shared.hold_faults();
         shared.arena.reset();
         shared.forget_waits();
-        let outlook = self.look_at(union, begun);
+        let outlook = match policy {
+            StabilisePolicy::Copy => Outlook {
+                pages: union.count() as u64,
+                ..Outlook::default()
+            },
+            _ => self.look_at(union, begun),
+        };
         let pages = outlook.pages as usize;
         let mechanism = self.choose(&outlook, policy)?;
         if mechanism != Mechanism::Copy {
@@ -466,7 +474,7 @@ fn copy_all(shared: &Shared, set: &PageBitmap, out: &mut [u8]) {
     }
     // The vCPUs stand still, so there is a core for a second thread.
     let (mut half, mut below) = (0, 0);
-    for (at, word) in set.words.iter().enumerate() {
+    for (at, word) in set_words(&set.words) {
         if below >= pages / 2 {
             break;
         }

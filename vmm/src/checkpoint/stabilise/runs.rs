@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use super::model::Runs;
+use crate::checkpoint::pages::set_words;
 
 /// Pages outside of the set that a run may take in, where a second call would cost more than they do.
 const GAP_MAX: usize = 8;
@@ -12,25 +13,26 @@ const GAP_MAX: usize = 8;
 /// Calls `each` with the runs of `set` in order. A gap of a few pages is taken in, unless `busy` has one of them: a page
 /// that the guest writes often would fault for nothing.
 pub(super) fn each_run(set: &[u64], busy: &[u64], each: impl FnMut(Range<usize>)) {
-    walk(set.iter().copied(), |gap| joins(gap, busy), each);
+    walk(set_words(set), |gap| joins(gap, busy), each);
 }
 
 /// Calls `each` with the runs of `set` in order, without any gap.
 pub(super) fn each_exact(set: &[u64], each: impl FnMut(Range<usize>)) {
-    walk(set.iter().copied(), |gap| gap.is_empty(), each);
+    walk(set_words(set), |gap| gap.is_empty(), each);
 }
 
 /// What it takes to protect `set`.
 pub(super) fn count(set: &[u64], busy: &[u64]) -> Runs {
-    count_words(set.iter().copied(), busy)
+    count_words(set_words(set), busy)
 }
 
 /// What it takes to protect two sets at once.
 pub(super) fn count_both(one: &[u64], other: &[u64], busy: &[u64]) -> Runs {
-    count_words(one.iter().zip(other).map(|(a, b)| a | b), busy)
+    let words = one.iter().zip(other).map(|(a, b)| a | b);
+    count_words(words.enumerate(), busy)
 }
 
-fn count_words(words: impl Iterator<Item = u64>, busy: &[u64]) -> Runs {
+fn count_words(words: impl Iterator<Item = (usize, u64)>, busy: &[u64]) -> Runs {
     let mut runs = Runs::default();
     walk(
         words,
@@ -44,12 +46,12 @@ fn count_words(words: impl Iterator<Item = u64>, busy: &[u64]) -> Runs {
 }
 
 fn walk(
-    words: impl Iterator<Item = u64>,
+    words: impl Iterator<Item = (usize, u64)>,
     joins: impl Fn(Range<usize>) -> bool,
     mut each: impl FnMut(Range<usize>),
 ) {
     let mut open: Option<Range<usize>> = None;
-    for (at, word) in words.enumerate() {
+    for (at, word) in words {
         let mut rest = word;
         while rest != 0 {
             let start = rest.trailing_zeros();

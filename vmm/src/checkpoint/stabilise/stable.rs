@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::shared::{DUE, FREE, SAVED, Shared};
 use super::{Mechanism, StabiliseError};
-use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
+use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap, set_words};
 
 /// Pages read before they are released with one call.
 const RELEASE_PAGES: usize = 64;
@@ -66,7 +66,8 @@ pub struct Stable {
     shared: Arc<Shared>,
     mechanism: Mechanism,
     kind: Kind,
-    set: Box<[u64]>,
+    /// What is left of each word of the set that is not 0, with its place: as large as the set, not as RAM.
+    set: Box<[(usize, u64)]>,
     at: usize,
     pages: u64,
     read: u64,
@@ -128,7 +129,7 @@ impl Stable {
             shared,
             mechanism,
             kind,
-            set: set.words.clone().into_boxed_slice(),
+            set: set_words(&set.words).collect(),
             at: 0,
             pages,
             read: 0,
@@ -176,11 +177,11 @@ impl Stable {
     }
 
     fn next_number(&mut self) -> Option<usize> {
-        while let Some(word) = self.set.get_mut(self.at) {
+        while let Some((place, word)) = self.set.get_mut(self.at) {
             if *word != 0 {
                 let bit = word.trailing_zeros() as usize;
                 *word &= *word - 1;
-                return Some(self.at * 64 + bit);
+                return Some(*place * 64 + bit);
             }
             self.at += 1;
         }
