@@ -131,6 +131,12 @@ impl Stream {
         self.incarnation
     }
 
+    /// The connection of what the PVM sends now.
+    #[inline]
+    pub(crate) fn pvm_incarnation(&self) -> u32 {
+        self.pvm_incarnation
+    }
+
     /// Whether plain new data of both sides' connection may begin here, and nothing of the SVM's
     /// lies beyond.
     #[inline(always)]
@@ -185,7 +191,12 @@ impl Stream {
         let end = tcp.payload_end();
         self.left(end);
         self.set(Mark::SvmHigh, Some(end));
-        self.history_bytes += u32::from(tcp.payload_len);
+    }
+
+    /// A segment that has left exactly is kept as history.
+    #[inline]
+    pub(crate) fn keeps(&mut self, payload_len: u16) {
+        self.history_bytes += u32::from(payload_len);
     }
 
     /// A commit covers everything that the PVM has produced (rule 8).
