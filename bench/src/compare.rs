@@ -6,6 +6,7 @@
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use crate::compare_instructions::Scope;
 use crate::compare_load::{Protocol, Shape};
 use crate::compare_row::CompareRow;
 use crate::figures::table;
@@ -19,9 +20,9 @@ enum Kind {
     Core,
     /// In memory, with the SVM's output as headers and digests
     Digest,
-    /// Instructions that callgrind counts in `colo compare --sockets`
+    /// Instructions that callgrind counts in `colo compare --sockets`: in all, and in comparing alone
     Instructions,
-    /// CPU time of `colo compare --sockets` beside QEMU's object
+    /// CPU time of `colo compare --sockets` beside QEMU's object, and what the sockets alone take
     Path,
 }
 
@@ -81,10 +82,12 @@ pub(crate) fn run(args: &CompareArgs, place: &Place) -> Result<Outcome, BenchErr
         let peer_can = shape.flows <= PEER_FLOWS_MAX;
         if measures(Kind::Instructions) && peer_can {
             let has_peer = args.peer.is_some();
-            rows.push(compare_instructions::run(place, shape, has_peer)?);
+            for scope in [Scope::Process, Scope::Compare] {
+                rows.push(compare_instructions::run(place, shape, scope, has_peer)?);
+            }
         }
         if measures(Kind::Path) && args.peer.is_some() && peer_can {
-            rows.push(compare_path::run(place, shape, args.rounds as usize)?);
+            rows.extend(compare_path::run(place, shape, args.rounds as usize)?);
         }
     }
     Ok(Outcome {

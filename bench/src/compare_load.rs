@@ -111,10 +111,30 @@ impl Lap {
     }
 }
 
+/// This process' ends of the sockets.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    pub(crate) primary: UnixStream,
+    pub(crate) secondary: UnixStream,
+    pub(crate) out: UnixStream,
+    pub(crate) notify: UnixStream,
+}
+
+impl Ends {
+    pub(crate) fn of(comparator: &Comparator) -> io::Result<Self> {
+        Ok(Self {
+            primary: comparator.primary.try_clone()?,
+            secondary: comparator.secondary.try_clone()?,
+            out: comparator.out.try_clone()?,
+            notify: comparator.notify.try_clone()?,
+        })
+    }
+}
+
 /// Both streams into a comparator, and what came out.
 #[derive(Debug)]
-pub(crate) struct Load<'a> {
-    comparator: &'a mut Comparator,
+pub(crate) struct Load {
+    ends: Ends,
     primary: Lap,
     secondary: Lap,
     received: u64,
@@ -123,20 +143,19 @@ pub(crate) struct Load<'a> {
     scratch: Vec<u8>,
 }
 
-impl<'a> Load<'a> {
-    pub(crate) fn new(comparator: &'a mut Comparator, shape: Shape) -> io::Result<Self> {
-        let Comparator {
+impl Load {
+    pub(crate) fn new(ends: Ends, shape: Shape) -> io::Result<Self> {
+        let Ends {
             primary,
             secondary,
             out,
             notify,
-            ..
-        } = &*comparator;
+        } = &ends;
         for stream in [primary, secondary, out, notify] {
             stream.set_nonblocking(true)?;
         }
         Ok(Self {
-            comparator,
+            ends,
             primary: Lap::new(shape),
             secondary: Lap::new(shape),
             received: 0,
@@ -161,9 +180,8 @@ impl<'a> Load<'a> {
         let total = self.received + pairs * message_bytes;
         while self.received < total {
             let until = total.min(self.received + WINDOW as u64 * message_bytes);
-            let comparator = &mut *self.comparator;
-            let wrote = write(&mut comparator.primary, &mut self.primary, until)?
-                | write(&mut comparator.secondary, &mut self.secondary, until)?;
+            let wrote = write(&mut self.ends.primary, &mut self.primary, until)?
+                | write(&mut self.ends.secondary, &mut self.secondary, until)?;
             if !self.read()? && !wrote {
                 self.wait(until)?;
             }
@@ -172,7 +190,7 @@ impl<'a> Load<'a> {
     }
 
     fn read(&mut self) -> io::Result<bool> {
-        match self.comparator.out.read(&mut self.scratch) {
+        match self.ends.out.read(&mut self.scratch) {
             Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
             Ok(n) => {
                 self.received += n as u64;
@@ -184,13 +202,12 @@ impl<'a> Load<'a> {
     }
 
     fn wait(&mut self, until: u64) -> io::Result<()> {
-        let Comparator {
+        let Ends {
             primary,
             secondary,
             out,
             notify,
-            ..
-        } = &*self.comparator;
+        } = &self.ends;
         let writes = |lap: &Lap| if lap.taken < until { libc::POLLOUT } else { 0 };
         let ready = poll([
             (primary.as_fd(), writes(&self.primary)),
@@ -207,7 +224,7 @@ impl<'a> Load<'a> {
     /// QEMU's takes datagrams last in, first out, and asks for a checkpoint whenever one side is
     /// ahead. Nobody answers; the frames leave when the other side has caught up.
     fn forget_requests(&mut self) -> io::Result<()> {
-        match self.comparator.notify.read(&mut self.scratch) {
+        match self.ends.notify.read(&mut self.scratch) {
             Ok(n) => self.requested += n as u64,
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(e) => return Err(e),

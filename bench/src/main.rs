@@ -11,6 +11,7 @@ mod checkpoint_link;
 mod clients;
 mod compare;
 mod compare_core;
+mod compare_floor;
 mod compare_instructions;
 mod compare_load;
 mod compare_path;

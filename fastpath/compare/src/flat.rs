@@ -197,6 +197,15 @@ impl<V> FlatTable<V> {
         (if_like(a) | if_like(b) | if_like(c) | if_like(d)).wrapping_sub(1)
     }
 
+    /// What the first look at the index finds; `None` says nothing about the key.
+    #[inline(always)]
+    pub(crate) fn near_mut(&mut self, hash: Hash, key: &FlowKey) -> Option<(Slot, &mut V)> {
+        let near = self.near_slot(hash);
+        let entry = self.entries.get_mut(near as usize)?;
+        let value = entry.value.as_mut()?;
+        (entry.key == *key).then_some((near, value))
+    }
+
     pub(crate) fn get(&self, key: &FlowKey) -> Option<&V> {
         self.at(self.slot_of(self.hash(key), key)?)
     }

@@ -138,6 +138,12 @@ impl Ledger {
         }
     }
 
+    /// Nothing is decided that has not been given out, and nothing is asked for.
+    #[inline]
+    pub(crate) fn is_settled(&self) -> bool {
+        self.steps.is_empty() && self.report.is_none() && self.asked.is_empty()
+    }
+
     #[inline(always)]
     pub(crate) fn next_action(&mut self) -> Option<Action> {
         if let Some(svm_seq) = self.report.take() {
@@ -308,6 +314,7 @@ impl Ledger {
     }
 
     /// Takes a frame of the SVM out of its flow, unreported.
+    #[inline]
     pub(crate) fn recycle_svm<F: Frames + ?Sized>(
         &mut self,
         ends: &mut Ends,

@@ -47,7 +47,7 @@ pub use flow::{Direction, FlowKey, Protocol};
 pub use frames::{Frames, HEADER_MAX, Token};
 pub use limits::Limits;
 pub use policy::{Opener, Policy, PolicyAction, PolicyProtocol, Prefix, Rule};
-pub use primary::{Mode, Pending, PrimaryPath};
+pub use primary::{History, Mode, Pairs, Passed, Pending, PrimaryPath};
 pub use record::RecordError;
 pub use secondary::SecondaryPath;
 pub use stats::{PrimaryStats, SecondaryStats};

@@ -138,6 +138,12 @@ impl<T> Lists<T> {
     #[inline(always)]
     fn unlink(&mut self, ends: &mut Ends, at: u32) {
         let Node { prev, next, .. } = self.nodes[at as usize];
+        self.join(ends, prev, next);
+    }
+
+    /// Makes two nodes neighbours.
+    #[inline(always)]
+    fn join(&mut self, ends: &mut Ends, prev: u32, next: u32) {
         match self.nodes.get_mut(prev as usize) {
             Some(node) => node.next = next,
             None => ends.head = next,
@@ -152,15 +158,15 @@ impl<T> Lists<T> {
     /// Forgets a node and its value, which its user has emptied.
     #[inline(always)]
     pub(crate) fn discard(&mut self, ends: &mut Ends, at: u32) {
-        if self
-            .nodes
-            .get(at as usize)
-            .is_some_and(|n| n.value.is_some())
-        {
-            self.unlink(ends, at);
-            self.nodes[at as usize].value = None;
-            self.give_back(at);
+        let Some(node) = self.nodes.get_mut(at as usize) else {
+            return;
+        };
+        if node.value.take().is_none() {
+            return;
         }
+        let (prev, next) = (node.prev, core::mem::replace(&mut node.next, self.free));
+        (self.free, self.len) = (at, self.len - 1);
+        self.join(ends, prev, next);
     }
 
     /// Takes a node out of its list.

@@ -197,6 +197,13 @@ impl Flow {
         self.used_s = (now_us / 1_000_000) as u32;
     }
 
+    /// Both sides have sent another frame.
+    #[inline(always)]
+    pub(crate) fn use_again(&mut self, used_s: u32) {
+        self.seen |= seen::USE;
+        self.used_s = used_s;
+    }
+
     pub(crate) fn has_seen(&self, what: u8) -> bool {
         self.seen & what == what
     }
@@ -213,6 +220,16 @@ impl Flow {
     /// It is in the list of those that wait for the secondary's word.
     pub(crate) fn is_waiting(&self) -> bool {
         self.has_seen(seen::WAITING)
+    }
+
+    /// Both sides have sent something in this epoch, so neither has opened a connection of its own,
+    /// and nothing of the PVM's is held.
+    #[inline(always)]
+    pub(crate) fn is_at_rest(&self) -> bool {
+        let both = seen::PVM | seen::SVM;
+        self.seen & (both | seen::WAITING) == both
+            && self.held.is_empty()
+            && self.wait == Wait::Peer
     }
 
     /// Whether time can bring something about.
@@ -313,6 +330,13 @@ impl Flows {
             flow.renew(generation);
         }
         Some((key, flow))
+    }
+
+    /// A flow that is found at the first look and to which something has happened since the last commit.
+    #[inline(always)]
+    pub(crate) fn present_mut(&mut self, key: &FlowKey) -> Option<(FlowId, &mut Flow)> {
+        let (id, flow) = self.table.near_mut(self.table.hash(key), key)?;
+        (flow.generation == self.generation).then_some((id, flow))
     }
 
     /// The flow, if something has happened to it since the last commit.

@@ -9,19 +9,21 @@
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use colo_compare::{Action, Divergence, Frames, Limits, Policy, PrimaryPath, Token};
+use colo_compare::{Action, Divergence, Frames, Limits, Passed, Policy, PrimaryPath};
 
 use crate::address::Socket;
 use crate::error::SocketsError;
-use crate::intake::{Filled, Intake, Taken};
+use crate::input::{BATCH, Input};
 use crate::notify::Notify;
 use crate::outlet::Outlet;
 use crate::ready::{Interest, wait};
 use crate::slab::{Side, Slab};
 use crate::{DIVERGENCES_KEPT, Summary};
 
-/// Frames of each input that are given to the comparator at once.
-const BATCH: usize = 64;
+/// An input that has no frame, and so many bytes fewer than the other, is read again.
+const BEHIND_BYTES: usize = 4096;
+/// So often in one turn, so that what may leave does not wait for it.
+const REREADS_MAX: u32 = 2;
 /// So many turns without a pause make up for the most that a socket's buffer holds: a frame that
 /// was there before them has been read.
 const TURNS_TO_CATCH_UP: u32 = 8;
@@ -45,59 +47,6 @@ impl Clock {
 
     fn now_us(&self) -> u64 {
         self.raw_us() - self.stopped_us
-    }
-}
-
-/// One input and what is known about it.
-#[derive(Debug)]
-struct Input {
-    intake: Intake,
-    side: Side,
-    /// There may be something to read.
-    ready: bool,
-    /// Frames on their way to the comparator.
-    batch: Vec<Token>,
-    /// There may be whole frames that the comparator cannot take at present.
-    backlog: bool,
-    /// There was no block to read into, with so many slots free.
-    starved: Option<usize>,
-}
-
-impl Input {
-    fn new(socket: Socket, side: Side, vnet_hdr: bool, slab: &mut Slab) -> Self {
-        Self {
-            intake: Intake::new(socket, side, vnet_hdr, slab),
-            side,
-            ready: true,
-            batch: Vec::with_capacity(BATCH),
-            backlog: false,
-            starved: None,
-        }
-    }
-
-    /// Whether a read is of use.
-    fn wants_reading(&self, slab: &Slab) -> bool {
-        let starved = self.starved == Some(slab.free_slots(self.side));
-        !self.intake.has_ended() && !self.backlog && !starved
-    }
-
-    fn read(&mut self, slab: &mut Slab) -> Result<(), SocketsError> {
-        if !self.ready || !self.wants_reading(slab) {
-            return Ok(());
-        }
-        let filled = self.intake.fill(slab)?;
-        let is_starved = filled == Filled::NoRoom;
-        self.starved = is_starved.then(|| slab.free_slots(self.side));
-        self.ready = matches!(filled, Filled::Full | Filled::NoRoom);
-        Ok(())
-    }
-
-    /// Cuts up to a batch of frames off, but no more than `room`.
-    fn take(&mut self, room: usize, slab: &mut Slab) -> Result<(), SocketsError> {
-        let most = room.min(BATCH);
-        let taken = self.intake.take(most, &mut self.batch, slab)?;
-        self.backlog = room == 0 || taken == Taken::NoSlot;
-        Ok(())
     }
 }
 
@@ -200,8 +149,7 @@ impl Engine {
     fn turn(&mut self) -> Result<(), SocketsError> {
         let now_us = self.clock.now_us();
         if !self.outlet.is_blocked() {
-            self.primary.read(&mut self.slab)?;
-            self.secondary.read(&mut self.slab)?;
+            self.read()?;
             self.compare(now_us)?;
             self.pass_time(now_us);
             self.act(now_us)?;
@@ -212,10 +160,17 @@ impl Engine {
 
     /// Gives the comparator what was read, a frame of each side in turn: what belongs together
     /// meets while it is in the cache, the primary's first, because then nothing is stored twice.
+    #[inline(never)]
     fn compare(&mut self, now_us: u64) -> Result<(), SocketsError> {
+        let (mut most, mut rereads) = (1, 0);
         loop {
-            self.take_primary()?;
-            self.take_secondary()?;
+            let passed = self.pass_pairs(now_us);
+            if rereads < REREADS_MAX && self.read_what_is_behind()? {
+                rereads += 1;
+                continue;
+            }
+            most = if passed { 1 } else { BATCH.min(2 * most) };
+            self.take(most)?;
             let (primary, secondary) = (&mut self.primary.batch, &mut self.secondary.batch);
             if primary.is_empty() && secondary.is_empty() {
                 return Ok(());
@@ -249,19 +204,102 @@ impl Engine {
         }
     }
 
+    /// Lets frames leave by twos, as long as the guests have sent the same in the same order: where
+    /// they lie, without a slot for any but those that are kept. Gives whether there were any.
+    #[inline(never)]
+    fn pass_pairs(&mut self, now_us: u64) -> bool {
+        let (slab, outlet) = (&mut self.slab, &mut self.outlet);
+        let (primary, secondary) = (&mut self.primary.intake, &mut self.secondary.intake);
+        let Some(mut pairs) = self.path.pairs(now_us, self.path.epoch()) else {
+            return false;
+        };
+        let first = self.svm_seq;
+        while let (Some(one), Some(other)) = (primary.peek(slab), secondary.peek(slab)) {
+            self.svm_seq += 1;
+            match pairs.take(slab.bytes(one.frame()), slab.bytes(other.frame())) {
+                Passed::Neither => {
+                    self.svm_seq -= 1;
+                    break;
+                }
+                Passed::Both => {}
+                Passed::BothAndKeep(history) => {
+                    if let Some(token) = slab.insert(Side::Secondary, other.range(), other.lead) {
+                        pairs.keep(slab, history, self.svm_seq, token);
+                    }
+                }
+            }
+            outlet.push_range(one.range(), slab);
+            primary.pass(&one);
+            secondary.pass(&other);
+        }
+        self.svm_settled += self.svm_seq - first;
+        self.svm_seq > first
+    }
+
+    /// Takes frames of both inputs, up to `most` each; of one alone, when more of the other's wait for
+    /// counterparts. So frames that belong together come to lie side by side again.
+    fn take(&mut self, most: usize) -> Result<(), SocketsError> {
+        let (held, unmatched) = (self.path.held_frames(), self.svm_unmatched() as usize);
+        if held > unmatched {
+            self.take_secondary(BATCH.min(held - unmatched))?;
+        } else if unmatched > held {
+            self.take_primary(BATCH.min(unmatched - held))?;
+        }
+        if self.primary.batch.is_empty() && self.secondary.batch.is_empty() {
+            self.take_primary(most)?;
+            self.take_secondary(most)?;
+        }
+        Ok(())
+    }
+
+    /// Under load one input is often read before the other has got as far. What the other has got
+    /// meanwhile is worth another look, before much is held that could leave at once. Gives whether
+    /// there was more.
+    fn read_what_is_behind(&mut self) -> Result<bool, SocketsError> {
+        let ahead = |one: &Input, other: &Input| {
+            let more = one
+                .intake
+                .unparsed()
+                .saturating_sub(other.intake.unparsed());
+            more > BEHIND_BYTES && other.intake.peek(&self.slab).is_none()
+        };
+        let input = match () {
+            () if ahead(&self.primary, &self.secondary) => &mut self.secondary,
+            () if ahead(&self.secondary, &self.primary) => &mut self.primary,
+            () => return Ok(false),
+        };
+        input.ready = true;
+        input.read(&mut self.slab)
+    }
+
+    /// Reads once what each input has. Where more of one input's frames wait for counterparts, the
+    /// other is read alone, as long as it has something: so neither stays ahead.
+    fn read(&mut self) -> Result<(), SocketsError> {
+        let (held, unmatched) = (self.path.held_frames() as u64, self.svm_unmatched());
+        let (first, second) = match held > unmatched {
+            true => (&mut self.secondary, &mut self.primary),
+            false => (&mut self.primary, &mut self.secondary),
+        };
+        let has_more = first.read(&mut self.slab)?;
+        if held == unmatched || !has_more {
+            second.read(&mut self.slab)?;
+        }
+        Ok(())
+    }
+
     /// The comparator takes a full hold queue for a reason to checkpoint; here it only means that
     /// the other guest has to be heard first.
-    fn take_primary(&mut self) -> Result<(), SocketsError> {
+    fn take_primary(&mut self, most: usize) -> Result<(), SocketsError> {
         let room = self.limits.max_held_frames - 1;
         let room = room.saturating_sub(self.path.held_frames());
-        self.primary.take(room, &mut self.slab)
+        self.primary.take(most, room, &mut self.slab)
     }
 
     /// Room that history takes is given up for new output, that of unmatched output is not.
-    fn take_secondary(&mut self) -> Result<(), SocketsError> {
+    fn take_secondary(&mut self, most: usize) -> Result<(), SocketsError> {
         let room = self.limits.max_svm_frames as u64;
         let room = room.saturating_sub(self.svm_unmatched());
-        self.secondary.take(room as usize, &mut self.slab)
+        self.secondary.take(most, room as usize, &mut self.slab)
     }
 
     fn svm_unmatched(&self) -> u64 {

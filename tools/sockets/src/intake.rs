@@ -9,6 +9,7 @@
 //! Does not read by itself: the engine says when.
 
 use std::io::{self, Read};
+use std::ops::Range;
 
 use colo_compare::Token;
 
@@ -45,6 +46,27 @@ pub(crate) enum Taken {
     Partial,
     /// Every slot of this side is taken.
     NoSlot,
+}
+
+/// A message where the socket put it.
+#[derive(Debug)]
+pub(crate) struct Message {
+    start: usize,
+    /// Bytes before the frame.
+    pub(crate) lead: usize,
+    end: usize,
+}
+
+impl Message {
+    #[inline(always)]
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.start..self.end
+    }
+
+    #[inline(always)]
+    pub(crate) fn frame(&self) -> Range<usize> {
+        self.start + self.lead..self.end
+    }
 }
 
 /// The reading end of one input.
@@ -85,6 +107,11 @@ impl Intake {
 
     pub(crate) fn has_ended(&self) -> bool {
         self.ended
+    }
+
+    /// Bytes that have been read and are in no frame yet.
+    pub(crate) fn unparsed(&self) -> usize {
+        self.filled - self.parsed
     }
 
     /// Whether the stream has ended and every frame of it was given out.
@@ -147,6 +174,34 @@ impl Intake {
             (self.block, self.parsed, self.filled) = (block, start, start + rest.len());
         }
         true
+    }
+
+    /// The next message, when it is whole and right.
+    #[inline(always)]
+    pub(crate) fn peek(&self, slab: &Slab) -> Option<Message> {
+        let bytes = slab.bytes(self.parsed..self.filled);
+        let (length, rest) = bytes.split_first_chunk::<4>()?;
+        let length = u32::from_be_bytes(*length) as usize;
+        let (lead, len) = match self.vnet_hdr {
+            false => (4, 4 + length),
+            true => {
+                let header = u32::from_be_bytes(*rest.first_chunk()?) as usize;
+                (8 + header, 8 + length)
+            }
+        };
+        let is_right = lead < len && length <= MESSAGE_MAX && len <= bytes.len();
+        is_right.then(|| Message {
+            start: self.parsed,
+            lead,
+            end: self.parsed + len,
+        })
+    }
+
+    /// The message that was looked at is dealt with.
+    #[inline(always)]
+    pub(crate) fn pass(&mut self, message: &Message) {
+        self.parsed = message.end;
+        self.position += (message.end - message.start) as u64;
     }
 
     /// Cuts frames off until `batch` has `most`.

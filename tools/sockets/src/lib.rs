@@ -22,6 +22,7 @@ mod address;
 mod engine;
 mod error;
 mod hint;
+mod input;
 mod intake;
 mod notify;
 mod outlet;

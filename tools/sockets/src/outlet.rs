@@ -68,6 +68,21 @@ impl Outlet {
         }
     }
 
+    /// Takes bytes that are to leave and have no token. Most often they follow the last ones.
+    #[inline(always)]
+    pub(crate) fn push_range(&mut self, range: Range<usize>, slab: &mut Slab) {
+        let block = Slab::block_of(range.start);
+        match self.spans.back_mut() {
+            Some(last) if last.range.end == range.start && last.block == block => {
+                last.range.end = range.end;
+            }
+            _ => {
+                slab.pin(block);
+                self.spans.push_back(Span { block, range });
+            }
+        }
+    }
+
     /// Writes what the socket takes.
     pub(crate) fn flush(&mut self, slab: &mut Slab) -> Result<(), SocketsError> {
         self.blocked = false;

@@ -124,6 +124,12 @@ impl Slab {
         start..start + BLOCK_BYTES
     }
 
+    /// The block in which a byte lies.
+    #[inline(always)]
+    pub(crate) fn block_of(at: usize) -> BlockId {
+        block_of(at) as BlockId
+    }
+
     /// An empty block to read into; `None` when everything is in use. Ends with [`Slab::unpin`].
     pub(crate) fn take_block(&mut self, side: Side) -> Option<BlockId> {
         if self.regions[side as usize].free_blocks.is_empty() {
@@ -160,6 +166,7 @@ impl Slab {
         region.free_blocks.push(block);
     }
 
+    #[inline(always)]
     pub(crate) fn bytes(&self, range: Range<usize>) -> &[u8] {
         &self.bytes[range]
     }

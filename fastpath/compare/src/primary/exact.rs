@@ -86,6 +86,7 @@ impl PrimaryPath {
         flow.wait = Wait::Peer;
         flow.use_now(now_us, seen::SVM);
         flow.stream.left_exactly(tcp);
+        flow.stream.keeps(tcp.payload_len);
         let mut history = SvmFrame {
             packet: packet.layout,
             token: token.take(),

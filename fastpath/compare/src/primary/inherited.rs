@@ -77,6 +77,12 @@ impl Inherited {
         }
     }
 
+    /// Whether nothing waits for the guest's acknowledgement.
+    #[inline]
+    pub(super) fn retains_nothing(&self) -> bool {
+        self.retain.len() == 0
+    }
+
     pub(super) fn undelivered(&mut self, token: Token) {
         self.ready = Some(token);
     }
@@ -89,7 +95,7 @@ impl Inherited {
         packet: &Packet,
         frames: &mut F,
     ) {
-        let Some(tcp) = packet.tcp.filter(|_| self.retain.len() > 0) else {
+        let Some(tcp) = packet.tcp.filter(|_| !self.retains_nothing()) else {
             return;
         };
         self.segment_sent(now_us, limits, (&packet.key, &tcp), frames);

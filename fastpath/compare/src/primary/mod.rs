@@ -13,6 +13,7 @@ mod exact;
 mod inherited;
 mod input;
 mod judge;
+mod pairs;
 mod svm;
 
 use alloc::vec::Vec;
@@ -36,6 +37,7 @@ use crate::wire::{self, Packet};
 use crate::xlate::ClientTable;
 pub use checkpoint::Pending;
 pub(crate) use inherited::Inherited;
+pub use pairs::{History, Pairs, Passed};
 
 /// Most flows that are watched for another port on the other side (rule 2).
 const MAX_OPENERS: usize = 64;

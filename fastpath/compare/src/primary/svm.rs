@@ -166,10 +166,11 @@ impl PrimaryPath {
 
     /// Gives up one segment that has left long ago, so that new output of the SVM finds room: a
     /// retransmission of it is then held rather than compared. False when there is none.
-    fn drop_history<F: Frames + ?Sized>(&mut self, frames: &mut F) -> bool {
+    pub(super) fn drop_history<F: Frames + ?Sized>(&mut self, frames: &mut F) -> bool {
         let nodes = self.ledger.svm.nodes();
         for _ in 0..nodes {
-            self.history_hand = (self.history_hand + 1) % nodes;
+            let next = self.history_hand + 1;
+            self.history_hand = if next < nodes { next } else { 0 };
             let at = self.history_hand;
             let Some(frame) = self.ledger.svm.get(at).filter(|frame| frame.reported) else {
                 continue;

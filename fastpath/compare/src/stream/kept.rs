@@ -57,7 +57,8 @@ impl Flow {
             self.stream.raise(Mark::Base, tcp.payload_seq());
             self.settle_control(incarnation, SYN, ledger, frames);
         }
-        self.stream.raise(Mark::LeftHigh, tcp.end());
+        let high = self.stream.get(Mark::LeftHigh);
+        self.stream.left(seq::max_known(tcp.end(), high));
         self.report_left(ledger);
         self.limit_history(max_history_bytes, ledger, frames);
     }
@@ -200,6 +201,7 @@ impl Flow {
     }
 
     /// Gives up one reported segment, whether the client has acknowledged it or not.
+    #[inline]
     pub(crate) fn drop_history<F: Frames + ?Sized>(
         &mut self,
         at: u32,

@@ -35,6 +35,9 @@ pub(crate) enum Content {
     Differs(Divergence),
 }
 
+/// How far behind what has left a mark may lie: the most that a TCP window spans (RFC 7323 section 2.2).
+const FAR_BEHIND: u32 = 1 << 30;
+
 /// A sequence number that may be unknown.
 #[derive(Debug, Clone, Copy)]
 enum Mark {
@@ -128,6 +131,12 @@ impl Stream {
         self.incarnation
     }
 
+    /// The connection of what the PVM sends now.
+    #[inline]
+    pub(crate) fn pvm_incarnation(&self) -> u32 {
+        self.pvm_incarnation
+    }
+
     /// Whether plain new data of both sides' connection may begin here, and nothing of the SVM's
     /// lies beyond.
     #[inline(always)]
@@ -136,19 +145,58 @@ impl Stream {
             && incarnation == self.incarnation
             && incarnation == self.svm_incarnation
             && !self.svm_fin
-            && self.is_beyond(Mark::LeftHigh, tcp.seq)
             && self.is_beyond(Mark::SvmHigh, tcp.seq)
-            && self.is_beyond(Mark::Base, tcp.seq)
-            && self.is_beyond(Mark::Una, tcp.seq)
+            && self.is_new(tcp.seq)
+    }
+
+    /// Whether the client has nothing from `at` on.
+    #[inline(always)]
+    fn is_new(&self, at: u32) -> bool {
+        match self.get(Mark::LeftHigh) {
+            // What is committed or acknowledged has left.
+            Some(high) => seq::le(high, at),
+            None => self.is_beyond(Mark::Base, at) && self.is_beyond(Mark::Una, at),
+        }
+    }
+
+    /// Everything up to `end` has left. Marks that are far behind are forgotten: beyond 2^31 they
+    /// would lie ahead, and what was never compared would count as covered.
+    #[inline]
+    fn left(&mut self, end: u32) {
+        self.set(Mark::LeftHigh, Some(end));
+        let marks = [Mark::Base, Mark::Una];
+        if marks.iter().any(|mark| self.is_far_behind(*mark, end)) {
+            self.forget_far(end);
+        }
+    }
+
+    #[inline]
+    fn is_far_behind(&self, mark: Mark, at: u32) -> bool {
+        let distance = self.get(mark).map(|number| at.wrapping_sub(number));
+        distance.is_some_and(|distance| distance >= FAR_BEHIND)
+    }
+
+    #[cold]
+    fn forget_far(&mut self, at: u32) {
+        for mark in [Mark::Base, Mark::Una] {
+            if self.is_far_behind(mark, at) {
+                self.set(mark, None);
+            }
+        }
     }
 
     /// Both sides have sent this segment, and it has left.
     #[inline]
     pub(crate) fn left_exactly(&mut self, tcp: &Tcp) {
         let end = tcp.payload_end();
-        self.set(Mark::LeftHigh, Some(end));
+        self.left(end);
         self.set(Mark::SvmHigh, Some(end));
-        self.history_bytes += u32::from(tcp.payload_len);
+    }
+
+    /// A segment that has left exactly is kept as history.
+    #[inline]
+    pub(crate) fn keeps(&mut self, payload_len: u16) {
+        self.history_bytes += u32::from(payload_len);
     }
 
     /// A commit covers everything that the PVM has produced (rule 8).
@@ -162,7 +210,10 @@ impl Stream {
         self.set(Mark::JudgedIsn, self.get(Mark::PvmIsn));
         self.syn_left = self.get(Mark::PvmIsn).is_some();
         self.set(Mark::Base, self.get(Mark::PvmHigh));
-        self.set(Mark::LeftHigh, self.get(Mark::PvmHigh));
+        match self.get(Mark::PvmHigh) {
+            Some(high) => self.left(high),
+            None => self.set(Mark::LeftHigh, None),
+        }
         self.set(Mark::SvmHigh, None);
         self.svm_fin = false;
         self.history_bytes = 0;
@@ -183,6 +234,7 @@ pub(crate) struct IgnoredBytes {
     pub(crate) span: Span,
 }
 
+#[inline]
 fn tcp_of(frame: &SvmFrame) -> &Tcp {
     match &frame.packet.tcp {
         Some(tcp) => tcp,
@@ -191,6 +243,7 @@ fn tcp_of(frame: &SvmFrame) -> &Tcp {
 }
 
 /// What a segment counts for in the history: a FIN without payload takes a frame too.
+#[inline]
 fn size(tcp: &Tcp) -> u32 {
     u32::from(tcp.payload_len) + u32::from(tcp.has(FIN))
 }

@@ -11,6 +11,7 @@ mod mask;
 mod quoted;
 mod strip;
 pub mod tcp;
+mod twins;
 
 use core::ops::Deref;
 
@@ -20,6 +21,7 @@ pub(crate) use mask::{header_difference, mask_ignored};
 pub(crate) use quoted::Quoted;
 pub(crate) use strip::strip_payload;
 pub use tcp::Tcp;
+pub(crate) use twins::Twins;
 
 /// EtherType of IPv4.
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -217,8 +219,8 @@ impl<'a> PlainHeaders<'a> {
         } = self;
         let ends = (be32(fixed, L3 + 12), be32(fixed, L3 + 16));
         let (guest, peer) = by_side(direction, ends.0, ends.1);
-        let ports = (be16(fixed, L4), be16(fixed, L4 + 2));
-        let (guest_port, peer_port) = by_side(direction, ports.0, ports.1);
+        let ports = be32(fixed, L4);
+        let (guest_port, peer_port) = by_side(direction, (ports >> 16) as u16, ports as u16);
         let mut key = FlowKey::bare(protocol, [0; 2]).with_ports(guest_port, peer_port);
         key.set_ipv4(guest, peer);
         let layout = Layout {

@@ -1,0 +1,206 @@
+//! A frame of each guest, both at hand at once: judged side by side, before either is put anywhere.
+//!
+//! Invariants: what leaves here would have left by [`PrimaryPath::handle_guest_tx`] and then
+//! [`PrimaryPath::handle_svm_output`] as well, with the same counters, and the same state is left behind
+//! but for timers, which may be early anyway; two frames that take more than a look change
+//! nothing. One thing is better: where the SVM's unmatched output has taken all room, a pair still leaves.
+//!
+//! Does not look for counterparts: who has frames of both guests offers them in the order in which
+//! they came, and most often the guests send in the same order.
+
+use super::PrimaryPath;
+use crate::frames::{Frames, HEADER_MAX, Token};
+use crate::ledger::{Payload, SvmFrame};
+use crate::stats::PrimaryStats;
+use crate::table::FlowId;
+use crate::wire::{Layout, Twins};
+
+/// Where an IPv4 packet without VLAN tags names its protocol.
+const PROTOCOL_AT: usize = 23;
+
+/// Takes pairs of frames as long as nothing else happens: see [`PrimaryPath::pairs`].
+#[derive(Debug)]
+pub struct Pairs<'a> {
+    path: &'a mut PrimaryPath,
+    now_us: u64,
+    used_s: u32,
+    max_history_bytes: u32,
+    /// Pairs that have left.
+    matched: u64,
+    /// Whose addresses were learnt last.
+    sender: Option<(u64, u32)>,
+}
+
+impl PrimaryPath {
+    /// Takes frames of both guests by twos. `None` while each frame has to be looked at for itself:
+    /// not in a pair, between two epochs, with rules for single flows, with translations, and
+    /// while there are actions that [`PrimaryPath::poll_action`] has not given out.
+    pub fn pairs(&mut self, now_us: u64, epoch: u64) -> Option<Pairs<'_>> {
+        let is_usual = self.paired
+            && !self.muted
+            && !self.frozen
+            && epoch == self.epoch
+            && epoch == self.comparing
+            && self.policy.is_empty()
+            && self.client.len() == 0
+            && !self.limits.canary_equal
+            && self.inherited.retains_nothing()
+            && self.ledger.is_settled()
+            && self.held.len() + 1 < self.limits.max_held_frames;
+        is_usual.then(|| Pairs {
+            used_s: (now_us / 1_000_000) as u32,
+            max_history_bytes: self.limits.max_history_bytes.min(u32::MAX as usize) as u32,
+            path: self,
+            now_us,
+            matched: 0,
+            sender: None,
+        })
+    }
+}
+
+/// What became of two frames.
+#[derive(Debug)]
+#[must_use = "frames leave by it"]
+pub enum Passed {
+    /// Nothing: this says nothing about them, they are for [`PrimaryPath::handle_guest_tx`] and
+    /// [`PrimaryPath::handle_svm_output`].
+    Neither,
+    /// The PVM's frame is released by match ([`crate::Right::Match`]): the caller sends it. The SVM's
+    /// counts as reported, and nobody needs it any more.
+    Both,
+    /// The same, and the SVM's frame is wanted: for [`Pairs::keep`], as far as there is room.
+    BothAndKeep(History),
+}
+
+/// A segment of the SVM that retransmissions will be compared with.
+#[derive(Debug)]
+pub struct History {
+    packet: Layout,
+    flow: FlowId,
+}
+
+impl Pairs<'_> {
+    /// Takes two whole frames that nobody can write to.
+    #[inline(always)]
+    pub fn take(&mut self, pvm: &[u8], svm: &[u8]) -> Passed {
+        // What is told apart here is not asked for again.
+        match pvm.get(PROTOCOL_AT) {
+            Some(6) => self.take_segment(pvm, svm),
+            Some(17) => self.take_datagram(pvm, svm),
+            _ => None,
+        }
+        .unwrap_or(Passed::Neither)
+    }
+
+    #[inline(always)]
+    fn take_segment(&mut self, pvm: &[u8], svm: &[u8]) -> Option<Passed> {
+        let twins = Twins::of(view(pvm), view(svm))?;
+        let tcp = twins.packet.tcp.as_ref()?;
+        let path = &mut *self.path;
+        let (id, flow) = path.flows.present_mut(&twins.packet.key)?;
+        // A flow without known input may have had some before it was known (rule 5).
+        let stamp = match flow.last_input_seq {
+            0 => path.input_seq,
+            seq => seq,
+        };
+        let is_next = flow.must_wait(flow.stream.pvm_incarnation(), tcp) && flow.is_at_rest();
+        let range = usize::from(tcp.payload_at)..usize::from(twins.packet.end);
+        if !is_next || stamp > path.input_ack || pvm.get(range.clone())? != svm.get(range)? {
+            return None;
+        }
+        flow.use_again(self.used_s);
+        flow.stream.produced(tcp);
+        flow.stream.left_exactly(tcp);
+        self.count(&twins, pvm);
+        let packet = twins.svm_layout();
+        Some(Passed::BothAndKeep(History { packet, flow: id }))
+    }
+
+    #[inline(always)]
+    fn take_datagram(&mut self, pvm: &[u8], svm: &[u8]) -> Option<Passed> {
+        let twins = Twins::of(view(pvm), view(svm))?;
+        let path = &mut *self.path;
+        let (_, flow) = path.flows.present_mut(&twins.packet.key)?;
+        let is_next = flow.svm.is_empty() && flow.is_at_rest();
+        let range = usize::from(twins.packet.payload_at())..usize::from(twins.packet.end);
+        let is_early = path.input_seq > path.input_ack;
+        if !is_next || is_early || pvm.get(range.clone())? != svm.get(range)? {
+            return None;
+        }
+        flow.use_again(self.used_s);
+        self.count(&twins, pvm);
+        Some(Passed::Both)
+    }
+
+    #[inline(always)]
+    fn count(&mut self, twins: &Twins<'_>, pvm: &[u8]) {
+        self.matched += 1;
+        let sender = Some(twins.sender());
+        if self.sender != sender {
+            self.sender = sender;
+            self.path.addresses.learn(pvm, &twins.packet);
+        }
+    }
+
+    /// Keeps the SVM's segment, as [`PrimaryPath::handle_svm_output`] does with one that has left.
+    #[inline(always)]
+    pub fn keep<F: Frames + ?Sized>(
+        &mut self,
+        frames: &mut F,
+        history: History,
+        svm_seq: u64,
+        token: Token,
+    ) {
+        let path = &mut *self.path;
+        let is_full = path.ledger.svm.len() >= path.limits.max_svm_frames;
+        if is_full && !path.drop_history(frames) {
+            return frames.release(token);
+        }
+        let Some(flow) = path.flows.get_mut(history.flow) else {
+            return frames.release(token);
+        };
+        let frame = SvmFrame {
+            packet: history.packet,
+            token,
+            epoch: path.comparing,
+            svm_seq,
+            at_us: self.now_us,
+            flow: history.flow,
+            incarnation: flow.stream.incarnation(),
+            reported: true,
+            payload: Payload::Bytes,
+        };
+        flow.stream
+            .keeps(frame.packet.end - frame.packet.payload_at());
+        path.ledger.svm.push_back(&mut flow.svm, frame);
+        flow.limit_history(self.max_history_bytes, &mut path.ledger, frames);
+    }
+}
+
+#[inline(always)]
+fn view(frame: &[u8]) -> (&[u8], usize) {
+    (&frame[..frame.len().min(HEADER_MAX)], frame.len())
+}
+
+impl Drop for Pairs<'_> {
+    fn drop(&mut self) {
+        let PrimaryStats {
+            produced,
+            svm_output,
+            compared,
+            released_by_match,
+            released_data_by_match,
+            ..
+        } = &mut self.path.ledger.stats;
+        for count in [
+            produced,
+            svm_output,
+            compared,
+            released_by_match,
+            released_data_by_match,
+        ] {
+            *count += self.matched;
+        }
+        self.path.next_id += self.matched;
+    }
+}
