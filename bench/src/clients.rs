@@ -54,6 +54,21 @@ pub(crate) fn redis_benchmark(
     Ok(named.collect())
 }
 
+/// One command, with these arguments.
+pub(crate) fn redis_command(
+    client: &Netns,
+    dir: &Path,
+    args: &str,
+) -> Result<Measurement, BenchError> {
+    let report = run(start_redis_benchmark(client, dir, args)?)?;
+    let found = parse_redis_csv(&report).pop();
+    found.ok_or(BenchError::Unreadable {
+        program: "redis-benchmark",
+        what: "line for the command",
+        output: report,
+    })
+}
+
 /// Starts it with these arguments; it ends with the value.
 pub(crate) fn start_redis_benchmark(
     client: &Netns,
@@ -73,8 +88,20 @@ pub(crate) fn wrk(
     path: &str,
     seconds: u32,
 ) -> Result<Measurement, BenchError> {
+    wrk_over(client, dir, path, 16, seconds)
+}
+
+/// One page over so many connections.
+pub(crate) fn wrk_over(
+    client: &Netns,
+    dir: &Path,
+    path: &str,
+    connections: u32,
+    seconds: u32,
+) -> Result<Measurement, BenchError> {
     let mut command = client.command("wrk");
-    let args = format!("-t1 -c16 -d{seconds} --latency --timeout 10s http://{GUEST_V4}{path}");
+    let args =
+        format!("-t1 -c{connections} -d{seconds} --latency --timeout 10s http://{GUEST_V4}{path}");
     command.args(args.split_whitespace());
     let report = run(Process::spawn("wrk", command, dir)?)?;
     let found = parse_wrk(&report).ok_or(BenchError::Unreadable {

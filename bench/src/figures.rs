@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::place::BenchError;
 
 /// Ticks a second in /proc (fixed by the ABI on x86-64).
-const USER_HZ: f64 = 100.0;
+pub(crate) const USER_HZ: f64 = 100.0;
 
 /// The middle and both ends of some values.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -65,7 +65,8 @@ pub(crate) fn cpu_percent(pids: &[u32], time: Duration) -> Result<Vec<f64>, Benc
     Ok(percent.collect())
 }
 
-fn cpu_ticks(pid: u32) -> Result<u64, BenchError> {
+/// Time that a process has used, in 100ths of a second.
+pub(crate) fn cpu_ticks(pid: u32) -> Result<u64, BenchError> {
     let path = format!("/proc/{pid}/stat");
     let what = format!("read {path}");
     let stat = std::fs::read_to_string(Path::new(&path)).map_err(BenchError::io(what))?;

@@ -30,8 +30,14 @@ mod datapath_udp;
 mod datapath_vhost;
 mod failover;
 mod figures;
+mod modes;
+mod modes_load;
+mod modes_plot;
 mod pages;
 mod place;
+mod qemu_guest;
+mod qemu_machine;
+mod qemu_migration;
 mod service;
 mod stabilise;
 mod stabilise_guest;
@@ -65,10 +71,14 @@ struct Arguments {
 enum Benchmark {
     /// What replication costs a service: redis-benchmark and wrk, `colo run` against a pair
     Service(service::ServiceArgs),
+    /// COLO against Remus mode with several intervals, against a guest that is not replicated; draws a picture
+    Modes(modes::ModesArgs),
     /// How long a service is away when its primary is killed, and what it loses
     Failover(failover::FailoverArgs),
     /// What a checkpoint costs, beside a memcpy of as many pages and a bare stream over the link
     Checkpoint(checkpoint::CheckpointArgs),
+    /// QEMU's migration of a guest with a known dirty set, beside a checkpoint of as many pages
+    QemuMigration(qemu_migration::QemuMigrationArgs),
     /// What it costs to find out how a page of a checkpoint travels, beside a memcpy of it
     Pages(pages::PagesArgs),
     /// What it takes to keep dirty pages while the guest runs on: copies, write protection, beside a memcpy
@@ -101,8 +111,10 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
     println!("{}", place.machine_text());
     let outcome = match &arguments.benchmark {
         Benchmark::Service(args) => service::run(args, &place)?,
+        Benchmark::Modes(args) => modes::run(args, &place)?,
         Benchmark::Failover(args) => failover::run(args, &place)?,
         Benchmark::Checkpoint(args) => checkpoint::run(args, &place)?,
+        Benchmark::QemuMigration(args) => qemu_migration::run(args, &place)?,
         Benchmark::Pages(args) => pages::run(args)?,
         Benchmark::Stabilise(args) => stabilise::run(args)?,
         Benchmark::Compare(args) => compare::run(args, &place)?,

@@ -1,0 +1,147 @@
+//! Benchmarks that measure whole systems still run and give what their manual says: smallest parameters, no judgement
+//! of figures.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use std::path::Path;
+use std::process::Command;
+
+use colo_tests::bench::Bench;
+use serde_json::Value;
+
+/// Runs `colo-bench` with these arguments, split at spaces. Gives its rows.
+fn rows(bench: &Bench, arguments: &str, more: &[&Path]) -> Vec<Value> {
+    let file = bench.dir().join("rows.json");
+    let output = Command::new(bench.colo().with_file_name("colo-bench"))
+        .args(["--colo".as_ref(), bench.colo().as_os_str()])
+        .args(arguments.split(' '))
+        .args(more)
+        .arg("--json")
+        .arg(&file)
+        .output()
+        .expect("build it with `cargo build --release -p colo-bench`");
+    assert!(output.status.success(), "{output:?}");
+    let rows: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    rows.as_array().unwrap().clone()
+}
+
+fn positive(row: &Value, keys: &[&str]) {
+    for key in keys {
+        assert!(row[key].as_f64() > Some(0.0), "{key} in {row:#}");
+    }
+}
+
+/// The names of the elements of an XML document, whose tags must be balanced and attributes quoted.
+fn elements(xml: &str) -> Vec<&str> {
+    let (mut open, mut all) = (Vec::new(), Vec::new());
+    for part in xml.split('<').skip(1) {
+        let (tag, text) = part
+            .split_once('>')
+            .unwrap_or_else(|| panic!("no end: {part}"));
+        assert_eq!(tag.matches('"').count() % 2, 0, "{tag}");
+        assert!(!text.contains('>'), "{text}");
+        let name = tag
+            .trim_start_matches('/')
+            .split([' ', '/', '\n'])
+            .next()
+            .unwrap();
+        if tag.starts_with('/') {
+            assert_eq!(open.pop(), Some(name), "{tag}");
+            continue;
+        }
+        all.push(name);
+        if !tag.ends_with('/') && !tag.starts_with(['?', '!']) {
+            open.push(name);
+        }
+    }
+    assert!(open.is_empty(), "{open:?}");
+    all
+}
+
+#[test]
+fn modes_gives_a_row_for_each_mode_and_load_and_a_picture_of_them() {
+    let Some(bench) = Bench::new(&["wrk", "redis-benchmark"]) else {
+        return;
+    };
+    let svg = bench.dir().join("modes.svg");
+    let arguments = "modes --rounds 1 --seconds 1 --intervals 20 --connections 8 --loads diverging10,get1 --svg";
+    let rows = rows(&bench, arguments, &[&svg]);
+    let names = |key| -> Vec<&str> { rows.iter().map(|r| r[key].as_str().unwrap()).collect() };
+    assert_eq!(names("mode"), ["run", "colo", "remus-20"].repeat(2));
+    assert_eq!(names("load")[2..4], ["GET -P 1", "page, 10 div/s"]);
+    for row in &rows {
+        let always = [
+            "per_second",
+            "ratio",
+            "p50_us",
+            "p99_us",
+            "primary_cpu_s",
+            "seconds",
+        ];
+        positive(row, &always);
+        positive(
+            row,
+            &["per_second_min", "per_second_max", "cpu_us_per_request"],
+        );
+        assert_eq!(row["rounds"].as_array().unwrap().len(), 1, "{row:#}");
+        let pair = [
+            "link_bytes_per_s",
+            "link_bytes_per_request",
+            "secondary_cpu_s",
+        ];
+        match row["mode"] == "run" {
+            true => assert!(pair.iter().all(|key| row[key].is_null()), "{row:#}"),
+            false => positive(row, &pair),
+        }
+    }
+    positive(&rows[4], &["checkpoints_per_s", "divergences_per_s"]);
+    positive(&rows[5], &["checkpoints_per_s"]);
+
+    let picture = std::fs::read_to_string(svg).unwrap();
+    let bars = elements(&picture)
+        .iter()
+        .filter(|name| **name == "rect")
+        .count();
+    // The ground, three colours explained, and in three panels a bar for each row; the link is no matter for `run`.
+    assert_eq!(bars, 1 + 3 + 6 + 6 + 4, "{picture}");
+    for part in ["not replicated", "COLO", "Remus, 20 ms", "GET -P 1", "MB/s"] {
+        assert!(picture.contains(part), "{part} is not in\n{picture}");
+    }
+}
+
+#[test]
+fn qemu_migration_sends_the_known_set_while_the_guest_stands_still() {
+    let Some(bench) = Bench::new(&["qemu-system-x86_64", "iperf3"]) else {
+        return;
+    };
+    let arguments = "qemu-migration --pages 1000 --count 1 --same 50 --multifd 2";
+    let rows = rows(&bench, arguments, &[]);
+    let kinds: Vec<&str> = rows
+        .iter()
+        .map(|row| row["kind"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["qemu", "qemu-multifd", "colo"]);
+    for row in &rows {
+        assert_eq!(row["pages"], 1000, "{row:#}");
+        positive(row, &["pause_us_p50"]);
+    }
+    for row in &rows[..2] {
+        positive(
+            row,
+            &["pause_us_max", "precopy_bytes", "ram_mib", "total_ms_p50"],
+        );
+    }
+    positive(&rows[0], &["bytes_sent"]);
+    let sent = rows[0]["pages_sent"].as_f64().unwrap();
+    assert!((1000.0..1100.0).contains(&sent), "{:#}", rows[0]);
+    assert!(rows[1]["bytes_sent"].is_null(), "{:#}", rows[1]);
+    positive(
+        &rows[2],
+        &[
+            "pause_us_p99",
+            "stolen_us_p50",
+            "hold_us_p50",
+            "commit_us_p50",
+        ],
+    );
+}
