@@ -30,6 +30,8 @@ const KIND_PAGES: u8 = 4;
 enum Damage {
     /// A bit in the contents of a page of a checkpoint.
     Page,
+    /// A bit in the records before the pages.
+    Record,
     /// A bit in the head of a chunk of pages.
     Head,
     /// The packet channel turns into noise.
@@ -83,7 +85,9 @@ fn forward(mut near: TcpStream, damage: Damage, armed: &Arc<AtomicBool>) -> io::
     let (channel, armed) = (preamble[10], armed.clone());
     thread::spawn(move || {
         let _ = match (channel, damage) {
-            (PAGES, Damage::Page | Damage::Head) => chunks(&mut far, &mut near, damage, &armed),
+            (PAGES, Damage::Page | Damage::Record | Damage::Head) => {
+                chunks(&mut far, &mut near, damage, &armed)
+            }
             (PACKETS, Damage::Packets) => noise(&mut far, &mut near, &armed),
             _ => io::copy(&mut far, &mut near).map(drop),
         };
@@ -108,6 +112,7 @@ fn chunks(
         if head[6] == KIND_PAGES && armed.swap(false, Ordering::SeqCst) {
             match damage {
                 Damage::Head => head[25] ^= 0x20,
+                Damage::Record => payload[12] ^= 0x20,
                 _ => payload[len / 2] ^= 0x20,
             }
         }
@@ -168,8 +173,14 @@ fn finish(load: Load) {
 
 #[test]
 fn rule_14_a_damaged_checkpoint_is_taken_again_and_the_pair_goes_on() {
+    for damage in [Damage::Page, Damage::Record] {
+        damaged_checkpoint(damage);
+    }
+}
+
+fn damaged_checkpoint(damage: Damage) {
     let Some(bench) = Bench::new(&[]) else { return };
-    let (mut pair, proxy) = pair_through(&bench, Damage::Page);
+    let (mut pair, proxy) = pair_through(&bench, damage);
     let load = load(&pair);
     proxy.arm();
     let aborted = |status: &serde_json::Value| status["checkpoints_aborted"] == 1;

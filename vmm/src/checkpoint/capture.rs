@@ -61,6 +61,8 @@ pub enum CaptureCommand {
         key: [u8; 16],
         /// Names this secondary in [`CaptureEvent::LinkDown`].
         session: u64,
+        /// It takes pages apart from their records.
+        lends: bool,
     },
     /// Take a checkpoint.
     Capture {
@@ -251,8 +253,10 @@ impl CaptureThread {
                     generation,
                     key,
                     session,
+                    lends,
                 } => {
                     self.session_number = session;
+                    self.settings.outbound.lends = lends;
                     self.sync(stream, generation, key);
                 }
                 CaptureCommand::Capture {

@@ -10,7 +10,9 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
-use colo_control::{Action, Geometry, Msg, Outcome, Primary, PrimaryEvent, PrimaryState, Record};
+use colo_control::{
+    Action, Geometry, Msg, Outcome, Primary, PrimaryEvent, PrimaryState, Record, VERSION_BULK,
+};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{PairEvent, PrimaryReport, PrimaryRole};
@@ -402,12 +404,14 @@ impl PrimaryShell {
         let attached = PrimaryRole::on_each(workers, links, PrimaryRole::attach);
         told(attached);
         let generation = self.core.record().generation;
+        let lends = self.core.peer_version() >= VERSION_BULK;
         match page_key() {
             Ok(key) => self.order(CaptureCommand::Sync {
                 stream,
                 generation,
                 key,
                 session,
+                lends,
             }),
             Err(e) => self.link_down(&e.to_string()),
         }

@@ -71,6 +71,8 @@ pub struct CheckpointReport {
     pub pending_frames: u64,
     pub sent_bytes: u64,
     pub digest_bytes: u64,
+    /// Pages that another core digested ahead of the sender.
+    pub digested_pages: u64,
     pub pages: PageCounters,
 }
 
@@ -162,6 +164,7 @@ impl CheckpointTimes {
         current.sent_bytes = sent.sent_bytes;
         current.digest_bytes = sent.digest_bytes;
         current.pages = sent.pages;
+        current.digested_pages = sent.digested_pages;
     }
 
     /// A checkpoint was committed so long after it was begun.

@@ -618,7 +618,7 @@ fn rule_22_versions_that_do_not_overlap_are_refused_by_name() {
         session: 9,
         geometry: geometry(),
     }));
-    assert!(matches!(&actions[0], Action::Send(Msg::Refuse { reason }) if reason.contains("3..6")));
+    assert!(matches!(&actions[0], Action::Send(Msg::Refuse { reason }) if reason.contains("4..7")));
     assert_eq!(b.core.state(), PrimaryState::Alone);
 }
 
