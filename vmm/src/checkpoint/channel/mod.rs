@@ -119,7 +119,7 @@ impl PageChannel {
         };
         Ok(Self {
             outgoing: Outgoing::new(streams, buffers, zero_copy, settings.generation),
-            incoming: Incoming::new(receive_buffers, settings.chunk_bytes),
+            incoming: Incoming::new(receive_buffers, settings.chunk_bytes, settings.timeout),
             assembly: Assembly::new(streams, settings.generation),
             operations,
             sockets,

@@ -7,7 +7,7 @@
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::counters::Counters;
 use super::error::{ChannelError, Step};
@@ -17,6 +17,8 @@ use super::operations::Operations;
 
 /// A socket that has so much wakes us whatever is missing.
 const LOW_WATER_MAX: usize = 256 << 10;
+/// A link that brings so much does not stand still: what it brings within the timeout wakes us.
+const SLOWEST_BYTES_PER_MS: usize = 50;
 
 /// One stream's bytes.
 #[derive(Debug)]
@@ -39,12 +41,13 @@ struct Window {
 pub(super) struct Incoming {
     windows: Vec<Window>,
     chunk_bytes: usize,
+    low_water_max: usize,
     next: usize,
 }
 
 impl Incoming {
-    /// A buffer for each stream; payloads have at most `chunk_bytes`.
-    pub(super) fn new(buffers: Vec<Buffer>, chunk_bytes: usize) -> Self {
+    /// A buffer for each stream; payloads have at most `chunk_bytes`. A peer may stand still for `timeout`.
+    pub(super) fn new(buffers: Vec<Buffer>, chunk_bytes: usize, timeout: Duration) -> Self {
         let since = Instant::now();
         let window = |buffer| Window {
             buffer: Some(buffer),
@@ -56,9 +59,11 @@ impl Incoming {
             closed: false,
         };
         let windows = buffers.into_iter().map(window).collect();
+        let trickle = (timeout.as_millis() as usize).saturating_mul(SLOWEST_BYTES_PER_MS);
         Self {
             windows,
             chunk_bytes,
+            low_water_max: LOW_WATER_MAX.min(trickle),
             next: 0,
         }
     }
@@ -148,7 +153,7 @@ impl Incoming {
             window.since = now;
             // Nothing of a header is there: anything may come.
             let awaited = if has < HEADER_BYTES { 1 } else { need - has };
-            window.wake_for(socket, awaited);
+            window.wake_for(socket, awaited.min(self.low_water_max));
             let started = operations.receive(stream, buffer, window.end);
             started.map_err(|source| self.failed(stream, source))?;
         }
@@ -231,7 +236,7 @@ impl Window {
     /// Lets the socket wake us when all of `bytes` is there, or a good part: each wake-up costs the sender's host, too, where
     /// both share one (a quarter of its time on a virtual machine).
     fn wake_for(&mut self, socket: &TcpStream, bytes: usize) {
-        let wanted = bytes.min(LOW_WATER_MAX);
+        let wanted = bytes.max(1);
         // Less is never wrong, only slower.
         if self.low_water <= wanted && wanted < 2 * self.low_water {
             return;
