@@ -31,6 +31,8 @@ const KIND_AHEAD: u8 = 8;
 enum Damage {
     /// A bit in the contents of a page of a checkpoint.
     Page,
+    /// A bit in the records before the pages.
+    Record,
     /// A bit in the head of a chunk of pages.
     Head,
     /// A bit in a page that travels ahead of its checkpoint.
@@ -86,7 +88,7 @@ fn forward(mut near: TcpStream, damage: Damage, armed: &Arc<AtomicBool>) -> io::
     let (channel, armed) = (preamble[10], armed.clone());
     thread::spawn(move || {
         let _ = match (channel, damage) {
-            (PAGES, Damage::Page | Damage::Head | Damage::Ahead) => {
+            (PAGES, Damage::Page | Damage::Record | Damage::Head | Damage::Ahead) => {
                 chunks(&mut far, &mut near, damage, &armed)
             }
             (PACKETS, Damage::Packets) => noise(&mut far, &mut near, &armed),
@@ -117,6 +119,7 @@ fn chunks(
         if head[6] == kind && armed.swap(false, Ordering::SeqCst) {
             match damage {
                 Damage::Head => head[25] ^= 0x20,
+                Damage::Record => payload[12] ^= 0x20,
                 _ => payload[len / 2] ^= 0x20,
             }
         }
@@ -177,8 +180,14 @@ fn finish(load: Load) {
 
 #[test]
 fn rule_14_a_damaged_checkpoint_is_taken_again_and_the_pair_goes_on() {
+    for damage in [Damage::Page, Damage::Record] {
+        damaged_checkpoint(damage);
+    }
+}
+
+fn damaged_checkpoint(damage: Damage) {
     let Some(bench) = Bench::new(&[]) else { return };
-    let (mut pair, proxy) = pair_through(&bench, &bench.settings(), Damage::Page);
+    let (mut pair, proxy) = pair_through(&bench, &bench.settings(), damage);
     let load = load(&pair);
     proxy.arm();
     let aborted = |status: &serde_json::Value| status["checkpoints_aborted"] == 1;

@@ -20,7 +20,10 @@ mod storm;
 mod timing;
 
 pub use arbiter::{Cas, Expect, Record, Reply, Standing};
-pub use msg::{Geometry, Msg, MsgError, NOTHING, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
+pub use msg::{
+    Geometry, Msg, MsgError, NOTHING, VERSION_ABORT_ANSWERED, VERSION_BULK, VERSION_MAX,
+    VERSION_MIN,
+};
 pub use notice::{Counters, Notice};
 pub use primary::{Primary, PrimaryEvent, PrimaryState};
 pub use secondary::{Secondary, SecondaryEvent, SecondaryState};

@@ -11,10 +11,12 @@ use core::fmt;
 /// Oldest protocol version that this build speaks.
 pub const VERSION_MIN: u16 = 1;
 /// Newest protocol version that this build speaks. Since 2 an abort by the primary is answered by the secondary, and
-/// the SVM can be told to stand still after a commit.
-pub const VERSION_MAX: u16 = 2;
+/// the SVM can be told to stand still after a commit. Since 3 the secondary takes pages apart from their records.
+pub const VERSION_MAX: u16 = 3;
 /// First version in which [`Msg::Aborted`] of the primary has an answer.
 pub const VERSION_ABORT_ANSWERED: u16 = 2;
+/// First version in which whole pages lie behind the records of a page chunk, outside its checksum.
+pub const VERSION_BULK: u16 = 3;
 /// Longest message in bytes: the dirty bitmap of 2 TiB of guest RAM.
 pub const LEN_MAX: usize = 64 << 20;
 

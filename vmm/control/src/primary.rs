@@ -258,6 +258,11 @@ impl Primary {
         }
     }
 
+    /// The protocol version of the secondary there is, as negotiated (rule 22).
+    pub fn peer_version(&self) -> u16 {
+        self.peer.as_ref().map_or(VERSION_MIN, |peer| peer.version)
+    }
+
     /// The next instant at which [`Self::handle_timeout`] has something to do.
     pub fn next_deadline(&self) -> Option<u64> {
         [

@@ -65,6 +65,8 @@ pub enum CaptureCommand {
         session: u64,
         /// Memory for pages that come ahead of a checkpoint, ours and the secondary's; 0: none come.
         ahead_mib: usize,
+        /// It takes pages apart from their records.
+        lends: bool,
     },
     /// Send what became dirty in the round before.
     SyncRound,
@@ -274,8 +276,10 @@ impl CaptureThread {
                     key,
                     session,
                     ahead_mib,
+                    lends,
                 } => {
                     self.session_number = session;
+                    self.settings.outbound.lends = lends;
                     self.begin_sync(stream, generation, key, commands);
                     self.prepare_ahead(ahead_mib);
                 }

@@ -4,6 +4,9 @@
 //! is dropped or sent as a delta only on what is known of the SVM's page (`codec`); what a checkpoint teaches about pages
 //! counts from its commit on (rule 14).
 //!
+//! Where the peer knows it (`OutboundSettings::lends`) and the capture is a copy, pages that travel whole leave from where
+//! they were captured: nothing copies or sums them a second time, their digests are their check (rule 13).
+//!
 //! Does not decide when there is a checkpoint, and does not touch the guest: pages come from a capture that is kept.
 
 mod ahead;
@@ -24,8 +27,9 @@ use super::codec::{
     Choice, Chooser, Encoder, Known, Link, Page, PageCache, PageCounters, PageDigest, PageKey,
     Payload, SvmDigests, SvmPage,
 };
+use super::digester::Digester;
 use super::pages::{PAGE_BYTES, PageBitmap};
-use super::stabilise::{StabiliseError, Stable};
+use super::stabilise::{Kept, StabiliseError, Stable};
 use super::states::{PART_HEAD_BYTES, State};
 use super::stop::StopNumber;
 
@@ -47,6 +51,8 @@ pub struct OutboundSettings {
     pub cache_mib: usize,
     /// One in so many equal pages is sent to prove it; 0: none.
     pub verify_one_in: u32,
+    /// The peer takes pages apart from their records.
+    pub lends: bool,
 }
 
 /// What a checkpoint was on the link.
@@ -64,6 +70,8 @@ pub struct Sent {
     pub channel_bytes: u64,
     /// What became of its pages.
     pub pages: PageCounters,
+    /// Of these, digested on another core before the sender came to them.
+    pub digested_pages: u64,
     /// And of those that had been sent ahead.
     pub names: Names,
     /// What else was counted of pages ahead since the log was read last.
@@ -126,9 +134,13 @@ pub struct SvmStop {
 pub struct Outbound {
     channel: PageChannel,
     chunk_bytes: usize,
+    lends: bool,
+    /// Of the chunk being filled: where its whole pages lie.
+    lent: Vec<u32>,
     key: [u8; KEY_BYTES],
     chooser: Chooser,
     cache: PageCache,
+    digester: Digester,
     list: DigestList,
     link: Link,
     /// What the link was seen to carry, if it was.
@@ -166,9 +178,12 @@ impl Outbound {
         Ok(Self {
             channel: PageChannel::new(vec![stream], channel)?,
             chunk_bytes: channel.chunk_bytes,
+            lends: settings.lends,
+            lent: Vec::with_capacity(channel.chunk_bytes / PAGE_BYTES),
             key,
             chooser: Chooser::new(PageKey::new(key), settings.verify_one_in),
             cache: PageCache::new(settings.cache_mib, pages),
+            digester: Digester::new(key),
             list: DigestList {
                 pages: SvmDigests::new(pages),
                 awaited: None,
@@ -246,7 +261,11 @@ impl Outbound {
         mut is_off: impl FnMut() -> bool,
     ) -> Result<Sent, SendError> {
         let begun = Instant::now();
-        let before = (self.channel.counters().sent_bytes, self.chooser.counters());
+        let before = (
+            self.channel.counters().sent_bytes,
+            self.chooser.counters(),
+            self.digester.found(),
+        );
         self.list.pages.begin(&stop.dirty.words)?;
         self.list.begin(stop.number);
         self.link.is_bottleneck = false;
@@ -258,6 +277,7 @@ impl Outbound {
             .and_then(|()| self.send_pages(stable, &mut is_off))
             .and_then(|waited| Ok(waited + self.send_names(&mut is_off)?))
             .and_then(|waited| Ok(waited + self.await_end_of_list(&mut is_off)?));
+        self.digester.end();
         let digest_wait = match outcome {
             Ok(wait) => wait,
             Err(e) => {
@@ -267,12 +287,15 @@ impl Outbound {
                     // Half a list would count as a peer that stands still later.
                     self.await_end_of_list(&mut || false)?;
                     self.channel.flush()?;
+                    self.channel.settle()?;
                 }
                 return Err(e);
             }
         };
         self.channel.finish()?;
         let transfer = begun.elapsed();
+        // Rule 15: the capture may go when this returns.
+        self.channel.settle()?;
         let channel_bytes = self.channel.counters().sent_bytes;
         let sent_bytes = channel_bytes - before.0;
         self.measure_link(sent_bytes, transfer);
@@ -283,6 +306,7 @@ impl Outbound {
             digest_bytes: self.list.bytes,
             channel_bytes,
             pages: self.chooser.counters().since(&before.1),
+            digested_pages: self.digester.found() - before.2,
             names: self.names,
             ahead: self
                 .ahead
@@ -335,15 +359,28 @@ impl Outbound {
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         let mut waited = Duration::ZERO;
-        let mut next = stable.next_page()?;
-        while let Some((first, _)) = next {
-            waited += self.await_digest(first, is_off)?;
+        let slots = stable.slots();
+        let lends = self.lends && slots.is_some();
+        // A set that does not fit pushes out what it puts in.
+        let fits_cache = stable.pages() <= self.cache.capacity() as u64;
+        let keeper = stable.keeper();
+        if let Some(slots) = slots {
+            self.digester.begin(&keeper, slots);
+        }
+        let mut next = stable.next_kept()?;
+        while let Some(first) = next {
+            waited += self.await_digest(first.number, is_off)?;
             self.await_buffer(is_off)?;
             let buffer = self.channel.next_buffer()?;
-            let Some(mut chunk) = Encoder::new(buffer, true) else {
+            let made = match lends {
+                true => Encoder::apart(buffer),
+                false => Encoder::new(buffer, true),
+            };
+            let Some(mut chunk) = made else {
                 return Ok(waited);
             };
-            while let Some((number, page)) = next {
+            self.lent.clear();
+            while let Some(Kept { number, page, slot }) = next {
                 let svm = self.list.pages.at(number);
                 if svm == SvmPage::Pending || chunk.room() < RECORD_MAX_BYTES {
                     break;
@@ -352,22 +389,38 @@ impl Outbound {
                 let began = self.began;
                 let now_ns = || began.elapsed().as_nanos() as u64;
                 let known = Known { svm, base };
-                let digest = match self.chooser.choose(page, &known, self.link, now_ns) {
+                let choice = match slot.and_then(|slot| self.digester.digest(slot)) {
+                    Some(digest) => {
+                        let page = (page, digest);
+                        self.chooser
+                            .choose_digested(page, &known, self.link, now_ns)
+                    }
+                    None => self.chooser.choose(page, &known, self.link, now_ns),
+                };
+                let digest = match choice {
                     Choice::Equal { digest } => digest,
                     Choice::Send { payload, digest } => {
                         chunk.push(number, &payload, digest)?;
+                        if lends && payload.kind().is_whole() {
+                            self.lent.extend(slot);
+                        }
                         digest
                     }
                 };
-                match self.chooser.wants_bases() {
+                match fits_cache && self.chooser.wants_bases() {
                     true => drop(self.cache.insert(number, page, digest)),
                     false => self.cache.supersede(number),
                 }
-                next = stable.next_page()?;
+                next = stable.next_kept()?;
             }
             let (items, length) = (chunk.count(), chunk.finish());
-            if items > 0 {
-                self.channel.submit(Kind::Pages, items, length)?;
+            match self.lent.is_empty() {
+                _ if items == 0 => {}
+                true => self.channel.submit(Kind::Pages, items, length)?,
+                false => {
+                    let slots = (&self.lent[..], PAGE_BYTES);
+                    self.channel.submit_lent(items, length, &keeper, slots)?;
+                }
             }
         }
         Ok(waited)

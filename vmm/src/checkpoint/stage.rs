@@ -385,7 +385,9 @@ impl StageThread {
                         }
                         (Kind::Pages, Some(key)) => {
                             let ram = self.machine.ram();
-                            let added = self.staging.add_pages(chunk.payload, ram, key);
+                            let added =
+                                self.staging
+                                    .add_pages((chunk.payload, chunk.bulk), ram, key);
                             added.map_err(Into::into)
                         }
                         (Kind::Named, Some(key)) => {

@@ -89,7 +89,11 @@ impl Blocks {
         block[at % BLOCK_PAGES * PAGE_BYTES..].first_chunk()
     }
 
+    /// Forgetting nothing changes nothing: a checkpoint is forgotten when it is over and once more before the next.
     fn clear(&mut self) {
+        if self.used_pages == 0 {
+            return;
+        }
         let wanted = self.used_pages.div_ceil(BLOCK_PAGES) + SPARE_BLOCKS;
         let kept = self.blocks.len().saturating_sub(GIVEN_BACK).max(wanted);
         self.blocks.truncate(kept);
@@ -140,14 +144,14 @@ impl Staging {
         Ok(self.states.add(part)?)
     }
 
-    /// Takes a chunk of pages. `ram` is that of the stopped SVM, `key` the session's.
+    /// Takes a chunk of pages, and those of them that came behind it. `ram` is that of the stopped SVM, `key` the session's.
     pub fn add_pages(
         &mut self,
-        chunk: &[u8],
+        (chunk, bulk): (&[u8], &[u8]),
         ram: &GuestRam,
         key: &PageKey,
     ) -> Result<(), StagingError> {
-        for record in Decoder::new(chunk, self.page_count)? {
+        for record in Decoder::with_bulk(chunk, bulk, self.page_count)? {
             self.add_page(&record?, ram, key)?;
         }
         Ok(())
@@ -286,7 +290,7 @@ mod tests {
                 .collect();
             pages[7].1 = Payload::Zero;
             let bytes = chunk(&pages, &|n| key.of(&filled(n)));
-            staging.add_pages(&bytes, &ram, &key).unwrap();
+            staging.add_pages((&bytes, &[]), &ram, &key).unwrap();
             let mut page = [0; PAGE_BYTES];
             ram.copy_page_out(7, &mut page).unwrap();
             assert_eq!(page, [9; PAGE_BYTES]);
@@ -297,13 +301,35 @@ mod tests {
         let bytes = chunk(&[(5, Payload::Raw(&filled(5))), (7, Payload::Zero)], &|n| {
             key.of(&filled(n))
         });
-        staging.add_pages(&bytes, &ram, &key).unwrap();
+        staging.add_pages((&bytes, &[]), &ram, &key).unwrap();
         staging.write_pages(&ram).unwrap();
         let mut page = [0; PAGE_BYTES];
         ram.copy_page_out(7, &mut page).unwrap();
         assert_eq!(page, [0; PAGE_BYTES]);
         ram.copy_page_out(5, &mut page).unwrap();
         assert_eq!(page, filled(5));
+    }
+
+    #[test]
+    fn memory_stays_for_the_next_checkpoint_and_goes_slowly() {
+        let mut blocks = Blocks {
+            blocks: Vec::new(),
+            used_pages: 0,
+            pages_max: usize::MAX,
+        };
+        for _ in 0..(SPARE_BLOCKS + 20) * BLOCK_PAGES {
+            blocks.next().unwrap();
+        }
+        blocks.clear();
+        blocks.clear();
+        assert_eq!(blocks.blocks.len(), SPARE_BLOCKS + 20);
+        for kept in [12, 4, 0, 0] {
+            blocks.next().unwrap();
+            blocks.clear();
+            blocks.clear();
+            let spare = SPARE_BLOCKS + 1;
+            assert_eq!(blocks.blocks.len(), (SPARE_BLOCKS + kept).max(spare));
+        }
     }
 
     #[test]
@@ -333,16 +359,31 @@ mod tests {
 
         let mut staging = Staging::new(PAGES, 64);
         let twice = chunk(&[(5, raw)], &right);
-        staging.add_pages(&twice, &ram, &key).unwrap();
-        let refused = staging.add_pages(&twice, &ram, &key).unwrap_err();
+        staging.add_pages((&twice, &[]), &ram, &key).unwrap();
+        let refused = staging.add_pages((&twice, &[]), &ram, &key).unwrap_err();
         assert!(matches!(refused, StagingError::Twice { number: 5 }));
 
         let wrong = chunk(&[(6, raw)], &right);
-        let refused = staging.add_pages(&wrong, &ram, &key).unwrap_err();
+        let refused = staging.add_pages((&wrong, &[]), &ram, &key).unwrap_err();
         assert!(matches!(refused, StagingError::Apply(_)), "{refused}");
 
+        let mut apart = vec![0; 8192];
+        let mut encoder = Encoder::apart(&mut apart).unwrap();
+        encoder.push(8, &raw, right(5)).unwrap();
+        let length = encoder.finish();
+        let mut damaged = page;
+        damaged[4000] ^= 1;
+        let refused = staging.add_pages((&apart[..length], &damaged), &ram, &key);
+        assert!(
+            matches!(refused, Err(StagingError::Apply(_))),
+            "rule 13: {refused:?}"
+        );
+        staging
+            .add_pages((&apart[..length], &page), &ram, &key)
+            .unwrap();
+
         let beyond = chunk(&[(PAGES as u64, raw)], &|_| right(5));
-        let refused = staging.add_pages(&beyond, &ram, &key).unwrap_err();
+        let refused = staging.add_pages((&beyond, &[]), &ram, &key).unwrap_err();
         assert!(matches!(refused, StagingError::Chunk(_)), "{refused}");
 
         let contents: Vec<_> = (0..400).map(filled).collect();
@@ -352,7 +393,7 @@ mod tests {
             .map(|(n, page)| (n as u64, Payload::Raw(page)))
             .collect();
         let mut small = Staging::new(PAGES, 1);
-        let refused = small.add_pages(&chunk(&many, &right), &ram, &key);
+        let refused = small.add_pages((&chunk(&many, &right), &[]), &ram, &key);
         let refused = refused.unwrap_err();
         assert!(refused.to_string().contains("checkpoint.stage_mib = 1"));
     }

@@ -271,6 +271,8 @@ impl Replica {
                 channel: checkpoint.channel(),
                 cache_mib: checkpoint.cache_mib,
                 verify_one_in: checkpoint.verify_one_in,
+                // Until a secondary says that it can.
+                lends: false,
             },
         }
     }

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 
 use colo_control::{
     Action, Geometry, Msg, Notice, Outcome, Primary, PrimaryEvent, PrimaryState, Record,
+    VERSION_BULK,
 };
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
@@ -473,6 +474,7 @@ impl PrimaryShell {
         let generation = self.core.record().generation;
         let theirs = usize::try_from(self.core.peer_ahead_mib()).unwrap_or(usize::MAX);
         let ahead_mib = self.replica.config.checkpoint.ahead_mib.min(theirs);
+        let lends = self.core.peer_version() >= VERSION_BULK;
         match page_key() {
             Ok(key) => self.order(CaptureCommand::Sync {
                 stream,
@@ -480,6 +482,7 @@ impl PrimaryShell {
                 key,
                 session,
                 ahead_mib,
+                lends,
             }),
             Err(e) => self.link_down(&e.to_string()),
         }

@@ -75,6 +75,8 @@ pub struct CheckpointReport {
     pub pending_frames: u64,
     pub sent_bytes: u64,
     pub digest_bytes: u64,
+    /// Pages that another core digested ahead of the sender.
+    pub digested_pages: u64,
     pub pages: PageCounters,
     /// Pages sent ahead since the commit before.
     pub ahead: AheadCounters,
@@ -178,6 +180,7 @@ impl CheckpointTimes {
         current.sent_bytes = sent.sent_bytes;
         current.digest_bytes = sent.digest_bytes;
         current.pages = sent.pages;
+        current.digested_pages = sent.digested_pages;
         current.ahead.used_pages = sent.names.used_pages;
         current.ahead.equal_pages = sent.names.equal_pages;
         self.ahead(&sent.ahead);

@@ -12,6 +12,8 @@ use std::path::Path;
 
 use colo_bpf::Mac;
 
+/// `ETHTOOL_GDRVINFO` of `linux/ethtool.h`
+const ETHTOOL_GDRVINFO: u32 = 0x3;
 /// `ETHTOOL_GCHANNELS` of `linux/ethtool.h`
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
 /// `ETHTOOL_GFLAGS` and one of the flags
@@ -85,6 +87,20 @@ impl Interface {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(self.rx_queues_in_sysfs()),
             Err(e) => Err(self.refused("queues", e)),
         }
+    }
+
+    /// The name of its driver; none where that does not tell.
+    pub fn driver(&self) -> Option<String> {
+        let mut info = DriverInfo {
+            command: ETHTOOL_GDRVINFO,
+            driver: [0; 32],
+            rest: [0; 160],
+        };
+        let mut request = self.request();
+        request.ifr_ifru.ifru_data = (&raw mut info).cast();
+        interface_ioctl(libc::SIOCETHTOOL as libc::c_ulong, &mut request).ok()?;
+        let name = info.driver.split(|&byte| byte == 0).next()?;
+        String::from_utf8(name.to_vec()).ok()
     }
 
     /// Whether VLAN tags are taken out of received frames, and an XDP program does not see them.
@@ -226,6 +242,15 @@ struct Channels {
     tx: u32,
     other: u32,
     combined: u32,
+}
+
+/// `struct ethtool_drvinfo`
+#[repr(C)]
+struct DriverInfo {
+    command: u32,
+    driver: [u8; 32],
+    /// What follows is of no interest here.
+    rest: [u8; 160],
 }
 
 fn interface_ioctl(command: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {

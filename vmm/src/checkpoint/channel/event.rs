@@ -15,6 +15,8 @@ pub struct Chunk<'a> {
     pub items: u32,
     /// The bytes, intact, where they were received; for the last time at the next call of the channel.
     pub payload: &'a [u8],
+    /// Bytes behind them that no checksum covers: pages, to be checked by their digests.
+    pub bulk: &'a [u8],
 }
 
 /// What [`poll`](super::PageChannel::poll) gives.

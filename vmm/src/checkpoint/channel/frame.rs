@@ -2,7 +2,11 @@
 //!
 //! The header, little-endian: `0 "COLP" · 4 version:u16 · 6 kind:u16 · 8 length:u32 · 12 stream:u16 · 14 0:u16 ·
 //! 16 generation:u64 · 24 epoch:u64 · 32 attempt:u32 · 36 sequence:u32 · 40 items:u32 · 44 payload_crc:u32 ·
-//! 48 0:12 bytes · 60 header_crc:u32`. Zeros are for later versions, and not looked at.
+//! 48 bulk:u32 · 52 0:8 bytes · 60 header_crc:u32`. Zeros are for later versions, and not looked at.
+//!
+//! The last `bulk` bytes of a payload are not under its checksum: pages, each of which has a digest of its own, stronger
+//! than the checksum and verified before the commit (rule 13). Only to peers that know it
+//! (`VERSION_BULK` of the control channel); to the version before, these bytes are 0.
 //!
 //! Invariants: a length is bounded before it is used; damage in a payload leaves the header true, so the next chunk is
 //! found behind it; damage in a header ends the stream.
@@ -116,8 +120,10 @@ pub(super) struct Header {
     pub sequence: u32,
     /// How many pages, states or digests.
     pub items: u32,
-    /// CRC-32 of the payload.
+    /// CRC-32 of the payload without its bulk.
     pub payload_crc: u32,
+    /// Bytes at the end of the payload that are not under the checksum.
+    pub bulk: u32,
 }
 
 impl Header {
@@ -134,6 +140,7 @@ impl Header {
         bytes[36..40].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[40..44].copy_from_slice(&self.items.to_le_bytes());
         bytes[44..48].copy_from_slice(&self.payload_crc.to_le_bytes());
+        bytes[48..52].copy_from_slice(&self.bulk.to_le_bytes());
         let crc = crc32fast::hash(&bytes[..60]);
         bytes[60..].copy_from_slice(&crc.to_le_bytes());
         bytes
@@ -175,7 +182,18 @@ impl Header {
             sequence: u32_at(36),
             items: u32_at(40),
             payload_crc: u32_at(44),
+            bulk: u32_at(48),
         })
+    }
+
+    /// Only pages have digests besides, and no chunk has more bulk than bytes.
+    pub(super) fn may_have_bulk(&self) -> bool {
+        self.bulk == 0 || (self.kind == Kind::Pages as u16 && self.bulk <= self.length)
+    }
+
+    /// Bytes of the payload that are under its checksum.
+    pub(super) fn summed_bytes(&self) -> usize {
+        self.length.saturating_sub(self.bulk) as usize
     }
 
     /// Header and payload.
@@ -241,6 +259,7 @@ mod tests {
             sequence: 2,
             items: 1,
             payload_crc: 0xdead_beef,
+            bulk: 77,
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A checkpoint is begun, filled with chunks that spread over the streams, and ended; the receiver gets each chunk where
 //! the kernel has put it, and is told when the checkpoint is complete. `frame` is a chunk as bytes, `assembly` puts
-//! checkpoints together, `send` and `receive` queue and find chunks, `operations` lends buffers to the kernel, `ring` is
+//! checkpoints together, `bulk` names memory that chunks leave from without being copied into buffers, `send` and `receive` queue and find chunks, `operations` lends buffers to the kernel, `ring` is
 //! the restricted ring, `wake` its bell.
 //!
 //! Invariants: memory is taken at the start and never grows; nothing waits longer for the peer than the timeout; a
@@ -15,6 +15,7 @@
 //! [`PageChannel::try_next_buffer`].
 
 mod assembly;
+mod bulk;
 mod counters;
 mod error;
 mod event;
@@ -31,6 +32,7 @@ mod wake;
 
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use assembly::{Assembly, Verdict};
@@ -40,6 +42,7 @@ use operations::{Completion, Operations, What};
 use receive::Incoming;
 use send::Outgoing;
 
+pub use bulk::Keeper;
 pub use counters::Counters;
 pub use error::{ChannelError, Step};
 pub use event::{Chunk, Event};
@@ -116,7 +119,7 @@ impl PageChannel {
         };
         Ok(Self {
             outgoing: Outgoing::new(streams, buffers, zero_copy, settings.generation),
-            incoming: Incoming::new(receive_buffers, settings.chunk_bytes),
+            incoming: Incoming::new(receive_buffers, settings.chunk_bytes, settings.timeout),
             assembly: Assembly::new(streams, settings.generation),
             operations,
             sockets,
@@ -208,6 +211,26 @@ impl PageChannel {
         self.send_chunk(stream, kind, (epoch, items, length))
     }
 
+    /// As [`Self::submit`] with pages, and behind them those that lie in `slots` of `keeper`, of so many bytes each. No
+    /// checksum covers these: each needs a digest. They are read until [`Self::settle`] returns.
+    pub fn submit_lent(
+        &mut self,
+        items: u32,
+        length: usize,
+        keeper: &Arc<dyn Keeper>,
+        (slots, slot_bytes): (&[u32], usize),
+    ) -> Result<(), ChannelError> {
+        if length + slots.len() * slot_bytes > self.settings.chunk_bytes {
+            return Err(ChannelError::Usage("more than a chunk holds"));
+        }
+        let bulk = &mut self.outgoing.bulk;
+        slots.iter().for_each(|&slot| bulk.push(slot, slot_bytes));
+        bulk.keep(keeper.clone());
+        let submitted = self.submit(Kind::Pages, items, length);
+        self.outgoing.bulk.clear();
+        submitted
+    }
+
     /// Sends the first `length` bytes of the buffer that was got last, as pages outside a checkpoint: live ones of the
     /// initial synchronisation ([`Kind::Sync`]) or ones ahead of the checkpoint of `epoch` ([`Kind::Ahead`]). Nothing
     /// says in which order those of several streams arrive.
@@ -270,6 +293,26 @@ impl PageChannel {
         Ok(())
     }
 
+    /// Waits until the kernel reads no lent memory any more: what was sent with SEND_ZC may change then (rule 15).
+    pub fn settle(&mut self) -> Result<(), ChannelError> {
+        let begun = Instant::now();
+        while !self.operations.has_no_bulk() {
+            let waited = begun.elapsed();
+            let Some(left) = self.settings.timeout.checked_sub(waited) else {
+                return Err(ChannelError::TimedOut {
+                    stream: 0,
+                    step: Step::SendChunk,
+                    after_ms: waited.as_millis() as u64,
+                });
+            };
+            if self.waker.is_shut_down() {
+                return Err(ChannelError::ShutDown);
+            }
+            self.turn(left)?;
+        }
+        Ok(())
+    }
+
     /// Everything is handed to the kernel.
     pub fn is_flushed(&self) -> bool {
         self.outgoing.is_drained()
@@ -304,13 +347,20 @@ impl PageChannel {
         };
         Ok(match found {
             Found::Event(event) => event,
-            Found::Chunk(stream, header, kind) => Event::Chunk(Chunk {
-                kind,
-                epoch: header.epoch,
-                generation: header.generation,
-                items: header.items,
-                payload: self.incoming.payload(stream, &header),
-            }),
+            Found::Chunk(stream, header, kind) => {
+                let bytes = self.incoming.payload(stream, &header);
+                let (payload, bulk) = bytes
+                    .split_at_checked(header.summed_bytes())
+                    .unwrap_or((bytes, &[]));
+                Event::Chunk(Chunk {
+                    kind,
+                    epoch: header.epoch,
+                    generation: header.generation,
+                    items: header.items,
+                    payload,
+                    bulk,
+                })
+            }
         })
     }
 
@@ -337,7 +387,8 @@ impl PageChannel {
                 return Ok(Some(Found::Event(Event::Damaged { epoch, reason })));
             }
             let payload = self.incoming.payload(stream, &header);
-            let intact = crc32fast::hash(payload) == header.payload_crc;
+            let summed = payload.get(..header.summed_bytes()).unwrap_or_default();
+            let intact = header.may_have_bulk() && crc32fast::hash(summed) == header.payload_crc;
             let now = Instant::now();
             self.counters.received_chunks += 1;
             let verdict =
@@ -393,8 +444,12 @@ impl PageChannel {
     /// Starts what can be started, lets the kernel work, waits at most so long for something, takes what is done.
     fn turn(&mut self, timeout: Duration) -> Result<(), ChannelError> {
         let counters = &mut self.counters;
-        self.incoming
-            .start(&mut self.operations, counters, Instant::now())?;
+        self.incoming.start(
+            &mut self.operations,
+            &self.sockets,
+            counters,
+            Instant::now(),
+        )?;
         self.outgoing.start(&mut self.operations, counters)?;
         let failed = |source| ChannelError::Ring {
             what: "enter io_uring",

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use io_uring::types::Fixed;
 use io_uring::{cqueue, opcode, squeue};
 
+use super::bulk::{self, Bulk};
 use super::error::ChannelError;
 use super::memory::Buffer;
 use super::ring::Ring;
@@ -60,6 +61,13 @@ pub(super) enum Completion {
 #[derive(Debug, Default)]
 struct Held {
     buffer: Option<Buffer>,
+    /// What is sent behind the buffer's first bytes.
+    bulk: Bulk,
+    /// Of the buffer to be sent, if there is a bulk.
+    head_bytes: usize,
+    /// For the kernel to read at the next submission.
+    vectors: Vec<libc::iovec>,
+    message: Option<Box<libc::msghdr>>,
     /// Completions and notifications to come.
     pending: u32,
 }
@@ -131,16 +139,31 @@ impl Operations {
         index
     }
 
+    /// The same, with bytes that lie elsewhere behind the buffer's first `head_bytes`.
+    pub(super) fn hold_with(&mut self, buffer: Buffer, head_bytes: usize, bulk: &mut Bulk) -> u32 {
+        let index = self.hold(buffer);
+        let held = &mut self.held[index as usize];
+        held.head_bytes = head_bytes;
+        std::mem::swap(&mut held.bulk, bulk);
+        index
+    }
+
+    /// No memory outside the buffers is under way.
+    pub(super) fn has_no_bulk(&self) -> bool {
+        self.held.iter().all(|held| held.bulk.length() == 0)
+    }
+
     /// The buffer, unless the kernel may still read it.
     pub(super) fn take(&mut self, index: u32) -> Option<Buffer> {
         let held = &mut self.held[index as usize];
         if held.pending > 0 {
             return None;
         }
+        held.bulk.clear();
         held.buffer.take()
     }
 
-    /// Sends a part of a held buffer.
+    /// Sends a part of a held buffer, and of what is behind it.
     pub(super) fn send_range(
         &mut self,
         stream: usize,
@@ -148,9 +171,14 @@ impl Operations {
         range: std::ops::Range<usize>,
         zero_copy: bool,
     ) -> io::Result<()> {
-        let Some(buffer) = &self.held[index as usize].buffer else {
+        let held = &mut self.held[index as usize];
+        let Some(buffer) = &held.buffer else {
             return Err(io::Error::other("a send without its buffer"));
         };
+        if held.bulk.length() > 0 {
+            let entry = held.gather(stream, range.start, zero_copy)?;
+            return self.start(What::Send(stream), index, entry);
+        }
         let bytes = &buffer[range];
         let (at, length, file) = (bytes.as_ptr(), bytes.len() as u32, Fixed(stream as u32));
         let entry = match zero_copy {
@@ -187,8 +215,9 @@ impl Operations {
 
     fn start(&mut self, what: What, index: u32, entry: squeue::Entry) -> io::Result<()> {
         let entry = entry.user_data(pack(what, index));
-        // SAFETY: the memory is a part of the buffer in `held[index]`, which nobody reaches and which stays mapped until
-        // `completion` has counted the last completion and notification of it.
+        // SAFETY: the memory is a part of the buffer in `held[index]`, which nobody reaches, or of its bulk, which the
+        // keeper there keeps, or its message and vectors; all of it stays where it is until `completion` has counted the
+        // last completion and notification of it and `take` lets it go.
         unsafe { self.ring.push(&entry) }?;
         self.held[index as usize].pending += 1;
         self.under_way += 1;
@@ -237,6 +266,32 @@ impl Operations {
     /// The buffer of the eventfd, when its read is done.
     pub(super) fn take_wake(&mut self) -> Option<Buffer> {
         self.take(self.wake_index)
+    }
+}
+
+impl Held {
+    /// One send of what the buffer and the bulk have behind their first `sent` bytes.
+    fn gather(&mut self, stream: usize, sent: usize, zero_copy: bool) -> io::Result<squeue::Entry> {
+        let head = self
+            .buffer
+            .as_deref()
+            .and_then(|buffer| buffer.get(..self.head_bytes));
+        let head = head.ok_or_else(|| io::Error::other("a send without its buffer"))?;
+        let parts = std::iter::once(head).chain(self.bulk.parts());
+        bulk::vectors(parts, sent, &mut self.vectors);
+        // SAFETY: a msghdr of zeros is one without address, parts and control data.
+        let message = self
+            .message
+            .get_or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
+        message.msg_iov = self.vectors.as_mut_ptr();
+        message.msg_iovlen = self.vectors.len();
+        let (file, message) = (Fixed(stream as u32), &raw const **message);
+        Ok(match zero_copy {
+            true => opcode::SendMsgZc::new(file, message)
+                .ioprio(IORING_SEND_ZC_REPORT_USAGE)
+                .build(),
+            false => opcode::SendMsg::new(file, message).build(),
+        })
     }
 }
 

@@ -5,13 +5,20 @@
 //! full size never cause.
 
 use std::io;
-use std::time::Instant;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use super::counters::Counters;
 use super::error::{ChannelError, Step};
 use super::frame::{HEADER_BYTES, Header, HeaderError};
 use super::memory::Buffer;
 use super::operations::Operations;
+
+/// A socket that has so much wakes us whatever is missing.
+const LOW_WATER_MAX: usize = 256 << 10;
+/// A link that brings so much does not stand still: what it brings within the timeout wakes us.
+const SLOWEST_BYTES_PER_MS: usize = 50;
 
 /// One stream's bytes.
 #[derive(Debug)]
@@ -24,6 +31,8 @@ struct Window {
     given: usize,
     /// When the receive under way was asked for.
     since: Instant,
+    /// The socket wakes us for so many bytes.
+    low_water: usize,
     closed: bool,
 }
 
@@ -32,12 +41,13 @@ struct Window {
 pub(super) struct Incoming {
     windows: Vec<Window>,
     chunk_bytes: usize,
+    low_water_max: usize,
     next: usize,
 }
 
 impl Incoming {
-    /// A buffer for each stream; payloads have at most `chunk_bytes`.
-    pub(super) fn new(buffers: Vec<Buffer>, chunk_bytes: usize) -> Self {
+    /// A buffer for each stream; payloads have at most `chunk_bytes`. A peer may stand still for `timeout`.
+    pub(super) fn new(buffers: Vec<Buffer>, chunk_bytes: usize, timeout: Duration) -> Self {
         let since = Instant::now();
         let window = |buffer| Window {
             buffer: Some(buffer),
@@ -45,12 +55,15 @@ impl Incoming {
             end: 0,
             given: 0,
             since,
+            low_water: 1,
             closed: false,
         };
         let windows = buffers.into_iter().map(window).collect();
+        let trickle = (timeout.as_millis() as usize).saturating_mul(SLOWEST_BYTES_PER_MS);
         Self {
             windows,
             chunk_bytes,
+            low_water_max: LOW_WATER_MAX.min(trickle),
             next: 0,
         }
     }
@@ -113,10 +126,11 @@ impl Incoming {
     pub(super) fn start(
         &mut self,
         operations: &mut Operations,
+        sockets: &[TcpStream],
         counters: &mut Counters,
         now: Instant,
     ) -> Result<(), ChannelError> {
-        for stream in 0..self.windows.len() {
+        for (stream, socket) in sockets.iter().enumerate() {
             let need = match self.header(stream)? {
                 Some(header) => header.chunk_bytes(),
                 None => HEADER_BYTES + self.chunk_bytes,
@@ -137,6 +151,9 @@ impl Incoming {
                 counters.moved_bytes += has as u64;
             }
             window.since = now;
+            // Nothing of a header is there: anything may come.
+            let awaited = if has < HEADER_BYTES { 1 } else { need - has };
+            window.wake_for(socket, awaited.min(self.low_water_max));
             let started = operations.receive(stream, buffer, window.end);
             started.map_err(|source| self.failed(stream, source))?;
         }
@@ -196,7 +213,39 @@ impl Incoming {
     }
 }
 
+/// `SO_RCVLOWAT`; the end of a stream and what does not fit its receive buffer wake us all the same.
+fn set_low_water(socket: &TcpStream, bytes: usize) -> io::Result<()> {
+    let value = bytes as libc::c_int;
+    // SAFETY: the option is an int, which is read during the call only.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 impl Window {
+    /// Lets the socket wake us when all of `bytes` is there, or a good part: each wake-up costs the sender's host, too, where
+    /// both share one (a quarter of its time on a virtual machine).
+    fn wake_for(&mut self, socket: &TcpStream, bytes: usize) {
+        let wanted = bytes.max(1);
+        // Less is never wrong, only slower.
+        if self.low_water <= wanted && wanted < 2 * self.low_water {
+            return;
+        }
+        if set_low_water(socket, wanted).is_ok() {
+            self.low_water = wanted;
+        }
+    }
+
     fn bytes(&self) -> &[u8] {
         let buffer = self.buffer.as_deref().unwrap_or_default();
         buffer.get(self.start..self.end).unwrap_or_default()

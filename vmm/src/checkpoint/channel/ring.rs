@@ -16,12 +16,19 @@ use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use super::error::ChannelError;
 
 /// What a channel does.
-const OPCODES: [u8; 3] = [opcode::Send::CODE, opcode::Recv::CODE, opcode::Read::CODE];
+const OPCODES: [u8; 4] = [
+    opcode::Send::CODE,
+    opcode::SendMsg::CODE,
+    opcode::Recv::CODE,
+    opcode::Read::CODE,
+];
+/// And where the kernel has both.
+const ZERO_COPY: [u8; 2] = [opcode::SendZc::CODE, opcode::SendMsgZc::CODE];
 
 /// A ring that is ready.
 pub(super) struct Ring {
     io: IoUring,
-    /// The kernel knows IORING_OP_SEND_ZC.
+    /// The kernel knows IORING_OP_SEND_ZC and IORING_OP_SENDMSG_ZC.
     pub(super) zero_copy: bool,
     /// The buffers are registered.
     pub(super) registered: bool,
@@ -63,11 +70,11 @@ impl Ring {
         if OPCODES.iter().any(|&code| !probe.is_supported(code)) {
             return Err(ChannelError::Kernel("io_uring on sockets"));
         }
-        let zero_copy = probe.is_supported(opcode::SendZc::CODE);
+        let zero_copy = ZERO_COPY.iter().all(|&code| probe.is_supported(code));
         let registered = register(&io, buffers)?;
         let mut rules: Vec<_> = OPCODES.into_iter().map(Restriction::sqe_op).collect();
         if zero_copy {
-            rules.push(Restriction::sqe_op(opcode::SendZc::CODE));
+            rules.extend(ZERO_COPY.into_iter().map(Restriction::sqe_op));
         }
         let fixed = squeue::Flags::FIXED_FILE.bits();
         rules.push(Restriction::sqe_flags_required(fixed));

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::Instant;
 
+use super::bulk::Bulk;
 use super::counters::Counters;
 use super::error::{ChannelError, Step};
 use super::frame::{HEADER_BYTES, Header, Kind, Totals};
@@ -42,6 +43,8 @@ struct Lane {
 pub(super) struct Outgoing {
     free: Vec<Buffer>,
     claimed: Option<Buffer>,
+    /// What is to lie behind the claimed buffer's bytes.
+    pub(super) bulk: Bulk,
     lanes: Vec<Lane>,
     next: usize,
     attempt: u32,
@@ -71,6 +74,7 @@ impl Outgoing {
         Self {
             free: buffers,
             claimed: None,
+            bulk: Bulk::default(),
             lanes,
             next: 0,
             attempt: 0,
@@ -143,10 +147,11 @@ impl Outgoing {
         };
         let lane = &mut self.lanes[stream];
         let (head, payload) = buffer.split_at_mut(HEADER_BYTES);
+        let bulk = self.bulk.length();
         let loose = matches!(kind, Kind::Sync | Kind::Ahead);
         let header = Header {
             kind: kind as u16,
-            length: length as u32,
+            length: (length + bulk) as u32,
             stream: stream as u16,
             generation: self.generation,
             epoch,
@@ -154,6 +159,7 @@ impl Outgoing {
             sequence: if loose { 0 } else { lane.sequence },
             items,
             payload_crc: crc32fast::hash(&payload[..length]),
+            bulk: bulk as u32,
         };
         head.copy_from_slice(&header.to_bytes());
         if !loose {
@@ -165,8 +171,9 @@ impl Outgoing {
         if lane.queue.is_empty() {
             lane.since = Instant::now();
         }
-        let index = operations.hold(buffer);
-        let bytes = HEADER_BYTES + length;
+        let head_bytes = HEADER_BYTES + length;
+        let index = operations.hold_with(buffer, head_bytes, &mut self.bulk);
+        let bytes = head_bytes + bulk;
         lane.queue.push_back(Queued {
             index,
             bytes,

@@ -30,7 +30,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             chunk_bytes: CHUNK_BYTES,
-            send_buffers: 8,
+            send_buffers: 16,
             timeout: Duration::from_secs(5),
             zero_copy: true,
             generation: 0,

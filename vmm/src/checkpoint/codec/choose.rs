@@ -137,14 +137,25 @@ impl Chooser {
         page: &'a Page,
         known: &Known<'_>,
         link: Link,
-        mut now_ns: impl FnMut() -> u64,
+        now_ns: impl FnMut() -> u64,
     ) -> Choice<'a> {
-        self.counters.late_digests += u64::from(known.svm == SvmPage::Pending);
-        let is_zero = is_zero(page);
-        let digest = match is_zero {
+        let digest = match is_zero(page) {
             true => self.key.of_zeros(),
             false => self.key.of(page),
         };
+        self.choose_digested((page, digest), known, link, now_ns)
+    }
+
+    /// The same about a page of which somebody has computed the digest.
+    pub fn choose_digested<'a>(
+        &'a mut self,
+        (page, digest): (&'a Page, PageDigest),
+        known: &Known<'_>,
+        link: Link,
+        mut now_ns: impl FnMut() -> u64,
+    ) -> Choice<'a> {
+        self.counters.late_digests += u64::from(known.svm == SvmPage::Pending);
+        let is_zero = digest == self.key.of_zeros();
         let is_equal = known.svm_digest() == Some(digest);
         if is_equal && !self.has_to_prove() {
             self.counters.equal += 1;

@@ -1,13 +1,14 @@
 //! Page records: runs of pages on the wire, one run in each chunk of the page channel.
 //!
 //! ```text
-//! chunk   u8 version (1), u8 flags (1: digests), u16 zero, u32 number of records, records
+//! chunk   u8 version (1; 2: pages apart), u8 flags (1: digests), u16 zero, u32 number of records, records
 //! record  u8 kind, LEB128 page number less the least that it can be, u16 length (Delta and Lz4 only),
 //!         16 bytes digest of the resulting page (with the flag; not for Zero), data
 //! ```
 //!
 //! All little-endian. The least number of a chunk's first record is 0, of another one the number before it plus 1: a page twice
-//! or out of order can't be said. A chunk stands alone, so that chunks may travel on several streams.
+//! or out of order can't be said. In version 2, which always has digests, the data of Raw and Same records lies behind all
+//! records, page after page: such pages leave from where they were captured, and only the records are under the chunk's checksum. A chunk stands alone, so that chunks may travel on several streams.
 //!
 //! Invariants: a cut at any byte is an error, and so is a byte too many; no record names a page outside the
 //! guest's; an encoder never leaves half a record.
@@ -26,6 +27,8 @@ pub const CHUNK_HEAD_BYTES: usize = 8;
 pub const RECORD_MAX_BYTES: usize = 1 + NUMBER_MAX_BYTES + 2 + DIGEST_BYTES + PAGE_BYTES;
 
 const VERSION: u8 = 1;
+/// With whole pages behind the records.
+const VERSION_APART: u8 = 2;
 const FLAG_DIGESTS: u8 = 1;
 /// LEB128 of 64 bits.
 const NUMBER_MAX_BYTES: usize = 10;
@@ -57,6 +60,11 @@ impl Kind {
 
     fn has_digest(self) -> bool {
         self != Self::Zero
+    }
+
+    /// Its data is the page.
+    pub fn is_whole(self) -> bool {
+        matches!(self, Self::Raw | Self::Same)
     }
 }
 
@@ -131,6 +139,8 @@ pub struct Encoder<'a> {
     /// The least number that the next record can have.
     next: u64,
     has_digests: bool,
+    /// Bytes that go behind the records; none if pages are among them.
+    apart: Option<usize>,
 }
 
 impl<'a> Encoder<'a> {
@@ -143,6 +153,17 @@ impl<'a> Encoder<'a> {
             count: 0,
             next: 0,
             has_digests,
+            apart: None,
+        })
+    }
+
+    /// The same with digests, and whole pages are left out: the caller sends them behind the chunk, in order. They count as if
+    /// they were in the buffer.
+    pub fn apart(out: &'a mut [u8]) -> Option<Self> {
+        let encoder = Self::new(out, true)?;
+        Some(Self {
+            apart: Some(0),
+            ..encoder
         })
     }
 
@@ -176,12 +197,20 @@ impl<'a> Encoder<'a> {
         if self.has_digests && kind.has_digest() {
             add(&digest.to_bytes());
         }
-        let end = self.len + head_len + data.len();
+        let apart = self.apart.filter(|_| kind.is_whole());
+        if head_len + data.len() > self.room() {
+            return Err(EncodeError::Full { number });
+        }
+        let here = if apart.is_some() { &[] } else { data };
+        let end = self.len + head_len + here.len();
         let room = self.out.get_mut(self.len..end);
         let room = room.ok_or(EncodeError::Full { number })?;
         let (head_room, data_room) = room.split_at_mut(head_len);
         head_room.copy_from_slice(&head[..head_len]);
-        data_room.copy_from_slice(data);
+        data_room.copy_from_slice(here);
+        if let Some(bytes) = apart {
+            self.apart = Some(bytes + data.len());
+        }
         self.len = end;
         self.count += 1;
         self.next = next;
@@ -205,14 +234,19 @@ impl<'a> Encoder<'a> {
 
     /// How many bytes are left.
     pub fn room(&self) -> usize {
-        self.out.len() - self.len
+        self.out.len() - self.len - self.apart.unwrap_or(0)
     }
 
     /// Completes the chunk: so many bytes of the buffer are to be sent.
     pub fn finish(self) -> usize {
+        let version = if self.apart.is_some() {
+            VERSION_APART
+        } else {
+            VERSION
+        };
         let flags = if self.has_digests { FLAG_DIGESTS } else { 0 };
         let [a, b, c, d] = self.count.to_le_bytes();
-        self.out[..CHUNK_HEAD_BYTES].copy_from_slice(&[VERSION, flags, 0, 0, a, b, c, d]);
+        self.out[..CHUNK_HEAD_BYTES].copy_from_slice(&[version, flags, 0, 0, a, b, c, d]);
         self.len
     }
 }
@@ -360,6 +394,8 @@ impl Record<'_> {
 #[derive(Debug, Clone)]
 pub struct Decoder<'a> {
     rest: &'a [u8],
+    /// Whole pages, if they do not lie in the records.
+    apart: Option<&'a [u8]>,
     record: u32,
     count: u32,
     next: u64,
@@ -371,16 +407,28 @@ pub struct Decoder<'a> {
 impl<'a> Decoder<'a> {
     /// For a guest of `pages` pages.
     pub fn new(chunk: &'a [u8], pages: u64) -> Result<Self, ChunkError> {
+        Self::with_bulk(chunk, &[], pages)
+    }
+
+    /// The same; `bulk` is what came behind the chunk's checksummed bytes.
+    pub fn with_bulk(chunk: &'a [u8], bulk: &'a [u8], pages: u64) -> Result<Self, ChunkError> {
         let (head, rest) = chunk
             .split_first_chunk::<CHUNK_HEAD_BYTES>()
             .ok_or(ChunkError::Cut { record: 0 })?;
         let [version, low, mid, high, a, b, c, d] = *head;
         let flags = u32::from_le_bytes([low, mid, high, 0]);
-        if version != VERSION || flags & !u32::from(FLAG_DIGESTS) != 0 {
-            return Err(ChunkError::Version { version, flags });
-        }
+        let apart = match version {
+            VERSION if flags & !u32::from(FLAG_DIGESTS) == 0 => match bulk.len() {
+                0 => None,
+                bytes => return Err(ChunkError::Trailing { bytes }),
+            },
+            // Nothing but the digests says that these pages are intact.
+            VERSION_APART if flags == u32::from(FLAG_DIGESTS) => Some(bulk),
+            _ => return Err(ChunkError::Version { version, flags }),
+        };
         Ok(Self {
             rest,
+            apart,
             record: 0,
             count: u32::from_le_bytes([a, b, c, d]),
             next: 0,
@@ -456,7 +504,16 @@ impl<'a> Decoder<'a> {
             true => Some(PageDigest::from_bytes(self.take_array()?)),
             false => None,
         };
-        let data = self.take(bytes)?;
+        let data = match &mut self.apart {
+            Some(pages) if kind.is_whole() => {
+                let (page, rest) = pages
+                    .split_at_checked(bytes)
+                    .ok_or(ChunkError::Cut { record })?;
+                *pages = rest;
+                page
+            }
+            _ => self.take(bytes)?,
+        };
         self.record += 1;
         self.next = number + 1;
         Ok(Record {
@@ -477,11 +534,11 @@ impl<'a> Iterator for Decoder<'a> {
         }
         let item = if self.record < self.count {
             self.record()
-        } else if self.rest.is_empty() {
+        } else if self.rest.is_empty() && self.apart.is_none_or(<[u8]>::is_empty) {
             self.is_done = true;
             return None;
         } else {
-            let bytes = self.rest.len();
+            let bytes = self.rest.len() + self.apart.map_or(0, <[u8]>::len);
             Err(ChunkError::Trailing { bytes })
         };
         self.is_done = item.is_err();

@@ -72,6 +72,20 @@ fn chunk_of(all: &[Sent], has_digests: bool) -> Vec<u8> {
     out
 }
 
+/// The same with whole pages apart: records and pages.
+fn chunk_apart(all: &[Sent]) -> (Vec<u8>, Vec<u8>) {
+    let mut out = vec![0xaa; CHUNK_HEAD_BYTES + all.len() * RECORD_MAX_BYTES];
+    let mut encoder = Encoder::apart(&mut out).unwrap();
+    all.iter()
+        .for_each(|sent| push(&mut encoder, sent).unwrap());
+    let len = encoder.finish();
+    out.truncate(len);
+    let with = chunk_of(all, true);
+    let records = Decoder::new(&with, PAGES).unwrap().map(Result::unwrap);
+    let whole = records.filter(|record| record.kind.is_whole());
+    (out, whole.flat_map(|record| record.data.to_vec()).collect())
+}
+
 fn sent(number: u64, kind: Kind) -> Sent {
     let base = noise(number);
     let mut page = base;
@@ -115,18 +129,48 @@ proptest! {
     }
 
     #[test]
+    fn pages_apart_come_back_and_damage_to_them_is_noticed(
+        all in any_sent(),
+        at: prop::sample::Index,
+        bit in 0u8..8,
+    ) {
+        let (chunk, mut bulk) = chunk_apart(&all);
+        let decoder = Decoder::with_bulk(&chunk, &bulk, PAGES).unwrap();
+        prop_assert_eq!(decoder.check(), Ok(all.len() as u32));
+        for (record, sent) in decoder.zip(&all) {
+            let record = record.unwrap();
+            let mut out = noise(1);
+            record.apply(&sent.base, &mut out, Some(&key())).unwrap();
+            prop_assert_eq!((record.number, out), (sent.number, sent.page));
+        }
+        if bulk.is_empty() {
+            return Ok(());
+        }
+        let at = at.index(bulk.len());
+        bulk[at] ^= 1 << bit;
+        let damaged = Decoder::with_bulk(&chunk, &bulk, PAGES).unwrap().zip(&all);
+        let refused = damaged.filter(|(record, sent)| {
+            let mut out = noise(1);
+            record.unwrap().apply(&sent.base, &mut out, Some(&key())).is_err()
+        });
+        prop_assert_eq!(refused.count(), 1);
+    }
+
+    #[test]
     fn any_bytes_are_decoded_or_refused(
         mut bytes in proptest::collection::vec(any::<u8>(), 0..9000),
+        bulk: prop::sample::Index,
         count in 0u32..20,
         is_near: bool,
     ) {
         if let (true, Some(head)) = (is_near, bytes.first_chunk_mut::<CHUNK_HEAD_BYTES>()) {
             let [a, b, c, d] = count.to_le_bytes();
-            *head = [VERSION, head[1] & 1, 0, 0, a, b, c, d];
+            *head = [1 + head[2] % 2, head[1] & 1, 0, 0, a, b, c, d];
             bytes.iter_mut().skip(8).step_by(97).for_each(|byte| *byte %= 5);
         }
         let mut before = None;
-        for record in Decoder::new(&bytes, 1000).into_iter().flatten().flatten() {
+        let bulk = bytes.split_off(bytes.len() - bulk.index(bytes.len() + 1));
+        for record in Decoder::with_bulk(&bytes, &bulk, 1000).into_iter().flatten().flatten() {
             prop_assert!(record.number < 1000 && before < Some(record.number));
             before = Some(record.number);
             let mut out = [0; PAGE_BYTES];
@@ -165,6 +209,47 @@ fn invariant_3_a_cut_at_any_byte_is_an_error() {
         let decoder = Decoder::new(&longer, PAGES).unwrap();
         assert_eq!(decoder.check(), Err(ChunkError::Trailing { bytes: 1 }));
     }
+}
+
+#[test]
+fn invariant_3_pages_apart_are_all_there_or_refused() {
+    let (chunk, bulk) = chunk_apart(&one_of_each());
+    assert_eq!(bulk.len(), 2 * PAGE_BYTES);
+    let check = |chunk: &[u8], bulk: &[u8]| {
+        Decoder::with_bulk(chunk, bulk, PAGES).and_then(|decoder| decoder.check())
+    };
+    assert_eq!(check(&chunk, &bulk), Ok(5));
+    for len in 0..chunk.len() {
+        let cut = check(&chunk[..len], &bulk);
+        assert!(matches!(cut, Err(ChunkError::Cut { .. })), "{len}: {cut:?}");
+    }
+    for len in 0..bulk.len() {
+        let cut = check(&chunk, &bulk[..len]);
+        assert!(matches!(cut, Err(ChunkError::Cut { .. })), "{len}: {cut:?}");
+    }
+    let longer = [&bulk[..], &[0]].concat();
+    let trailing = Err(ChunkError::Trailing { bytes: 1 });
+    assert_eq!(check(&chunk, &longer), trailing);
+    assert_eq!(check(&chunk_of(&one_of_each(), true), &[0]), trailing);
+    // Without digests nothing would say that they are intact.
+    let mut unchecked = chunk.clone();
+    unchecked[1] = 0;
+    let refused = check(&unchecked, &bulk);
+    assert!(matches!(refused, Err(ChunkError::Version { .. })));
+}
+
+#[test]
+fn pages_apart_count_as_if_they_were_in_the_chunk() {
+    let mut out = vec![0; CHUNK_HEAD_BYTES + 2 * RECORD_MAX_BYTES];
+    let mut encoder = Encoder::apart(&mut out).unwrap();
+    for number in 0..2 {
+        push(&mut encoder, &sent(number, Kind::Raw)).unwrap();
+    }
+    assert!(encoder.room() < RECORD_MAX_BYTES && encoder.len() < 100);
+    let full = push(&mut encoder, &sent(2, Kind::Raw));
+    assert_eq!(full, Err(EncodeError::Full { number: 2 }));
+    push(&mut encoder, &sent(3, Kind::Zero)).unwrap();
+    assert_eq!(encoder.count(), 3);
 }
 
 #[test]

@@ -6,9 +6,11 @@
 //! Does not know which page a slot holds.
 
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::checkpoint::channel::Keeper;
 use crate::checkpoint::pages::PAGE_BYTES;
 
 /// Pages that are made ready with one call.
@@ -114,6 +116,13 @@ impl Arena {
         unsafe { &*self.at(slot).cast::<[u8; PAGE_BYTES]>() }
     }
 
+    /// Slots in a row that their owners have written and published; nothing of slots that there are not.
+    pub(super) fn pages(&self, slots: Range<u32>) -> &[u8] {
+        let count = slots.end.min(self.limit).saturating_sub(slots.start);
+        // SAFETY: the slots lie in the mapping; otherwise as in `page`.
+        unsafe { std::slice::from_raw_parts(self.at(slots.start), count as usize * PAGE_BYTES) }
+    }
+
     /// Takes all slots back. Only when no capture and no writer of one uses any.
     pub(super) fn reset(&self) {
         self.next.store(0, Ordering::Relaxed);
@@ -126,6 +135,14 @@ impl Arena {
 
     fn at(&self, slot: u32) -> *mut u8 {
         self.base.as_ptr().wrapping_add(slot as usize * PAGE_BYTES)
+    }
+}
+
+// SAFETY: a slot's place in the mapping, which lives as long as the arena, never changes; slots are written again only after
+// the reset, which comes when no capture reads any more, and a capture is kept until the channel has settled.
+unsafe impl Keeper for Arena {
+    fn bytes(&self, slots: Range<u32>) -> &[u8] {
+        self.pages(slots)
     }
 }
 
@@ -153,6 +170,9 @@ mod tests {
         arena.bytes_mut(&mut first).fill(1);
         arena.bytes_mut(&mut second).fill(2);
         assert_eq!((arena.page(3)[4095], arena.page(4)[0]), (1, 2));
+        let both = arena.pages(3..5);
+        assert_eq!((both.len(), both[4095], both[4096]), (8192, 1, 2));
+        assert!(arena.pages(10..12).is_empty() && arena.pages(9..12).len() == 4096);
         assert_eq!(arena.take(2, 0).unwrap().first(), 8);
         assert_eq!(arena.used(), 10);
         arena.reset();

@@ -44,7 +44,7 @@ use serve::FaultThread;
 use shared::{DUE, FREE, HOST_SLOTS, Shared};
 
 pub use model::Model;
-pub use stable::{Stable, StableCost};
+pub use stable::{Kept, Stable, StableCost};
 pub use uffd::UffdError;
 
 use super::pages::{PAGE_BYTES, PageBitmap, set_words};

@@ -45,7 +45,7 @@ pub(super) struct Counts {
 pub(super) struct Shared {
     pub(super) ram: Arc<GuestRam>,
     pub(super) uffd: Option<Uffd>,
-    pub(super) arena: Arena,
+    pub(super) arena: Arc<Arena>,
     pub(super) states: Box<[AtomicU32]>,
     pub(super) counts: Counts,
     pub(super) model: Mutex<Model>,
@@ -76,7 +76,7 @@ impl Shared {
         Self {
             ram,
             uffd,
-            arena,
+            arena: Arc::new(arena),
             states: (0..pages).map(|_| AtomicU32::new(FREE)).collect(),
             counts: Counts::default(),
             model: Mutex::new(model),

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::shared::{DUE, FREE, SAVED, Shared};
 use super::{Mechanism, StabiliseError};
+use crate::checkpoint::channel::Keeper;
 use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap, set_words};
 
 /// Pages read before they are released with one call.
@@ -58,6 +59,17 @@ enum Kind {
         expected_faults: f64,
         exposed: u64,
     },
+}
+
+/// A page of a capture.
+#[derive(Clone, Copy, Debug)]
+pub struct Kept<'a> {
+    /// Which.
+    pub number: u64,
+    /// What it holds in the capture.
+    pub page: &'a [u8; PAGE_BYTES],
+    /// Its slot of [`Stable::keeper`], where it stays until the capture is dropped. None if the next page takes its place.
+    pub slot: Option<u32>,
 }
 
 /// A capture that is kept.
@@ -154,6 +166,12 @@ impl Stable {
     /// The next page of the set, with its contents in the capture; `None` after the last. After an error the capture is of no
     /// use: drop it.
     pub fn next_page(&mut self) -> Result<Option<(u64, &[u8; PAGE_BYTES])>, StabiliseError> {
+        let kept = self.next_kept()?;
+        Ok(kept.map(|kept| (kept.number, kept.page)))
+    }
+
+    /// The same, with the place where the page stays.
+    pub fn next_kept(&mut self) -> Result<Option<Kept<'_>>, StabiliseError> {
         let Some(page) = self.next_number() else {
             self.close();
             return Ok(None);
@@ -162,18 +180,39 @@ impl Stable {
         if let Kind::Copied { slot } = &mut self.kind {
             let at = *slot;
             *slot += 1;
-            return Ok(Some((page as u64, self.shared.arena.page(at))));
+            return Ok(Some(Kept {
+                number: page as u64,
+                page: self.shared.arena.page(at),
+                slot: Some(at),
+            }));
         }
         let slot = self.settle(page)?;
         self.release_before(page + 1);
         if self.read.is_multiple_of(SERVE_EVERY) {
             self.shared.try_serve();
         }
-        let contents = match slot {
-            Some(slot) => self.shared.arena.page(slot),
-            None => &*self.bounce,
+        let page = Kept {
+            number: page as u64,
+            page: match slot {
+                Some(slot) => self.shared.arena.page(slot),
+                None => &self.bounce,
+            },
+            slot,
         };
-        Ok(Some((page as u64, contents)))
+        Ok(Some(page))
+    }
+
+    /// Whose slots those of [`Kept`] are.
+    pub fn keeper(&self) -> Arc<dyn Keeper> {
+        self.shared.arena.clone()
+    }
+
+    /// The slots of the pages to come, in their order, if each lies in one already.
+    pub fn slots(&self) -> Option<Range<u32>> {
+        match self.kind {
+            Kind::Copied { slot } => Some(slot..slot + (self.pages - self.read) as u32),
+            Kind::Protected { .. } => None,
+        }
     }
 
     fn next_number(&mut self) -> Option<usize> {
