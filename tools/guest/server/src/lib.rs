@@ -22,6 +22,7 @@ mod kv;
 mod neighbors;
 mod outbox;
 mod pages;
+mod patience;
 mod resp;
 mod server;
 mod sessions;
@@ -29,5 +30,6 @@ mod world;
 
 pub use neighbors::link_local;
 pub use pages::page_byte;
+pub use patience::Patience;
 pub use server::{Addresses, FrameDevice, Limits, Need, Server};
 pub use world::Platform;
