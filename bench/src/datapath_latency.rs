@@ -20,6 +20,7 @@ use crate::datapath_client::{Client, Echoes};
 use crate::datapath_echo::check;
 use crate::datapath_row::{Figures, Row};
 use crate::datapath_udp::PATIENCE;
+use crate::datapath_wakeup;
 use crate::place::{BenchError, Place};
 
 /// Where the bare link is answered.
@@ -72,8 +73,11 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Vec<Row>, BenchE
         eprintln!("latency, round {round} of {}", args.rounds);
         let peer = measure_run(&settings, place, requests)?;
         let (own, link) = measure_pair(&settings, place, requests)?;
+        let wakeup = datapath_wakeup::measure();
+        let wakeup = wakeup.map_err(BenchError::io("measure wake-ups"))?;
         for ((rounds, own), peer) in rounds.iter_mut().zip(own).zip(peer) {
-            rounds.push(added(own, peer).with_all("link_", link.clone()));
+            let figures = added(own, peer).with_all("link_", link.clone());
+            rounds.push(figures.with_all("", wakeup.clone()));
         }
     }
     let rows = SORTS.iter().zip(rounds).map(|(sort, rounds)| {

@@ -28,6 +28,7 @@ mod datapath_latency;
 mod datapath_row;
 mod datapath_udp;
 mod datapath_vhost;
+mod datapath_wakeup;
 mod failover;
 mod figures;
 mod modes;

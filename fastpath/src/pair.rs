@@ -5,6 +5,7 @@
 //!
 //! Does not decide about roles or checkpoints: the control thread does, through the methods of the two roles.
 
+mod delayed;
 mod hold;
 mod local;
 mod primary;

@@ -14,6 +14,7 @@ mod offload;
 mod port;
 mod role;
 mod shards;
+mod slice;
 mod verify;
 mod wires;
 
@@ -24,7 +25,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::clock::now_us;
@@ -138,6 +139,9 @@ impl Prepared {
         };
         let thread = thread::Builder::new().name(config.name).spawn(move || {
             pin(config.cpu);
+            if let Err(e) = slice::ask_for_short() {
+                debug!("no short time slice: {e}");
+            }
             worker.run();
         })?;
         let group = group.unwrap_or_else(|| ShardGroup::new([wake.clone()]));
@@ -175,6 +179,7 @@ impl Worker {
             }
             match self.idle.next(now_us) {
                 Next::Spin if !self.halted => std::hint::spin_loop(),
+                Next::Yield if !self.halted => thread::yield_now(),
                 _ => self.sleep(now_us),
             }
         }

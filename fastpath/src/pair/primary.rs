@@ -11,8 +11,9 @@ use colo_compare::{
 };
 use hdrhistogram::Histogram;
 
+use super::delayed::Delayed;
 use super::hold::HoldWatch;
-use super::{PairEvent, RESERVED_SLOTS, on_role, on_roles};
+use super::{PairEvent, RESERVED_SLOTS, begin_on_role, on_role, on_roles};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
 use crate::link::{
@@ -95,6 +96,7 @@ pub struct PrimaryRole {
     hold: HoldWatch,
     released_seqs: Vec<u8>,
     released_pending: Option<u64>,
+    report: Delayed,
     digest_key: Option<[u8; 16]>,
     digests: DigestReader,
     gap_limit_us: u64,
@@ -138,6 +140,7 @@ impl PrimaryRole {
             hold: HoldWatch::new(config.limits.max_held_frames),
             released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
             released_pending: None,
+            report: Delayed::default(),
             digest_key: config.digest_key,
             digests: DigestReader::default(),
             gap_limit_us: config.gap_limit_us,
@@ -195,6 +198,7 @@ impl PrimaryRole {
         self.mirrors = false;
         self.released_seqs.clear();
         self.released_pending = None;
+        self.report.clear();
         if let Some(link) = self.link.take() {
             self.past_link.add(&link.stats());
             let _ = link.shutdown(Shutdown::Both);
@@ -295,6 +299,16 @@ impl PrimaryRole {
     pub fn set_lease(&mut self, edge: &mut Edge, until_us: u64) {
         self.path.set_lease(now_us(), &mut edge.frames, until_us);
         self.act(edge);
+    }
+
+    /// As [`Self::set_lease`] on all workers, without waiting for them; what they are told later comes later. `None` if
+    /// one of them is gone.
+    pub fn extend_lease(workers: &[WorkerHandle], until_us: u64) -> Option<()> {
+        let extend = |worker| {
+            let task = move |role: &mut Self, edge: &mut Edge| role.set_lease(edge, until_us);
+            begin_on_role(worker, task).map(drop)
+        };
+        workers.iter().try_for_each(extend)
     }
 
     /// The epoch that input and output belong to now.
@@ -479,6 +493,8 @@ impl PrimaryRole {
     /// Does what the core decided.
     fn act(&mut self, edge: &mut Edge) -> usize {
         let mut n = 0;
+        // Whether something goes over the link that a report can go with.
+        let mut speaks = false;
         while let Some(action) = self.path.poll_action() {
             n += 1;
             match action {
@@ -494,6 +510,7 @@ impl PrimaryRole {
                 } => {
                     // Without `mirrors` the secondary is not there yet: the synchronisation brings it.
                     if let Some(link) = self.link.as_mut().filter(|_| self.mirrors) {
+                        speaks = true;
                         let frame = edge.frames.bytes(&token);
                         link.push(&PacketMsg::Input {
                             epoch,
@@ -509,6 +526,7 @@ impl PrimaryRole {
                 Action::PendingReleased { epoch } => self.released_pending = Some(epoch),
                 Action::Fetch { svm_seq } => {
                     if let Some(link) = &mut self.link {
+                        speaks = true;
                         link.push(&PacketMsg::Fetch { seq: svm_seq });
                     }
                 }
@@ -521,7 +539,7 @@ impl PrimaryRole {
         }
         n += self.announcements(edge);
         self.send_released(edge);
-        self.report_released();
+        self.report_released(speaks);
         self.flush_link(edge);
         n
     }
@@ -538,11 +556,19 @@ impl PrimaryRole {
         n
     }
 
-    /// Reports what has left; what still waits for the NIC has not (rule 9).
-    fn report_released(&mut self) {
-        if !self.unsent.is_empty() {
+    /// Reports what has left, with the next input if that comes soon; what still waits for the NIC has not left
+    /// (rule 9).
+    fn report_released(&mut self, speaks: bool) {
+        let reports = self.released_seqs.len() / 8;
+        if !self.unsent.is_empty() || (reports == 0 && self.released_pending.is_none()) {
             return;
         }
+        let now_us = now_us();
+        self.report.note(now_us, reports as u64);
+        if !speaks && self.released_pending.is_none() && !self.report.is_due(now_us) {
+            return;
+        }
+        self.report.clear();
         let pending = self.released_pending.take();
         if let Some(link) = &mut self.link {
             for seqs in self.released_seqs.chunks(RELEASED_BYTES_MAX) {
@@ -641,10 +667,15 @@ impl Role for PrimaryRole {
     fn deadline_us(&self) -> Option<u64> {
         let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
         let hold_us = self.hold.deadline_us();
-        [self.path.next_deadline(), link_us, hold_us]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            self.path.next_deadline(),
+            link_us,
+            hold_us,
+            self.report.due_us(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     fn wants_guest_frames(&self) -> bool {

@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use colo_bpf::Mac;
 use colo_compare::{DigestKey, Frames, Limits, SecondaryAction, SecondaryPath, SecondaryStats};
 
+use super::delayed::Delayed;
 use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role, on_roles};
 use crate::clock::now_us;
 use crate::link::{
@@ -56,6 +57,7 @@ pub struct SecondaryRole {
     stopped: bool,
     /// To be said as soon as other workers have delivered what they were handed.
     caught_up: Option<u64>,
+    ack: InputAck,
 }
 
 impl SecondaryRole {
@@ -69,6 +71,7 @@ impl SecondaryRole {
             mac: config.mac,
             stopped: true,
             caught_up: None,
+            ack: InputAck::default(),
         }
     }
 
@@ -324,19 +327,21 @@ impl SecondaryRole {
 
     fn act(&mut self, edge: &mut Edge) -> usize {
         let Some(path) = &mut self.path else { return 0 };
+        let now_us = now_us();
         let mut n = 0;
         if !edge.has_undelivered()
             && let Some(epoch) = self.caught_up.take()
         {
+            self.ack.push(&mut self.link);
             push(&mut self.link, &PacketMsg::CaughtUp { epoch });
             n += 1;
         }
+        // Whether something goes over the link that an acknowledgement can go with.
+        let mut speaks = self.stopped;
         while let Some(action) = path.poll_action() {
             n += 1;
             match action {
-                SecondaryAction::AckInput { up_to } => {
-                    push(&mut self.link, &PacketMsg::InputAck { up_to });
-                }
+                SecondaryAction::AckInput { up_to } => self.ack.note(now_us, up_to),
                 SecondaryAction::SendDigest {
                     epoch,
                     svm_seq,
@@ -344,6 +349,8 @@ impl SecondaryRole {
                     payload_len,
                     digest,
                 } => {
+                    speaks = true;
+                    self.ack.push(&mut self.link);
                     if let Some(token) = path.output(svm_seq) {
                         let header = &edge.frames.header(token)[..usize::from(header_len)];
                         let digest = Digest {
@@ -356,6 +363,8 @@ impl SecondaryRole {
                     }
                 }
                 SecondaryAction::SendOutput { epoch, svm_seq } => {
+                    speaks = true;
+                    self.ack.push(&mut self.link);
                     self.digests.send(&mut self.link);
                     if let Some(token) = path.output(svm_seq) {
                         let frame = edge.frames.bytes(token);
@@ -375,6 +384,7 @@ impl SecondaryRole {
                 }
                 SecondaryAction::CaughtUp { epoch } => {
                     self.digests.send(&mut self.link);
+                    self.ack.push(&mut self.link);
                     push(&mut self.link, &PacketMsg::CaughtUp { epoch });
                 }
                 SecondaryAction::RequestCheckpoint(cause) => {
@@ -384,6 +394,9 @@ impl SecondaryRole {
             }
         }
         self.digests.send(&mut self.link);
+        if speaks || self.ack.delayed.is_due(now_us) {
+            self.ack.push(&mut self.link);
+        }
         if let Some(link) = &mut self.link
             && let Err(e) = link.flush()
         {
@@ -393,6 +406,30 @@ impl SecondaryRole {
             });
         }
         n
+    }
+}
+
+/// The acknowledgement of mirrored input (rule 5): it goes with the SVM's next output, which the primary needs as
+/// much, or by itself when that does not come.
+#[derive(Debug, Default)]
+struct InputAck {
+    up_to: u64,
+    pushed: u64,
+    delayed: Delayed,
+}
+
+impl InputAck {
+    fn note(&mut self, now_us: u64, up_to: u64) {
+        self.up_to = up_to;
+        self.delayed.note(now_us, up_to - self.pushed);
+    }
+
+    fn push(&mut self, link: &mut Option<PacketLink>) {
+        self.delayed.clear();
+        if self.up_to > self.pushed {
+            self.pushed = self.up_to;
+            push(link, &PacketMsg::InputAck { up_to: self.up_to });
+        }
     }
 }
 
@@ -452,7 +489,10 @@ impl Role for SecondaryRole {
     fn deadline_us(&self) -> Option<u64> {
         let path_us = self.path.as_ref().and_then(SecondaryPath::next_deadline);
         let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
-        [path_us, link_us].into_iter().flatten().min()
+        [path_us, link_us, self.ack.delayed.due_us()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn wants_nic_frames(&self, _edge: &mut Edge) -> bool {

@@ -1,7 +1,9 @@
 //! How long a worker polls in vain before it sleeps.
 //!
 //! Invariants: the spin time stays within its limits; it grows when a sleep turned out shorter than
-//! a permitted spin, and shrinks when it was long.
+//! a permitted spin, and shrinks when it was long. A thread that may sleep lets others run while it
+//! spins: where there are fewer processors than threads, whom it waits for may be one of them. It keeps its
+//! processor from being halted, which a wake-up would have to wait for.
 //!
 //! Does not sleep itself.
 
@@ -19,13 +21,15 @@ pub enum PollMode {
 }
 
 /// Longest spin of [`PollMode::Adaptive`].
-pub const SPIN_MAX_US: u64 = 50;
+pub const SPIN_MAX_US: u64 = 100;
 const SPIN_START_US: u64 = 5;
 
 /// What to do when a step found nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Spin,
+    /// Spin, but let whoever has something to do go first.
+    Yield,
     Sleep,
 }
 
@@ -56,7 +60,7 @@ impl Idle {
         match self.mode {
             PollMode::Busy => Next::Spin,
             PollMode::Interrupt => Next::Sleep,
-            PollMode::Adaptive if now_us.saturating_sub(since_us) < self.spin_us => Next::Spin,
+            PollMode::Adaptive if now_us.saturating_sub(since_us) < self.spin_us => Next::Yield,
             PollMode::Adaptive => Next::Sleep,
         }
     }
@@ -82,15 +86,15 @@ mod tests {
         for _ in 0..10 {
             idle.slept(10);
         }
-        assert_eq!(idle.next(1000), Next::Spin);
-        assert_eq!(idle.next(1000 + SPIN_MAX_US - 1), Next::Spin);
+        assert_eq!(idle.next(1000), Next::Yield);
+        assert_eq!(idle.next(1000 + SPIN_MAX_US - 1), Next::Yield);
         assert_eq!(idle.next(1000 + SPIN_MAX_US), Next::Sleep);
         for _ in 0..10 {
             idle.slept(100_000);
         }
         assert_eq!(idle.next(5000), Next::Sleep);
         idle.slept(3);
-        assert_eq!(idle.next(6000), Next::Spin, "learns again from nothing");
+        assert_eq!(idle.next(6000), Next::Yield, "learns again from nothing");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The demo guest: a network server on a bare virtual CPU in user mode.
 //!
 //! It starts as ARCHITECTURE.md ("Guest platform") says, finds its network device on the command
-//! line, polls its rings, and sleeps through an I/O port when it has been idle for `spin_us`. All
+//! line, polls its rings, and sleeps through an I/O port when it has been idle for a while. All
 //! services are in `colo-guest-server`.
 //!
 //! Invariants: one thread, no interrupts; every fault and panic ends in a message on the serial
@@ -26,7 +26,7 @@ mod virtqueue;
 
 use alloc::boxed::Box;
 use clock::Clock;
-use colo_guest_server::{FrameDevice, Limits, Need, Server};
+use colo_guest_server::{FrameDevice, Limits, Need, Patience, Server};
 use console::{Console, say};
 use core::panic::PanicInfo;
 use options::Options;
@@ -86,6 +86,7 @@ fn run(options: &Options, heap_bytes: usize) -> ! {
         say(format_args!("colo-guest queue pairs {}\n", device.pairs()));
     }
     server.set_link(device.link_is_up());
+    let mut patience = Patience::new(options.spin_us);
     let mut busy_us = clock.now_us();
     let mut looked_us = busy_us;
     // Whether a sleep has ended since, for which the link may have been the reason.
@@ -99,7 +100,7 @@ fn run(options: &Options, heap_bytes: usize) -> ! {
         }
         if server.turn(&mut device, now_us) {
             busy_us = now_us;
-        } else if now_us - busy_us < options.spin_us {
+        } else if now_us - busy_us < patience.spin_us() {
             core::hint::spin_loop();
         } else {
             let until_us = if owes_look {
@@ -110,6 +111,7 @@ fn run(options: &Options, heap_bytes: usize) -> ! {
             sleep(&mut server, &mut device, &clock, until_us);
             owes_look = true;
             busy_us = clock.now_us();
+            patience.slept(busy_us - now_us);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The command line.
 //!
 //! `virtio_mmio.device=SIZE@ADDRESS:IRQ` `tsc_khz=N` `wall_ns=N` come from the VMM;
-//! `pairs=N` (queue pairs used at most), `ip=ADDRESS/PREFIX` `ip6=ADDRESS/PREFIX` `gw=ADDRESS` `gw6=ADDRESS` `spin_us=N` (polling before
-//! sleep) from the configuration. Other words are ignored, as Linux does.
+//! `pairs=N` (queue pairs used at most), `ip=ADDRESS/PREFIX` `ip6=ADDRESS/PREFIX` `gw=ADDRESS` `gw6=ADDRESS` `spin_us=N` (longest
+//! polling before sleep) from the configuration. Other words are ignored, as Linux does.
 
 use alloc::vec::Vec;
 use colo_guest_server::{Addresses, link_local};
@@ -45,7 +45,7 @@ pub struct Options {
     pub tsc_khz: u64,
     /// Wall clock at tick 0, ns since 1970.
     pub wall_ns: u64,
-    /// Polling before sleep.
+    /// Longest polling before sleep.
     pub spin_us: i64,
     /// Queue pairs used at most.
     pub pairs: usize,

@@ -8,6 +8,7 @@ use colo_control::{Msg, MsgError};
 
 /// Unsent bytes above which the peer counts as stuck.
 const OUT_MAX: usize = 256 << 20;
+const READ_BYTES: usize = 64 << 10;
 
 /// Why the control channel is unusable.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,8 @@ pub struct ControlLink {
     stream: TcpStream,
     out: Vec<u8>,
     input: Vec<u8>,
+    /// What one read fills; kept, because clearing it for each heartbeat would be most of the work.
+    buffer: Box<[u8]>,
 }
 
 impl ControlLink {
@@ -42,6 +45,7 @@ impl ControlLink {
             stream,
             out: Vec::new(),
             input: Vec::new(),
+            buffer: vec![0; READ_BYTES].into_boxed_slice(),
         })
     }
 
@@ -114,11 +118,15 @@ impl ControlLink {
     }
 
     fn read(&mut self) -> Result<(), ControlLinkError> {
-        let mut buffer = [0u8; 64 << 10];
         loop {
-            match self.stream.read(&mut buffer) {
+            match self.stream.read(&mut self.buffer) {
                 Ok(0) => return Err(ControlLinkError::Closed),
-                Ok(n) => self.input.extend_from_slice(&buffer[..n]),
+                Ok(n) if n < READ_BYTES => {
+                    self.input.extend_from_slice(&self.buffer[..n]);
+                    // Whatever has come since makes the descriptor readable again.
+                    return Ok(());
+                }
+                Ok(n) => self.input.extend_from_slice(&self.buffer[..n]),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e.into()),

@@ -387,6 +387,11 @@ impl PrimaryShell {
                 let gaps = self.gaps;
                 self.on_role(move |role, edge| role.unmute(edge, gaps));
             }
+            // Nobody waits for more time; that there is none any more is to be heeded before anything else is done.
+            Action::Lease { until_us } if until_us > 0 => told(PrimaryRole::extend_lease(
+                self.replica.machine.workers(),
+                until_us,
+            )),
             Action::Lease { until_us } => {
                 self.on_role(move |role, edge| role.set_lease(edge, until_us))
             }
@@ -558,7 +563,7 @@ impl PrimaryShell {
 }
 
 /// Complains if not all workers were there.
-fn told<T>(answers: Option<Vec<T>>) {
+fn told<T>(answers: Option<T>) {
     if answers.is_none() {
         tracing::error!("a packet worker has ended or is in another role");
     }
