@@ -70,7 +70,9 @@ impl Flow {
 /// What both guests send, each for itself: mostly the same.
 fn frames(dice: &mut Dice, flow: &mut Flow) -> [Vec<u8>; 2] {
     let len = dice.below(20);
-    let payload: Vec<u8> = (0..len).map(|n| flow.next.wrapping_add(n as u32) as u8).collect();
+    let payload: Vec<u8> = (0..len)
+        .map(|n| flow.next.wrapping_add(n as u32) as u8)
+        .collect();
     let seq = match dice.below(12) {
         0 => flow.next.wrapping_sub(dice.below(30) as u32),
         1 => flow.next.wrapping_add(dice.below(30) as u32),

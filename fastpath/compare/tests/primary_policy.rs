@@ -302,6 +302,7 @@ fn policy_ignored_bytes_of_a_long_stream_do_not_come_again() {
                     pair.path.caught_up(pair.now_us, epoch + 1);
                 }
             }
+            both_send(&mut pair, &data(Side::V4, start, b"same"));
             pair.released.clear();
             // Where bytes 4 to 8 would be, were the count not of 64 bits.
             let seq = start.wrapping_add(4);

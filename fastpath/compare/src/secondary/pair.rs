@@ -386,6 +386,7 @@ mod tests {
         let slot = pairs.place(key(1)).unwrap();
         pairs.svm_ack(slot, 1000);
         assert!(pairs.is_acknowledged(slot, 900) && !pairs.is_acknowledged(slot, 1001));
+        assert!(pairs.is_acknowledged(slot, 900u32.wrapping_neg()));
         let syn = Segment::new(Side::V4).to_guest().flags(SYN).seq(500);
         let bytes = syn.bytes();
         let packet = wire::parse(&bytes, bytes.len(), Direction::ToGuest);
