@@ -8,6 +8,7 @@
 //! sparse; just below, a unit of a table takes 10 bytes less. Frames themselves are the shell's.
 
 use crate::record;
+use crate::stream::FAR_BEHIND;
 
 /// The bounds. Both hosts of a pair use the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub struct Limits {
     /// SVM frames kept by the comparator, history included. 136 bytes each on the primary.
     pub max_svm_frames: usize,
     /// Bytes of one flow's released SVM segments that are kept until the client's ACK. They stay in
-    /// their frames, of which there are `max_svm_frames` at most.
+    /// their frames, of which there are `max_svm_frames` at most. 1 GiB at most.
     pub max_history_bytes: usize,
     /// Mirrored frames that the secondary has not acknowledged. 184 bytes each on the secondary,
     /// which may have to keep that many above `max_input_frames`.
@@ -73,6 +74,11 @@ impl Limits {
     /// `max_input_frames`, and the primary stops to send `max_unacked_inputs` later.
     pub(crate) const fn input_capacity(&self) -> usize {
         self.max_input_frames + self.max_unacked_inputs as usize
+    }
+
+    /// History of one flow, as far as sequence numbers tell which byte is which.
+    pub(crate) fn history_bytes(&self) -> u32 {
+        self.max_history_bytes.min(FAR_BEHIND as usize) as u32
     }
 
     /// Longest record that [`crate::PrimaryPath::export_client_xlate`] makes, in bytes.

@@ -95,8 +95,8 @@ pub enum PolicyAction {
     /// protected.
     Release,
     /// Compared, but these bytes count as equal whatever they are. For TCP they count from the
-    /// start of the guest's byte stream (modulo 4 GiB; nothing is left out of a connection whose
-    /// start was not seen), for everything else from the start of the payload. Fragments are
+    /// start of the guest's byte stream, however long that is (nothing is left out of a connection
+    /// whose start was not seen), for everything else from the start of the payload. Fragments are
     /// compared whole.
     IgnoreBytes {
         /// The first byte.

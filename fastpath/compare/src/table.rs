@@ -480,6 +480,14 @@ impl Flows {
         self.generation = self.generation.wrapping_add(1);
         self.waiting = NIL;
         self.wheel.clear();
+        if self.generation == 0 {
+            // The numbers come again: what nobody has looked at since must not seem up to date.
+            for id in 0..self.table.slots() as FlowId {
+                if let Some(flow) = self.table.at_mut(id) {
+                    flow.renew(0);
+                }
+            }
+        }
     }
 
     /// Forgets all flows; its caller has emptied all lists.
@@ -546,6 +554,24 @@ impl Timers for FlatTable<Flow> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::VecFrames;
+
+    /// At 1000 commits a second, generations come again after 50 days.
+    #[test]
+    fn a_flow_that_nobody_looked_at_is_not_up_to_date_when_generations_come_again() {
+        let limits = Limits::default();
+        let (mut ledger, mut frames) = (Ledger::new(&limits), VecFrames::new(1));
+        let mut flows = Flows::new(&limits);
+        let key = FlowKey::bare(Protocol::Tcp, [0; 2]);
+        let name = (flows.hash(&key), key);
+        let id = flows.insert(name, 0, 0, &mut ledger, &mut frames).unwrap();
+        flows.get_mut(id).unwrap().seen |= seen::PVM;
+        flows.generation = u32::MAX;
+        flows.next_generation();
+        assert!(!flows.get(id).unwrap().has_seen(seen::PVM));
+        flows.next_generation();
+        assert!(flows.get(id).is_none());
+    }
 
     #[test]
     fn an_idle_flow_takes_at_most_192_bytes() {

@@ -9,6 +9,10 @@ mod datagram_properties;
 mod findings;
 #[path = "fragment_properties.rs"]
 mod fragment_properties;
+#[path = "long_epochs.rs"]
+mod long_epochs;
+#[path = "long_streams.rs"]
+mod long_streams;
 #[path = "pair_properties.rs"]
 mod pair_properties;
 #[path = "primary.rs"]

@@ -53,3 +53,22 @@ fn nothing_counts_as_covered_because_numbers_have_wrapped() {
         pair.close();
     }
 }
+
+/// Half of all numbers lie behind any mark. What is further behind than a window is nothing that a commit or
+/// an acknowledgement has covered.
+#[test]
+fn nothing_counts_as_covered_that_is_further_behind_than_a_window() {
+    for jump in [1 << 31, (1 << 31) + (1 << 20), (3 << 30) - 9] {
+        let mut pair = committed_and_acknowledged();
+        let frame = data(Side::V4, 1004u32.wrapping_add(jump), b"made up");
+        pair.pvm(&frame);
+        assert_eq!(pair.rights(), [], "the SVM has sent nothing");
+        pair.svm(&frame);
+        assert_eq!((pair.rights().len(), pair.causes.len()), (1, 0));
+        pair.close();
+    }
+    let mut pair = committed_and_acknowledged();
+    pair.pvm(&data(Side::V4, 1004u32.wrapping_sub(1 << 29), b"old"));
+    assert_eq!(pair.rights().len(), 1, "acknowledged long ago");
+    pair.close();
+}

@@ -277,3 +277,40 @@ fn a_rule_for_one_direction_heeds_who_sent_the_first_frame() {
         }
     }
 }
+
+/// Bytes are left out at their place in the stream, not 4 GiB behind it as well.
+#[test]
+fn policy_ignored_bytes_of_a_long_stream_do_not_come_again() {
+    const STEP: u32 = (1 << 30) - 4;
+    let open = PolicyAction::IgnoreBytes {
+        from: 4,
+        end: u32::MAX,
+    };
+    for (action, is_open) in [(IGNORED, false), (open, true)] {
+        for commits in [false, true] {
+            let isn = 70u32.wrapping_neg();
+            let start = isn.wrapping_add(1);
+            let mut pair = with_rules(&[rule(action)]);
+            connect(&mut pair, Side::V4, isn);
+            // Four bytes at each quarter of the way, three times round, less 12 bytes each time.
+            for n in 0..13u32 {
+                let seq = start.wrapping_add(n.wrapping_mul(STEP + 1));
+                both_send(&mut pair, &data(Side::V4, seq, b"same"));
+                if commits && n % 2 == 1 {
+                    let epoch = pair.cut();
+                    pair.commit(epoch);
+                    pair.path.caught_up(pair.now_us, epoch + 1);
+                }
+            }
+            both_send(&mut pair, &data(Side::V4, start, b"same"));
+            pair.released.clear();
+            // Where bytes 4 to 8 would be, were the count not of 64 bits.
+            let seq = start.wrapping_add(4);
+            pair.pvm(&data(Side::V4, seq, b"this"));
+            pair.svm(&data(Side::V4, seq, b"that"));
+            assert_eq!(pair.rights().len(), usize::from(is_open));
+            assert_eq!(pair.causes.is_empty(), is_open);
+            pair.close();
+        }
+    }
+}

@@ -103,7 +103,7 @@ impl PrimaryPath {
             (history.packet, history.payload) = (pvm_packet, Payload::Bytes);
         }
         self.ledger.svm.push_back(&mut flow.svm, history);
-        let max_bytes = self.limits.max_history_bytes.min(u32::MAX as usize) as u32;
+        let max_bytes = self.limits.history_bytes();
         flow.limit_history(max_bytes, &mut self.ledger, frames);
         let has_waited = flow.is_waiting();
         if has_waited {

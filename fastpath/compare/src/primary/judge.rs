@@ -188,7 +188,7 @@ impl PrimaryPath {
         // The report to the secondary must follow the release: released, not merely judged.
         match (tcp, fragment) {
             (Some(tcp), _) => {
-                let history = self.limits.max_history_bytes.min(u32::MAX as usize) as u32;
+                let history = self.limits.history_bytes();
                 flow.segment_left(incarnation, &tcp, history, &mut self.ledger, frames);
             }
             (None, Some(fragment)) if flow.mark == NIL => {

@@ -49,7 +49,7 @@ impl PrimaryPath {
             && self.held.len() + 1 < self.limits.max_held_frames;
         is_usual.then(|| Pairs {
             used_s: (now_us / 1_000_000) as u32,
-            max_history_bytes: self.limits.max_history_bytes.min(u32::MAX as usize) as u32,
+            max_history_bytes: self.limits.history_bytes(),
             path: self,
             now_us,
             matched: 0,

@@ -8,8 +8,8 @@ use crate::flat::{FlatTable, Slot};
 use crate::flow::FlowKey;
 use crate::list::{Ends, NIL};
 use crate::seq;
-use crate::wire::tcp::{ACK, Tcp};
-use crate::xlate::{ClientTable, Entry, Handshake, Offsets};
+use crate::wire::tcp::{ACK, SYN, Tcp};
+use crate::xlate::{ClientTable, Entry, Handshake, Offsets, latest_ts};
 
 /// Which fields of a [`Pair`] mean something.
 const HAS_SVM_ACK: u8 = 1;
@@ -196,9 +196,16 @@ impl PairTable {
     /// Takes note of a segment for the SVM, still in the PVM's space. True when that completed the
     /// translation.
     pub(super) fn input(&mut self, slot: Slot, header: &[u8], tcp: &Tcp) -> bool {
-        let Some(pair) = self.pairs.at_mut(slot).filter(|_| tcp.has(ACK)) else {
+        let Some(pair) = self.pairs.at_mut(slot) else {
             return false;
         };
+        if tcp.has(SYN) {
+            // What the SVM has acknowledged may be the previous connection's.
+            pair.has &= !HAS_SVM_ACK;
+        }
+        if !tcp.has(ACK) {
+            return false;
+        }
         let handshake = pair.handshake();
         let learnt = handshake.and_then(|handshake| handshake.learn(header, tcp));
         if let (Some(Handshake { guest_isn, .. }), Some(offsets)) = (handshake, learnt) {
@@ -208,7 +215,7 @@ impl PairTable {
             };
         }
         if let Some((_, tsecr)) = tcp.timestamps(header) {
-            pair.tsecr_high = seq::max_known(tsecr, pair.tsecr_high());
+            pair.tsecr_high = latest_ts(tsecr, pair.tsecr_high());
             pair.has |= HAS_TSECR;
         }
         learnt.is_some()
@@ -292,7 +299,7 @@ mod tests {
     use super::*;
     use crate::flow::{Direction, Protocol};
     use crate::testing::{Segment, Side};
-    use crate::wire::{self, tcp::SYN};
+    use crate::wire;
     use alloc::vec::Vec;
     use proptest::prelude::*;
 
@@ -355,6 +362,36 @@ mod tests {
         pairs.compose(&mut client, 0, 0);
         assert!(client.get(&key(1)).is_some());
         assert_eq!((client.len(), client.evicted()), (2, 0));
+    }
+
+    #[test]
+    fn rule_3_a_floor_of_timestamps_that_the_clock_has_gone_round_is_forgotten() {
+        const DAYS_25: u32 = (1 << 31) + 5;
+        let mut client = ClientTable::new(3, 0);
+        let ts = 7u32.wrapping_neg();
+        let old = Entry::new(Offsets { seq: 5, ts }).with_ts_high(Some(90));
+        client.insert(key(1), old);
+        let mut pairs = PairTable::new(8, 0);
+        for tsecr in [97, 97 + DAYS_25, 99 + DAYS_25, 98 + DAYS_25] {
+            input(&mut pairs, 1, 1, tsecr);
+        }
+        pairs.compose(&mut client, 0, 0);
+        let ts_high = client.get(&key(1)).and_then(Entry::ts_high);
+        assert_eq!(ts_high, Some(92 + DAYS_25));
+    }
+
+    #[test]
+    fn rule_5_what_the_svm_acknowledged_says_nothing_about_the_next_connection() {
+        let mut pairs = PairTable::new(8, 0);
+        let slot = pairs.place(key(1)).unwrap();
+        pairs.svm_ack(slot, 1000);
+        assert!(pairs.is_acknowledged(slot, 900) && !pairs.is_acknowledged(slot, 1001));
+        assert!(pairs.is_acknowledged(slot, 900u32.wrapping_neg()));
+        let syn = Segment::new(Side::V4).to_guest().flags(SYN).seq(500);
+        let bytes = syn.bytes();
+        let packet = wire::parse(&bytes, bytes.len(), Direction::ToGuest);
+        pairs.input(slot, &bytes, &packet.tcp.unwrap());
+        assert!(!pairs.is_acknowledged(slot, 900));
     }
 
     proptest! {

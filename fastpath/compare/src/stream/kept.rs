@@ -57,8 +57,7 @@ impl Flow {
             self.stream.raise(Mark::Base, tcp.payload_seq());
             self.settle_control(incarnation, SYN, ledger, frames);
         }
-        let high = self.stream.get(Mark::LeftHigh);
-        self.stream.left(seq::max_known(tcp.end(), high));
+        self.stream.left_up_to(tcp.end());
         self.report_left(ledger);
         self.limit_history(max_history_bytes, ledger, frames);
     }
@@ -229,7 +228,7 @@ impl Flow {
         for mark in [Mark::JudgedIsn, Mark::Base, Mark::Una, Mark::LeftHigh] {
             stream.set(mark, None);
         }
-        stream.history_bytes = 0;
+        (stream.history_bytes, stream.laps) = (0, 0);
         for ends in [&mut self.svm, &mut self.control] {
             let mut at = ends.head;
             while let Some(frame) = ledger.svm.get(at) {

@@ -36,7 +36,7 @@ pub(crate) enum Content {
 }
 
 /// How far behind what has left a mark may lie: the most that a TCP window spans (RFC 7323 section 2.2).
-const FAR_BEHIND: u32 = 1 << 30;
+pub(crate) const FAR_BEHIND: u32 = 1 << 30;
 
 /// A sequence number that may be unknown.
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +67,9 @@ pub(crate) struct Stream {
     syn_left: bool,
     /// The SVM's latest incarnation has sent a FIN.
     svm_fin: bool,
+    /// How often what has left has gone past all sequence numbers since the judged connection's start; 2 means
+    /// more, too. Counted where frames are judged one by one, as they are with a policy.
+    laps: u8,
     /// Incarnation of the latest PVM frame, of the latest SVM frame, of what is judged now.
     pvm_incarnation: u32,
     svm_incarnation: u32,
@@ -108,10 +111,13 @@ impl Stream {
         self.pvm_incarnation
     }
 
-    /// Where bytes begin to need a counterpart.
+    /// Where bytes from `from` on begin to need a counterpart. What is further behind than a window, or as
+    /// well ahead, no client takes and no commit can be said to cover.
     fn floor(&self, from: u32) -> u32 {
-        let from = seq::max_known(from, self.get(Mark::Base));
-        seq::max_known(from, self.get(Mark::Una))
+        let covers = |number: &u32| number.wrapping_sub(from) <= FAR_BEHIND;
+        let mark = |mark| self.get(mark).filter(covers);
+        let floor = seq::max_known(from, mark(Mark::Base));
+        seq::max_known(floor, mark(Mark::Una))
     }
 
     fn has_left(&self, end: u32) -> bool {
@@ -170,6 +176,18 @@ impl Stream {
         }
     }
 
+    /// Everything up to `end` has left, at least.
+    fn left_up_to(&mut self, end: u32) {
+        let high = self.get(Mark::LeftHigh);
+        let end = seq::max_known(end, high);
+        if let (Some(high), Some(isn)) = (high, self.get(Mark::JudgedIsn)) {
+            let place = |number: u32| number.wrapping_sub(isn.wrapping_add(1));
+            let has_passed_start = place(end) < place(high);
+            self.laps = (self.laps + u8::from(has_passed_start)).min(2);
+        }
+        self.left(end);
+    }
+
     #[inline]
     fn is_far_behind(&self, mark: Mark, at: u32) -> bool {
         let distance = self.get(mark).map(|number| at.wrapping_sub(number));
@@ -203,6 +221,8 @@ impl Stream {
     pub(crate) fn rebase(&mut self) {
         if self.incarnation != self.pvm_incarnation {
             self.set(Mark::Una, None);
+            self.set(Mark::LeftHigh, None);
+            self.laps = 0;
         }
         self.incarnation = self.pvm_incarnation;
         self.svm_incarnation = self.pvm_incarnation;
@@ -211,7 +231,7 @@ impl Stream {
         self.syn_left = self.get(Mark::PvmIsn).is_some();
         self.set(Mark::Base, self.get(Mark::PvmHigh));
         match self.get(Mark::PvmHigh) {
-            Some(high) => self.left(high),
+            Some(high) => self.left_up_to(high),
             None => self.set(Mark::LeftHigh, None),
         }
         self.set(Mark::SvmHigh, None);
@@ -223,15 +243,31 @@ impl Stream {
     /// Unknown, and so nothing, where its start has not been seen.
     pub(crate) fn ignored(&self, span: Option<Span>) -> Option<IgnoredBytes> {
         let start = self.get(Mark::JudgedIsn)?.wrapping_add(1);
-        span.map(|span| IgnoredBytes { start, span })
+        let near = self.get(Mark::LeftHigh).unwrap_or(start);
+        let lap_bytes = u64::from(self.laps) << 32;
+        span.map(|span| IgnoredBytes {
+            near,
+            place: lap_bytes + u64::from(near.wrapping_sub(start)),
+            span,
+        })
     }
 }
 
 /// A span of the guest's stream whose bytes count as equal.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct IgnoredBytes {
-    pub(crate) start: u32,
-    pub(crate) span: Span,
+    /// A number near to those that are asked about, and its place in the stream.
+    near: u32,
+    place: u64,
+    span: Span,
+}
+
+impl IgnoredBytes {
+    /// The place of a byte; `None` before the stream's start.
+    fn place_of(&self, at: u32) -> Option<u64> {
+        let distance = at.wrapping_sub(self.near) as i32;
+        self.place.checked_add_signed(i64::from(distance))
+    }
 }
 
 #[inline]

@@ -172,11 +172,13 @@ pub(super) fn compare_bytes<F: Frames + ?Sized>(
     let at = match ignored {
         None if whole && frames.match_payload(a, a_at, b, b_at, n) => return None,
         None => frames.first_difference(a, a_at, b, b_at, n)?,
-        Some(IgnoredBytes { start, span }) => {
-            let place = u64::from(from.wrapping_sub(start));
-            span.first_counted(place, n, |at, n| {
-                frames.first_difference(a, a_at + at, b, b_at + at, n)
-            })?
+        Some(ignored) => {
+            let difference =
+                |at: usize, n: usize| frames.first_difference(a, a_at + at, b, b_at + at, n);
+            match ignored.place_of(from) {
+                Some(place) => ignored.span.first_counted(place, n, difference)?,
+                None => difference(0, n)?,
+            }
         }
     };
     let a_left = usize::from(a_tcp.payload_len) - a_from - at;

@@ -22,10 +22,12 @@ const TS_LEAD_MAX: u32 = 1 << 21;
 const SWEEP_INTERVAL_US: u64 = 1000;
 const SWEEP_SLOTS: usize = 32;
 
-/// Whether a mark in TSval space can be of the connection that sends `tsval` now: a late segment
-/// of the port pair's previous connection may have left it.
-fn is_near(mark: u32, tsval: u32) -> bool {
-    !seq::lt(tsval, mark) || mark.wrapping_sub(tsval) <= TS_LEAD_MAX
+/// The later one of a timestamp and a mark. A mark that is far ahead does not count: a late segment of
+/// the port pair's previous connection has left it, or the clock has gone on by half of its numbers
+/// (25 days, in milliseconds) since.
+pub(crate) fn latest_ts(ts: u32, mark: Option<u32>) -> u32 {
+    let is_near = |mark: &u32| !seq::lt(ts, *mark) || mark.wrapping_sub(ts) <= TS_LEAD_MAX;
+    seq::max_known(ts, mark.filter(is_near))
 }
 
 fn seconds(us: u64) -> u32 {
@@ -154,7 +156,7 @@ impl Entry {
     pub(crate) fn seen_by_peer(&mut self, now_us: u64, tsval: Option<u32>) {
         if let Some(tsval) = tsval {
             let floor = tsval.wrapping_add(self.offsets.ts);
-            self.set(HAS_TS_HIGH, Some(seq::max_known(floor, self.ts_high())));
+            self.set(HAS_TS_HIGH, Some(latest_ts(floor, self.ts_high())));
         }
         self.used_s = seconds(now_us);
     }
@@ -360,7 +362,7 @@ impl ClientTable {
         let Some((tsval, _)) = tcp.timestamps(header) else {
             return false;
         };
-        let sent = seq::max_known(tsval, entry.ts_high().filter(|high| is_near(*high, tsval)));
+        let sent = latest_ts(tsval, entry.ts_high());
         if sent != tsval {
             tcp.set_tsval(header, sent);
         }

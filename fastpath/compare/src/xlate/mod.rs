@@ -10,7 +10,7 @@ mod client;
 use crate::seq;
 use crate::wire::Quoted;
 use crate::wire::tcp::{ACK, Tcp};
-pub(crate) use client::{ClientTable, Entry};
+pub(crate) use client::{ClientTable, Entry, latest_ts};
 
 /// How far behind its initial number the peer can be before it was acknowledged for the first time
 /// by what this host knows (rule 4 keeps the rest on both): more than an unscaled window.

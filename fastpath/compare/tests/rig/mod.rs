@@ -54,6 +54,16 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// The stream goes on by that many bytes, and so does the peer's, as if they had been sent and acknowledged.
+    fn skip(&mut self, sent: u32, received: u32) {
+        for server in self.servers.values_mut() {
+            server.isn = server.snd_nxt().wrapping_add(sent).wrapping_sub(1);
+            server.snd_una = server.isn.wrapping_add(1);
+            server.rcv_nxt = server.rcv_nxt.wrapping_add(received);
+            server.sent.clear();
+        }
+    }
+
     pub fn new(next_isn: u32) -> Self {
         Self {
             servers: BTreeMap::new(),
@@ -186,6 +196,16 @@ impl Client {
             ts_high: 0,
             reset: false,
         }
+    }
+
+    /// The same as [`Guest::skip`]; nothing is on its way.
+    fn skip(&mut self, sent: u32, received: u32) {
+        let next = self.isn.wrapping_add(1 + self.sent.len() as u32);
+        self.isn = next.wrapping_add(sent).wrapping_sub(1);
+        self.snd_una = self.isn.wrapping_add(1);
+        self.rcv_nxt = self.rcv_nxt.map(|next| next.wrapping_add(received));
+        self.sent.clear();
+        self.received.clear();
     }
 
     fn segment(&self, now_us: u64) -> Segment {
@@ -359,6 +379,17 @@ impl Rig {
             self.send_to_primary(&segment);
         }
         self.settle();
+    }
+
+    /// All connections go on by so many bytes without anybody looking, from the guests and from the clients.
+    pub fn skip(&mut self, guest: u32, client: u32) {
+        self.pvm.skip(guest, client);
+        if let Some(svm) = &mut self.svm {
+            svm.skip(guest, client);
+        }
+        for end in self.clients.values_mut() {
+            end.skip(client, guest);
+        }
     }
 
     /// A frame from the network to whoever speaks.
