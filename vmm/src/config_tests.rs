@@ -131,6 +131,16 @@ fn errors_name_file_field_value_and_remedy() {
             "replication.heartbeat_ms = 0",
         ),
         ("[replication]", "[replication]\nalone = \"maybe\"", "maybe"),
+        (
+            "[replication]",
+            "[checkpoint]\nstreams = 0\n[replication]",
+            "checkpoint.streams = 0: must be from 1 to 8",
+        ),
+        (
+            "[replication]",
+            "[checkpoint]\nstreams = 9\n[replication]",
+            "checkpoint.streams = 9",
+        ),
         ("name = \"demo\"", "", "name"),
         (
             "[host]",

@@ -56,7 +56,7 @@ pub enum CaptureCommand {
     /// Send all pages to a joining secondary, live: the first round.
     Sync {
         /// The page channel.
-        stream: TcpStream,
+        streams: Vec<TcpStream>,
         /// For the records.
         generation: u64,
         /// Of page digests, for this secondary alone.
@@ -271,7 +271,7 @@ impl CaptureThread {
             };
             match command {
                 CaptureCommand::Sync {
-                    stream,
+                    streams,
                     generation,
                     key,
                     session,
@@ -280,7 +280,7 @@ impl CaptureThread {
                 } => {
                     self.session_number = session;
                     self.settings.outbound.lends = lends;
-                    self.begin_sync(stream, generation, key, commands);
+                    self.begin_sync(streams, generation, key, commands);
                     self.prepare_ahead(ahead_mib);
                 }
                 CaptureCommand::SyncRound => self.sync_round(commands),

@@ -165,9 +165,9 @@ struct DigestList {
 }
 
 impl Outbound {
-    /// Over a connected socket, for a guest of so many pages.
+    /// Over connected sockets, for a guest of so many pages.
     pub fn new(
-        stream: TcpStream,
+        streams: Vec<TcpStream>,
         pages: usize,
         key: [u8; KEY_BYTES],
         settings: &OutboundSettings,
@@ -176,7 +176,7 @@ impl Outbound {
         // A chunk takes any page.
         channel.chunk_bytes = channel.chunk_bytes.max(2 * RECORD_MAX_BYTES);
         Ok(Self {
-            channel: PageChannel::new(vec![stream], channel)?,
+            channel: PageChannel::new(streams, channel)?,
             chunk_bytes: channel.chunk_bytes,
             lends: settings.lends,
             lent: Vec::with_capacity(channel.chunk_bytes / PAGE_BYTES),

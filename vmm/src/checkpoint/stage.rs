@@ -256,10 +256,10 @@ impl From<ChannelError> for Over {
     }
 }
 
-/// Starts the thread for a machine that has never run, over a connected socket; events go to `post`.
+/// Starts the thread for a machine that has never run, over connected sockets; events go to `post`.
 pub fn spawn(
     machine: Arc<Machine>,
-    stream: TcpStream,
+    streams: Vec<TcpStream>,
     settings: StageSettings,
     post: Post<StageEvent>,
 ) -> Result<(StageOrders, JoinHandle<()>), SpawnError> {
@@ -267,7 +267,7 @@ pub fn spawn(
     let (ready, readiness) = channel();
     let run = move || {
         // A channel belongs to the thread that makes it.
-        let made = PageChannel::new(vec![stream], settings.channel);
+        let made = PageChannel::new(streams, settings.channel);
         let channel = match made {
             Ok(channel) => channel,
             Err(e) => return drop(ready.send(Err(e))),

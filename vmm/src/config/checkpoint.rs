@@ -9,6 +9,7 @@ use crate::checkpoint::ahead::AheadSettings;
 use crate::checkpoint::channel::Settings;
 use crate::checkpoint::dirty::{DirtyChoice, DirtySettings, RING_ENTRIES};
 use crate::checkpoint::stabilise::StabilisePolicy;
+use crate::replication::link::PAGE_STREAMS_MAX;
 
 /// Arena of captured pages without `arena_mib`, at most.
 const ARENA_MIB_MAX: u64 = 512;
@@ -41,6 +42,8 @@ pub struct CheckpointConfig {
     /// One in so many checkpoints is audited: both sides digest all of their memory and state, and the secondary
     /// compares; 0: none. The guest stands still meanwhile.
     pub audit_every: u32,
+    /// TCP streams over which checkpoints are spread at most; the smaller number of both hosts counts.
+    pub streams: usize,
     /// Send without a copy in the kernel, where it does not copy all the same.
     pub zero_copy: bool,
     /// How long the page channel may stand still before the link counts as lost.
@@ -62,6 +65,7 @@ impl Default for CheckpointConfig {
             cache_mib: 32,
             verify_one_in: 0,
             audit_every: 0,
+            streams: 1,
             zero_copy: true,
             stall_ms: 5000,
         }
@@ -129,6 +133,14 @@ impl Check<'_> {
         let is_good = (1..=60_000).contains(&interval_ms);
         let advice = "must be from 1 to 60000; ahead_mib = 0 switches it off";
         self.that(is_good, "checkpoint.ahead_interval_ms", interval_ms, advice)?;
+        let streams = checkpoint.streams;
+        let is_good = (1..=PAGE_STREAMS_MAX).contains(&streams);
+        self.that(
+            is_good,
+            "checkpoint.streams",
+            streams,
+            "must be from 1 to 8",
+        )?;
         let stall_ms = checkpoint.stall_ms;
         let advice = "must be at least 100";
         self.that(stall_ms >= 100, "checkpoint.stall_ms", stall_ms, advice)

@@ -478,12 +478,14 @@ fn bind_sockets(config: &Config) -> Result<Option<Arc<Sockets>>, ReplicaError> {
 /// Tries until the primary answers, for the first time after a rest; `None` when asked to stop.
 fn join(replica: &Replica, rest_us: u64) -> Result<Option<link::Channels>, ReplicaError> {
     let mut told = false;
+    let peer = replica.replication.link_peer;
     let shards = replica.machine.workers().len();
+    let page_streams = replica.config.checkpoint.streams;
     if rest_us > 0 && !wait_to_join(replica, rest_us) {
         return Ok(None);
     }
     loop {
-        match link::connect(replica.replication.link_peer, fresh_session()?, shards) {
+        match link::connect(peer, fresh_session()?, shards, page_streams) {
             Ok(channels) => return Ok(Some(channels)),
             Err(e) if !told => {
                 tracing::info!("{e}; trying on");

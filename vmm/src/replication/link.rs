@@ -2,8 +2,13 @@
 //!
 //! Each channel starts with a preamble `"COLOLINK" version:u16 channel:u8 more:u8 session:u64` (little-endian), which
 //! the joining side sends. Channel 0, *control*, carries [`colo_control::Msg`]; 1, *packets*, mirrored input and SVM
-//! output of the first shard; 2, *pages*, checkpoints; from 3 on the packets of further shards, `more` in number.
-//! Separate channels, so that bulk pages never stand before a heartbeat or a packet.
+//! output of the first shard; 2, *pages*, checkpoints; from 3 on the packets of further shards, then further streams of
+//! the pages: as many as the lower and the upper four bits of `more` say. Separate channels, so that bulk pages never
+//! stand before a heartbeat or a packet.
+//!
+//! Who joins and wants several streams of pages asks first, on a connection of its own with channel 255, and gets one
+//! byte: how many the primary takes at most. A primary that does not know the question closes it, and there is one
+//! stream (rule 22).
 //!
 //! Does not interpret what the channels carry.
 
@@ -22,8 +27,12 @@ const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(2);
 const WAITING_MAX: usize = 32;
 /// Shards of a VM at most.
 pub const SHARDS_MAX: usize = 8;
-/// Channels besides the packets of further shards.
+/// Streams of a session's pages at most.
+pub const PAGE_STREAMS_MAX: usize = 8;
+/// Channels besides the packets of further shards and further streams of pages.
 const CHANNELS: usize = 3;
+/// Not a channel: how many streams of pages does the primary take?
+const QUESTION: u8 = 255;
 
 /// Why a link could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -57,38 +66,90 @@ pub struct Channels {
     pub control: TcpStream,
     /// Packets, of each shard.
     pub packets: Vec<TcpStream>,
-    /// Checkpoints.
-    pub pages: TcpStream,
+    /// Checkpoints, on one stream or more.
+    pub pages: Vec<TcpStream>,
 }
 
-/// Joins: connects all channels to a primary; `shards` is 1 to [`SHARDS_MAX`].
-pub fn connect(address: SocketAddr, session: u64, shards: usize) -> Result<Channels, LinkError> {
-    let more = shards.clamp(1, SHARDS_MAX) - 1;
-    let open = |channel: usize| {
+/// How many channels there are besides one of each kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct More {
+    shards: usize,
+    page_streams: usize,
+}
+
+impl More {
+    fn to_byte(self) -> u8 {
+        (self.shards | self.page_streams << 4) as u8
+    }
+
+    fn from_byte(byte: u8) -> Self {
+        Self {
+            shards: usize::from(byte & 0xf),
+            page_streams: usize::from(byte >> 4),
+        }
+    }
+
+    fn channels(self) -> usize {
+        CHANNELS + self.shards + self.page_streams
+    }
+}
+
+/// Joins: connects all channels to a primary; `shards` is 1 to [`SHARDS_MAX`]. There are at most `page_streams` (up to
+/// [`PAGE_STREAMS_MAX`]) streams of pages, or as many as the primary takes.
+pub fn connect(
+    address: SocketAddr,
+    session: u64,
+    shards: usize,
+    page_streams: usize,
+) -> Result<Channels, LinkError> {
+    let open = |channel: u8, more: u8| {
         let mut stream = TcpStream::connect_timeout(&address, PREAMBLE_TIMEOUT)?;
         stream.set_nodelay(true)?;
-        stream.write_all(&preamble(channel as u8, more as u8, session))?;
+        stream.write_all(&preamble(channel, more, session))?;
         Ok(stream)
     };
-    let open_all = || (0..CHANNELS + more).map(open).collect();
-    let streams: io::Result<Vec<_>> = open_all();
-    let channels = streams.and_then(|streams| {
-        let session_of = Channels::of(session, streams);
+    let open_all = || {
+        let page_streams = match page_streams.clamp(1, PAGE_STREAMS_MAX) {
+            1 => 1,
+            wanted => answer(open(QUESTION, 0)?)?.clamp(1, wanted),
+        };
+        let more = More {
+            shards: shards.clamp(1, SHARDS_MAX) - 1,
+            page_streams: page_streams - 1,
+        };
+        let streams = (0..more.channels()).map(|channel| open(channel as u8, more.to_byte()));
+        let streams = streams.collect::<io::Result<Vec<_>>>()?;
+        let session_of = Channels::of(session, more, streams);
         session_of.ok_or_else(|| io::ErrorKind::NotConnected.into())
-    });
-    channels.map_err(|source| LinkError::Connect { address, source })
+    };
+    open_all().map_err(|source| LinkError::Connect { address, source })
+}
+
+/// How many streams of pages a primary takes; one if it closes the question.
+fn answer(mut question: TcpStream) -> io::Result<usize> {
+    question.set_read_timeout(Some(PREAMBLE_TIMEOUT))?;
+    let mut byte = [0];
+    match question.read_exact(&mut byte) {
+        Ok(()) => Ok(usize::from(byte[0])),
+        Err(e) => match e.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Ok(1),
+            _ => Err(e),
+        },
+    }
 }
 
 impl Channels {
-    fn of(session: u64, streams: impl IntoIterator<Item = TcpStream>) -> Option<Self> {
+    fn of(session: u64, more: More, streams: Vec<TcpStream>) -> Option<Self> {
         let mut streams = streams.into_iter();
         let control = streams.next()?;
-        let first = streams.next()?;
-        let pages = streams.next()?;
+        let mut packets = vec![streams.next()?];
+        let mut pages = vec![streams.next()?];
+        packets.extend(streams.by_ref().take(more.shards));
+        pages.extend(streams);
         Some(Self {
             session,
             control,
-            packets: std::iter::once(first).chain(streams).collect(),
+            packets,
             pages,
         })
     }
@@ -100,6 +161,8 @@ pub struct Listener {
     socket: TcpListener,
     waiting: Vec<Waiting>,
     sessions: HashMap<u64, Session>,
+    /// Streams of pages that a session has at most.
+    page_streams: usize,
     /// Connections dropped because they were no colo link.
     pub refused: u64,
 }
@@ -108,6 +171,7 @@ pub struct Listener {
 #[derive(Debug)]
 struct Session {
     since: Instant,
+    more: More,
     channels: Vec<Option<TcpStream>>,
 }
 
@@ -119,8 +183,8 @@ struct Waiting {
 }
 
 impl Listener {
-    /// Listens, without blocking.
-    pub fn bind(address: SocketAddr) -> Result<Self, LinkError> {
+    /// Listens, without blocking, for sessions of at most so many streams of pages.
+    pub fn bind(address: SocketAddr, page_streams: usize) -> Result<Self, LinkError> {
         let named = |source| LinkError::Listen { address, source };
         let socket = TcpListener::bind(address).map_err(named)?;
         socket.set_nonblocking(true).map_err(named)?;
@@ -128,6 +192,7 @@ impl Listener {
             socket,
             waiting: Vec::new(),
             sessions: HashMap::new(),
+            page_streams: page_streams.clamp(1, PAGE_STREAMS_MAX),
             refused: 0,
         })
     }
@@ -160,21 +225,15 @@ impl Listener {
         self.sessions
             .retain(|_, session| session.since.elapsed() < PREAMBLE_TIMEOUT);
         for mut waiting in std::mem::take(&mut self.waiting) {
-            match waiting.read_preamble() {
+            match waiting.read_preamble(self.page_streams) {
                 Ok(None) if waiting.since.elapsed() < PREAMBLE_TIMEOUT => {
                     self.waiting.push(waiting)
                 }
-                Ok(Some(preamble)) => {
-                    let entry = self.sessions.entry(preamble.session);
-                    let session = entry.or_insert_with(|| Session {
-                        since: Instant::now(),
-                        channels: (0..CHANNELS + preamble.more).map(|_| None).collect(),
-                    });
-                    match session.channels.get_mut(preamble.channel) {
-                        Some(channel) => *channel = Some(waiting.stream),
-                        None => self.refused += 1,
-                    }
+                Ok(Some(preamble)) if preamble.channel == usize::from(QUESTION) => {
+                    // Whoever asked and does not hear it asks again.
+                    let _ = waiting.stream.write_all(&[self.page_streams as u8]);
                 }
+                Ok(Some(preamble)) => self.put_together(preamble, waiting.stream),
                 Ok(None) | Err(_) => {
                     self.refused += 1;
                     tracing::warn!(
@@ -186,25 +245,40 @@ impl Listener {
         self.take_complete()
     }
 
+    fn put_together(&mut self, preamble: Preamble, stream: TcpStream) {
+        let more = preamble.more;
+        let entry = self.sessions.entry(preamble.session);
+        let session = entry.or_insert_with(|| Session {
+            since: Instant::now(),
+            more,
+            channels: (0..more.channels()).map(|_| None).collect(),
+        });
+        match session.channels.get_mut(preamble.channel) {
+            Some(channel) if session.more == more => *channel = Some(stream),
+            _ => self.refused += 1,
+        }
+    }
+
     fn take_complete(&mut self) -> Option<Channels> {
         let is_complete = |session: &Session| session.channels.iter().all(Option::is_some);
         let mut sessions = self.sessions.iter();
-        let session = *sessions.find(|(_, session)| is_complete(session))?.0;
-        let streams = self.sessions.remove(&session)?.channels;
-        Channels::of(session, streams.into_iter().flatten())
+        let number = *sessions.find(|(_, session)| is_complete(session))?.0;
+        let session = self.sessions.remove(&number)?;
+        let streams = session.channels.into_iter().flatten().collect();
+        Channels::of(number, session.more, streams)
     }
 }
 
 /// What a channel says of itself.
 struct Preamble {
     channel: usize,
-    more: usize,
+    more: More,
     session: u64,
 }
 
 impl Waiting {
-    /// The preamble once it is whole.
-    fn read_preamble(&mut self) -> io::Result<Option<Preamble>> {
+    /// The preamble once it is whole; refuses more than `page_streams` streams of pages.
+    fn read_preamble(&mut self, page_streams: usize) -> io::Result<Option<Preamble>> {
         let mut buffer = [0u8; PREAMBLE_LEN];
         let missing = PREAMBLE_LEN - self.got.len();
         match self.stream.read(&mut buffer[..missing]) {
@@ -220,14 +294,16 @@ impl Waiting {
             return Ok(None);
         }
         let version = u16::from_le_bytes([self.got[8], self.got[9]]);
-        let (channel, more) = (usize::from(self.got[10]), usize::from(self.got[11]));
-        if version != LINK_VERSION || more >= SHARDS_MAX || channel >= CHANNELS + more {
+        let (channel, more) = (self.got[10], More::from_byte(self.got[11]));
+        let in_range = more.shards < SHARDS_MAX && more.page_streams < page_streams;
+        let is_known = channel == QUESTION || usize::from(channel) < more.channels();
+        if version != LINK_VERSION || !in_range || !is_known {
             return Err(io::ErrorKind::InvalidData.into());
         }
         let mut session = [0; 8];
         session.copy_from_slice(&self.got[12..20]);
         Ok(Some(Preamble {
-            channel,
+            channel: usize::from(channel),
             more,
             session: u64::from_le_bytes(session),
         }))
@@ -249,7 +325,7 @@ mod tests {
     use super::*;
 
     fn listener() -> (Listener, SocketAddr) {
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), 4).unwrap();
         let address = listener.socket.local_addr().unwrap();
         (listener, address)
     }
@@ -270,7 +346,7 @@ mod tests {
         let (mut listener, address) = listener();
         let mut ours = Vec::new();
         for (session, shards) in [(11u64, 1), (22, 3)] {
-            let mut channels = connect(address, session, shards).unwrap();
+            let mut channels = connect(address, session, shards, 1).unwrap();
             for (shard, packets) in channels.packets.iter_mut().enumerate() {
                 let name = session + shard as u64;
                 packets.write_all(&name.to_le_bytes()).unwrap();
@@ -299,14 +375,95 @@ mod tests {
             assert!(listener.poll().is_none());
             (listener.refused == 1).then_some(())
         });
-        let _ours = connect(address, 5, 1).unwrap();
+        let _ours = connect(address, 5, 1, 1).unwrap();
         assert_eq!(poll_until(|| listener.poll()).session, 5);
+    }
+
+    /// Joins `listener` with three shards and so many streams at most; gives how many both sides have, in the same order.
+    fn joined(mut listener: Listener, address: SocketAddr, page_streams: usize) -> usize {
+        let joining = std::thread::spawn(move || {
+            let mut channels = connect(address, 7, 3, page_streams).unwrap();
+            for (n, stream) in channels.pages.iter_mut().enumerate() {
+                stream.write_all(&[n as u8]).unwrap();
+            }
+            channels
+        });
+        let mut theirs = poll_until(|| listener.poll());
+        let ours = joining.join().unwrap();
+        assert_eq!((ours.packets.len(), theirs.packets.len()), (3, 3));
+        assert_eq!(ours.pages.len(), theirs.pages.len());
+        for (n, stream) in theirs.pages.iter_mut().enumerate() {
+            stream.set_nonblocking(false).unwrap();
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            assert_eq!(usize::from(byte[0]), n);
+        }
+        assert_eq!(listener.refused, 0);
+        theirs.pages.len()
+    }
+
+    #[test]
+    fn pages_have_as_many_streams_as_both_hosts_take() {
+        for (theirs, ours, both) in [(4, 4, 4), (4, 2, 2), (2, 8, 2), (1, 3, 1), (8, 1, 1)] {
+            let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), theirs).unwrap();
+            let address = listener.socket.local_addr().unwrap();
+            let found = joined(listener, address, ours);
+            assert_eq!(found, both, "{theirs} and {ours}");
+        }
+    }
+
+    #[test]
+    fn rule_22_a_primary_that_does_not_know_the_question_gets_what_it_knows() {
+        let older = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = older.local_addr().unwrap();
+        let joining = std::thread::spawn(move || connect(address, 7, 2, 4).unwrap());
+        let preamble = || {
+            let mut stream = older.accept().unwrap().0;
+            let mut bytes = [0; PREAMBLE_LEN];
+            stream.read_exact(&mut bytes).unwrap();
+            (stream, bytes)
+        };
+        // It closes what is no channel of its.
+        let (question, asked) = preamble();
+        assert_eq!(asked[10], QUESTION);
+        drop(question);
+        for channel in 0..4 {
+            let (_stream, bytes) = preamble();
+            assert_eq!((bytes[10], bytes[11]), (channel, 1), "one more shard");
+        }
+        assert_eq!(joining.join().unwrap().pages.len(), 1);
+    }
+
+    #[test]
+    fn more_streams_than_were_granted_are_refused() {
+        let (mut listener, address) = listener();
+        for more in [0x40, 0xf0, 0x08] {
+            let refused = listener.refused;
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.write_all(&preamble(0, more, 9)).unwrap();
+            poll_until(|| {
+                assert!(listener.poll().is_none());
+                (listener.refused == refused + 1).then_some(())
+            });
+        }
+        let mut first = TcpStream::connect(address).unwrap();
+        first.write_all(&preamble(0, 0x30, 9)).unwrap();
+        poll_until(|| {
+            assert!(listener.poll().is_none());
+            (!listener.sessions.is_empty()).then_some(())
+        });
+        let mut other = TcpStream::connect(address).unwrap();
+        other.write_all(&preamble(1, 0x20, 9)).unwrap();
+        poll_until(|| {
+            assert!(listener.poll().is_none());
+            (listener.refused == 4).then_some(())
+        });
     }
 
     #[test]
     fn a_used_address_is_named() {
         let (_listener, address) = listener();
-        let e = Listener::bind(address).unwrap_err().to_string();
+        let e = Listener::bind(address, 1).unwrap_err().to_string();
         assert!(
             e.contains("link_listen") && e.contains(&address.to_string()),
             "{e}"

@@ -61,9 +61,9 @@ struct Link {
     control: ControlLink,
     /// Handed to worker and checkpoint thread when the synchronisation starts.
     packets: Option<Vec<TcpStream>>,
-    pages: Option<TcpStream>,
-    /// To end it while the checkpoint thread writes.
-    pages_end: TcpStream,
+    pages: Option<Vec<TcpStream>>,
+    /// To end them while the checkpoint thread writes.
+    pages_end: Vec<TcpStream>,
 }
 
 impl PrimaryShell {
@@ -77,7 +77,10 @@ impl PrimaryShell {
         takeovers: u64,
         pair_events: Mailbox<PairEvent>,
     ) -> Result<Self, ReplicaError> {
-        let listener = Listener::bind(replica.replication.link_listen)?;
+        let listener = Listener::bind(
+            replica.replication.link_listen,
+            replica.config.checkpoint.streams,
+        )?;
         let core = Primary::new(
             replica.host.clone(),
             replica.timing(),
@@ -332,7 +335,9 @@ impl PrimaryShell {
             role.detach(edge);
         });
         let _ = link.control.flush();
-        let _ = link.pages_end.shutdown(Shutdown::Both);
+        for stream in &link.pages_end {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
         self.unprotected
             .get_or_insert((reason.to_owned(), unix_seconds()));
     }
@@ -463,7 +468,7 @@ impl PrimaryShell {
 
     fn start_sync(&mut self) {
         let Some(link) = &mut self.link else { return };
-        let (Some(packets), Some(stream)) = (link.packets.take(), link.pages.take()) else {
+        let (Some(packets), Some(streams)) = (link.packets.take(), link.pages.take()) else {
             return;
         };
         let session = link.session;
@@ -482,7 +487,7 @@ impl PrimaryShell {
         let lends = self.core.peer_version() >= VERSION_BULK;
         match page_key() {
             Ok(key) => self.order(CaptureCommand::Sync {
-                stream,
+                streams,
                 generation,
                 key,
                 session,
@@ -539,6 +544,7 @@ impl PrimaryShell {
             role: "primary",
             state,
             protected: self.core.state() == PrimaryState::Paired,
+            page_streams: self.link.as_ref().map_or(0, |link| link.pages_end.len()),
             unprotected_reason: reason,
             unprotected_since: since,
             generation: self.core.record().generation,
@@ -574,7 +580,11 @@ impl Link {
         Ok(Self {
             session: channels.session,
             control: ControlLink::new(channels.control)?,
-            pages_end: channels.pages.try_clone()?,
+            pages_end: channels
+                .pages
+                .iter()
+                .map(TcpStream::try_clone)
+                .collect::<io::Result<_>>()?,
             packets: Some(channels.packets),
             pages: Some(channels.pages),
         })

@@ -252,6 +252,8 @@ pub struct Standing {
     pub unprotected_reason: String,
     /// Seconds since 1970.
     pub unprotected_since: u64,
+    /// TCP streams that checkpoints spread over; 0 without a peer.
+    pub page_streams: usize,
     /// The arbiter's generation as last confirmed.
     pub generation: u64,
     /// Present epoch.

@@ -50,7 +50,7 @@ pub struct SecondaryShell {
     core: Secondary,
     replica: Replica,
     control: Option<ControlLink>,
-    pages_end: TcpStream,
+    pages_end: Vec<TcpStream>,
     pair_post: Post<PairEvent>,
     pair_events: Mailbox<PairEvent>,
     stage_events: Mailbox<StageEvent>,
@@ -80,7 +80,8 @@ impl SecondaryShell {
         let system = ReplicaError::System;
         let (pair_post, pair_events) = Mailbox::new().map_err(system)?;
         let (stage_post, stage_events) = Mailbox::new().map_err(system)?;
-        let pages_end = channels.pages.try_clone().map_err(system)?;
+        let pages_end = channels.pages.iter().map(TcpStream::try_clone);
+        let pages_end = pages_end.collect::<Result<Vec<_>, _>>().map_err(system)?;
         let links = replica.packet_links(channels.packets).map_err(system)?;
         let role = SecondaryRoleConfig {
             limits: replica.limits,
@@ -264,7 +265,9 @@ impl SecondaryShell {
             let _ = control.flush();
         }
         // The packet channel stays until the takeover has read what is in it; the peer is gone or told.
-        let _ = self.pages_end.shutdown(Shutdown::Both);
+        for stream in &self.pages_end {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
     }
 
     // ---- actions out ----
@@ -434,6 +437,7 @@ impl SecondaryShell {
             role: "secondary",
             state,
             protected: self.core.state() == SecondaryState::Standby,
+            page_streams: self.pages_end.len(),
             generation: self.core.generation(),
             epoch: self.applied_epoch + 1,
             mode: mode_name(match self.core.is_halted() {

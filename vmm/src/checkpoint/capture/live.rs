@@ -21,7 +21,7 @@ impl CaptureThread {
     /// A secondary has joined: everything that is in use goes to it.
     pub(super) fn begin_sync(
         &mut self,
-        stream: TcpStream,
+        streams: Vec<TcpStream>,
         generation: u64,
         key: [u8; 16],
         commands: &Receiver<CaptureCommand>,
@@ -29,7 +29,7 @@ impl CaptureThread {
         self.session = None;
         self.carry.clear();
         self.in_flight.clear();
-        match self.open_session(stream, generation, key) {
+        match self.open_session(streams, generation, key) {
             Ok(session) => {
                 self.session = Some(session);
                 self.sync_round(commands);
@@ -40,13 +40,13 @@ impl CaptureThread {
 
     fn open_session(
         &mut self,
-        stream: TcpStream,
+        streams: Vec<TcpStream>,
         generation: u64,
         key: [u8; 16],
     ) -> Result<Session, String> {
         let machine = &self.machine;
         let ram = machine.ram();
-        let outbound = Outbound::new(stream, ram.page_count(), key, &self.settings.outbound);
+        let outbound = Outbound::new(streams, ram.page_count(), key, &self.settings.outbound);
         let mut outbound = outbound.map_err(|e| e.to_string())?;
         outbound.set_generation(generation);
         let view = machine.guest_view().cloned();

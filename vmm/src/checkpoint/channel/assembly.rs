@@ -1,7 +1,7 @@
 //! Puts checkpoints together from chunks of several streams (sans-IO).
 //!
 //! Invariants: a checkpoint is complete when each stream has ended it and had what its End says, in order; at most one
-//! is open (rule 7); what is wrong with one spoils that one, and what still comes of it is skipped; a generation never
+//! is open (rule 7), and the first stream opens it; what is wrong with one spoils that one, and what still comes of it is skipped; a generation never
 //! goes back (rule 18).
 
 use std::time::Instant;
@@ -74,10 +74,13 @@ impl Assembly {
         (!open.shares[stream].ended).then_some(open.since)
     }
 
-    /// True for a chunk of the next checkpoint on a stream that has ended this one: the others come first.
+    /// True for a chunk of the next checkpoint on a stream that has ended this one: the others come first. And for one that
+    /// would begin a checkpoint on another stream than the first: what went loose before it is on that one.
     pub(super) fn must_wait(&self, stream: usize, header: &Header) -> bool {
-        let open = self.open.as_ref();
-        open.is_some_and(|open| open.shares[stream].ended && header.attempt > open.attempt)
+        let Some(open) = &self.open else {
+            return stream > 0 && header.attempt > self.over;
+        };
+        header.attempt > open.attempt && (stream > 0 || open.shares[stream].ended)
     }
 
     /// The open checkpoint, if this chunk begins another one before the end: its sender has dropped it. To be asked

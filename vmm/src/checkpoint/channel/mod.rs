@@ -232,8 +232,9 @@ impl PageChannel {
     }
 
     /// Sends the first `length` bytes of the buffer that was got last, as pages outside a checkpoint: live ones of the
-    /// initial synchronisation ([`Kind::Sync`]) or ones ahead of the checkpoint of `epoch` ([`Kind::Ahead`]). Nothing
-    /// says in which order those of several streams arrive.
+    /// initial synchronisation ([`Kind::Sync`]) or ones ahead of the checkpoint of `epoch` ([`Kind::Ahead`]). All of them
+    /// go on the first stream, or older bytes of a page could arrive behind newer ones; a checkpoint that is begun later
+    /// arrives later.
     pub fn submit_loose(
         &mut self,
         kind: Kind,
@@ -246,8 +247,7 @@ impl PageChannel {
                 "outside a checkpoint there are live pages and pages ahead",
             ));
         }
-        let stream = self.outgoing.shortest();
-        self.send_chunk(stream, kind, (epoch, items, length))
+        self.send_chunk(0, kind, (epoch, items, length))
     }
 
     /// [`Self::end`] and [`Self::flush`]: all of the open checkpoint is handed to the kernel.

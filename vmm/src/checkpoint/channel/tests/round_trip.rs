@@ -131,6 +131,64 @@ fn live_pages_and_pages_ahead_go_outside_of_checkpoints() {
     sender.join().unwrap();
 }
 
+/// What the peer writes on each of two streams that `act` uses.
+fn bytes_of_two(act: impl FnOnce(&mut PageChannel) + Send + 'static) -> [Vec<u8>; 2] {
+    let (near, far) = sockets(2);
+    let sender = peer(near, settings(), |mut channel| act(&mut channel));
+    let bytes = [0, 1].map(|n| {
+        let mut bytes = Vec::new();
+        (&far[n]).read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    sender.join().unwrap();
+    bytes
+}
+
+#[test]
+fn what_goes_loose_arrives_in_order_and_before_a_checkpoint_that_begins_later() {
+    let loose = |channel: &mut PageChannel, kind, byte| {
+        channel.next_buffer().unwrap()[0] = byte;
+        channel.submit_loose(kind, 0, 1, 1).unwrap();
+    };
+    let bytes = bytes_of_two(move |channel| {
+        (1..4).for_each(|byte| loose(channel, Kind::Sync, byte));
+        channel.begin(1, &[]).unwrap();
+        submit(channel, Kind::Pages, 1, b"one");
+        submit(channel, Kind::Pages, 1, b"two");
+        channel.abort().unwrap();
+        loose(channel, Kind::Ahead, 4);
+        channel.begin(2, &[]).unwrap();
+        channel.finish().unwrap();
+    });
+    let (near, far) = sockets(2);
+    let mut receiver = PageChannel::new(near, settings()).unwrap();
+    // The second stream is faster by all there is.
+    (&far[1]).write_all(&bytes[1]).unwrap();
+    while receiver.counters().received_bytes < bytes[1].len() as u64 {
+        assert_eq!(see(receiver.poll(Duration::ZERO).unwrap()), Seen::Idle);
+    }
+    (&far[0]).write_all(&bytes[0]).unwrap();
+    drop(far);
+    let (seen, error) = all(&mut receiver);
+    assert!(error.is_none(), "{error:?}");
+    let sync = |byte| Seen::Chunk(Kind::Sync, 0, 1, vec![byte]);
+    assert_eq!(seen[..3], [1, 2, 3].map(sync));
+    assert_eq!(seen[3], Seen::Chunk(Kind::Begin, 1, 0, vec![]));
+    let rest: Vec<_> = seen[4..]
+        .iter()
+        .filter(|seen| !matches!(seen, Seen::Chunk(Kind::Pages, 1, ..)))
+        .cloned()
+        .collect();
+    let expected = [
+        Seen::Aborted(1),
+        Seen::Chunk(Kind::Ahead, 0, 1, vec![4]),
+        Seen::Chunk(Kind::Begin, 2, 0, vec![]),
+        Seen::Complete(2, Totals::default()),
+    ];
+    assert_eq!(rest, expected);
+    assert_eq!(receiver.counters().damaged_checkpoints, 0);
+}
+
 #[test]
 fn rule_14_after_an_abort_the_next_checkpoint_is_whole() {
     for streams in [1, 3] {

@@ -1,0 +1,284 @@
+//! Checkpoints over several TCP streams: spread over all of them, whole on arrival, and as safe as on one when a stream
+//! damages a page, breaks, or the primary dies.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use colo_lab::load::{Load, LoadConfig};
+use colo_lab::pair::{Pair, Settings};
+use colo_lab::process::Process;
+use colo_lab::topology::{GUEST_V4, Host};
+use colo_tests::bench::Bench;
+use serde_json::Value;
+
+const WAIT: Duration = Duration::from_secs(60);
+const PROXY_PORT: u16 = 7700;
+const PREAMBLE: usize = 20;
+/// The first stream of pages; with one shard, all channels from here on are streams of pages.
+const PAGES: u8 = 2;
+/// How many streams there may be, the joining side asks.
+const QUESTION: u8 = 255;
+/// The head of a chunk on the page channel.
+const HEAD: usize = 64;
+const KIND_PAGES: u8 = 4;
+
+/// Pages of both guests differ when they are told to write them, each in its own time.
+fn settings(bench: &Bench, primary: &str, secondary: &str) -> Settings {
+    let lines = |lines: &str| format!("[checkpoint]\naudit_every = 1\n{lines}\n");
+    Settings {
+        compare_deadline_ms: 5_000,
+        primary_extra: lines(primary),
+        secondary_extra: lines(secondary),
+        ..bench.settings()
+    }
+}
+
+fn ask(pair: &Pair, method: &str, path: &str) {
+    let mut curl = pair.topology.client.command("curl");
+    curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
+    let url = format!("http://{GUEST_V4}{path}");
+    let output = curl.arg(url).output().unwrap();
+    assert!(output.status.success(), "{method} {path}: {output:?}");
+}
+
+fn number(value: &Value, key: &str) -> u64 {
+    value[key]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no {key} in {value:#}"))
+}
+
+/// Has so many pages written, then a divergence; gives the status when its checkpoint is committed.
+fn checkpoint(pair: &mut Pair, pages: u64) -> Value {
+    ask(pair, "POST", &format!("/dirty/{pages}/0/4096"));
+    diverge(pair)
+}
+
+fn diverge(pair: &mut Pair) -> Value {
+    let before = number(&pair.primary.status().unwrap(), "checkpoints");
+    ask(pair, "GET", "/random");
+    let more = |status: &Value| number(status, "checkpoints") > before;
+    pair.primary.wait_status("a commit", WAIT, more).unwrap()
+}
+
+/// Clients that have been served by both hosts notice nothing of the primary's end.
+fn kill_primary(mut pair: Pair) {
+    let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
+    assert!(load.wait_answers(500, WAIT), "the service stands still");
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    finish(load);
+}
+
+fn finish(load: Load) {
+    assert!(load.wait_answers(2_000, WAIT), "the service stands still");
+    let report = load.finish().unwrap();
+    let wrong = (report.client_errors, report.wrong_responses);
+    assert_eq!(wrong, (0, 0), "{:#?}", report.notes);
+    assert_eq!(report.requests, report.responses);
+    assert!(report.audited > 10, "{report:#?}");
+}
+
+#[test]
+fn audited_checkpoints_and_a_takeover_over_two_and_four_streams() {
+    for (ours, theirs, both) in [(2, 2, 2), (4, 8, 4)] {
+        let Some(bench) = Bench::new(&["curl"]) else {
+            return;
+        };
+        let lines = |streams: u32| format!("streams = {streams}\nahead_mib = 0");
+        let settings = settings(&bench, &lines(ours), &lines(theirs));
+        let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+        for host in [Host::A, Host::B] {
+            let status = pair.wait_protected(host).unwrap();
+            assert_eq!(status["page_streams"], both, "the smaller number of both");
+        }
+        for _ in 0..3 {
+            let status = checkpoint(&mut pair, 3_000);
+            let last = &status["last_checkpoint"];
+            assert!(number(last, "sent_bytes") > 3_000 * 4096, "{last:#}");
+            assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+            assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+        }
+        kill_primary(pair);
+    }
+}
+
+#[test]
+fn pages_sent_ahead_are_there_when_a_checkpoint_on_other_streams_names_them() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let lines = "streams = 4\nahead_interval_ms = 20";
+    let mut pair = Pair::start(&settings(&bench, lines, lines), bench.dir()).unwrap();
+    let ahead = |pair: &Pair, key| number(&pair.primary.status().unwrap()["ahead"], key);
+    // How many of those sent are not written again depends on how fast the guest is.
+    for round in 0.. {
+        assert!(round < 20, "too few pages travel ahead");
+        let before = ahead(&pair, "sent_pages");
+        ask(&pair, "POST", "/dirty/3000/0/4096");
+        let sent = |status: &Value| number(&status["ahead"], "sent_pages") >= before + 2_700;
+        pair.primary.wait_status("sent ahead", WAIT, sent).unwrap();
+        let status = diverge(&mut pair);
+        assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+        assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+        if round >= 2 && ahead(&pair, "used_pages") >= 1_000 {
+            break;
+        }
+    }
+    let used = ahead(&pair, "used_pages");
+    let applied = |status: &Value| number(&status["ahead_area"], "used_pages") == used;
+    let waited = pair.secondary.wait_status("applied", WAIT, applied);
+    let status = waited.unwrap();
+    assert_eq!(number(&status["ahead_area"], "refused_chunks"), 0);
+}
+
+/// What the link does once it is armed, once, to a chunk of pages on the stream that `Proxy::start` got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blow {
+    /// It flips a bit in the middle.
+    Damage,
+    /// It closes the stream in the middle.
+    Cut,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    armed: AtomicBool,
+    /// Chunks of pages, by stream.
+    chunks: [AtomicU64; 8],
+}
+
+/// Joins through a link that strikes one of four streams.
+fn pair_through(bench: &Bench, blow: Blow, stream: usize) -> (Pair, Arc<Seen>) {
+    let lines = "streams = 4\nahead_mib = 0";
+    let settings = settings(bench, lines, lines);
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    pair.secondary.kill().unwrap();
+    pair.wait_alone(Host::A).unwrap();
+    let seen = Arc::new(Seen::default());
+    let host = pair.topology.host(Host::B);
+    let bind = || TcpListener::bind((Host::B.link_address(), PROXY_PORT)).unwrap();
+    let listener = host.run(bind).unwrap();
+    let noted = seen.clone();
+    host.spawn("proxy", move || {
+        // The question, control, packets and four streams of pages.
+        for near in listener.incoming().take(7) {
+            forward(near.unwrap(), (blow, stream), &noted).unwrap();
+        }
+    })
+    .unwrap();
+    let text = settings.pair_file(Host::B, bench.dir());
+    let peer = |host: Host, port: u16| format!("link_peer = \"{}:{port}\"", host.link_address());
+    let text = text.replace(&peer(Host::A, 7600), &peer(Host::B, PROXY_PORT));
+    let file = bench.dir().join("through.toml");
+    std::fs::write(&file, text).unwrap();
+    let mut command = pair.topology.host(Host::B).command(bench.colo());
+    command.arg("secondary").arg(&file);
+    let through = Process::spawn("b-through", command, bench.dir()).unwrap();
+    pair.secondary = through.with_status(&bench.dir().join("b.sock"));
+    let status = pair.wait_protected(Host::A).unwrap();
+    assert_eq!(status["page_streams"], 4);
+    (pair, seen)
+}
+
+fn forward(mut near: TcpStream, strike: (Blow, usize), seen: &Arc<Seen>) -> io::Result<()> {
+    let mut preamble = [0; PREAMBLE];
+    near.read_exact(&mut preamble)?;
+    let mut far = TcpStream::connect((Host::A.link_address(), 7600))?;
+    far.write_all(&preamble)?;
+    for stream in [&near, &far] {
+        stream.set_nodelay(true)?;
+    }
+    let (mut up_from, mut up_to) = (near.try_clone()?, far.try_clone()?);
+    thread::spawn(move || {
+        let _ = io::copy(&mut up_from, &mut up_to);
+        let _ = up_to.shutdown(Shutdown::Both);
+    });
+    let (channel, seen) = (preamble[10], seen.clone());
+    thread::spawn(move || {
+        let _ = match channel {
+            PAGES..QUESTION => {
+                let stream = usize::from(channel - PAGES);
+                chunks((&mut far, &mut near), stream, strike, &seen)
+            }
+            _ => io::copy(&mut far, &mut near).map(drop),
+        };
+        let _ = near.shutdown(Shutdown::Both);
+    });
+    Ok(())
+}
+
+/// Passes the chunks of a stream on, but for the one that is struck.
+fn chunks(
+    (from, to): (&mut TcpStream, &mut TcpStream),
+    stream: usize,
+    (blow, struck): (Blow, usize),
+    seen: &Seen,
+) -> io::Result<()> {
+    loop {
+        let mut head = [0; HEAD];
+        from.read_exact(&mut head)?;
+        let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
+        let mut payload = vec![0; len];
+        from.read_exact(&mut payload)?;
+        to.write_all(&head)?;
+        if head[6] == KIND_PAGES {
+            seen.chunks[stream].fetch_add(1, Ordering::SeqCst);
+            if stream == struck && seen.armed.swap(false, Ordering::SeqCst) {
+                match blow {
+                    Blow::Damage => payload[len / 2] ^= 0x20,
+                    Blow::Cut => return to.write_all(&payload[..len / 2]),
+                }
+            }
+        }
+        to.write_all(&payload)?;
+    }
+}
+
+#[test]
+fn rule_14_damage_on_one_of_four_streams_costs_one_checkpoint_and_not_the_pair() {
+    for stream in [0, 3] {
+        let Some(bench) = Bench::new(&["curl"]) else {
+            return;
+        };
+        let (mut pair, seen) = pair_through(&bench, Blow::Damage, stream);
+        checkpoint(&mut pair, 3_000);
+        let counts = seen.chunks.each_ref().map(|n| n.load(Ordering::SeqCst));
+        assert!(counts[..4].iter().all(|&n| n > 3), "{counts:?}");
+        seen.armed.store(true, Ordering::SeqCst);
+        let status = checkpoint(&mut pair, 3_000);
+        assert!(!seen.armed.load(Ordering::SeqCst));
+        assert_eq!(number(&status, "checkpoints_aborted"), 1, "{status:#}");
+        let status = checkpoint(&mut pair, 3_000);
+        assert_eq!(number(&status, "checkpoints_aborted"), 1, "{status:#}");
+        assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+        kill_primary(pair);
+    }
+}
+
+#[test]
+fn a_stream_that_breaks_in_the_middle_ends_the_link_and_the_pair_forms_again() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let (mut pair, seen) = pair_through(&bench, Blow::Cut, 2);
+    let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
+    assert!(load.wait_answers(500, WAIT), "the service stands still");
+    load.mark_kill();
+    seen.armed.store(true, Ordering::SeqCst);
+    ask(&pair, "POST", "/dirty/3000/0/4096");
+    let (winner, other) = pair.wait_winner().unwrap();
+    assert!(!seen.armed.load(Ordering::SeqCst));
+    // 3: another host holds the VM now.
+    assert_eq!(other.code(), Some(3));
+    pair.restart(winner.other(), "secondary").unwrap();
+    let status = pair.wait_protected(winner).unwrap();
+    assert_eq!(status["page_streams"], 4);
+    finish(load);
+}
