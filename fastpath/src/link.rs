@@ -18,6 +18,7 @@ use colo_compare::Token;
 
 mod datagram;
 mod digests;
+mod heard;
 mod msg;
 mod offer;
 mod open;
@@ -41,6 +42,7 @@ use stream::Stream;
 use transport::{Datagrams, kind, say};
 
 pub use digests::{BadEntry, DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, DigestWriter};
+pub use heard::PeerHeard;
 pub use msg::{Malformed, PacketMsg};
 pub use open::{Packets, open_ports};
 pub use stats::LinkStats;
@@ -196,6 +198,16 @@ impl PacketLink {
             frames: FrameCounts::default(),
             drained: false,
         })
+    }
+
+    /// The peer is heard on the control channel, too: that is as good as over this connection, which is then asked only when
+    /// datagrams are not answered.
+    #[must_use]
+    pub fn beside(mut self, control: PeerHeard) -> Self {
+        if let Some(datagrams) = &mut self.datagrams {
+            datagrams.control = Some(control);
+        }
+        self
     }
 
     /// Adds what to wait for.

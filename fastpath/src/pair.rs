@@ -7,6 +7,7 @@
 
 mod delayed;
 mod hold;
+mod lease;
 mod local;
 mod primary;
 mod secondary;
@@ -18,6 +19,7 @@ use colo_compare::Divergence;
 
 use crate::worker::{Edge, Role, WorkerHandle};
 
+pub use lease::Lease;
 pub use local::{LocalPairRole, LocalReport, SvmSide};
 pub use primary::{CutState, PrimaryReport, PrimaryRole, PrimaryRoleConfig};
 pub use secondary::{SecondaryReport, SecondaryRole, SecondaryRoleConfig};
@@ -87,3 +89,6 @@ fn begin_on_role<R: Role, T: Send + 'static>(
     });
     begun.ok()
 }
+
+#[cfg(test)]
+mod role_tests;

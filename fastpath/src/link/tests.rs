@@ -529,3 +529,62 @@ fn rule_18_nothing_is_sent_as_datagrams_once_tcp_is_silent() {
     ends.until_heard();
     assert_eq!(ends.carriers(), ["udp", "udp"]);
 }
+
+#[test]
+fn rule_18_who_hears_the_peer_on_the_control_channel_does_not_ask_it_and_stops_when_that_is_silent()
+{
+    let network = Network::new(0);
+    let mut ends = Ends::through_relay(&network);
+    let control = PeerHeard::default();
+    ends.links = ends.links.map(|link| link.beside(control.clone()));
+    ends.until_both_use("udp");
+    ends.talk(20);
+    // With nothing left to say nobody is woken any more.
+    ends.until(|ends| ends.links.iter().all(|link| link.deadline_us().is_none()));
+
+    let relay = ends.relay.take();
+    let begun_us = now_us();
+    while now_us() < begun_us + 2 * PATIENCE_US {
+        control.note(now_us());
+        ends.talk(1);
+    }
+    let sent = |ends: &Ends| ends.links.each_ref().map(|l| l.stats().datagrams_sent);
+    let (mut before, mut since_us) = (sent(&ends), now_us());
+    while now_us() < since_us + PATIENCE_US {
+        if ends.unheard[0].len() < 200 {
+            ends.say(0, 1);
+            ends.say(1, 1);
+        }
+        ends.step();
+        if sent(&ends) != before {
+            (before, since_us) = (sent(&ends), now_us());
+        }
+    }
+    assert!(ends.unheard.iter().all(|unheard| !unheard.is_empty()));
+    // Heard again there alone, what was kept back follows, and nothing is held against the datagrams.
+    while ends.unheard.iter().any(|unheard| !unheard.is_empty()) {
+        control.note(now_us());
+        ends.step();
+    }
+    ends.relay = relay;
+    ends.talk(20);
+    assert_eq!(ends.carriers(), ["udp", "udp"]);
+    assert!(ends.links.iter().all(|link| link.stats().fallbacks == 0));
+}
+
+#[test]
+fn datagrams_that_are_not_answered_are_given_up_beside_a_control_channel_too() {
+    let network = Network::new(0);
+    let mut ends = Ends::new(&network);
+    let control = PeerHeard::default();
+    ends.links = ends.links.map(|link| link.beside(control.clone()));
+    ends.until_both_use("udp");
+    network.set_loss(100);
+    ends.say(0, 30);
+    ends.say(1, 30);
+    while ends.carriers() != ["tcp", "tcp"] {
+        control.note(now_us());
+        ends.step();
+    }
+    ends.until_heard();
+}

@@ -19,6 +19,7 @@ use std::ops::Range;
 use colo_compare::Token;
 
 use super::datagram::{HEADER_BYTES, Kind};
+use super::heard::PeerHeard;
 use super::msg::{HEAD_BYTES, Head};
 use super::offer::{self, Offer};
 use super::port::{DatagramPort, PortKind, Slot};
@@ -97,6 +98,10 @@ pub(super) struct Datagrams {
     /// When TCP was heard last, and how long that is good for.
     stream_heard_us: u64,
     patience_us: u64,
+    /// Where the peer is heard, too.
+    pub(super) control: Option<PeerHeard>,
+    /// TCP was silent for too long: nothing was sent since.
+    silenced: bool,
     /// Messages that found no room, in order.
     overflow: Vec<u8>,
     pub(super) stats: LinkStats,
@@ -126,6 +131,8 @@ impl Datagrams {
             next_ping_us: 0,
             stream_heard_us: 0,
             patience_us,
+            control: None,
+            silenced: false,
             overflow: Vec::with_capacity(OVERFLOW_BYTES),
             stats: LinkStats::default(),
         }
@@ -192,12 +199,26 @@ impl Datagrams {
     /// A question over TCP was answered.
     pub(super) fn take_pong(&mut self, now_us: u64, answered: u64) {
         self.pong = answered;
-        if now_us >= self.stream_heard_us + self.patience_us {
+        self.look_for_silence(now_us);
+        self.stream_heard_us = now_us;
+        self.look_for_silence(now_us);
+    }
+
+    /// When the peer was heard last over TCP, here or on the control channel.
+    fn heard_us(&self) -> u64 {
+        let control_us = self.control.as_ref().map_or(0, PeerHeard::last_us);
+        self.stream_heard_us.max(control_us)
+    }
+
+    /// Whether datagrams may be sent, as far as TCP says (rule 18).
+    fn look_for_silence(&mut self, now_us: u64) -> bool {
+        let silent = self.carrier.is_some() && now_us >= self.heard_us() + self.patience_us;
+        if std::mem::replace(&mut self.silenced, silent) && !silent {
             // Datagrams were not even sent: that they were not answered says nothing about them.
             self.core.sender.heard();
             self.ping = None;
         }
-        self.stream_heard_us = now_us;
+        !silent
     }
 
     /// Takes what has come. True if there was anything.
@@ -293,12 +314,12 @@ impl Datagrams {
     /// Sends what may be sent; moves to datagrams or back to TCP when that is due.
     pub(super) fn flush(&mut self, now_us: u64, stream: &mut Stream) {
         self.core.handle_timeout(now_us);
+        let alive = self.look_for_silence(now_us);
         self.probe(now_us);
         self.move_over(now_us, stream);
         self.move_back(now_us, stream);
         self.ask_stream(now_us, stream);
         self.drain_overflow();
-        let alive = self.carrier.is_none() || now_us < self.stream_heard_us + self.patience_us;
         let Some(index) = self.carrier.or(self.heard_on).filter(|_| alive) else {
             return self.flush_ports();
         };
@@ -323,7 +344,7 @@ impl Datagrams {
         let probing = self.carrier.is_none() && !self.common.is_empty();
         let probe_us = match probing {
             true => Some(self.probing.next_us),
-            false => self.carrier.map(|_| self.next_ping_us),
+            false => self.ping_due_us(),
         };
         let core_us = self.core.deadline_us();
         [probe_us, core_us].into_iter().flatten().min()
@@ -442,9 +463,20 @@ impl Datagrams {
         probing.rest_us = (2 * probing.rest_us).min(REST_MAX_US);
     }
 
+    /// When the peer is to be asked over TCP. Where it is heard on the control channel, only if it is not answering.
+    fn ping_due_us(&self) -> Option<u64> {
+        self.carrier?;
+        let Some(control) = self.control.as_ref().filter(|_| self.ping.is_none()) else {
+            return Some(self.next_ping_us);
+        };
+        let quiet_us = control.last_us() + self.patience_us / PINGS_PER_PATIENCE;
+        let sends = self.core.sender.is_busy() || !self.overflow.is_empty();
+        sends.then(|| self.next_ping_us.max(quiet_us))
+    }
+
     /// Whether TCP still works is to be known while nothing else goes over it.
     fn ask_stream(&mut self, now_us: u64, stream: &mut Stream) {
-        if self.carrier.is_some() && self.next_ping_us <= now_us {
+        if self.ping_due_us().is_some_and(|due_us| due_us <= now_us) {
             self.pings += 1;
             self.next_ping_us = now_us + self.patience_us / PINGS_PER_PATIENCE;
             say(stream, kind::PING, 0, self.pings, &[]);

@@ -13,7 +13,7 @@ use hdrhistogram::Histogram;
 
 use super::delayed::Delayed;
 use super::hold::HoldWatch;
-use super::{PairEvent, RESERVED_SLOTS, begin_on_role, on_role, on_roles};
+use super::{Lease, PairEvent, RESERVED_SLOTS, begin_on_role, on_role, on_roles};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
 use crate::link::{
@@ -43,6 +43,8 @@ pub struct PrimaryRoleConfig {
     pub frame_slots: u32,
     /// How often a thread of this VM has stood still; its shards count together.
     pub gaps: Arc<AtomicU64>,
+    /// Until when what needs no word of the secondary may leave.
+    pub lease: Lease,
     /// With a key the secondary sends digests in the place of long payloads; not all zeros.
     pub digest_key: Option<[u8; 16]>,
 }
@@ -102,6 +104,9 @@ pub struct PrimaryRole {
     gap_limit_us: u64,
     awake_us: u64,
     gaps: Arc<AtomicU64>,
+    lease: Lease,
+    /// As the path was told last.
+    lease_until_us: u64,
     mirrors: bool,
     muted: bool,
     /// A checkpoint was asked for and is not committed: what is undecided lies in copies.
@@ -146,6 +151,8 @@ impl PrimaryRole {
             gap_limit_us: config.gap_limit_us,
             awake_us: now_us(),
             gaps: config.gaps.clone(),
+            lease: config.lease.clone(),
+            lease_until_us: 0,
             mirrors: false,
             muted: false,
             diverging: false,
@@ -295,20 +302,38 @@ impl PrimaryRole {
         self.act(edge);
     }
 
-    /// What needs no word of the secondary may leave until then.
-    pub fn set_lease(&mut self, edge: &mut Edge, until_us: u64) {
-        self.path.set_lease(now_us(), &mut edge.frames, until_us);
+    /// What needs no word of the secondary may leave until then. Workers are not waited for, and woken only if they may
+    /// hold something for want of this. `None` if one of these is gone.
+    pub fn extend_lease(workers: &[WorkerHandle], lease: &Lease, until_us: u64) -> Option<()> {
+        if !lease.set(now_us(), until_us) {
+            return Some(());
+        }
+        let tell = |worker| begin_on_role(worker, Self::heed_and_act).map(drop);
+        workers.iter().try_for_each(tell)
+    }
+
+    /// Nothing leaves without the secondary's word any more. Waits until all workers know. `None` if one of them is gone.
+    pub fn end_lease(workers: &[WorkerHandle], lease: &Lease) -> Option<()> {
+        lease.set(now_us(), 0);
+        Self::on_workers(workers, Self::heed_and_act).map(drop)
+    }
+
+    #[cfg(test)]
+    pub(super) fn lease_until_us(&self) -> u64 {
+        self.lease_until_us
+    }
+
+    fn heed_and_act(&mut self, edge: &mut Edge) {
+        self.heed_lease(edge, now_us());
         self.act(edge);
     }
 
-    /// As [`Self::set_lease`] on all workers, without waiting for them; what they are told later comes later. `None` if
-    /// one of them is gone.
-    pub fn extend_lease(workers: &[WorkerHandle], until_us: u64) -> Option<()> {
-        let extend = |worker| {
-            let task = move |role: &mut Self, edge: &mut Edge| role.set_lease(edge, until_us);
-            begin_on_role(worker, task).map(drop)
-        };
-        workers.iter().try_for_each(extend)
+    fn heed_lease(&mut self, edge: &mut Edge, now_us: u64) {
+        let until_us = self.lease.until_us();
+        if until_us != self.lease_until_us {
+            self.lease_until_us = until_us;
+            self.path.set_lease(now_us, &mut edge.frames, until_us);
+        }
     }
 
     /// The epoch that input and output belong to now.
@@ -490,8 +515,12 @@ impl PrimaryRole {
         n
     }
 
-    /// Does what the core decided.
     fn act(&mut self, edge: &mut Edge) -> usize {
+        self.act_at(edge, now_us())
+    }
+
+    /// Does what the core decided.
+    fn act_at(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let mut n = 0;
         // Whether something goes over the link that a report can go with.
         let mut speaks = false;
@@ -539,7 +568,7 @@ impl PrimaryRole {
         }
         n += self.announcements(edge);
         self.send_released(edge);
-        self.report_released(speaks);
+        self.report_released(now_us, speaks);
         self.flush_link(edge);
         n
     }
@@ -558,12 +587,11 @@ impl PrimaryRole {
 
     /// Reports what has left, with the next input if that comes soon; what still waits for the NIC has not left
     /// (rule 9).
-    fn report_released(&mut self, speaks: bool) {
+    fn report_released(&mut self, now_us: u64, speaks: bool) {
         let reports = self.released_seqs.len() / 8;
         if !self.unsent.is_empty() || (reports == 0 && self.released_pending.is_none()) {
             return;
         }
-        let now_us = now_us();
         self.report.note(now_us, reports as u64);
         if !speaks && self.released_pending.is_none() && !self.report.is_due(now_us) {
             return;
@@ -624,13 +652,14 @@ impl Role for PrimaryRole {
     }
 
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
+        self.heed_lease(edge, now_us);
         let mut n = self.poll_link(edge, now_us);
         n += self.take_output(edge, now_us);
         n += self.take_input(edge, now_us);
         if self.path.next_deadline().is_some_and(|at| at <= now_us) {
             self.path.handle_timeout(now_us, &mut edge.frames);
         }
-        n += self.act(edge);
+        n += self.act_at(edge, now_us);
         if let Some(is_full) = self.hold.look(now_us, self.path.room_frames()) {
             self.post.send(PairEvent::HoldFull(is_full));
         }

@@ -109,7 +109,7 @@ impl SecondaryRole {
             path.stop();
         }
         self.stopped = true;
-        self.act(edge);
+        self.act(edge, now_us());
     }
 
     /// Takes what a stopped SVM has in its queues. Gives how many frames that were: some may be another shard's.
@@ -177,7 +177,7 @@ impl SecondaryRole {
             .map_err(|e| e.to_string())?;
         // What crossed before this epoch's end was an SVM's that is no more.
         edge.forget_crossed();
-        self.act(edge);
+        self.act(edge, now_us());
         Ok(())
     }
 
@@ -325,9 +325,8 @@ impl SecondaryRole {
         n
     }
 
-    fn act(&mut self, edge: &mut Edge) -> usize {
+    fn act(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let Some(path) = &mut self.path else { return 0 };
-        let now_us = now_us();
         let mut n = 0;
         if !edge.has_undelivered()
             && let Some(epoch) = self.caught_up.take()
@@ -473,7 +472,7 @@ impl Role for SecondaryRole {
             n += self.deliver_input(edge, now_us);
             n += self.take_output(edge, now_us);
         }
-        n += self.act(edge);
+        n += self.act(edge, now_us);
         n > 0
     }
 

@@ -263,6 +263,11 @@ impl Primary {
         self.peer.as_ref().map_or(VERSION_MIN, |peer| peer.version)
     }
 
+    /// When the secondary there is was heard last; 0: there is none.
+    pub fn heard_us(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |peer| peer.heard_us)
+    }
+
     /// The next instant at which [`Self::handle_timeout`] has something to do.
     pub fn next_deadline(&self) -> Option<u64> {
         [

@@ -201,6 +201,11 @@ impl Secondary {
         }
     }
 
+    /// When the primary was heard last: a takeover is proposed [`Timing::detection_us`] after that.
+    pub fn heard_us(&self) -> u64 {
+        self.heard_us
+    }
+
     /// The next instant at which [`Self::handle_timeout`] has something to do.
     pub fn next_deadline(&self) -> Option<u64> {
         let silence = self.heard_us + self.timing.detection_us();
@@ -280,10 +285,14 @@ impl Secondary {
             Msg::Heartbeat {
                 generation,
                 sent_us,
-            } => self.send(Msg::Echo {
-                generation,
-                sent_us,
-            }),
+            } => {
+                self.send(Msg::Echo {
+                    generation,
+                    sent_us,
+                });
+                // Says as much as a heartbeat of ours, which would cost both hosts another wake-up.
+                self.heartbeat_due_us = now_us + self.timing.heartbeat_us / 2 * 3;
+            }
             Msg::Paired { generation } => self.generation = generation,
             Msg::StopSvm { epoch, halt, .. } => self.stop_svm(now_us, Order { epoch, halt }),
             Msg::Aborted { epoch, .. } => self.aborted(epoch),

@@ -117,6 +117,11 @@ impl ControlLink {
         }
     }
 
+    /// Whether there are bytes that no message was made of: to be looked at again though nothing may come.
+    pub fn has_rest(&self) -> bool {
+        !self.input.is_empty()
+    }
+
     fn read(&mut self) -> Result<(), ControlLinkError> {
         loop {
             match self.stream.read(&mut self.buffer) {
@@ -175,6 +180,7 @@ mod tests {
         bytes.extend_from_slice(&[0xff; 64]);
         peer.write_all(&bytes).unwrap();
         assert_eq!(next(&mut link).unwrap(), [Msg::Paired { generation: 2 }]);
+        assert!(link.has_rest(), "which nothing may come after");
         assert!(matches!(
             next(&mut link),
             Err(ControlLinkError::Malformed(_))

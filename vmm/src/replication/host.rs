@@ -15,10 +15,10 @@ use colo_compare::Limits;
 use colo_control::{Geometry, NOTHING, Outcome, Protection, Record, StepLimits, Storm, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
-use colo_fastpath::link::{PacketLink, Packets, PoolMemory, open_ports};
+use colo_fastpath::link::{PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::nic::Filter;
-use colo_fastpath::pair::{PairEvent, PrimaryRole, PrimaryRoleConfig};
+use colo_fastpath::pair::{Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
 use colo_fastpath::shard::crossing_frames;
 use colo_fastpath::worker::WorkerHandle;
 use vmm_sys_util::eventfd::EventFd;
@@ -123,6 +123,9 @@ pub struct Replica {
     pub(super) mac: Mac,
     digest_key: Option<[u8; 16]>,
     pub(super) status: Status,
+    /// What the control thread knows and the workers read when they need it.
+    pub(super) lease: Lease,
+    pub(super) heard: PeerHeard,
     stop: Arc<StopRequest>,
     powered_off: bool,
 }
@@ -196,6 +199,8 @@ impl Replica {
             replication,
             events,
             arbiter,
+            lease: Lease::default(),
+            heard: PeerHeard::default(),
             stop,
             powered_off: false,
         })
@@ -257,7 +262,8 @@ impl Replica {
         let key = random_number().map_err(io::Error::other)?;
         // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
         let patience_us = self.timing().detection_us() / 2;
-        PacketLink::with_ports(stream, ports, key, patience_us)
+        let link = PacketLink::with_ports(stream, ports, key, patience_us)?;
+        Ok(link.beside(self.heard.clone()))
     }
 
     pub(super) fn capture_settings(&self) -> CaptureSettings {
@@ -298,6 +304,7 @@ impl Replica {
             frame_slots: self.config.host.frame_slots,
             digest_key: self.digest_key,
             gaps: Arc::new(AtomicU64::new(0)),
+            lease: self.lease.clone(),
         }
     }
 
@@ -322,6 +329,18 @@ impl Replica {
         if !self.stop.flag.load(Ordering::Relaxed) {
             waiter.readable(self.stop.wake.as_raw_fd());
         }
+    }
+
+    /// Whether the guest, an operator or a client of the status may have something to say.
+    pub(super) fn may_be_asked(&self, waiter: &Waiter) -> bool {
+        use std::os::fd::AsRawFd;
+        let sockets = self.status.sockets.as_ref();
+        let asked = |s: &Arc<Sockets>| {
+            waiter.may_be_ready(s.status.poll_fd()) || waiter.may_be_ready(s.requests.poll_fd())
+        };
+        waiter.may_be_ready(self.events.wake_fd().as_raw_fd())
+            || waiter.may_be_ready(self.stop.wake.as_raw_fd())
+            || sockets.is_some_and(asked)
     }
 
     /// Whether the operator or the guest ends the VM.

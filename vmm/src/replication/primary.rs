@@ -121,7 +121,7 @@ impl PrimaryShell {
     pub fn run(mut self) -> Outcome {
         let mut waiter = Waiter::default();
         let outcome = loop {
-            self.events();
+            self.events(&waiter);
             let now = now_us();
             if self.core.next_deadline().is_some_and(|at| at <= now) {
                 self.core.handle_timeout(now);
@@ -159,17 +159,30 @@ impl PrimaryShell {
 
     // ---- events in ----
 
-    fn events(&mut self) {
-        self.read_captures();
-        while let Some(event) = self.pair_events.try_next() {
-            self.pair_event(event);
+    fn events(&mut self, waiter: &Waiter) {
+        if waiter.may_be_ready(self.capture_events.poll_fd()) {
+            self.read_captures();
         }
-        self.read_control();
-        if let Some(channels) = self.listener.poll() {
+        if waiter.may_be_ready(self.pair_events.poll_fd()) {
+            while let Some(event) = self.pair_events.try_next() {
+                self.pair_event(event);
+            }
+        }
+        let control = self.link.as_ref().map(|link| link.control.fd());
+        if control.is_some_and(|fd| waiter.may_be_ready(fd)) {
+            self.read_control();
+        }
+        let calls = self.listener.fds().any(|fd| waiter.may_be_ready(fd));
+        if (calls || self.listener.is_busy())
+            && let Some(channels) = self.listener.poll()
+        {
             self.link_up(channels);
         }
         if self.replica.wants_stop() {
             self.core.handle(now_us(), PrimaryEvent::ShutDown);
+        }
+        if !self.replica.may_be_asked(waiter) {
+            return;
         }
         if let Some(fault) = self.replica.guest_fault() {
             tracing::error!("the guest faulted: {fault}");
@@ -276,7 +289,15 @@ impl PrimaryShell {
                         self.note(&msg);
                         self.core.handle(now_us(), PrimaryEvent::Msg(msg));
                     }
+                    self.replica.heard.note(self.core.heard_us());
                     self.perform();
+                    if !self
+                        .link
+                        .as_ref()
+                        .is_some_and(|link| link.control.has_rest())
+                    {
+                        return;
+                    }
                 }
                 Err(e) => {
                     self.link_down(&e.to_string());
@@ -330,10 +351,8 @@ impl PrimaryShell {
             return;
         };
         // The peer takes a closed channel as our end: be silent before it can see one (rule 18).
-        self.on_role(|role, edge| {
-            role.set_lease(edge, 0);
-            role.detach(edge);
-        });
+        self.end_lease();
+        self.on_role(|role, edge| role.detach(edge));
         let _ = link.control.flush();
         for stream in &link.pages_end {
             let _ = stream.shutdown(Shutdown::Both);
@@ -395,11 +414,10 @@ impl PrimaryShell {
             // Nobody waits for more time; that there is none any more is to be heeded before anything else is done.
             Action::Lease { until_us } if until_us > 0 => told(PrimaryRole::extend_lease(
                 self.replica.machine.workers(),
+                &self.replica.lease,
                 until_us,
             )),
-            Action::Lease { until_us } => {
-                self.on_role(move |role, edge| role.set_lease(edge, until_us))
-            }
+            Action::Lease { .. } => self.end_lease(),
             Action::CloseLink { reason } => {
                 tracing::info!("closing the link: {reason}");
                 self.close_link(&reason);
@@ -517,6 +535,11 @@ impl PrimaryShell {
         if self.capture.send(command).is_err() {
             tracing::error!("the checkpoint thread has ended");
         }
+    }
+
+    fn end_lease(&self) {
+        let (workers, lease) = (self.replica.machine.workers(), &self.replica.lease);
+        told(PrimaryRole::end_lease(workers, lease));
     }
 
     fn on_role(&self, task: impl Fn(&mut PrimaryRole, &mut Edge) + Clone + Send + 'static) {

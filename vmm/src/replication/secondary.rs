@@ -127,7 +127,7 @@ impl SecondaryShell {
         self.core.handle(now_us(), SecondaryEvent::LinkUp);
         let mut waiter = Waiter::default();
         let end = loop {
-            self.events();
+            self.events(&waiter);
             let now = now_us();
             if self.core.next_deadline().is_some_and(|at| at <= now) {
                 self.core.handle_timeout(now);
@@ -167,13 +167,23 @@ impl SecondaryShell {
 
     // ---- events in ----
 
-    fn events(&mut self) {
-        self.read_control();
-        while let Some(event) = self.stage_events.try_next() {
-            self.stage_event(event);
+    fn events(&mut self, waiter: &Waiter) {
+        let control = self.control.as_ref().map(ControlLink::fd);
+        if control.is_some_and(|fd| waiter.may_be_ready(fd)) {
+            self.read_control();
         }
-        while let Some(event) = self.pair_events.try_next() {
-            self.pair_event(event);
+        if waiter.may_be_ready(self.stage_events.poll_fd()) {
+            while let Some(event) = self.stage_events.try_next() {
+                self.stage_event(event);
+            }
+        }
+        if waiter.may_be_ready(self.pair_events.poll_fd()) {
+            while let Some(event) = self.pair_events.try_next() {
+                self.pair_event(event);
+            }
+        }
+        if !self.replica.may_be_asked(waiter) {
+            return;
         }
         let fault = self.replica.guest_fault();
         // The SVM may run into what the PVM never sees: a divergence like others.
@@ -243,7 +253,11 @@ impl SecondaryShell {
                     for msg in messages {
                         self.core.handle(now_us(), SecondaryEvent::Msg(msg));
                     }
+                    self.replica.heard.note(self.core.heard_us());
                     self.perform();
+                    if !self.control.as_ref().is_some_and(ControlLink::has_rest) {
+                        return;
+                    }
                 }
                 Err(e) => return self.link_down(e.to_string()),
             }

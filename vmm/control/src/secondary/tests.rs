@@ -383,6 +383,30 @@ fn rule_19_silence_proposes_and_heartbeats_keep_the_pair() {
 }
 
 #[test]
+fn rule_19_an_echo_stands_for_a_heartbeat_and_without_one_there_are_heartbeats() {
+    let heartbeats = |actions: &[Action]| {
+        let is_one = |a: &&Action| matches!(a, Action::Send(Msg::Heartbeat { .. }));
+        actions.iter().filter(is_one).count()
+    };
+    let mut b = Bench::standby();
+    for _ in 0..20 {
+        let (generation, sent_us) = (4, b.now);
+        b.msg(Msg::Heartbeat {
+            generation,
+            sent_us,
+        });
+        assert_eq!(b.core.heard_us(), b.now);
+        assert_eq!(heartbeats(&b.silence(T.heartbeat_us)), 0);
+    }
+    // The primary's way to us alone is cut: it must not miss a sign of us for longer than it takes to propose anything.
+    let mut signs = 0;
+    for _ in 1..T.heartbeat_count {
+        signs += heartbeats(&b.silence(T.heartbeat_us));
+    }
+    assert!(signs as u32 >= T.heartbeat_count - 2, "{signs}");
+}
+
+#[test]
 fn rule_20_a_shut_down_vm_is_not_resurrected() {
     let mut b = Bench::standby();
     let actions = b.msg(Msg::Off { generation: 5 });

@@ -1,0 +1,423 @@
+//! The two roles of a pair, each alone between a mock driver, a socket for a wire and a peer that is this test.
+//!
+//! The workers are halted: the test makes each step, at a time that it names.
+
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+
+use colo_compare::testing::{GUEST_MAC, Side, udp};
+use colo_compare::{Limits, Policy, PrimaryPath};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::*;
+use crate::clock::now_us;
+use crate::link::{PacketLink, PacketMsg};
+use crate::mailbox::{Mailbox, Post};
+use crate::nic::SocketNic;
+use crate::ring::driver_mock::DriverMock;
+use crate::ring::{Call, GuestRam, Pages, Segment};
+use crate::worker::{Command, PollMode, PortWiring, WorkerConfig, spawn};
+
+const ENTRIES: u16 = 128;
+const RECEIVED: u64 = 0x2_0000;
+const SENT: u64 = 0x8_0000;
+const BUFFER_BYTES: u64 = 2048;
+const NET_HEADER: usize = 12;
+const DELAY_US: u64 = 200;
+const MANY: u64 = 32;
+
+struct Host {
+    worker: WorkerHandle,
+    wire: UnixDatagram,
+    ram: Arc<GuestRam>,
+    guest_rx: DriverMock,
+    guest_tx: DriverMock,
+    outputs: u64,
+    peer: PacketLink,
+    _events: Mailbox<PairEvent>,
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.worker.stop();
+    }
+}
+
+fn limits() -> Limits {
+    Limits {
+        compare_deadline_us: u64::MAX / 4,
+        ack_deadline_us: u64::MAX / 4,
+        max_flows: 64,
+        ..Limits::default()
+    }
+}
+
+fn connected() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (a, listener.accept().unwrap().0)
+}
+
+impl Host {
+    fn new(role: impl FnOnce(PacketLink, Post<PairEvent>) -> Box<dyn Role>) -> Self {
+        let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
+        let mut guest_rx = DriverMock::new(ram.clone(), 0x4000, ENTRIES, true);
+        let guest_tx = DriverMock::new(ram.clone(), 0x8000, ENTRIES, true);
+        for n in 0..2 * MANY {
+            let (gpa, len) = (RECEIVED + n * BUFFER_BYTES, BUFFER_BYTES as u32);
+            guest_rx
+                .offer(&[], &[Segment { gpa, len }])
+                .unwrap()
+                .unwrap();
+        }
+        let (nic, wire) = SocketNic::pair(1500).unwrap();
+        wire.set_nonblocking(true).unwrap();
+        let wiring = PortWiring {
+            ram: ram.clone(),
+            call: Arc::new(Call::new(EventFd::new(EFD_NONBLOCK).unwrap())),
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+        };
+        let config = WorkerConfig {
+            name: "role".into(),
+            poll: PollMode::Interrupt,
+            cpu: None,
+            frame_slots: 2048,
+            tx: Default::default(),
+            stages: false,
+        };
+        let worker = spawn(config, Box::new(nic), wiring).unwrap();
+        let (halted, is_halted) = channel();
+        worker.send(Command::Halt(halted)).unwrap();
+        is_halted.recv().unwrap();
+        worker
+            .activate([guest_rx.queue_state(), guest_tx.queue_state()])
+            .unwrap();
+        let (ours, theirs) = connected();
+        let (post, events) = Mailbox::new().unwrap();
+        let role = role(PacketLink::new(ours).unwrap(), post);
+        worker.set_role(role).unwrap();
+        Self {
+            worker,
+            wire,
+            ram,
+            guest_rx,
+            guest_tx,
+            outputs: 0,
+            peer: PacketLink::new(theirs).unwrap(),
+            _events: events,
+        }
+    }
+
+    fn step(&self, now_us: u64) -> bool {
+        let step = move |edge: &mut Edge, role: &mut dyn Role| role.step(edge, now_us);
+        self.worker.execute(step).unwrap()
+    }
+
+    fn step_until(&mut self, now_us: u64, done: impl Fn(&mut Self) -> bool) {
+        while !done(self) {
+            self.step(now_us);
+        }
+    }
+
+    fn deadline_us(&self) -> Option<u64> {
+        self.worker.execute(|_, role| role.deadline_us()).unwrap()
+    }
+
+    /// The guest sends a frame.
+    fn send(&mut self, frame: &[u8]) {
+        let gpa = SENT + self.outputs % u64::from(ENTRIES) * BUFFER_BYTES;
+        self.outputs += 1;
+        self.ram.write(gpa, &[0; NET_HEADER]).unwrap();
+        self.ram.write(gpa + NET_HEADER as u64, frame).unwrap();
+        let len = (NET_HEADER + frame.len()) as u32;
+        let buffer = Segment { gpa, len };
+        self.guest_tx.offer(&[buffer], &[]).unwrap().unwrap();
+    }
+
+    fn has_received(&mut self) -> bool {
+        self.guest_rx.take_used().unwrap().is_some()
+    }
+
+    /// The peer says something.
+    fn hear(&mut self, msg: &PacketMsg<'_>) {
+        self.peer.push(msg);
+        self.peer.flush().unwrap();
+    }
+
+    /// The next `count` messages that the peer hears, in short.
+    fn said(&mut self, count: usize) -> Vec<String> {
+        let mut said = Vec::new();
+        while said.len() < count {
+            self.peer.fill().unwrap();
+            while let Some(msg) = self.peer.next_msg().unwrap() {
+                said.push(match msg {
+                    PacketMsg::Input { seq, .. } => format!("input {seq}"),
+                    PacketMsg::Output { seq, .. } => format!("output {seq}"),
+                    PacketMsg::InputAck { up_to } => format!("ack {up_to}"),
+                    PacketMsg::Released { seqs } => format!("{} released", seqs.len() / 8),
+                    other => format!("{other:?}"),
+                });
+            }
+        }
+        said
+    }
+}
+
+fn input(n: u64) -> Vec<u8> {
+    udp(Side::V4, true, 53, 40_000, &n.to_be_bytes())
+}
+
+fn output(n: u64) -> Vec<u8> {
+    udp(Side::V4, false, 53, 40_000, &n.to_be_bytes())
+}
+
+// ---- the secondary ----
+
+/// In epoch 2, with an SVM that runs.
+fn secondary() -> Host {
+    let mut host = Host::new(|link, post| {
+        let (limits, mac) = (limits(), GUEST_MAC);
+        Box::new(SecondaryRole::new(
+            &SecondaryRoleConfig { limits, mac },
+            link,
+            post,
+        ))
+    });
+    let mut translations = Vec::new();
+    PrimaryPath::new(limits()).export_client_xlate(&mut translations);
+    SecondaryRole::on_worker(&host.worker, move |role, edge| {
+        role.commit(edge, 1, &[], &translations).unwrap();
+        role.start();
+    })
+    .unwrap();
+    host.step(now_us());
+    assert_eq!(host.said(1), ["CaughtUp { epoch: 2 }"]);
+    host
+}
+
+impl Host {
+    fn mirror(&mut self, seqs: std::ops::RangeInclusive<u64>) {
+        for seq in seqs {
+            let (epoch, frame) = (2, &input(seq)[..]);
+            self.peer.push(&PacketMsg::Input { epoch, seq, frame });
+        }
+        self.peer.flush().unwrap();
+    }
+
+    fn secondary_sent_bytes(&self) -> u64 {
+        SecondaryRole::on_worker(&self.worker, |role, _| role.report().link.sent_bytes).unwrap()
+    }
+
+    fn mirrored(&self) -> u64 {
+        SecondaryRole::on_worker(&self.worker, |role, _| role.report().stats.mirrored).unwrap()
+    }
+}
+
+#[test]
+fn rule_5_input_is_acknowledged_with_the_output_that_it_causes() {
+    let mut host = secondary();
+    let (now_us, before) = (now_us(), host.secondary_sent_bytes());
+    host.mirror(1..=1);
+    host.step_until(now_us, Host::has_received);
+    assert_eq!(
+        host.secondary_sent_bytes(),
+        before,
+        "it waits for the output"
+    );
+    assert_eq!(host.deadline_us(), Some(now_us + DELAY_US));
+    host.send(&output(1));
+    assert!(host.step(now_us));
+    // One step sends once.
+    assert_eq!(host.said(2), ["ack 1", "output 1"]);
+    assert_eq!(host.deadline_us(), None, "nothing is owed");
+}
+
+#[test]
+fn rule_5_input_without_output_is_acknowledged_after_a_while() {
+    let mut host = secondary();
+    let (now_us, before) = (now_us(), host.secondary_sent_bytes());
+    host.mirror(1..=1);
+    host.step_until(now_us, Host::has_received);
+    // More of it does not make it later.
+    host.mirror(2..=2);
+    host.step_until(now_us + DELAY_US - 1, Host::has_received);
+    assert_eq!(host.secondary_sent_bytes(), before);
+    host.step(now_us + DELAY_US);
+    assert_eq!(host.said(1), ["ack 2"]);
+}
+
+#[test]
+fn rule_5_much_input_is_acknowledged_at_once() {
+    let mut host = secondary();
+    let (now_us, before) = (now_us(), host.secondary_sent_bytes());
+    host.mirror(1..=MANY - 1);
+    host.step_until(now_us, |host| host.mirrored() == MANY - 1);
+    assert_eq!(host.secondary_sent_bytes(), before);
+    host.mirror(MANY..=MANY);
+    host.step_until(now_us, |host| host.mirrored() == MANY);
+    assert_eq!(host.said(1), [format!("ack {MANY}")]);
+}
+
+// ---- the primary ----
+
+/// In epoch 2 of a pair, without a lease.
+fn primary() -> (Host, Lease) {
+    let lease = Lease::default();
+    let config = PrimaryRoleConfig {
+        limits: limits(),
+        policy: Policy::default(),
+        gap_limit_us: u64::MAX / 8,
+        frame_slots: 2048,
+        gaps: Default::default(),
+        lease: lease.clone(),
+        digest_key: None,
+    };
+    let mut link = None;
+    let mut host = Host::new(|to_peer, post| {
+        link = Some(to_peer);
+        Box::new(PrimaryRole::new(&config, GUEST_MAC, post))
+    });
+    let link = link.unwrap();
+    PrimaryRole::on_worker(&host.worker, move |role, edge| {
+        role.attach(edge, link);
+        let cut = role.cut(edge, true).unwrap();
+        role.commit(edge, cut.epoch);
+        assert_eq!(role.epoch(), 2);
+    })
+    .unwrap();
+    assert_eq!(host.said(1), ["PendingReleased { epoch: 1 }"]);
+    (host, lease)
+}
+
+impl Host {
+    /// Both guests send the same, and it leaves at that time.
+    fn release(&mut self, now_us: u64, seq: u64) {
+        let frame = output(seq);
+        self.send(&frame);
+        let epoch = 2;
+        self.hear(&PacketMsg::Output {
+            epoch,
+            seq,
+            frame: &frame,
+        });
+        self.step_until(now_us, |host| {
+            let mut bytes = [0; 2048];
+            match host.wire.recv(&mut bytes) {
+                Ok(len) => bytes[..len] == frame,
+                Err(e) => {
+                    assert_eq!(e.kind(), io::ErrorKind::WouldBlock);
+                    false
+                }
+            }
+        });
+    }
+
+    fn primary_sent_bytes(&self) -> u64 {
+        PrimaryRole::on_worker(&self.worker, |role, _| role.report().link.sent_bytes).unwrap()
+    }
+}
+
+#[test]
+fn rule_9_what_was_released_is_reported_with_the_next_input() {
+    let (mut host, _) = primary();
+    let (now_us, before) = (now_us(), host.primary_sent_bytes());
+    host.release(now_us, 1);
+    assert_eq!(host.primary_sent_bytes(), before, "it waits for input");
+    assert_eq!(host.deadline_us(), Some(now_us + DELAY_US));
+    host.wire.send(&input(1)).unwrap();
+    assert!(host.step(now_us));
+    // One step sends once.
+    assert_eq!(host.said(2), ["input 1", "1 released"]);
+    assert_eq!(host.deadline_us(), None, "nothing is owed");
+}
+
+#[test]
+fn rule_9_without_input_it_is_reported_after_a_while() {
+    let (mut host, _) = primary();
+    let (now_us, before) = (now_us(), host.primary_sent_bytes());
+    host.release(now_us, 1);
+    host.release(now_us + DELAY_US - 1, 2);
+    assert_eq!(host.primary_sent_bytes(), before);
+    host.step(now_us + DELAY_US);
+    assert_eq!(host.said(1), ["2 released"]);
+}
+
+#[test]
+fn rule_9_many_are_reported_at_once() {
+    let (mut host, _) = primary();
+    let (now_us, before) = (now_us(), host.primary_sent_bytes());
+    for seq in 1..MANY {
+        host.release(now_us, seq);
+    }
+    assert_eq!(host.primary_sent_bytes(), before);
+    host.release(now_us, MANY);
+    assert_eq!(host.said(1), [format!("{MANY} released")]);
+}
+
+impl Host {
+    fn heeded_us(&self) -> u64 {
+        PrimaryRole::on_worker(&self.worker, |role, _| role.lease_until_us()).unwrap()
+    }
+
+    /// Keeps the worker from doing anything until the sender is used or gone.
+    fn block(&self, done: &Arc<AtomicBool>) -> std::sync::mpsc::Sender<()> {
+        let (go_on, blocked) = channel::<()>();
+        let done = done.clone();
+        let task = move |_: &mut Edge, _: &mut dyn Role| {
+            let _ = blocked.recv();
+            done.store(true, Ordering::SeqCst);
+        };
+        drop(self.worker.begin(task).unwrap());
+        go_on
+    }
+}
+
+#[test]
+fn rule_18_a_longer_lease_is_not_waited_for_and_wakes_nobody_who_has_one() {
+    let (host, lease) = primary();
+    let workers = [host.worker.clone()];
+    let until_us = now_us() + 3_600_000_000;
+    let done = Arc::new(AtomicBool::new(false));
+    let go_on = host.block(&done);
+    PrimaryRole::extend_lease(&workers, &lease, until_us).unwrap();
+    assert!(
+        !done.load(Ordering::SeqCst),
+        "the worker was not waited for"
+    );
+    go_on.send(()).unwrap();
+    // Who had none is told: it may hold something.
+    assert_eq!(host.heeded_us(), until_us);
+
+    let commands = host.worker.stats().commands;
+    PrimaryRole::extend_lease(&workers, &lease, until_us + 1).unwrap();
+    assert_eq!(host.heeded_us(), until_us, "one command: this question");
+    assert_eq!(host.worker.stats().commands, commands + 1);
+    // The next batch is judged by what was said last.
+    host.step(now_us());
+    assert_eq!(host.heeded_us(), until_us + 1);
+}
+
+#[test]
+fn rule_18_the_end_of_a_lease_is_waited_for() {
+    let (host, lease) = primary();
+    let workers = [host.worker.clone()];
+    PrimaryRole::extend_lease(&workers, &lease, u64::MAX).unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let go_on = host.block(&done);
+    std::thread::scope(|scope| {
+        let ending = scope.spawn(|| {
+            PrimaryRole::end_lease(&workers, &lease).unwrap();
+            done.load(Ordering::SeqCst)
+        });
+        while lease.until_us() != 0 {
+            std::thread::yield_now();
+        }
+        go_on.send(()).unwrap();
+        assert!(ending.join().unwrap(), "the worker may still be releasing");
+    });
+    assert_eq!(host.heeded_us(), 0);
+}
