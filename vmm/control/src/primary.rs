@@ -275,9 +275,7 @@ impl Primary {
             self.shutdown_due_us,
             self.peer.as_ref().map(|p| match p.session {
                 0 => p.heard_us + self.timing.step_timeout_us,
-                _ => p
-                    .heartbeat_due_us
-                    .min(p.heard_us + self.timing.detection_us()),
+                _ => p.heartbeat_due_us.min(p.heard_us + self.silence_us()),
             }),
             self.step_deadline(),
             self.relief_at_us(),
@@ -450,8 +448,16 @@ impl Primary {
         }
     }
 
+    /// Silence of the secondary that loses it. As long as no output waits for it, there is time.
+    fn silence_us(&self) -> u64 {
+        match self.state {
+            PrimaryState::Syncing => self.timing.sync_silence_us(),
+            _ => self.timing.detection_us(),
+        }
+    }
+
     fn heartbeat(&mut self, now_us: u64) {
-        let timing = self.timing;
+        let (timing, silence_us) = (self.timing, self.silence_us());
         let generation = self.record.generation;
         let Some(peer) = &mut self.peer else { return };
         if peer.session == 0 {
@@ -460,7 +466,7 @@ impl Primary {
             }
             return;
         }
-        if peer.heard_us + timing.detection_us() <= now_us {
+        if peer.heard_us + silence_us <= now_us {
             self.drop_link("no heartbeat from the secondary");
         } else if peer.heartbeat_due_us <= now_us {
             peer.heartbeat_due_us = now_us + timing.heartbeat_us;

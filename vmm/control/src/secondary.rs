@@ -208,10 +208,26 @@ impl Secondary {
 
     /// The next instant at which [`Self::handle_timeout`] has something to do.
     pub fn next_deadline(&self) -> Option<u64> {
-        let silence = self.heard_us + self.timing.detection_us();
-        let link = self.connected.then_some(silence.min(self.heartbeat_due_us));
+        let link = self
+            .connected
+            .then_some(self.silence_at_us().min(self.heartbeat_due_us));
         let step = self.step_deadline().map(|(at_us, _, _)| at_us);
         [self.retry_us, link, step].into_iter().flatten().min()
+    }
+
+    /// When a primary that says nothing counts as lost. What has no state to take over with can wait.
+    fn silence_at_us(&self) -> u64 {
+        let has_state = match self.state {
+            SecondaryState::Joining | SecondaryState::Syncing => {
+                matches!(self.phase, Phase::Applying(_))
+            }
+            _ => true,
+        };
+        self.heard_us
+            + match has_state {
+                true => self.timing.detection_us(),
+                false => self.timing.sync_silence_us(),
+            }
     }
 
     /// Does what is due.
@@ -227,7 +243,7 @@ impl Secondary {
         if !self.connected {
             return;
         }
-        if self.heard_us + self.timing.detection_us() <= now_us {
+        if self.silence_at_us() <= now_us {
             self.act(Action::CloseLink {
                 reason: "no heartbeat from the primary".to_string(),
             });

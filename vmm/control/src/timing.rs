@@ -11,7 +11,8 @@ pub struct Timing {
     pub heartbeat_count: u32,
     /// Between periodic checkpoints; 0 switches them off.
     pub checkpoint_interval_us: u64,
-    /// A hello or the acknowledgement of a shutdown that takes longer means the peer is lost.
+    /// A hello, the acknowledgement of a shutdown, or a sign of a peer that has not synchronised yet: what takes longer
+    /// means that the peer is lost.
     pub step_timeout_us: u64,
     /// How long each step of a checkpoint may take.
     pub steps: StepLimits,
@@ -23,6 +24,18 @@ impl Timing {
     /// Silence that proposes a change of role.
     pub const fn detection_us(&self) -> u64 {
         self.heartbeat_us * self.heartbeat_count as u64
+    }
+
+    /// Silence that ends a synchronisation. Nobody can take over before its end, so haste gains nothing; and hosts that
+    /// open their packet channels meanwhile (AF_XDP: programs, maps, sockets) may be silent for some detection times when
+    /// they are busy. Losing each other there, they would begin anew for ever.
+    pub const fn sync_silence_us(&self) -> u64 {
+        let (detection_us, step_us) = (self.detection_us(), self.step_timeout_us);
+        if detection_us > step_us {
+            detection_us
+        } else {
+            step_us
+        }
     }
 
     /// How long after it sent a heartbeat that was answered the primary may release what needs no other word of

@@ -236,7 +236,7 @@ impl PrimaryShell {
                 stall_us,
             } => {
                 tracing::debug!("epoch {epoch} sent: {sent:?}");
-                self.times.sent(&sent, stall_us);
+                self.times.sent(epoch, &sent, stall_us);
                 self.core.handle(now, PrimaryEvent::Sent { epoch });
             }
             CaptureEvent::Failed { epoch, reason } => {

@@ -82,6 +82,22 @@ pub struct CheckpointReport {
     pub ahead: AheadCounters,
 }
 
+impl CheckpointReport {
+    /// All of it is on the link.
+    fn sent(&mut self, sent: &Sent, stall_us: u64) {
+        self.stall_us = stall_us;
+        self.stolen_us = self.pause_us + stall_us;
+        self.transfer_us = sent.transfer_us;
+        self.digest_wait_us = sent.digest_wait_us;
+        self.sent_bytes = sent.sent_bytes;
+        self.digest_bytes = sent.digest_bytes;
+        self.pages = sent.pages;
+        self.digested_pages = sent.digested_pages;
+        self.ahead.used_pages = sent.names.used_pages;
+        self.ahead.equal_pages = sent.names.equal_pages;
+    }
+}
+
 /// A distribution of times or sizes.
 #[derive(Debug)]
 struct Spread(Histogram<u64>);
@@ -121,6 +137,10 @@ pub struct CheckpointTimes {
     ahead_since: AheadCounters,
     /// The checkpoint in flight.
     current: CheckpointReport,
+    /// All of `current` is on the link.
+    is_sent: bool,
+    /// Committed, though it has not been told yet that all was sent: the secondary's word can be faster.
+    committed: Option<CheckpointReport>,
     /// The one committed last.
     last: Option<CheckpointReport>,
     /// Checkpoints committed, the one that completes a pair not counted.
@@ -142,6 +162,7 @@ pub struct CheckpointTimes {
 impl CheckpointTimes {
     /// One begins.
     pub fn begun(&mut self, epoch: u64, cause: &'static str) {
+        self.is_sent = false;
         self.current = CheckpointReport {
             epoch,
             cause,
@@ -154,8 +175,9 @@ impl CheckpointTimes {
         self.current.svm_stop_us = svm_stop_us;
     }
 
-    /// A capture was made.
+    /// A capture was made. Nothing more comes of the checkpoint before it.
     pub fn captured(&mut self, cost: &CaptureCost) {
+        self.finish_committed();
         let current = &mut self.current;
         current.pause_us = cost.pause_us;
         current.quiesce_us = cost.quiesce_us;
@@ -169,21 +191,20 @@ impl CheckpointTimes {
         current.pending_frames = cost.pending_frames;
     }
 
-    /// All of it is on the link.
-    pub fn sent(&mut self, sent: &Sent, stall_us: u64) {
+    /// All of the checkpoint of an epoch is on the link.
+    pub fn sent(&mut self, epoch: u64, sent: &Sent, stall_us: u64) {
         self.page_bytes = sent.channel_bytes;
-        let current = &mut self.current;
-        current.stall_us = stall_us;
-        current.stolen_us = current.pause_us + stall_us;
-        current.transfer_us = sent.transfer_us;
-        current.digest_wait_us = sent.digest_wait_us;
-        current.sent_bytes = sent.sent_bytes;
-        current.digest_bytes = sent.digest_bytes;
-        current.pages = sent.pages;
-        current.digested_pages = sent.digested_pages;
-        current.ahead.used_pages = sent.names.used_pages;
-        current.ahead.equal_pages = sent.names.equal_pages;
         self.ahead(&sent.ahead);
+        let reports = self.committed.iter_mut().chain([&mut self.current]);
+        let Some(report) = reports.into_iter().find(|report| report.epoch == epoch) else {
+            return;
+        };
+        report.sent(sent, stall_us);
+        if self.current.epoch == epoch {
+            self.is_sent = true;
+        } else {
+            self.finish_committed();
+        }
     }
 
     /// Pages were sent ahead.
@@ -192,10 +213,22 @@ impl CheckpointTimes {
         self.ahead_since.add(counted);
     }
 
-    /// A checkpoint was committed so long after it was begun.
+    /// The checkpoint was committed so long after it was begun.
     pub fn committed(&mut self, commit_us: u64) {
+        self.finish_committed();
         let mut done = std::mem::take(&mut self.current);
         done.commit_us = commit_us;
+        self.committed = Some(done);
+        if self.is_sent {
+            self.finish_committed();
+        }
+    }
+
+    /// Counts and shows a committed checkpoint: all of it is known.
+    fn finish_committed(&mut self) {
+        let Some(mut done) = self.committed.take() else {
+            return;
+        };
         let used = done.ahead;
         self.ahead.add(&used);
         done.ahead.add(&std::mem::take(&mut self.ahead_since));
@@ -207,7 +240,7 @@ impl CheckpointTimes {
         self.collect_us.record(done.collect_us);
         self.stabilise_us.record(done.stabilise_us);
         self.transfer_us.record(done.transfer_us);
-        self.commit_us.record(commit_us);
+        self.commit_us.record(done.commit_us);
         self.dirty_pages.record(done.dirty_pages);
         self.pages.add(&done.pages);
         self.count += 1;
@@ -431,4 +464,72 @@ pub(super) const fn mode_name(mode: Mode) -> &'static str {
 fn by_cause(counts: &[u64; Cause::COUNT]) -> BTreeMap<&'static str, u64> {
     let named = Cause::ALL.iter().map(|c| (c.name(), counts[c.index()]));
     named.filter(|&(_, n)| n > 0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn captured(times: &mut CheckpointTimes, epoch: u64) {
+        times.begun(epoch, "payload");
+        times.captured(&CaptureCost {
+            pause_us: 100 * epoch,
+            dirty_pages: 10,
+            ..CaptureCost::default()
+        });
+    }
+
+    fn sent(times: &mut CheckpointTimes, epoch: u64) {
+        let mut sent = Sent {
+            sent_bytes: 1000 * epoch,
+            ..Sent::default()
+        };
+        sent.pages.equal = 7;
+        times.sent(epoch, &sent, 5);
+    }
+
+    /// Epoch, bytes, stolen time and commit of what is shown, how many there were, and equal pages in all.
+    fn shown(times: &CheckpointTimes) -> (Option<[u64; 4]>, u64, u64) {
+        let last = times.last.as_ref();
+        let last = last.map(|c| [c.epoch, c.sent_bytes, c.stolen_us, c.commit_us]);
+        (last, times.count, times.pages.equal)
+    }
+
+    #[test]
+    fn a_checkpoint_is_shown_when_all_of_it_is_known_in_whatever_order_that_comes() {
+        let mut times = CheckpointTimes::default();
+        captured(&mut times, 1);
+        sent(&mut times, 1);
+        assert_eq!(shown(&times), (None, 0, 0));
+        times.committed(9);
+        assert_eq!(shown(&times), (Some([1, 1000, 105, 9]), 1, 7));
+
+        // The secondary's word is faster than the sender's.
+        captured(&mut times, 2);
+        times.committed(8);
+        assert_eq!(shown(&times), (Some([1, 1000, 105, 9]), 1, 7));
+        sent(&mut times, 2);
+        assert_eq!(shown(&times), (Some([2, 2000, 205, 8]), 2, 14));
+
+        // And the next one begins in between.
+        captured(&mut times, 3);
+        times.committed(7);
+        times.begun(4, "payload");
+        sent(&mut times, 3);
+        assert_eq!(shown(&times), (Some([3, 3000, 305, 7]), 3, 21));
+        times.captured(&CaptureCost::default());
+        sent(&mut times, 4);
+        times.committed(6);
+        assert_eq!(shown(&times), (Some([4, 4000, 5, 6]), 4, 28));
+    }
+
+    #[test]
+    fn a_checkpoint_whose_sender_was_cut_off_counts_before_the_next_one() {
+        let mut times = CheckpointTimes::default();
+        captured(&mut times, 1);
+        times.committed(9);
+        assert_eq!(shown(&times), (None, 0, 0));
+        captured(&mut times, 2);
+        assert_eq!(shown(&times), (Some([1, 0, 0, 9]), 1, 0));
+    }
 }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::SnapshotError;
 use super::format::{Header, Meta, PAGE_BYTES, STORED};
+use crate::checkpoint::pages::PageBitmap;
 use crate::config::Config;
 use crate::geometry::geometry;
 use crate::machine::{Machine, MachineError};
@@ -145,18 +146,29 @@ impl RamError {
     }
 }
 
-/// Writes each page that is not zero to its place; gives the page table.
+/// Writes each page that is not zero to its place, which goes by its number: RAM has a gap, the file has none. Gives the
+/// page table. A page that was never touched is not read: that would make it take memory.
 fn write_ram(ram: &GuestRam, file: &File, ram_at: u64) -> Result<Vec<u64>, RamError> {
-    let mut table = Vec::with_capacity(ram.page_count());
+    let mut used = PageBitmap::new(ram.page_count());
+    ram.find_data(&mut used.words).map_err(RamError::Memory)?;
+    let mut table = vec![0; ram.page_count()];
     let mut buffer = vec![0; BATCH_PAGES * PAGE_BYTES as usize];
-    while table.len() < ram.page_count() {
-        let first = table.len();
-        let pages = BATCH_PAGES.min(ram.page_count() - first);
-        let batch = &mut buffer[..pages * PAGE_BYTES as usize];
-        ram.read(first as u64 * PAGE_BYTES, batch)
-            .map_err(RamError::Memory)?;
-        table.extend(batch.chunks_exact(PAGE_BYTES as usize).map(entry));
-        write_runs(file, ram_at, first, &table[first..], batch).map_err(RamError::Io)?;
+    let mut pages = used.iter().map(|page| page as usize).peekable();
+    while let Some(first) = pages.next() {
+        let mut end = first + 1;
+        while end - first < BATCH_PAGES && pages.next_if_eq(&end).is_some() {
+            end += 1;
+        }
+        let batch = &mut buffer[..(end - first) * PAGE_BYTES as usize];
+        ram.copy_pages_out(first, batch).map_err(RamError::Memory)?;
+        let entries = &mut table[first..end];
+        for (entry, page) in entries
+            .iter_mut()
+            .zip(batch.chunks_exact(PAGE_BYTES as usize))
+        {
+            *entry = entry_of(page);
+        }
+        write_runs(file, ram_at, first, entries, batch).map_err(RamError::Io)?;
     }
     Ok(table)
 }
@@ -182,7 +194,7 @@ fn write_runs(
 }
 
 /// The page table's entry of a page.
-fn entry(page: &[u8]) -> u64 {
+fn entry_of(page: &[u8]) -> u64 {
     match page.iter().all(|&byte| byte == 0) {
         true => 0,
         false => STORED | u64::from(crc32fast::hash(page)),

@@ -3,9 +3,16 @@
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+
+use colo_fastpath::ring::{GuestRam, HIGH_RAM_START, LOW_RAM_END, Pages};
 
 use super::*;
-use crate::machine::tests::{COUNT_AND_SLEEP, COUNTER, Lab, config, lab_around, running};
+use crate::checkpoint::guests::{ON_ORDER, ORDERS};
+use crate::checkpoint::pages::PageBitmap;
+use crate::machine::tests::{
+    COUNT_AND_SLEEP, COUNTER, Lab, config, elf_image, lab_around, running,
+};
 
 fn snapshot_of(lab: &Lab) -> (tempfile::TempDir, PathBuf, SnapshotReport) {
     let dir = tempfile::tempdir().unwrap();
@@ -180,4 +187,53 @@ fn a_full_disk_is_told_and_the_guest_runs_on() {
     lab.machine.worker().execute(|_, _| ()).unwrap();
     let left: Vec<_> = std::fs::read_dir(disk.0.path()).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// Has [`ON_ORDER`] add 1 to each of two words, and waits for that.
+fn add_to(lab: &Lab, [first, second]: [u64; 2]) {
+    let ram = lab.machine.ram();
+    for (word, value) in [(2, first), (3, 2), (4, second - first)] {
+        ram.write(ORDERS + 8 * word, &u64::to_le_bytes(value))
+            .unwrap();
+    }
+    let order = lab.counter(ORDERS) + 1;
+    ram.write(ORDERS, &order.to_le_bytes()).unwrap();
+    while lab.counter(ORDERS + 8) != order {
+        std::thread::yield_now();
+    }
+}
+
+/// The pages of RAM that take memory.
+fn taken_pages(ram: &GuestRam) -> usize {
+    let mut taken = PageBitmap::new(ram.page_count());
+    ram.find_data(&mut taken.words).unwrap();
+    taken.count()
+}
+
+#[test]
+fn memory_above_the_register_windows_is_in_a_snapshot_at_no_cost_for_what_was_never_touched() {
+    const HIGH_BYTES: u64 = 8 << 20;
+    let ram = GuestRam::new(LOW_RAM_END + HIGH_BYTES, Pages::Small).unwrap();
+    let lab = lab_around(Arc::new(ram));
+    lab.machine.load(&elf_image(ON_ORDER)).unwrap();
+    lab.machine.resume_vcpus().unwrap();
+    let ends = [
+        [0x40_0000, LOW_RAM_END - 8],
+        [HIGH_RAM_START, HIGH_RAM_START + HIGH_BYTES - 8],
+    ];
+    ends.iter().for_each(|words| add_to(&lab, *words));
+    add_to(&lab, ends[1]);
+    let before = taken_pages(lab.machine.ram());
+    let (_dir, path, report) = snapshot_of(&lab);
+    assert_eq!(taken_pages(lab.machine.ram()), before);
+    assert!(report.stored_pages as usize <= before);
+    drop(lab);
+
+    let again = restored(&path);
+    assert_eq!(ends[0].map(|word| again.counter(word)), [1, 1]);
+    assert_eq!(ends[1].map(|word| again.counter(word)), [2, 2]);
+    again.machine.resume_vcpus().unwrap();
+    ends.iter().for_each(|words| add_to(&again, *words));
+    assert_eq!(ends[0].map(|word| again.counter(word)), [2, 2]);
+    assert_eq!(ends[1].map(|word| again.counter(word)), [3, 3]);
 }

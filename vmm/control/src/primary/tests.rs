@@ -505,6 +505,27 @@ fn rule_19_silence_proposes_and_heartbeats_keep_the_pair() {
 }
 
 #[test]
+fn rule_19_before_there_is_a_state_to_take_over_silence_is_borne_longer() {
+    let steps = StepLimits::DEFAULT;
+    let mut b = Bench::timed(false, Timing { steps, ..T });
+    b.event(PrimaryEvent::LinkUp);
+    b.event(PrimaryEvent::Msg(hello()));
+    let silence_us = T.sync_silence_us();
+    assert!(silence_us > 2 * T.detection_us());
+    let closes = |actions: &[Action]| {
+        let is_close = |action: &Action| matches!(action, Action::CloseLink { .. });
+        actions.iter().any(is_close)
+    };
+    assert!(!closes(&b.silence(silence_us - 1)));
+    assert!(closes(&b.silence(1)));
+
+    // Output waits for the first checkpoint.
+    let mut b = Bench::new(false);
+    b.first_capture();
+    assert!(closes(&b.silence(T.detection_us())));
+}
+
+#[test]
 fn rule_19_block_means_that_a_lost_secondary_is_not_replaced_by_loneliness() {
     let mut b = Bench::paired(true);
     assert!(question(&b.lose_peer()).is_none());

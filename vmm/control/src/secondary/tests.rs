@@ -407,6 +407,28 @@ fn rule_19_an_echo_stands_for_a_heartbeat_and_without_one_there_are_heartbeats()
 }
 
 #[test]
+fn rule_19_before_there_is_a_state_to_take_over_silence_is_borne_longer() {
+    let silence_us = T.sync_silence_us();
+    assert!(silence_us > 2 * T.detection_us());
+    let closes = |actions: &[Action]| matches!(actions.first(), Some(Action::CloseLink { .. }));
+    for mut b in [Bench::new(), Bench::syncing()] {
+        let deadline = b.core.next_deadline().unwrap();
+        assert!(deadline <= b.now + silence_us);
+        assert!(!closes(&b.silence(silence_us - 1)));
+        assert!(closes(&b.silence(1)));
+        assert_eq!(b.core.state(), SecondaryState::Ended);
+    }
+
+    // Past the commit point of the first state.
+    let mut b = Bench::syncing();
+    b.core.timing.steps = StepLimits::DEFAULT;
+    b.event(SecondaryEvent::Staged { epoch: 7 });
+    let actions = b.silence(T.detection_us());
+    assert!(closes(&actions) && question(&actions).is_some());
+    assert_eq!(b.core.state(), SecondaryState::TakingOver);
+}
+
+#[test]
 fn rule_20_a_shut_down_vm_is_not_resurrected() {
     let mut b = Bench::standby();
     let actions = b.msg(Msg::Off { generation: 5 });
