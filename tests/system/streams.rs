@@ -203,11 +203,11 @@ fn forward(mut near: TcpStream, strike: (Blow, usize), seen: &Arc<Seen>) -> io::
     let (channel, seen) = (preamble[10], seen.clone());
     thread::spawn(move || {
         let _ = match channel {
-            PAGES..QUESTION => {
+            QUESTION | ..PAGES => io::copy(&mut far, &mut near).map(drop),
+            PAGES.. => {
                 let stream = usize::from(channel - PAGES);
                 chunks((&mut far, &mut near), stream, strike, &seen)
             }
-            _ => io::copy(&mut far, &mut near).map(drop),
         };
         let _ = near.shutdown(Shutdown::Both);
     });
