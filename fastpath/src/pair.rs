@@ -10,6 +10,7 @@ mod hold;
 mod local;
 mod primary;
 mod secondary;
+mod twos;
 
 use std::any::Any;
 use std::sync::mpsc::Receiver;
