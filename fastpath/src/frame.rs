@@ -154,6 +154,11 @@ impl FramePool {
         self.tx = tx;
     }
 
+    /// With which bytes they do.
+    pub fn tx(&self) -> TxMode {
+        self.tx
+    }
+
     /// The range of addresses that the slots lie in.
     pub fn area(&self) -> &Arc<Area> {
         self.memory.area()

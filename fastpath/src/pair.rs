@@ -11,6 +11,7 @@ mod lease;
 mod local;
 mod primary;
 mod secondary;
+mod twos;
 
 use std::any::Any;
 use std::sync::mpsc::Receiver;

@@ -8,6 +8,7 @@
 
 mod command;
 mod edge;
+mod front;
 mod idle;
 mod merge;
 mod offload;
@@ -42,6 +43,8 @@ pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState};
 pub use role::{BATCH, Role, Solo};
 pub use shards::{quiesce_all, resume_all, set_active_pairs, spawn_shards};
 pub use wires::PortWiring;
+
+pub(crate) use front::{FRONT_FRAMES, Front, Shown};
 
 use command::Inbox;
 use idle::{Idle, Next};

@@ -1,7 +1,8 @@
 //! Both guests on one worker, without a link: the output of one is compared with that of the other.
 //!
 //! Invariants: nothing leaves that the comparator has not released; a guest whose output runs ahead of the
-//! other's by [`AHEAD_MAX`] frames waits. There is no state to copy: a checkpoint counts as taken as soon as it
+//! other's by [`AHEAD_MAX`] frames waits, and both do while the NIC has no room. Frames that both guests have
+//! sent leave by twos ([`super::twos`]); others are taken in order, of the guest that is behind first. There is no state to copy: a checkpoint counts as taken as soon as it
 //! is asked for, so this measures and tests the packet path, it protects nothing.
 //!
 //! For one shard: what the SVM sends is compared by the worker that takes it.
@@ -9,6 +10,7 @@
 //! Does not feed the guests: frames from the NIC stay there. Does not wake for the SVM: the worker must poll
 //! ([`PollMode::Busy`](crate::worker::PollMode::Busy)).
 
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -18,18 +20,26 @@ use crate::frame::CopyCause;
 use crate::hint::use_huge_pages;
 use crate::stats::WorkerStats;
 use crate::vhost_user::{GuestRings, GuestSide};
-use crate::worker::{BATCH, Edge, GuestPort, PortState, Role, WorkerGone, WorkerHandle};
+use crate::worker::{
+    BATCH, Edge, FRONT_FRAMES, GuestPort, PortState, Role, WorkerGone, WorkerHandle,
+};
 
 use super::on_role;
+use super::twos::{self, End};
 
 /// Frames that one guest's output may be ahead of the other's.
 const AHEAD_MAX: u64 = 512;
+/// So long frames of one guest alone stay in its queue: most often the other's come meanwhile, and
+/// nothing has to be put away.
+const PATIENCE_US: u64 = 50;
 
 /// What happened so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LocalReport {
     /// Frames of the PVM that left because the SVM had sent the same.
     pub matched: u64,
+    /// Of these, those that left before either was taken.
+    pub by_twos: u64,
     /// Frames of the PVM that left by another right.
     pub otherwise: u64,
     /// Checkpoints that were asked for.
@@ -50,6 +60,12 @@ pub struct LocalPairRole {
     report: LocalReport,
     /// Frames of either since the last checkpoint.
     since: [u64; 2],
+    /// Of the SVM's, those that have had a counterpart.
+    settled: u64,
+    /// Frames of each guest that are taken one by one before the next look at both.
+    most: usize,
+    /// Since when only one guest has something to send.
+    alone_since_us: Option<u64>,
 }
 
 impl LocalPairRole {
@@ -64,6 +80,9 @@ impl LocalPairRole {
             unsent: VecDeque::with_capacity(limits.max_held_frames),
             report: LocalReport::default(),
             since: [0; 2],
+            settled: 0,
+            most: 1,
+            alone_since_us: None,
         }
     }
 
@@ -95,9 +114,86 @@ impl LocalPairRole {
         on_role::<Self, _>(worker, |role, _| role.report)
     }
 
-    fn take_pvm(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn take(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let (mut passed, mut end) = (0, End::NoneLeft);
+        while passed < BATCH && self.unsent.is_empty() {
+            let (n, why) = self.pass_twos(edge, now_us);
+            (passed, end) = (passed + n, why);
+            if n < FRONT_FRAMES {
+                break;
+            }
+        }
+        if passed > 0 {
+            (self.most, self.alone_since_us) = (1, None);
+            if end != End::Neither {
+                return passed;
+            }
+        }
+        passed + self.take_singly(edge, now_us)
+    }
+
+    /// Lets frames leave as long as both guests have sent the same. Gives how many.
+    #[inline(never)]
+    fn pass_twos(&mut self, edge: &mut Edge, now_us: u64) -> (usize, End) {
+        let epoch = self.path.epoch();
+        let Some(mut pairs) = self.path.pairs(now_us, epoch) else {
+            return (0, End::Neither);
+        };
+        let frame_max = edge.frames.frame_bytes_max();
+        let Some(svm) = self.svm.front(frame_max) else {
+            return (0, End::NoneLeft);
+        };
+        let Some((pvm, frames)) = edge.guest_front() else {
+            return (0, End::NoneLeft);
+        };
+        let (seq, out) = (self.report.svm_frames, &mut self.batch);
+        let (passed, end) = twos::pass(frames, &mut pairs, &mut [pvm, svm], seq, out);
+        drop(pairs);
+        let count = passed as u64;
+        self.since = self.since.map(|frames| frames + count);
+        self.settled += count;
+        self.report.matched += count;
+        self.report.by_twos += count;
+        self.report.pvm_frames += count;
+        self.report.svm_frames += count;
+        let mut batch = std::mem::take(&mut self.batch);
+        for token in batch.drain(..) {
+            self.send(edge, token);
+        }
+        self.batch = batch;
+        (passed, end)
+    }
+
+    /// Takes frames for themselves: what the other guest's wait for, then a few of both.
+    fn take_singly(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+        let held = self.path.held_frames();
+        let unmatched = self.since[1].saturating_sub(self.settled) as usize;
+        let behind = match held.cmp(&unmatched) {
+            Ordering::Greater => self.take_svm(edge, now_us, held - unmatched),
+            Ordering::Less => self.take_pvm(edge, now_us, unmatched - held),
+            Ordering::Equal => 0,
+        };
+        if behind > 0 || self.waits_for_other(edge, now_us) {
+            return behind;
+        }
+        let most = self.most;
+        self.most = BATCH.min(2 * most);
+        self.take_pvm(edge, now_us, most) + self.take_svm(edge, now_us, most)
+    }
+
+    /// Whether one guest alone has something to send, and not for long.
+    fn waits_for_other(&mut self, edge: &mut Edge, now_us: u64) -> bool {
+        if edge.guest_has_output() == self.svm.has_output() {
+            self.alone_since_us = None;
+            return false;
+        }
+        let since_us = *self.alone_since_us.get_or_insert(now_us);
+        now_us.saturating_sub(since_us) < PATIENCE_US
+    }
+
+    fn take_pvm(&mut self, edge: &mut Edge, now_us: u64, most: usize) -> usize {
         let ahead = self.since[0].saturating_sub(self.since[1]);
-        let room = self.path.room_frames().min(BATCH);
+        let room = self.path.room_frames().min(BATCH).min(most);
         let max = room.min((AHEAD_MAX - ahead.min(AHEAD_MAX)) as usize);
         while self.batch.len() < max {
             let Some(token) = edge.guest_take_in_place() else {
@@ -115,9 +211,11 @@ impl LocalPairRole {
         count
     }
 
-    fn take_svm(&mut self, edge: &mut Edge, now_us: u64) -> usize {
+    fn take_svm(&mut self, edge: &mut Edge, now_us: u64, most: usize) -> usize {
         let ahead = self.since[1].saturating_sub(self.since[0]);
-        let max = BATCH.min((AHEAD_MAX - ahead.min(AHEAD_MAX)) as usize);
+        let max = BATCH
+            .min(most)
+            .min((AHEAD_MAX - ahead.min(AHEAD_MAX)) as usize);
         let frame_max = edge.frames.frame_bytes_max();
         while self.batch.len() < max && edge.frames.free_slots() > 0 {
             let copied = Some(CopyCause::Role);
@@ -151,10 +249,12 @@ impl LocalPairRole {
                     self.send(edge, token);
                 }
                 Action::Mirror { token, .. } => edge.release(token),
+                Action::SvmReleased { svm_seq } => {
+                    let forgotten = self.report.svm_frames - self.since[1];
+                    self.settled += u64::from(svm_seq > forgotten);
+                }
                 // All bytes are at hand: nothing is fetched.
-                Action::SvmReleased { .. }
-                | Action::PendingReleased { .. }
-                | Action::Fetch { .. } => {}
+                Action::PendingReleased { .. } | Action::Fetch { .. } => {}
                 Action::Checkpoint(divergence) => {
                     tracing::debug!("{divergence:?}");
                     wants_checkpoint = true;
@@ -189,7 +289,7 @@ impl LocalPairRole {
     #[cold]
     fn checkpoint(&mut self, edge: &mut Edge, now_us: u64) {
         self.report.checkpoints += 1;
-        self.since = [0; 2];
+        (self.since, self.settled) = ([0; 2], 0);
         edge.settle_all();
         let committed = self.path.cut(now_us).and_then(|epoch| {
             self.path.commit(now_us, &mut edge.frames, epoch)?;
@@ -210,7 +310,10 @@ impl Role for LocalPairRole {
 
     fn step(&mut self, edge: &mut Edge, now_us: u64) -> bool {
         self.send_kept(edge);
-        let moved = self.take_pvm(edge, now_us) + self.take_svm(edge, now_us);
+        let moved = match self.unsent.is_empty() {
+            true => self.take(edge, now_us),
+            false => 0,
+        };
         if self.path.next_deadline().is_some_and(|at| at <= now_us) {
             self.path.handle_timeout(now_us, &mut edge.frames);
         }
@@ -228,7 +331,7 @@ impl Role for LocalPairRole {
     }
 
     fn wants_guest_frames(&self) -> bool {
-        self.path.room()
+        self.path.room() && self.unsent.is_empty()
     }
 
     fn leave(&mut self, edge: &mut Edge) {

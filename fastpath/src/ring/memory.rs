@@ -17,6 +17,8 @@ use std::sync::{Arc, Weak};
 
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
+use crate::hint::prefetch;
+
 use super::area::{ALIGN_BYTES, Area};
 use super::checked;
 use super::error::MemoryError;
@@ -31,6 +33,8 @@ pub const PAGE_BYTES: usize = 4096;
 
 /// Words of the marks of host writes that are looked at together.
 const LOOK_WORDS: usize = 32;
+
+const CACHE_LINE_BYTES: usize = 64;
 
 /// Register windows of devices begin here: RAM goes on behind them.
 pub const LOW_RAM_END: u64 = 0xd000_0000;
@@ -118,6 +122,28 @@ impl GuestBytes<'_> {
         // (just checked). The guest may write it meanwhile: then some mixture is copied.
         unsafe {
             std::ptr::copy_nonoverlapping(self.at.add(skip), out.as_mut_ptr(), out.len());
+        }
+    }
+
+    /// Whether what begins `skip` bytes in is `bytes`, which must not reach beyond the end.
+    #[inline]
+    pub fn equal_at(&self, skip: usize, bytes: &[u8]) -> bool {
+        assert!(skip <= self.len && bytes.len() <= self.len - skip);
+        // SAFETY: the range lies in RAM and in this (as in `copy_to`). The guest may write it meanwhile: then
+        // the answer is that of some mixture, and what is used afterwards is `bytes`, never what lies in the guest.
+        let order = unsafe {
+            let ours = self.at.add(skip).cast();
+            libc::memcmp(ours, bytes.as_ptr().cast(), bytes.len())
+        };
+        order == 0
+    }
+
+    /// Asks for the first `lines` cache lines of it.
+    #[inline(always)]
+    pub fn prefetch(&self, lines: usize) {
+        let len = self.len.min(lines * CACHE_LINE_BYTES);
+        for at in (0..len).step_by(CACHE_LINE_BYTES) {
+            prefetch(self.at.wrapping_add(at));
         }
     }
 }

@@ -173,6 +173,29 @@ impl Virtqueue {
         Ok(true)
     }
 
+    /// The chain `n` behind the front, of those that are known to wait, if it is one buffer for the device to
+    /// read. `None` says nothing about it: [`Virtqueue::pop`] does.
+    #[inline(always)]
+    pub fn peek_lone(&self, n: u16) -> Option<(u16, Segment)> {
+        let waiting = self.avail_seen.wrapping_sub(self.state.next_avail);
+        if n >= waiting {
+            return None;
+        }
+        let head = self.ring.avail_entry(self.state.next_avail.wrapping_add(n));
+        let Descriptor {
+            addr, len, flags, ..
+        } = self.ring.descriptor(head)?;
+        (flags == 0 && len > 0).then_some((head, Segment { gpa: addr, len }))
+    }
+
+    /// Takes the chain at the front, which [`Virtqueue::peek_lone`] has shown, and hands it back.
+    #[inline(always)]
+    pub fn pass_lone(&mut self, head: u16) -> Result<(), RingError> {
+        debug_assert_ne!(self.avail_seen, self.state.next_avail, "nothing waits");
+        self.state.next_avail = self.state.next_avail.wrapping_add(1);
+        self.complete(head, 0)
+    }
+
     /// Puts the chain of the last [`Virtqueue::pop`] back, unread.
     pub fn undo_pop(&mut self) {
         self.state.next_avail = self.state.next_avail.wrapping_sub(1);
@@ -195,6 +218,7 @@ impl Virtqueue {
 
     /// Hands a chain back, with `written` bytes in its writable part. The guest sees it after
     /// [`Virtqueue::publish`].
+    #[inline]
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         let index = self.state.next_used.wrapping_add(self.unpublished);
         self.ring.write_used(index, head, written);

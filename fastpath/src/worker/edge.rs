@@ -22,6 +22,7 @@ use crate::stages::{Stage, Stages};
 use crate::stats::WorkerStats;
 use crate::vhost_user::GuestRings;
 
+use super::front::Front;
 use super::port::{Delivery, GuestPort, PortState};
 use super::role::BATCH;
 
@@ -276,6 +277,18 @@ impl Edge {
             self.frames.stamp(&token, now_ns());
         }
         Some(token)
+    }
+
+    /// The frames at the front of the guest's transmit queue, and the slots for them. `None` when nothing
+    /// waits, with several shards, and while the times of stages are taken: then frames are taken one by one.
+    #[inline]
+    pub(crate) fn guest_front(&mut self) -> Option<(Front<'_>, &mut FramePool)> {
+        if self.crossing.is_some() || self.stages.is_some() {
+            return None;
+        }
+        let frame_max = self.frame_max().min(self.frames.frame_bytes_max());
+        let front = self.port.front(frame_max)?;
+        Some((front, &mut self.frames))
     }
 
     /// Copies every frame that still lies in the guest: what is undecided must not hold the guest's

@@ -20,6 +20,7 @@ use crate::ring::{Call, Chain, GuestBytes, GuestRam, QueueState, RingError, Segm
 use crate::stats::WorkerStats;
 use crate::vhost_user::GuestRings;
 
+use super::front::Front;
 use super::merge::Merge;
 use super::offload::Request;
 use super::verify::checksum_holds;
@@ -252,6 +253,15 @@ impl GuestPort {
                 }
             }
         }
+    }
+
+    /// The frames of up to `frame_max` bytes at the front of the transmit queue; `None` when nothing waits.
+    #[inline]
+    pub(crate) fn front(&mut self, frame_max: usize) -> Option<Front<'_>> {
+        let service = self.service.as_mut()?;
+        let length = FRAME_MIN..=frame_max;
+        let queue = &mut service.queues.guest_tx;
+        Front::of(queue, &service.ram, &self.stats, length)
     }
 
     /// Gives transmit buffers back to the guest, out of order if need be.

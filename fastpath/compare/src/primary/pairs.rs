@@ -8,6 +8,8 @@
 //! Does not look for counterparts: who has frames of both guests offers them in the order in which
 //! they came, and most often the guests send in the same order.
 
+use core::ops::Range;
+
 use super::PrimaryPath;
 use crate::frames::{Frames, HEADER_MAX, Token};
 use crate::ledger::{Payload, SvmFrame};
@@ -83,18 +85,40 @@ impl Pairs<'_> {
     /// Takes two whole frames that nobody can write to.
     #[inline(always)]
     pub fn take(&mut self, pvm: &[u8], svm: &[u8]) -> Passed {
+        let equal = |range: Range<usize>| {
+            let ours = pvm.get(range.clone());
+            ours.is_some() && ours == svm.get(range)
+        };
+        self.take_by(view(pvm), view(svm), equal)
+    }
+
+    /// Takes two frames whose payload lies elsewhere: headers that nobody can write to, of up to
+    /// [`HEADER_MAX`] bytes, and the lengths of the frames. `equal` says whether both have the same
+    /// bytes in a range, which lies in both; what leaves is what it has compared (invariant 7).
+    #[inline(always)]
+    pub fn take_by(
+        &mut self,
+        pvm: (&[u8], usize),
+        svm: (&[u8], usize),
+        equal: impl FnOnce(Range<usize>) -> bool,
+    ) -> Passed {
         // What is told apart here is not asked for again.
-        match pvm.get(PROTOCOL_AT) {
-            Some(6) => self.take_segment(pvm, svm),
-            Some(17) => self.take_datagram(pvm, svm),
+        match pvm.0.get(PROTOCOL_AT) {
+            Some(6) => self.take_segment(pvm, svm, equal),
+            Some(17) => self.take_datagram(pvm, svm, equal),
             _ => None,
         }
         .unwrap_or(Passed::Neither)
     }
 
     #[inline(always)]
-    fn take_segment(&mut self, pvm: &[u8], svm: &[u8]) -> Option<Passed> {
-        let twins = Twins::of(view(pvm), view(svm))?;
+    fn take_segment(
+        &mut self,
+        pvm: (&[u8], usize),
+        svm: (&[u8], usize),
+        equal: impl FnOnce(Range<usize>) -> bool,
+    ) -> Option<Passed> {
+        let twins = Twins::of(pvm, svm)?;
         let tcp = twins.packet.tcp.as_ref()?;
         let path = &mut *self.path;
         let (id, flow) = path.flows.present_mut(&twins.packet.key)?;
@@ -105,30 +129,35 @@ impl Pairs<'_> {
         };
         let is_next = flow.must_wait(flow.stream.pvm_incarnation(), tcp) && flow.is_at_rest();
         let range = usize::from(tcp.payload_at)..usize::from(twins.packet.end);
-        if !is_next || stamp > path.input_ack || pvm.get(range.clone())? != svm.get(range)? {
+        if !is_next || stamp > path.input_ack || !equal(range) {
             return None;
         }
         flow.use_again(self.used_s);
         flow.stream.produced(tcp);
         flow.stream.left_exactly(tcp);
-        self.count(&twins, pvm);
+        self.count(&twins, pvm.0);
         let packet = twins.svm_layout();
         Some(Passed::BothAndKeep(History { packet, flow: id }))
     }
 
     #[inline(always)]
-    fn take_datagram(&mut self, pvm: &[u8], svm: &[u8]) -> Option<Passed> {
-        let twins = Twins::of(view(pvm), view(svm))?;
+    fn take_datagram(
+        &mut self,
+        pvm: (&[u8], usize),
+        svm: (&[u8], usize),
+        equal: impl FnOnce(Range<usize>) -> bool,
+    ) -> Option<Passed> {
+        let twins = Twins::of(pvm, svm)?;
         let path = &mut *self.path;
         let (_, flow) = path.flows.present_mut(&twins.packet.key)?;
         let is_next = flow.svm.is_empty() && flow.is_at_rest();
         let range = usize::from(twins.packet.payload_at())..usize::from(twins.packet.end);
         let is_early = path.input_seq > path.input_ack;
-        if !is_next || is_early || pvm.get(range.clone())? != svm.get(range)? {
+        if !is_next || is_early || !equal(range) {
             return None;
         }
         flow.use_again(self.used_s);
-        self.count(&twins, pvm);
+        self.count(&twins, pvm.0);
         Some(Passed::Both)
     }
 
