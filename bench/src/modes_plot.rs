@@ -15,7 +15,11 @@ const PANEL_PX: u32 = 330;
 const LEGEND_PX: u32 = 56;
 /// The least width of a bar.
 const BAR_PX: usize = 22;
-const MARGIN_PX: usize = 120;
+const MARGIN_PX: usize = 140;
+/// Left of the axes' titles.
+const LEFT_PX: u32 = 16;
+/// For an axis' title and its numbers.
+const LABELS_PX: u32 = 78;
 /// Part of a group's width that its bars take.
 const FILLED: f64 = 0.84;
 /// Not replicated, COLO, and Remus from short to long intervals; told apart by all kinds of sight, and in grey.
@@ -92,7 +96,7 @@ fn draw_all(root: &Area<'_>, rows: &[Row], modes: &[&str], loads: &[&str]) -> Dr
 }
 
 fn legend(root: &Area<'_>, modes: &[&str]) -> Drawn {
-    let mut x = 84;
+    let mut x = (LEFT_PX + LABELS_PX) as i32;
     for (index, mode) in modes.iter().enumerate() {
         let name = mode_name(mode);
         root.draw(&Rectangle::new(
@@ -116,8 +120,9 @@ fn draw_panel(
     let (low, high) = bounds(panel, rows);
     let mut chart = ChartBuilder::on(area)
         .caption(panel.title, ("sans-serif", 17))
+        .margin_left(LEFT_PX)
         .margin_right(16)
-        .y_label_area_size(84)
+        .y_label_area_size(LABELS_PX)
         .x_label_area_size(46)
         .build_cartesian_2d(0.0..loads.len().max(1) as f64, (low..high).log_scale())?;
     chart
@@ -244,6 +249,17 @@ mod tests {
             "MB/s",
         ] {
             assert!(svg.contains(part), "{part} is not in\n{svg}");
+        }
+    }
+
+    #[test]
+    fn axis_titles_keep_away_from_the_edge() {
+        let svg = draw(&[Row::of("run", "page", 1000.0, Some(1.0), None)]).unwrap();
+        for panel in &PANELS {
+            let (before, _) = svg.split_once(&format!("\n{}\n", panel.axis)).unwrap();
+            let (_, element) = before.rsplit_once("<text x=\"").unwrap();
+            let x: u32 = element.split('"').next().unwrap().parse().unwrap();
+            assert!(x >= LEFT_PX, "{} at {x}", panel.axis);
         }
     }
 
