@@ -356,7 +356,7 @@ const fn default_remus_interval_ms() -> u64 {
 /// A checkpoint takes a few milliseconds: at such a rate pairs do little else, while below it most output still leaves by
 /// comparison at once.
 const fn default_storm_checkpoints_per_s() -> u64 {
-    200
+    400
 }
 const fn default_storm_window_ms() -> u64 {
     5000
