@@ -103,8 +103,8 @@ fn legend(root: &Area<'_>, modes: &[&str]) -> Drawn {
             [(x, 20), (x + 14, 34)],
             colour(index).filled(),
         ))?;
-        root.draw_text(&name, &text(15, HPos::Left, VPos::Center), (x + 20, 27))?;
-        x += 46 + 8 * name.len() as i32;
+        root.draw_text(&name, &text(14, HPos::Left, VPos::Center), (x + 20, 27))?;
+        x += 36 + 7 * name.len() as i32;
     }
     Ok(())
 }
