@@ -9,4 +9,5 @@
 pub mod bench;
 pub mod clients;
 pub mod fuzz;
+pub mod relay;
 pub mod streams;

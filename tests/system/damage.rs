@@ -4,27 +4,18 @@
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
-use colo_lab::process::Process;
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
+use colo_tests::relay::{self, Chunk, Kind, PACKETS, PAGES};
 
 const WAIT: Duration = Duration::from_secs(30);
-const PROXY_PORT: u16 = 7700;
-const PREAMBLE: usize = 20;
-const PACKETS: u8 = 1;
-const PAGES: u8 = 2;
-/// The head of a chunk on the page channel.
-const HEAD: usize = 64;
-const KIND_PAGES: u8 = 4;
-const KIND_AHEAD: u8 = 8;
 
 /// What the link damages once it is armed, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,62 +32,22 @@ enum Damage {
     Packets,
 }
 
-/// A link that damages what the primary sends.
-struct Proxy {
-    armed: Arc<AtomicBool>,
-}
+/// Told to strike once, and whether it has.
+#[derive(Clone, Debug, Default)]
+struct Trigger(Arc<AtomicBool>);
 
-impl Proxy {
-    /// Listens on host b and connects to host a from there.
-    fn start(pair: &Pair, damage: Damage) -> Self {
-        let armed = Arc::new(AtomicBool::new(false));
-        let trigger = armed.clone();
-        let host = pair.topology.host(Host::B);
-        let bind = || TcpListener::bind((Host::B.link_address(), PROXY_PORT)).unwrap();
-        let listener = host.run(bind).unwrap();
-        host.spawn("proxy", move || {
-            for stream in listener.incoming().take(3) {
-                forward(stream.unwrap(), damage, &trigger).unwrap();
-            }
-        })
-        .unwrap();
-        Self { armed }
+impl Trigger {
+    fn arm(&self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 
-    fn arm(&self) {
-        self.armed.store(true, Ordering::SeqCst);
+    fn strikes(&self) -> bool {
+        self.0.swap(false, Ordering::SeqCst)
     }
 
     fn has_struck(&self) -> bool {
-        !self.armed.load(Ordering::SeqCst)
+        !self.0.load(Ordering::SeqCst)
     }
-}
-
-fn forward(mut near: TcpStream, damage: Damage, armed: &Arc<AtomicBool>) -> io::Result<()> {
-    let mut preamble = [0; PREAMBLE];
-    near.read_exact(&mut preamble)?;
-    let mut far = TcpStream::connect((Host::A.link_address(), 7600))?;
-    far.write_all(&preamble)?;
-    for stream in [&near, &far] {
-        stream.set_nodelay(true)?;
-    }
-    let (mut up_from, mut up_to) = (near.try_clone()?, far.try_clone()?);
-    thread::spawn(move || {
-        let _ = io::copy(&mut up_from, &mut up_to);
-        let _ = up_to.shutdown(Shutdown::Both);
-    });
-    let (channel, armed) = (preamble[10], armed.clone());
-    thread::spawn(move || {
-        let _ = match (channel, damage) {
-            (PAGES, Damage::Page | Damage::Record | Damage::Head | Damage::Ahead) => {
-                chunks(&mut far, &mut near, damage, &armed)
-            }
-            (PACKETS, Damage::Packets) => noise(&mut far, &mut near, &armed),
-            _ => io::copy(&mut far, &mut near).map(drop),
-        };
-        let _ = near.shutdown(Shutdown::Both);
-    });
-    Ok(())
 }
 
 /// Passes the chunks of the page channel on, one of them damaged.
@@ -104,61 +55,56 @@ fn chunks(
     from: &mut TcpStream,
     to: &mut TcpStream,
     damage: Damage,
-    armed: &AtomicBool,
+    trigger: &Trigger,
 ) -> io::Result<()> {
     let kind = match damage {
-        Damage::Ahead => KIND_AHEAD,
-        _ => KIND_PAGES,
+        Damage::Ahead => Kind::Ahead,
+        _ => Kind::Pages,
     };
     loop {
-        let mut head = [0; HEAD];
-        from.read_exact(&mut head)?;
-        let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
-        let mut payload = vec![0; len];
-        from.read_exact(&mut payload)?;
-        if head[6] == kind && armed.swap(false, Ordering::SeqCst) {
+        let mut chunk = Chunk::read(from)?;
+        if chunk.kind() == kind && trigger.strikes() {
+            let middle = chunk.payload.len() / 2;
             match damage {
-                Damage::Head => head[25] ^= 0x20,
-                Damage::Record => payload[12] ^= 0x20,
-                _ => payload[len / 2] ^= 0x20,
+                Damage::Head => chunk.head[25] ^= 0x20,
+                Damage::Record => chunk.payload[12] ^= 0x20,
+                _ => chunk.payload[middle] ^= 0x20,
             }
         }
-        to.write_all(&head)?;
-        to.write_all(&payload)?;
+        chunk.write(to)?;
     }
 }
 
-fn noise(from: &mut TcpStream, to: &mut TcpStream, armed: &AtomicBool) -> io::Result<()> {
+fn noise(from: &mut TcpStream, to: &mut TcpStream, trigger: &Trigger) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {
         let n = from.read(&mut buffer)?;
         if n == 0 {
             return Ok(());
         }
-        if armed.swap(false, Ordering::SeqCst) {
+        if trigger.strikes() {
             buffer[..n].fill(0xdb);
         }
         to.write_all(&buffer[..n])?;
     }
 }
 
-/// A pair whose link goes through a proxy.
-fn pair_through(bench: &Bench, settings: &Settings, damage: Damage) -> (Pair, Proxy) {
-    let mut pair = Pair::start(settings, bench.dir()).unwrap();
-    pair.secondary.kill().unwrap();
-    pair.wait_alone(Host::A).unwrap();
-    let proxy = Proxy::start(&pair, damage);
-    let text = settings.pair_file(Host::B, bench.dir());
-    let peer = |host: Host, port: u16| format!("link_peer = \"{}:{port}\"", host.link_address());
-    let text = text.replace(&peer(Host::A, 7600), &peer(Host::B, PROXY_PORT));
-    let file = bench.dir().join("through.toml");
-    std::fs::write(&file, text).unwrap();
-    let mut command = pair.topology.host(Host::B).command(bench.colo());
-    command.arg("secondary").arg(&file);
-    let through = Process::spawn("b-through", command, bench.dir()).unwrap();
-    pair.secondary = through.with_status(&bench.dir().join("b.sock"));
-    pair.wait_protected(Host::A).unwrap();
-    (pair, proxy)
+/// A pair whose link damages what the primary sends.
+fn pair_through(bench: &Bench, settings: &Settings, damage: Damage) -> (Pair, Trigger) {
+    let trigger = Trigger::default();
+    let inner = trigger.clone();
+    let pass = move |channel, from: &mut TcpStream, to: &mut TcpStream| match (channel, damage) {
+        (PACKETS, Damage::Packets) => noise(from, to, &inner),
+        (PAGES, Damage::Page | Damage::Record | Damage::Head | Damage::Ahead) => {
+            chunks(from, to, damage, &inner)
+        }
+        _ => relay::plainly(from, to),
+    };
+    // Control, packets and pages.
+    (
+        relay::pair_through(bench, settings, 3, Arc::new(pass)),
+        trigger,
+    )
 }
 
 fn load(pair: &Pair) -> Load {
@@ -187,12 +133,12 @@ fn rule_14_a_damaged_checkpoint_is_taken_again_and_the_pair_goes_on() {
 
 fn damaged_checkpoint(damage: Damage) {
     let Some(bench) = Bench::new(&[]) else { return };
-    let (mut pair, proxy) = pair_through(&bench, &bench.settings(), damage);
+    let (mut pair, trigger) = pair_through(&bench, &bench.settings(), damage);
     let load = load(&pair);
-    proxy.arm();
+    trigger.arm();
     let aborted = |status: &serde_json::Value| status["checkpoints_aborted"] == 1;
     let status = pair.primary.wait_status("aborted", WAIT, aborted).unwrap();
-    assert!(proxy.has_struck());
+    assert!(trigger.has_struck());
     assert_eq!(status["state"], "paired");
     let before = status["checkpoints"].as_u64().unwrap();
     let more = |status: &serde_json::Value| status["checkpoints"].as_u64() > Some(before + 3);
@@ -216,7 +162,7 @@ fn rule_14_a_damaged_page_ahead_costs_the_checkpoint_that_names_it_and_no_more()
         compare_deadline_ms: 5_000,
         ..bench.settings()
     };
-    let (mut pair, proxy) = pair_through(&bench, &settings, Damage::Ahead);
+    let (mut pair, trigger) = pair_through(&bench, &settings, Damage::Ahead);
     let ask = |pair: &Pair, method: &str, path: &str| {
         let mut curl = pair.topology.client.command("curl");
         curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
@@ -224,11 +170,11 @@ fn rule_14_a_damaged_page_ahead_costs_the_checkpoint_that_names_it_and_no_more()
         let output = curl.arg(url).output().unwrap();
         assert!(output.status.success(), "{output:?}");
     };
-    proxy.arm();
+    trigger.arm();
     ask(&pair, "POST", "/dirty/2000/0/4096");
     let sent = |status: &serde_json::Value| status["ahead"]["sent_pages"].as_u64() >= Some(1_900);
     let status = pair.primary.wait_status("sent ahead", WAIT, sent).unwrap();
-    assert!(proxy.has_struck());
+    assert!(trigger.has_struck());
     let before = status["checkpoints"].as_u64().unwrap();
     ask(&pair, "GET", "/random");
     let more = |status: &serde_json::Value| status["checkpoints"].as_u64() > Some(before);
@@ -253,12 +199,12 @@ fn rule_14_a_damaged_page_ahead_costs_the_checkpoint_that_names_it_and_no_more()
 fn a_broken_stream_ends_the_pair_and_one_host_goes_on() {
     for damage in [Damage::Head, Damage::Packets] {
         let Some(bench) = Bench::new(&[]) else { return };
-        let (mut pair, proxy) = pair_through(&bench, &bench.settings(), damage);
+        let (mut pair, trigger) = pair_through(&bench, &bench.settings(), damage);
         let load = load(&pair);
         load.mark_kill();
-        proxy.arm();
+        trigger.arm();
         let (_, other) = pair.wait_winner().unwrap();
-        assert!(proxy.has_struck());
+        assert!(trigger.has_struck());
         // 3: another host holds the VM now.
         assert_eq!(other.code(), Some(3), "{damage:?}");
         finish(load);

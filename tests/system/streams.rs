@@ -3,30 +3,20 @@
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::io;
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
-use colo_lab::process::Process;
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
+use colo_tests::relay::{self, Chunk, Kind, PAGES};
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(60);
-const PROXY_PORT: u16 = 7700;
-const PREAMBLE: usize = 20;
-/// The first stream of pages; with one shard, all channels from here on are streams of pages.
-const PAGES: u8 = 2;
-/// How many streams there may be, the joining side asks.
-const QUESTION: u8 = 255;
-/// The head of a chunk on the page channel.
-const HEAD: usize = 64;
-const KIND_PAGES: u8 = 4;
 
 /// Pages of both guests differ when they are told to write them, each in its own time.
 fn settings(bench: &Bench, primary: &str, secondary: &str) -> Settings {
@@ -138,7 +128,7 @@ fn pages_sent_ahead_are_there_when_a_checkpoint_on_other_streams_names_them() {
     assert_eq!(number(&status["ahead_area"], "refused_chunks"), 0);
 }
 
-/// What the link does once it is armed, once, to a chunk of pages on the stream that `Proxy::start` got.
+/// What the link does once it is armed, once, to a chunk of pages on the stream that `pair_through` got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Blow {
     /// It flips a bit in the middle.
@@ -158,86 +148,45 @@ struct Seen {
 fn pair_through(bench: &Bench, blow: Blow, stream: usize) -> (Pair, Arc<Seen>) {
     let lines = "streams = 4\nahead_mib = 0";
     let settings = settings(bench, lines, lines);
-    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
-    pair.secondary.kill().unwrap();
-    pair.wait_alone(Host::A).unwrap();
     let seen = Arc::new(Seen::default());
-    let host = pair.topology.host(Host::B);
-    let bind = || TcpListener::bind((Host::B.link_address(), PROXY_PORT)).unwrap();
-    let listener = host.run(bind).unwrap();
     let noted = seen.clone();
-    host.spawn("proxy", move || {
-        // The question, control, packets and four streams of pages.
-        for near in listener.incoming().take(7) {
-            forward(near.unwrap(), (blow, stream), &noted).unwrap();
+    let pass = move |channel, from: &mut TcpStream, to: &mut TcpStream| match channel {
+        ..PAGES => relay::plainly(from, to),
+        PAGES.. => {
+            let number = usize::from(channel - PAGES);
+            let strike = (number == stream).then_some(blow);
+            chunks((from, to), number, strike, &noted)
         }
-    })
-    .unwrap();
-    let text = settings.pair_file(Host::B, bench.dir());
-    let peer = |host: Host, port: u16| format!("link_peer = \"{}:{port}\"", host.link_address());
-    let text = text.replace(&peer(Host::A, 7600), &peer(Host::B, PROXY_PORT));
-    let file = bench.dir().join("through.toml");
-    std::fs::write(&file, text).unwrap();
-    let mut command = pair.topology.host(Host::B).command(bench.colo());
-    command.arg("secondary").arg(&file);
-    let through = Process::spawn("b-through", command, bench.dir()).unwrap();
-    pair.secondary = through.with_status(&bench.dir().join("b.sock"));
-    let status = pair.wait_protected(Host::A).unwrap();
-    assert_eq!(status["page_streams"], 4);
+    };
+    // The question, control, packets and four streams of pages.
+    let pair = relay::pair_through(bench, &settings, 7, Arc::new(pass));
+    assert_eq!(pair.primary.status().unwrap()["page_streams"], 4);
     (pair, seen)
-}
-
-fn forward(mut near: TcpStream, strike: (Blow, usize), seen: &Arc<Seen>) -> io::Result<()> {
-    let mut preamble = [0; PREAMBLE];
-    near.read_exact(&mut preamble)?;
-    let mut far = TcpStream::connect((Host::A.link_address(), 7600))?;
-    far.write_all(&preamble)?;
-    for stream in [&near, &far] {
-        stream.set_nodelay(true)?;
-    }
-    let (mut up_from, mut up_to) = (near.try_clone()?, far.try_clone()?);
-    thread::spawn(move || {
-        let _ = io::copy(&mut up_from, &mut up_to);
-        let _ = up_to.shutdown(Shutdown::Both);
-    });
-    let (channel, seen) = (preamble[10], seen.clone());
-    thread::spawn(move || {
-        let _ = match channel {
-            QUESTION | ..PAGES => io::copy(&mut far, &mut near).map(drop),
-            PAGES.. => {
-                let stream = usize::from(channel - PAGES);
-                chunks((&mut far, &mut near), stream, strike, &seen)
-            }
-        };
-        let _ = near.shutdown(Shutdown::Both);
-    });
-    Ok(())
 }
 
 /// Passes the chunks of a stream on, but for the one that is struck.
 fn chunks(
     (from, to): (&mut TcpStream, &mut TcpStream),
     stream: usize,
-    (blow, struck): (Blow, usize),
+    strike: Option<Blow>,
     seen: &Seen,
 ) -> io::Result<()> {
     loop {
-        let mut head = [0; HEAD];
-        from.read_exact(&mut head)?;
-        let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
-        let mut payload = vec![0; len];
-        from.read_exact(&mut payload)?;
-        to.write_all(&head)?;
-        if head[6] == KIND_PAGES {
+        let mut chunk = Chunk::read(from)?;
+        if chunk.kind() == Kind::Pages {
             seen.chunks[stream].fetch_add(1, Ordering::SeqCst);
-            if stream == struck && seen.armed.swap(false, Ordering::SeqCst) {
-                match blow {
-                    Blow::Damage => payload[len / 2] ^= 0x20,
-                    Blow::Cut => return to.write_all(&payload[..len / 2]),
+            let strikes = |_: &Blow| seen.armed.swap(false, Ordering::SeqCst);
+            let half = chunk.payload.len() / 2;
+            match strike.filter(strikes) {
+                Some(Blow::Damage) => chunk.payload[half] ^= 0x20,
+                Some(Blow::Cut) => {
+                    chunk.payload.truncate(half);
+                    return chunk.write(to);
                 }
+                None => {}
             }
         }
-        to.write_all(&payload)?;
+        chunk.write(to)?;
     }
 }
 
