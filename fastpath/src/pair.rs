@@ -9,19 +9,16 @@ mod delayed;
 mod hold;
 mod lease;
 mod local;
+mod on_workers;
 mod primary;
 mod secondary;
 mod twos;
 
-use std::any::Any;
-use std::sync::mpsc::Receiver;
-
 use colo_compare::Divergence;
-
-use crate::worker::{Edge, Role, WorkerHandle};
 
 pub use lease::Lease;
 pub use local::{LocalPairRole, LocalReport, SvmSide};
+pub use on_workers::OnWorkers;
 pub use primary::{CutState, PrimaryReport, PrimaryRole, PrimaryRoleConfig};
 pub use secondary::{SecondaryReport, SecondaryRole, SecondaryRoleConfig};
 
@@ -51,45 +48,6 @@ pub enum PairEvent {
 /// Slots that must be free before frames are taken from the NIC or the guest, so that what comes over the link
 /// always finds one.
 const RESERVED_SLOTS: usize = 512;
-
-/// Runs `task` on the role of `worker` if it is an `R`.
-fn on_role<R: Role, T: Send + 'static>(
-    worker: &WorkerHandle,
-    task: impl FnOnce(&mut R, &mut Edge) -> T + Send + 'static,
-) -> Option<T> {
-    begin_on_role(worker, task)?.recv().ok().flatten()
-}
-
-/// Runs `task` on the roles of all `workers` at the same time, each with its item. `None` if one of
-/// them is gone or no `R`; the others have done it then.
-fn on_roles<R: Role, I: Send + 'static, T: Send + 'static>(
-    workers: &[WorkerHandle],
-    items: impl IntoIterator<Item = I>,
-    task: impl Fn(&mut R, &mut Edge, I) -> T + Clone + Send + 'static,
-) -> Option<Vec<T>> {
-    let begin = |(worker, item)| {
-        let task = task.clone();
-        begin_on_role(worker, move |role, edge| task(role, edge, item))
-    };
-    // All are told before any is waited for.
-    let answers: Vec<_> = workers.iter().zip(items).map(begin).collect();
-    let results: Vec<_> = answers
-        .into_iter()
-        .map(|answer| answer?.recv().ok().flatten())
-        .collect();
-    results.into_iter().collect()
-}
-
-fn begin_on_role<R: Role, T: Send + 'static>(
-    worker: &WorkerHandle,
-    task: impl FnOnce(&mut R, &mut Edge) -> T + Send + 'static,
-) -> Option<Receiver<Option<T>>> {
-    let begun = worker.begin(move |edge, role| {
-        let role: &mut dyn Any = role;
-        role.downcast_mut::<R>().map(|role| task(role, edge))
-    });
-    begun.ok()
-}
 
 #[cfg(test)]
 mod role_tests;

@@ -24,7 +24,7 @@ use crate::worker::{
     BATCH, Edge, FRONT_FRAMES, GuestPort, PortState, Role, WorkerGone, WorkerHandle,
 };
 
-use super::on_role;
+use super::OnWorkers;
 use super::twos::{self, End};
 
 /// Frames that one guest's output may be ahead of the other's.
@@ -89,7 +89,7 @@ impl LocalPairRole {
     /// Puts a worker into this role and begins to compare.
     pub fn start(self, worker: &WorkerHandle) -> Result<(), WorkerGone> {
         worker.set_role(Box::new(self))?;
-        let begun = on_role::<Self, _>(worker, |role, edge| role.pair(edge));
+        let begun = Self::on_worker(worker, |role, edge| role.pair(edge));
         match begun {
             Some(Ok(())) => Ok(()),
             Some(Err(e)) => {
@@ -111,7 +111,7 @@ impl LocalPairRole {
 
     /// What a worker in this role has done; `None` if it is in another.
     pub fn report(worker: &WorkerHandle) -> Option<LocalReport> {
-        on_role::<Self, _>(worker, |role, _| role.report)
+        Self::on_worker(worker, |role, _| role.report)
     }
 
     fn take(&mut self, edge: &mut Edge, now_us: u64) -> usize {
@@ -348,12 +348,12 @@ pub struct SvmSide(pub WorkerHandle);
 impl GuestSide for SvmSide {
     fn attach(&mut self, rings: GuestRings) -> Result<(), WorkerGone> {
         let attach = |role: &mut LocalPairRole, _: &mut Edge| role.svm.attach(rings);
-        on_role(&self.0, attach).ok_or(WorkerGone)
+        LocalPairRole::on_worker(&self.0, attach).ok_or(WorkerGone)
     }
 
     fn detach(&mut self) -> Result<Option<PortState>, WorkerGone> {
         let detach = |role: &mut LocalPairRole, _: &mut Edge| role.svm.detach();
-        on_role(&self.0, detach).ok_or(WorkerGone)
+        LocalPairRole::on_worker(&self.0, detach).ok_or(WorkerGone)
     }
 }
 

@@ -20,7 +20,7 @@ use crate::mailbox::{Mailbox, Post};
 use crate::nic::SocketNic;
 use crate::ring::driver_mock::DriverMock;
 use crate::ring::{Call, GuestRam, Pages, Segment};
-use crate::worker::{Command, PollMode, PortWiring, WorkerConfig, spawn};
+use crate::worker::{Command, Edge, PollMode, PortWiring, Role, WorkerConfig, WorkerHandle, spawn};
 
 const ENTRIES: u16 = 128;
 const RECEIVED: u64 = 0x2_0000;

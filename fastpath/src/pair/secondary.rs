@@ -6,14 +6,14 @@ use colo_bpf::Mac;
 use colo_compare::{DigestKey, Frames, Limits, SecondaryAction, SecondaryPath, SecondaryStats};
 
 use super::delayed::Delayed;
-use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS, on_role, on_roles};
+use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS};
 use crate::clock::now_us;
 use crate::link::{
     Digest, DigestWriter, Incoming, LinkStats, PacketLink, PacketLinkError, PacketMsg,
 };
 use crate::mailbox::Post;
 use crate::nic::Filter;
-use crate::worker::{BATCH, Delivery, Edge, Handed, Role, WorkerHandle};
+use crate::worker::{BATCH, Delivery, Edge, Handed, Role};
 
 /// How a secondary's role is set up.
 #[derive(Debug)]
@@ -73,32 +73,6 @@ impl SecondaryRole {
             caught_up: None,
             ack: InputAck::default(),
         }
-    }
-
-    /// Runs `task` on the worker's thread; `None` if the worker is gone or in another role.
-    pub fn on_worker<T: Send + 'static>(
-        worker: &WorkerHandle,
-        task: impl FnOnce(&mut Self, &mut Edge) -> T + Send + 'static,
-    ) -> Option<T> {
-        on_role(worker, task)
-    }
-
-    /// Runs `task` on all workers' threads, and waits for all; `None` if one of them is gone or in another role.
-    pub fn on_workers<T: Send + 'static>(
-        workers: &[WorkerHandle],
-        task: impl Fn(&mut Self, &mut Edge) -> T + Clone + Send + 'static,
-    ) -> Option<Vec<T>> {
-        let no_items = std::iter::repeat(());
-        on_roles(workers, no_items, move |role, edge, ()| task(role, edge))
-    }
-
-    /// As [`Self::on_workers`], with an item for each.
-    pub fn on_each<I: Send + 'static, T: Send + 'static>(
-        workers: &[WorkerHandle],
-        items: impl IntoIterator<Item = I>,
-        task: impl Fn(&mut Self, &mut Edge, I) -> T + Clone + Send + 'static,
-    ) -> Option<Vec<T>> {
-        on_roles(workers, items, task)
     }
 
     /// The SVM has stopped for a checkpoint: its last output goes to the link.

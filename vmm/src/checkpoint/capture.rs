@@ -19,7 +19,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use colo_fastpath::mailbox::Post;
-use colo_fastpath::pair::{CutState, PrimaryRole};
+use colo_fastpath::pair::{CutState, OnWorkers, PrimaryRole};
 
 use super::ahead::{AheadCounters, AheadSettings};
 use super::audit::{AuditError, Image, StateRecords};

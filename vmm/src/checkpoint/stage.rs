@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use colo_fastpath::mailbox::Post;
-use colo_fastpath::pair::SecondaryRole;
+use colo_fastpath::pair::{OnWorkers, SecondaryRole};
 use colo_fastpath::ring::MemoryError;
 use colo_fastpath::worker::Edge;
 

@@ -16,7 +16,7 @@ use colo_control::{
 };
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
-use colo_fastpath::pair::{PairEvent, PrimaryReport, PrimaryRole};
+use colo_fastpath::pair::{OnWorkers, PairEvent, PrimaryReport, PrimaryRole};
 use colo_fastpath::worker::Edge;
 
 use super::control_link::ControlLink;

@@ -15,7 +15,7 @@ use colo_control::{
 use colo_fastpath::clock::now_us;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{
-    PairEvent, PrimaryRole, SecondaryReport, SecondaryRole, SecondaryRoleConfig,
+    OnWorkers, PairEvent, PrimaryRole, SecondaryReport, SecondaryRole, SecondaryRoleConfig,
 };
 use colo_fastpath::worker::Edge;
 
