@@ -356,6 +356,23 @@ impl Ends {
         self.until(|ends| ends.carriers().iter().all(|c| *c == carrier));
     }
 
+    /// Both want to say something, and neither has sent a datagram for longer than the other's silence lasts.
+    fn until_silent(&mut self) {
+        let sent = |ends: &Self| ends.links.each_ref().map(|l| l.stats().datagrams_sent);
+        let (mut before, mut since_us) = (sent(self), now_us());
+        while now_us() < since_us + PATIENCE_US {
+            if self.unheard[0].len() < 200 {
+                self.say(0, 1);
+                self.say(1, 1);
+            }
+            self.step();
+            if sent(self) != before {
+                (before, since_us) = (sent(self), now_us());
+            }
+        }
+        assert!(self.unheard.iter().all(|unheard| !unheard.is_empty()));
+    }
+
     fn carriers(&self) -> [&'static str; 2] {
         self.links.each_ref().map(|link| link.stats().carrier)
     }
@@ -511,19 +528,7 @@ fn rule_18_nothing_is_sent_as_datagrams_once_tcp_is_silent() {
     ends.until_both_use("udp");
     ends.talk(20);
     let relay = ends.relay.take();
-    let sent = |ends: &Ends| ends.links.each_ref().map(|l| l.stats().datagrams_sent);
-    let (mut before, mut since_us) = (sent(&ends), now_us());
-    while now_us() < since_us + PATIENCE_US {
-        if ends.unheard[0].len() < 200 {
-            ends.say(0, 1);
-            ends.say(1, 1);
-        }
-        ends.step();
-        if sent(&ends) != before {
-            (before, since_us) = (sent(&ends), now_us());
-        }
-    }
-    assert!(ends.unheard.iter().all(|unheard| !unheard.is_empty()));
+    ends.until_silent();
     // With TCP back, what was kept back follows.
     ends.relay = relay;
     ends.until_heard();
@@ -548,19 +553,7 @@ fn rule_18_who_hears_the_peer_on_the_control_channel_does_not_ask_it_and_stops_w
         control.note(now_us());
         ends.talk(1);
     }
-    let sent = |ends: &Ends| ends.links.each_ref().map(|l| l.stats().datagrams_sent);
-    let (mut before, mut since_us) = (sent(&ends), now_us());
-    while now_us() < since_us + PATIENCE_US {
-        if ends.unheard[0].len() < 200 {
-            ends.say(0, 1);
-            ends.say(1, 1);
-        }
-        ends.step();
-        if sent(&ends) != before {
-            (before, since_us) = (sent(&ends), now_us());
-        }
-    }
-    assert!(ends.unheard.iter().all(|unheard| !unheard.is_empty()));
+    ends.until_silent();
     // Heard again there alone, what was kept back follows, and nothing is held against the datagrams.
     while ends.unheard.iter().any(|unheard| !unheard.is_empty()) {
         control.note(now_us());
