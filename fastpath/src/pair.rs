@@ -11,6 +11,7 @@ mod lease;
 mod local;
 mod on_workers;
 mod primary;
+mod reports;
 mod secondary;
 mod twos;
 

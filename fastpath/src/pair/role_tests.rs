@@ -358,7 +358,57 @@ fn rule_9_many_are_reported_at_once() {
     assert_eq!(host.said(1), [format!("{MANY} released")]);
 }
 
+#[test]
+fn rule_9_what_has_left_is_reported_while_more_waits_for_the_nic() {
+    let (mut host, _) = primary();
+    let now_us = now_us();
+    let frame = |seq: u64| {
+        let mut payload = vec![0; 1400];
+        payload[..8].copy_from_slice(&seq.to_be_bytes());
+        udp(Side::V4, false, 53, 40_000, &payload)
+    };
+    // More than the wire takes while nobody reads it.
+    let count = u64::from(ENTRIES) - 1;
+    for seq in 1..=count {
+        let frame = &frame(seq)[..];
+        host.send(frame);
+        let epoch = 2;
+        host.hear(&PacketMsg::Output { epoch, seq, frame });
+    }
+    host.step_until(now_us, |host| host.compared() == count);
+    host.step(now_us + DELAY_US);
+    let first = host.released_reports(|reports| reports > 0);
+    assert!(first < count, "the wire took all of it");
+    let mut bytes = [0; 2048];
+    for seq in 1..=count {
+        while host.wire.recv(&mut bytes).is_err() {
+            host.step(now_us);
+        }
+        assert_eq!(bytes[42..50], seq.to_be_bytes());
+    }
+    host.step(now_us + DELAY_US);
+    let rest = host.released_reports(|reports| first + reports == count);
+    assert_eq!(first + rest, count);
+}
+
 impl Host {
+    fn compared(&self) -> u64 {
+        let compared = |role: &mut PrimaryRole, _: &mut Edge| role.report().stats.released_by_match;
+        PrimaryRole::on_worker(&self.worker, compared).unwrap()
+    }
+
+    /// How many frames the peer hears to have left, until that is enough.
+    fn released_reports(&mut self, enough: impl Fn(u64) -> bool) -> u64 {
+        let mut reports = 0;
+        while !enough(reports) {
+            for said in self.said(1) {
+                let number = said.strip_suffix(" released").unwrap();
+                reports += number.parse::<u64>().unwrap();
+            }
+        }
+        reports
+    }
+
     fn heeded_us(&self) -> u64 {
         PrimaryRole::on_worker(&self.worker, |role, _| role.lease_until_us()).unwrap()
     }
