@@ -307,9 +307,7 @@ impl PrimaryRole {
                         self.path.undelivered(token);
                         break;
                     }
-                    Handed::Now(_, token) => {
-                        self.path.handle_delivered(now_us, &mut edge.frames, token);
-                    }
+                    Handed::Now(delivery, token) => self.delivered(edge, now_us, delivery, token),
                     Handed::Later => {}
                 }
                 n += 1;
@@ -342,7 +340,7 @@ impl PrimaryRole {
                 Action::Release { token, held_us, .. } => {
                     self.hold_us.saturating_record(held_us.max(1));
                     edge.may_leave(&token);
-                    self.to_send(token);
+                    self.queue_for_nic(token);
                 }
                 Action::Mirror {
                     epoch,
@@ -392,7 +390,7 @@ impl PrimaryRole {
             && let Some(len) = self.path.poll_announcement(now_us(), &mut frame)
         {
             if let Some(token) = edge.frames.from_bytes(&frame[..len]) {
-                self.to_send(token);
+                self.queue_for_nic(token);
             }
             n += 1;
         }
@@ -416,7 +414,7 @@ impl PrimaryRole {
         }
     }
 
-    fn to_send(&mut self, token: Token) {
+    fn queue_for_nic(&mut self, token: Token) {
         self.reports.frame_released();
         self.unsent.push_back(token);
     }
