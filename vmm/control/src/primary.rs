@@ -16,7 +16,7 @@ use alloc::string::{String, ToString};
 use crate::pace::Pacer;
 use crate::storm::Switch;
 use crate::{
-    Action, Cas, Counters, Geometry, Mode, Msg, NOTHING, Outcome, Protection, Record, Reply,
+    Action, Cas, Counters, Geometry, HOLDER, Mode, Msg, NOTHING, Outcome, Protection, Record, Reply,
 };
 use crate::{Standing, Timing, VERSION_MAX, VERSION_MIN};
 use checkpoint::Checkpoint;
@@ -356,7 +356,7 @@ impl Primary {
                 versions.0, versions.1
             ))
         } else {
-            difference(&self.geometry, geometry)
+            same_name(&self.host, geometry).or_else(|| difference(&self.geometry, geometry))
         };
         if let Some(reason) = refusal {
             self.send(Msg::Refuse {
@@ -476,6 +476,16 @@ impl Primary {
             });
         }
     }
+}
+
+/// Two hosts of one name would each take the other's record for its own (rule 18).
+fn same_name(ours: &str, theirs: &Geometry) -> Option<String> {
+    let is_ours = |(name, value): &(String, String)| name == HOLDER && value == ours;
+    theirs.iter().any(is_ours).then(|| {
+        format!(
+            "{HOLDER} is {ours} on both hosts, and names them at the arbiter: give each its own"
+        )
+    })
 }
 
 fn difference(ours: &Geometry, theirs: &Geometry) -> Option<String> {

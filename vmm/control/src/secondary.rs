@@ -7,8 +7,10 @@ use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use crate::{Action, Cas, Counters, Expect, Geometry, Msg, Notice, Outcome, Reply, Standing, Step};
-use crate::{Timing, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
+use crate::{
+    Action, Cas, Counters, Expect, Geometry, HOLDER, Msg, Notice, Outcome, Reply, Standing,
+};
+use crate::{Step, Timing, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
 
 /// What happened on the secondary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -272,11 +274,13 @@ impl Secondary {
         }
         self.connected = true;
         self.heard_us = now_us;
+        let mut geometry = self.geometry.clone();
+        geometry.push((HOLDER.to_string(), self.host.clone()));
         self.send(Msg::Hello {
             min: VERSION_MIN,
             max: VERSION_MAX,
             session: self.session,
-            geometry: self.geometry.clone(),
+            geometry,
             ahead_mib: self.ahead_mib,
         });
     }
