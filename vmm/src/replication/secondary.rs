@@ -406,11 +406,10 @@ impl SecondaryShell {
         for (worker, role) in workers.iter().zip(roles) {
             worker.set_role(role?).ok()?;
         }
-        let epochs = PrimaryRole::on_workers(workers, |role, edge| {
-            role.speak(edge);
-            role.epoch()
-        })?;
-        epochs.into_iter().max()
+        // Each shard has counted the input that it had.
+        let epoch = PrimaryRole::begin_in_one_epoch(workers)?;
+        PrimaryRole::on_workers(workers, |role, edge| role.speak(edge))?;
+        Some(epoch)
     }
 
     fn on_role(&self, task: impl Fn(&mut SecondaryRole, &mut Edge) + Clone + Send + 'static) {
