@@ -18,9 +18,11 @@ use crate::storm::Switch;
 use crate::{
     Action, Cas, Counters, Geometry, HOLDER, Mode, Msg, NOTHING, Outcome, Protection, Record, Reply,
 };
-use crate::{Standing, Timing, VERSION_MAX, VERSION_MIN};
+use crate::{Notice, Standing, Timing, VERSION_MAX, VERSION_MIN};
 use checkpoint::Checkpoint;
 
+/// What an older peer has, but does not name (rule 22).
+const LATER: [&str; 2] = ["host.frame_slots", "replication.hold_frames"];
 /// So many checkpoints may fail one after the other before the secondary counts as lost.
 const ABORTS_MAX: u32 = 5;
 
@@ -443,7 +445,12 @@ impl Primary {
             Msg::OffAck { .. } if self.state == PrimaryState::ShuttingDown => {
                 self.end(Outcome::Off);
             }
-            Msg::Refuse { .. } => self.drop_link("the secondary refused"),
+            Msg::Refuse { reason } => {
+                self.act(Action::Tell(Notice::Refused {
+                    reason: reason.clone(),
+                }));
+                self.drop_link(&reason);
+            }
             _ => {}
         }
     }
@@ -497,7 +504,7 @@ fn difference(ours: &Geometry, theirs: &Geometry) -> Option<String> {
                     "{name} is {value} on the primary and {other} on the secondary: make them equal"
                 ));
             }
-            None if value == NOTHING => {}
+            None if value == NOTHING || LATER.contains(&name.as_str()) => {}
             None => return Some(format!("the secondary does not name its {name}: update it")),
         }
     }

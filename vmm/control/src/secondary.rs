@@ -43,6 +43,13 @@ pub enum SecondaryEvent {
         /// In words.
         reason: String,
     },
+    /// The stage is whole, but this host cannot have such a state: it will refuse the next one as well (rule 22).
+    Unfit {
+        /// Its epoch.
+        epoch: u64,
+        /// In words.
+        reason: String,
+    },
     /// The commit is applied, the SVM runs from it.
     Applied {
         /// Its epoch.
@@ -197,6 +204,7 @@ impl Secondary {
             SecondaryEvent::SvmStopped { epoch, dirty } => self.svm_stopped(now_us, epoch, dirty),
             SecondaryEvent::Staged { epoch } => self.staged(now_us, epoch),
             SecondaryEvent::StageFailed { epoch, reason } => self.stage_failed(epoch, &reason),
+            SecondaryEvent::Unfit { epoch, reason } => self.unfit(epoch, reason),
             SecondaryEvent::Applied { epoch } => self.applied(now_us, epoch),
             SecondaryEvent::ApplyFailed { reason } => self.end(Outcome::Failed { reason }),
             SecondaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
@@ -423,6 +431,16 @@ impl Secondary {
             self.tell_aborted(epoch, reason, VERSION_MIN);
             self.leave_checkpoint(epoch);
         }
+    }
+
+    fn unfit(&mut self, epoch: u64, reason: String) {
+        if self.state != SecondaryState::Syncing {
+            return self.stage_failed(epoch, &reason);
+        }
+        self.send(Msg::Refuse {
+            reason: reason.clone(),
+        });
+        self.end(Outcome::Refused { reason });
     }
 
     fn applied(&mut self, now_us: u64, epoch: u64) {

@@ -446,7 +446,7 @@ impl PrimaryShell {
             }
             _ => tracing::warn!("{notice}"),
         }
-        if let Notice::CannotFollow { reason } = notice {
+        if let Notice::CannotFollow { reason } | Notice::Refused { reason } = notice {
             // What a client of the status wants to know until a secondary has joined.
             let since = self.unprotected.take().map(|(_, since)| since);
             self.unprotected = Some((reason, since.unwrap_or_else(unix_seconds)));

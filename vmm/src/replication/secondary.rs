@@ -211,10 +211,17 @@ impl SecondaryShell {
                     self.order(StageCommand::Discard);
                 }
             }
-            StageEvent::Failed { epoch, reason } => {
+            StageEvent::Failed {
+                epoch,
+                reason,
+                unfit,
+            } => {
                 tracing::warn!("checkpoint of epoch {epoch} refused: {reason}");
-                self.core
-                    .handle(now, SecondaryEvent::StageFailed { epoch, reason });
+                let event = match unfit {
+                    true => SecondaryEvent::Unfit { epoch, reason },
+                    false => SecondaryEvent::StageFailed { epoch, reason },
+                };
+                self.core.handle(now, event);
             }
             StageEvent::Applied { epoch, cost } => {
                 tracing::debug!("epoch {epoch} applied: {cost:?}");

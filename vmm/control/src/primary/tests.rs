@@ -734,6 +734,22 @@ fn rule_18_a_secondary_of_the_same_name_is_refused() {
 }
 
 #[test]
+fn rule_22_a_secondary_that_cannot_have_the_state_says_why() {
+    let mut b = Bench::new(false);
+    b.first_capture();
+    let reason = || "TSC frequency".into();
+    let refused = b.event(PrimaryEvent::Msg(Msg::Refuse { reason: reason() }));
+    assert_eq!(
+        refused[..2],
+        [
+            Action::Tell(Notice::Refused { reason: reason() }),
+            Action::CloseLink { reason: reason() },
+        ]
+    );
+    assert_eq!(b.core.state(), PrimaryState::Alone);
+}
+
+#[test]
 fn rule_22_an_older_peer_has_none_of_what_it_does_not_name() {
     let with = |value: &str| {
         let mut ours = geometry();
@@ -741,6 +757,12 @@ fn rule_22_an_older_peer_has_none_of_what_it_does_not_name() {
         difference(&ours, &geometry())
     };
     assert_eq!(with(NOTHING), None);
+    let mut ours = geometry();
+    ours.extend(LATER.map(|name| (name.into(), "8192".into())));
+    assert_eq!(difference(&ours, &geometry()), None);
+    let mut theirs = ours.clone();
+    theirs[2].1 = "4096".into();
+    assert!(difference(&ours, &theirs).unwrap().contains(LATER[1]));
     assert!(with("2 rules").unwrap().contains("compare.policy"));
 }
 
