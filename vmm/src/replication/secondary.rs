@@ -19,6 +19,7 @@ use colo_fastpath::pair::{
 };
 use colo_fastpath::worker::Edge;
 
+use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
@@ -49,6 +50,7 @@ pub enum SecondaryEnd {
 pub struct SecondaryShell {
     core: Secondary,
     replica: Replica,
+    asking: Asking,
     control: Option<ControlLink>,
     pages_end: Vec<TcpStream>,
     pair_post: Post<PairEvent>,
@@ -103,8 +105,10 @@ impl SecondaryShell {
         )
         .keeping_ahead(u32::try_from(settings.ahead_mib).unwrap_or(u32::MAX));
         let dirty = PageBitmap::new(replica.machine.ram().page_count());
+        let asking = Asking::start(replica.arbiter.clone()).map_err(system)?;
         Ok(Self {
             core,
+            asking,
             control: Some(ControlLink::new(channels.control).map_err(system)?),
             pages_end,
             pair_post,
@@ -158,6 +162,7 @@ impl SecondaryShell {
         waiter.clear();
         waiter.readable(self.pair_events.poll_fd());
         waiter.readable(self.stage_events.poll_fd());
+        waiter.readable(self.asking.poll_fd());
         if let Some(control) = &self.control {
             waiter.push(control.pollfd());
         }
@@ -182,6 +187,11 @@ impl SecondaryShell {
                 self.pair_event(event);
             }
         }
+        if waiter.may_be_ready(self.asking.poll_fd()) {
+            while let Some(reply) = self.asking.answer() {
+                self.core.handle(now_us(), SecondaryEvent::Arbiter(reply));
+            }
+        }
         if !self.replica.may_be_asked(waiter) {
             return;
         }
@@ -192,7 +202,8 @@ impl SecondaryShell {
             tracing::warn!("the SVM stopped ({what}); asking for a checkpoint");
             self.on_first_role(SecondaryRole::want_checkpoint);
         }
-        if self.replica.wants_stop() {
+        // The answer may make this host the one that holds the VM.
+        if self.replica.wants_stop() && !self.asking.is_open() {
             tracing::info!("stopping; the primary goes on alone");
             self.end = Some(End::Ended(Outcome::Off));
         }
@@ -311,11 +322,7 @@ impl SecondaryShell {
                     self.link_down(e.to_string());
                 }
             }
-            Action::Arbiter(cas) => {
-                let reply = self.replica.arbiter.ask(&cas);
-                tracing::info!("arbiter: {cas:?}: {reply:?}");
-                self.core.handle(now_us(), SecondaryEvent::Arbiter(reply));
-            }
+            Action::Arbiter(cas) => self.asking.ask(cas),
             Action::StopSvm { epoch } => match self.stop_svm() {
                 Ok(()) => {
                     let stop = self.stop.advance();
