@@ -616,6 +616,15 @@ impl Check<'_> {
             window,
             at_least_one,
         )?;
+        // What a host listens at is its name at the arbiter (rule 18).
+        for (field, address) in [
+            ("replication.link_listen", r.link_listen),
+            ("replication.link_peer", r.link_peer),
+        ] {
+            let specified = !address.ip().to_canonical().is_unspecified();
+            let advice = "name an address of that host alone, which the other one reaches";
+            self.that(specified, field, address, advice)?;
+        }
         let other = r.link_listen != r.link_peer;
         let advice = "must be the other host's address, not link_listen";
         self.that(other, "replication.link_peer", r.link_peer, advice)?;

@@ -116,6 +116,21 @@ fn errors_name_file_field_value_and_remedy() {
         ("10.78.0.2:7600", "10.78.0.1:7600", "replication.link_peer"),
         ("10.78.0.2:7600", "nonsense", "link_peer"),
         (
+            "10.78.0.1:7600",
+            "0.0.0.0:7600",
+            "replication.link_listen = 0.0.0.0:7600: name an address of that host alone",
+        ),
+        (
+            "10.78.0.1:7600",
+            "[::]:7600",
+            "replication.link_listen = [::]:7600",
+        ),
+        (
+            "10.78.0.2:7600",
+            "[::ffff:0.0.0.0]:7600",
+            "replication.link_peer = [::ffff:0.0.0.0]:7600",
+        ),
+        (
             "[replication]",
             "[replication]\nack_deadline_ms = 40",
             "delayed ACK",

@@ -21,7 +21,7 @@ mod timing;
 
 pub use arbiter::{Cas, Expect, Record, Reply, Standing};
 pub use msg::{
-    Geometry, Msg, MsgError, NOTHING, VERSION_ABORT_ANSWERED, VERSION_BULK, VERSION_MAX,
+    Geometry, HOLDER, Msg, MsgError, NOTHING, VERSION_ABORT_ANSWERED, VERSION_BULK, VERSION_MAX,
     VERSION_MIN,
 };
 pub use notice::{Counters, Notice};

@@ -109,6 +109,8 @@ pub enum StageEvent {
         epoch: u64,
         /// In words.
         reason: String,
+        /// It is whole, but not for this host: another one would be refused as well.
+        unfit: bool,
     },
     /// The SVM runs from it, or stands still at it.
     Applied {
@@ -192,6 +194,21 @@ pub enum StageError {
     /// Guest memory can't be written.
     #[error("guest memory: {0}")]
     Memory(#[from] MemoryError),
+}
+
+impl StageError {
+    /// Whether the next checkpoint would be refused for the same reason (rule 22).
+    fn is_unfit(&self) -> bool {
+        match self {
+            Self::Count { .. } | Self::UnknownKind(_) | Self::Translations(_) => true,
+            Self::Machine(e) => match e {
+                MachineError::Record(e) => !matches!(e, RecordError::Damaged(_)),
+                MachineError::Kvm(_) | MachineError::Shape { .. } => true,
+                _ => false,
+            },
+            _ => false,
+        }
+    }
 }
 
 /// A checkpoint that was accepted: everything that can be refused has been parsed.
@@ -412,7 +429,11 @@ impl StageThread {
             Event::Damaged { epoch, reason } => {
                 self.open = None;
                 self.staging.clear();
-                self.post.send(StageEvent::Failed { epoch, reason });
+                self.post.send(StageEvent::Failed {
+                    epoch,
+                    reason,
+                    unfit: false,
+                });
                 Ok(())
             }
             Event::Closed => Err(Over::Link("page channel: closed by the peer".to_owned())),
@@ -474,8 +495,12 @@ impl StageThread {
             Ok(accepted) => accepted,
             Err(e) => {
                 self.staging.clear();
-                let reason = e.to_string();
-                self.post.send(StageEvent::Failed { epoch, reason });
+                let (reason, unfit) = (e.to_string(), e.is_unfit());
+                self.post.send(StageEvent::Failed {
+                    epoch,
+                    reason,
+                    unfit,
+                });
                 return Ok(());
             }
         };

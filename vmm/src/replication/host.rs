@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use colo_compare::Limits;
-use colo_control::{Geometry, NOTHING, Outcome, Protection, Record, StepLimits, Storm, Timing};
+use colo_control::{Geometry, Outcome, Protection, Record, StepLimits, Storm, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::{PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
@@ -32,7 +32,7 @@ use crate::checkpoint::capture::CaptureSettings;
 use crate::checkpoint::outbound::OutboundSettings;
 use crate::checkpoint::stage::{self, StageSettings};
 use crate::config::{Alone, CompareMode, Config, HostConfig, ReplicationConfig};
-use crate::geometry::geometry;
+use crate::geometry::pair_geometry;
 use crate::machine::{Events, Machine, MachineError, VmExit};
 use crate::nic::{self, NicError};
 use crate::requests::{Request, RequestSocket};
@@ -383,13 +383,7 @@ impl Replica {
 
     /// What both hosts must agree on (rule 22).
     fn geometry(&self) -> Geometry {
-        let shards = self.machine.workers().len();
-        let mut geometry: Geometry = geometry(&self.config, shards).into_iter().collect();
-        // Not the machine's, so snapshots have it not: whoever takes over must judge as the primary did.
-        let policy = self.config.compare.fingerprint.clone();
-        let policy = policy.unwrap_or_else(|| NOTHING.to_owned());
-        geometry.push(("compare.policy".to_owned(), policy));
-        geometry
+        pair_geometry(&self.config, self.machine.workers().len())
     }
 }
 

@@ -19,6 +19,7 @@ use colo_fastpath::pair::{
 };
 use colo_fastpath::worker::Edge;
 
+use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
@@ -49,6 +50,7 @@ pub enum SecondaryEnd {
 pub struct SecondaryShell {
     core: Secondary,
     replica: Replica,
+    asking: Asking,
     control: Option<ControlLink>,
     pages_end: Vec<TcpStream>,
     pair_post: Post<PairEvent>,
@@ -103,8 +105,10 @@ impl SecondaryShell {
         )
         .keeping_ahead(u32::try_from(settings.ahead_mib).unwrap_or(u32::MAX));
         let dirty = PageBitmap::new(replica.machine.ram().page_count());
+        let asking = Asking::start(replica.arbiter.clone()).map_err(system)?;
         Ok(Self {
             core,
+            asking,
             control: Some(ControlLink::new(channels.control).map_err(system)?),
             pages_end,
             pair_post,
@@ -158,6 +162,7 @@ impl SecondaryShell {
         waiter.clear();
         waiter.readable(self.pair_events.poll_fd());
         waiter.readable(self.stage_events.poll_fd());
+        waiter.readable(self.asking.poll_fd());
         if let Some(control) = &self.control {
             waiter.push(control.pollfd());
         }
@@ -182,6 +187,11 @@ impl SecondaryShell {
                 self.pair_event(event);
             }
         }
+        if waiter.may_be_ready(self.asking.poll_fd()) {
+            while let Some(reply) = self.asking.answer() {
+                self.core.handle(now_us(), SecondaryEvent::Arbiter(reply));
+            }
+        }
         if !self.replica.may_be_asked(waiter) {
             return;
         }
@@ -192,7 +202,8 @@ impl SecondaryShell {
             tracing::warn!("the SVM stopped ({what}); asking for a checkpoint");
             self.on_first_role(SecondaryRole::want_checkpoint);
         }
-        if self.replica.wants_stop() {
+        // The answer may make this host the one that holds the VM.
+        if self.replica.wants_stop() && !self.asking.is_open() {
             tracing::info!("stopping; the primary goes on alone");
             self.end = Some(End::Ended(Outcome::Off));
         }
@@ -211,10 +222,17 @@ impl SecondaryShell {
                     self.order(StageCommand::Discard);
                 }
             }
-            StageEvent::Failed { epoch, reason } => {
+            StageEvent::Failed {
+                epoch,
+                reason,
+                unfit,
+            } => {
                 tracing::warn!("checkpoint of epoch {epoch} refused: {reason}");
-                self.core
-                    .handle(now, SecondaryEvent::StageFailed { epoch, reason });
+                let event = match unfit {
+                    true => SecondaryEvent::Unfit { epoch, reason },
+                    false => SecondaryEvent::StageFailed { epoch, reason },
+                };
+                self.core.handle(now, event);
             }
             StageEvent::Applied { epoch, cost } => {
                 tracing::debug!("epoch {epoch} applied: {cost:?}");
@@ -304,11 +322,7 @@ impl SecondaryShell {
                     self.link_down(e.to_string());
                 }
             }
-            Action::Arbiter(cas) => {
-                let reply = self.replica.arbiter.ask(&cas);
-                tracing::info!("arbiter: {cas:?}: {reply:?}");
-                self.core.handle(now_us(), SecondaryEvent::Arbiter(reply));
-            }
+            Action::Arbiter(cas) => self.asking.ask(cas),
             Action::StopSvm { epoch } => match self.stop_svm() {
                 Ok(()) => {
                     let stop = self.stop.advance();
@@ -406,11 +420,10 @@ impl SecondaryShell {
         for (worker, role) in workers.iter().zip(roles) {
             worker.set_role(role?).ok()?;
         }
-        let epochs = PrimaryRole::on_workers(workers, |role, edge| {
-            role.speak(edge);
-            role.epoch()
-        })?;
-        epochs.into_iter().max()
+        // Each shard has counted the input that it had.
+        let epoch = PrimaryRole::begin_in_one_epoch(workers)?;
+        PrimaryRole::on_workers(workers, |role, edge| role.speak(edge))?;
+        Some(epoch)
     }
 
     fn on_role(&self, task: impl Fn(&mut SecondaryRole, &mut Edge) + Clone + Send + 'static) {

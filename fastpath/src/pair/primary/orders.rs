@@ -129,6 +129,22 @@ impl PrimaryRole {
         self.act(edge);
     }
 
+    /// Puts all shards of a VM that was taken over into one epoch, the latest that any of them is in (rule 4): a checkpoint
+    /// covers one epoch. Gives it; `None` if one of the workers is gone.
+    pub fn begin_in_one_epoch(workers: &[WorkerHandle]) -> Option<u64> {
+        let epochs = Self::on_workers(workers, |role, _| role.epoch())?;
+        let epoch = epochs.into_iter().max()?;
+        Self::on_workers(workers, move |role, _| role.raise_epoch(epoch))?;
+        Some(epoch)
+    }
+
+    /// See [`PrimaryPath::raise_epoch`](colo_compare::PrimaryPath::raise_epoch).
+    pub fn raise_epoch(&mut self, epoch: u64) {
+        if let Err(e) = self.path.raise_epoch(epoch) {
+            tracing::error!("{e}");
+        }
+    }
+
     /// What needs no word of the secondary may leave until then. Workers are not waited for, and woken only if they may
     /// hold something for want of this. `None` if one of these is gone.
     pub fn extend_lease(workers: &[WorkerHandle], lease: &Lease, until_us: u64) -> Option<()> {

@@ -715,6 +715,41 @@ fn rule_22_geometry_that_differs_is_refused_by_name() {
 }
 
 #[test]
+fn rule_18_a_secondary_of_the_same_name_is_refused() {
+    let named = |host: &str| {
+        let mut b = Bench::new(false);
+        b.event(PrimaryEvent::LinkUp);
+        let (session, timing) = (9, T);
+        let mut secondary = crate::Secondary::new(host.into(), timing, session, geometry());
+        secondary.handle(0, crate::SecondaryEvent::LinkUp);
+        let Some(Action::Send(hello)) = secondary.poll_action() else {
+            panic!("no hello");
+        };
+        b.event(PrimaryEvent::Msg(hello))
+    };
+    let refused = |a: &Action| matches!(a, Action::Send(Msg::Refuse { reason }) if reason.contains("link_listen is a"));
+    // "a" is the primary's.
+    assert!(named("a").iter().any(refused));
+    assert!(matches!(named("b")[0], Action::Send(Msg::Welcome { .. })));
+}
+
+#[test]
+fn rule_22_a_secondary_that_cannot_have_the_state_says_why() {
+    let mut b = Bench::new(false);
+    b.first_capture();
+    let reason = || "TSC frequency".into();
+    let refused = b.event(PrimaryEvent::Msg(Msg::Refuse { reason: reason() }));
+    assert_eq!(
+        refused[..2],
+        [
+            Action::Tell(Notice::Refused { reason: reason() }),
+            Action::CloseLink { reason: reason() },
+        ]
+    );
+    assert_eq!(b.core.state(), PrimaryState::Alone);
+}
+
+#[test]
 fn rule_22_an_older_peer_has_none_of_what_it_does_not_name() {
     let with = |value: &str| {
         let mut ours = geometry();
@@ -722,6 +757,12 @@ fn rule_22_an_older_peer_has_none_of_what_it_does_not_name() {
         difference(&ours, &geometry())
     };
     assert_eq!(with(NOTHING), None);
+    let mut ours = geometry();
+    ours.extend(LATER.map(|name| (name.into(), "8192".into())));
+    assert_eq!(difference(&ours, &geometry()), None);
+    let mut theirs = ours.clone();
+    theirs[2].1 = "4096".into();
+    assert!(difference(&ours, &theirs).unwrap().contains(LATER[1]));
     assert!(with("2 rules").unwrap().contains("compare.policy"));
 }
 
