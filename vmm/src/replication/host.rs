@@ -24,6 +24,7 @@ use colo_fastpath::worker::WorkerHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::arbiter::{ArbiterError, FileArbiter};
+use super::guest_end::GuestEnd;
 use super::link::{self, LinkError};
 use super::report::PairStatus;
 use super::wait::Waiter;
@@ -33,7 +34,7 @@ use crate::checkpoint::outbound::OutboundSettings;
 use crate::checkpoint::stage::{self, StageSettings};
 use crate::config::{Alone, CompareMode, Config, ReplicationConfig};
 use crate::geometry::pair_geometry;
-use crate::machine::{Events, Machine, MachineError, VmExit};
+use crate::machine::{Machine, MachineError};
 use crate::nic::{self, NicError};
 use crate::requests::{Request, RequestSocket};
 use crate::status::{MachineStatus, StatusError, StatusSocket};
@@ -116,7 +117,7 @@ pub struct Replica {
     pub(super) config: Config,
     pub(super) replication: ReplicationConfig,
     pub(super) machine: Arc<Machine>,
-    pub(super) events: Events,
+    pub(super) guest: GuestEnd,
     pub(super) arbiter: FileArbiter,
     pub(super) host: String,
     pub(super) limits: Limits,
@@ -127,7 +128,6 @@ pub struct Replica {
     pub(super) lease: Lease,
     pub(super) heard: PeerHeard,
     stop: Arc<StopRequest>,
-    powered_off: bool,
 }
 
 /// Where a host is asked: how it is, and to do something.
@@ -197,12 +197,11 @@ impl Replica {
             machine: Arc::new(machine),
             config: config.clone(),
             replication,
-            events,
+            guest: GuestEnd::new(events),
             arbiter,
             lease: Lease::default(),
             heard: PeerHeard::default(),
             stop,
-            powered_off: false,
         })
     }
 
@@ -321,7 +320,7 @@ impl Replica {
 
     pub(super) fn add_fds(&self, waiter: &mut Waiter) {
         use std::os::fd::AsRawFd;
-        waiter.readable(self.events.wake_fd().as_raw_fd());
+        waiter.readable(self.guest.poll_fd());
         if let Some(sockets) = &self.status.sockets {
             waiter.readable(sockets.status.poll_fd());
             waiter.readable(sockets.requests.poll_fd());
@@ -338,32 +337,14 @@ impl Replica {
         let asked = |s: &Arc<Sockets>| {
             waiter.may_be_ready(s.status.poll_fd()) || waiter.may_be_ready(s.requests.poll_fd())
         };
-        waiter.may_be_ready(self.events.wake_fd().as_raw_fd())
+        waiter.may_be_ready(self.guest.poll_fd())
             || waiter.may_be_ready(self.stop.wake.as_raw_fd())
             || sockets.is_some_and(asked)
     }
 
     /// Whether the operator or the guest ends the VM.
     pub(super) fn wants_stop(&self) -> bool {
-        self.powered_off || self.stop.flag.load(Ordering::Relaxed)
-    }
-
-    /// What the guest died of, once.
-    pub(super) fn guest_fault(&mut self) -> Option<String> {
-        let event = self.events.next()?;
-        match event.exit {
-            VmExit::PowerOff => {
-                self.powered_off = true;
-                None
-            }
-            VmExit::Fault { .. } => Some(event.exit.to_string()),
-            VmExit::Stopped => None,
-        }
-    }
-
-    /// Whether the guest switched itself off; forgets it.
-    pub(super) fn take_power_off(&mut self) -> bool {
-        std::mem::take(&mut self.powered_off)
+        self.guest.is_powered_off() || self.stop.flag.load(Ordering::Relaxed)
     }
 
     /// The next request of an operator.

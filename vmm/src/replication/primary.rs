@@ -188,15 +188,16 @@ impl PrimaryShell {
         {
             self.link_up(channels);
         }
+        let is_asked = self.replica.may_be_asked(waiter);
+        if is_asked && let Some(fault) = self.replica.guest.fault() {
+            tracing::error!("the guest faulted: {fault}");
+            self.outcome = Some(Outcome::Failed { reason: fault });
+        }
         if self.replica.wants_stop() {
             self.core.handle(now_us(), PrimaryEvent::ShutDown);
         }
-        if !self.replica.may_be_asked(waiter) {
+        if !is_asked {
             return;
-        }
-        if let Some(fault) = self.replica.guest_fault() {
-            tracing::error!("the guest faulted: {fault}");
-            self.outcome = Some(Outcome::Failed { reason: fault });
         }
         self.replica.answer_status(|| self.status());
         while let Some(request) = self.replica.next_request() {
