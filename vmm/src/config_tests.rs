@@ -84,7 +84,7 @@ fn errors_name_file_field_value_and_remedy() {
         (
             "poll = \"interrupt\"",
             "frame_slots = 512",
-            "host.frame_slots = 512: a pair needs at least 1024",
+            "host.frame_slots = 512: a pair needs at least 8192",
         ),
         ("52:54", "53:54", "net.mac"),
         ("52:54", "5254", "is not like \"52:54:00:c0:10:01\""),
@@ -138,7 +138,7 @@ fn errors_name_file_field_value_and_remedy() {
         (
             "[replication]",
             "[replication]\nhold_frames = 100000",
-            "replication.hold_frames",
+            "replication.hold_frames = 100000: host.frame_slots leaves room for 1792 at most",
         ),
         (
             "[replication]",

@@ -18,7 +18,7 @@ use colo_fastpath::clock::now_us;
 use colo_fastpath::link::{PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::nic::Filter;
-use colo_fastpath::pair::{Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
+use colo_fastpath::pair::{FrameParts, Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
 use colo_fastpath::shard::crossing_frames;
 use colo_fastpath::worker::WorkerHandle;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,7 +32,7 @@ use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
 use crate::checkpoint::capture::CaptureSettings;
 use crate::checkpoint::outbound::OutboundSettings;
 use crate::checkpoint::stage::{self, StageSettings};
-use crate::config::{Alone, CompareMode, Config, ReplicationConfig};
+use crate::config::{Alone, CompareMode, Config, HostConfig, ReplicationConfig};
 use crate::geometry::pair_geometry;
 use crate::machine::{Machine, MachineError};
 use crate::nic::{self, NicError};
@@ -184,8 +184,7 @@ impl Replica {
             limits: Limits {
                 hash_seed: random_number()?,
                 canary_equal: config.test.always_equal,
-                crossing_frames: crossing_frames(config.host.shards),
-                ..limits(&replication, config.host.frame_slots)
+                ..limits(&replication, &config.host)
             },
             mac: config.net.mac,
             digest_key: digest_key(config.compare.mode)?,
@@ -391,14 +390,20 @@ fn random_key() -> Result<[u8; 16], ReplicaError> {
     Ok(key)
 }
 
-fn limits(replication: &ReplicationConfig, frame_slots: u32) -> Limits {
-    // Held output, input and SVM output each have a part of the pool, so that none starves another.
-    let part = frame_slots as usize / 4;
+fn limits(replication: &ReplicationConfig, host: &HostConfig) -> Limits {
+    let crossing_frames = crossing_frames(host.shards);
+    let parts = FrameParts::of(host.frame_slots, crossing_frames);
+    let held = match replication.hold_frames {
+        0 => parts.each,
+        frames => parts.each.min(frames as usize),
+    };
     Limits {
-        max_held_frames: part.min(replication.hold_frames as usize),
-        max_svm_frames: part,
-        max_input_frames: part,
-        max_stored_output: part,
+        max_held_frames: held,
+        crossing_frames,
+        max_svm_frames: parts.each,
+        max_input_frames: parts.each,
+        max_unacked_inputs: parts.unacked as u64,
+        max_stored_output: parts.each,
         compare_deadline_us: replication.compare_deadline_ms * 1000,
         ack_deadline_us: replication.ack_deadline_ms * 1000,
         ..Limits::default()

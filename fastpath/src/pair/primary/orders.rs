@@ -32,9 +32,7 @@ impl PrimaryRole {
     pub fn detach(&mut self, edge: &mut Edge) {
         // What was decided about one secondary's output or input means nothing to the next.
         self.mirrors = false;
-        self.released_seqs.clear();
-        self.released_pending = None;
-        self.report.clear();
+        self.reports.forget();
         if let Some(link) = self.link.take() {
             self.past_link.add(&link.stats());
             let _ = link.shutdown(Shutdown::Both);
