@@ -413,6 +413,10 @@ impl PrimaryShell {
                 self.order(CaptureCommand::Detach);
                 tracing::warn!("unprotected: this host runs the VM alone");
             }
+            Action::Detach => {
+                self.order(CaptureCommand::Detach);
+                tracing::warn!("all output is held until a secondary joins: alone = \"block\"");
+            }
             Action::Mute(true) => self.on_role(|role, _| role.mute()),
             Action::Mute(false) => {
                 let gaps = self.gaps;

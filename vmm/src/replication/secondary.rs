@@ -359,6 +359,7 @@ impl SecondaryShell {
             | Action::Capture { .. }
             | Action::Commit { .. }
             | Action::GoAlone
+            | Action::Detach
             | Action::Mute(_)
             | Action::SyncRound
             | Action::Throttle { .. }
