@@ -25,7 +25,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::arbiter::{ArbiterError, FileArbiter};
 use super::guest_end::GuestEnd;
-use super::link::{self, LinkError};
+use super::link::{self, LinkError, Listener};
 use super::report::PairStatus;
 use super::wait::Waiter;
 use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
@@ -202,6 +202,11 @@ impl Replica {
             heard: PeerHeard::default(),
             stop,
         })
+    }
+
+    /// Where secondaries join.
+    fn listen(&self) -> Result<Listener, LinkError> {
+        Listener::bind(self.replication.link_listen, self.config.checkpoint.streams)
     }
 
     pub(super) fn timing(&self) -> Timing {
@@ -419,6 +424,8 @@ pub fn run_primary(
     let sockets = bind_sockets(config)?;
     let replica = Replica::new(config, Filter::Guest(config.net.mac), sockets, stop)?;
     replica.machine.load(image)?;
+    // Whoever cannot be a primary must not raise the generation.
+    let listener = replica.listen()?;
     let record = match replica.arbiter.claim(&replica.host)? {
         Ok(record) => record,
         Err(Record {
@@ -431,7 +438,7 @@ pub fn run_primary(
     replica.speak_as_primary(&post)?;
     let geometry = replica.geometry();
     let machine = replica.machine.clone();
-    let shell = PrimaryShell::new(replica, geometry, record, 1, 0, pair_events)?;
+    let shell = PrimaryShell::new(replica, listener, geometry, record, 1, 0, pair_events)?;
     machine.resume_vcpus()?;
     Ok(end(shell.run()))
 }
@@ -459,7 +466,9 @@ pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, Re
                 pair_events,
                 replica,
             } => {
-                let shell = PrimaryShell::new(*replica, geometry, record, epoch, 1, pair_events)?;
+                let listener = replica.listen()?;
+                let shell =
+                    PrimaryShell::new(*replica, listener, geometry, record, epoch, 1, pair_events)?;
                 return Ok(end(shell.run()));
             }
         }

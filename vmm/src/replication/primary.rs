@@ -73,16 +73,13 @@ impl PrimaryShell {
     /// posts to `pair_events`.
     pub fn new(
         replica: Replica,
+        listener: Listener,
         geometry: Geometry,
         record: Record,
         epoch: u64,
         takeovers: u64,
         pair_events: Mailbox<PairEvent>,
     ) -> Result<Self, ReplicaError> {
-        let listener = Listener::bind(
-            replica.replication.link_listen,
-            replica.config.checkpoint.streams,
-        )?;
         let core = Primary::new(
             replica.host.clone(),
             replica.timing(),
