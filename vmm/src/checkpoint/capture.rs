@@ -246,6 +246,8 @@ pub struct CaptureThread {
     is_cut: bool,
     /// Orders that came while a checkpoint or a live round was sent.
     deferred: VecDeque<CaptureCommand>,
+    /// Waits for the disk, which may take longer than a checkpoint may.
+    snapshots: snapshot::Background,
     captures: u64,
 }
 
@@ -264,6 +266,7 @@ impl CaptureThread {
             written: PageBitmap::new(pages),
             is_cut: false,
             deferred: VecDeque::new(),
+            snapshots: snapshot::Background::default(),
             captures: 0,
         }
     }
@@ -316,7 +319,9 @@ impl CaptureThread {
                 CaptureCommand::Aborted => self.aborted(),
                 CaptureCommand::Detach => self.detach(),
                 CaptureCommand::Snapshot { request, config } => {
-                    snapshot::serve(request, &self.machine, &config);
+                    let machine = &self.machine;
+                    self.snapshots
+                        .serve(request, |path| snapshot::begin(machine, &config, path));
                 }
             }
         }

@@ -73,16 +73,13 @@ impl PrimaryShell {
     /// posts to `pair_events`.
     pub fn new(
         replica: Replica,
+        listener: Listener,
         geometry: Geometry,
         record: Record,
         epoch: u64,
         takeovers: u64,
         pair_events: Mailbox<PairEvent>,
     ) -> Result<Self, ReplicaError> {
-        let listener = Listener::bind(
-            replica.replication.link_listen,
-            replica.config.checkpoint.streams,
-        )?;
         let core = Primary::new(
             replica.host.clone(),
             replica.timing(),
@@ -188,15 +185,16 @@ impl PrimaryShell {
         {
             self.link_up(channels);
         }
+        let is_asked = self.replica.may_be_asked(waiter);
+        if is_asked && let Some(fault) = self.replica.guest.fault() {
+            tracing::error!("the guest faulted: {fault}");
+            self.outcome = Some(Outcome::Failed { reason: fault });
+        }
         if self.replica.wants_stop() {
             self.core.handle(now_us(), PrimaryEvent::ShutDown);
         }
-        if !self.replica.may_be_asked(waiter) {
+        if !is_asked {
             return;
-        }
-        if let Some(fault) = self.replica.guest_fault() {
-            tracing::error!("the guest faulted: {fault}");
-            self.outcome = Some(Outcome::Failed { reason: fault });
         }
         self.replica.answer_status(|| self.status());
         while let Some(request) = self.replica.next_request() {
@@ -411,6 +409,10 @@ impl PrimaryShell {
                 self.on_role(|role, edge| role.go_alone(edge));
                 self.order(CaptureCommand::Detach);
                 tracing::warn!("unprotected: this host runs the VM alone");
+            }
+            Action::Detach => {
+                self.order(CaptureCommand::Detach);
+                tracing::warn!("all output is held until a secondary joins: alone = \"block\"");
             }
             Action::Mute(true) => self.on_role(|role, _| role.mute()),
             Action::Mute(false) => {

@@ -195,11 +195,8 @@ impl SecondaryShell {
         if !self.replica.may_be_asked(waiter) {
             return;
         }
-        let fault = self.replica.guest_fault();
         // The SVM may run into what the PVM never sees: a divergence like others.
-        if fault.is_some() || self.replica.take_power_off() {
-            let what = fault.unwrap_or_else(|| "it powered off".to_owned());
-            tracing::warn!("the SVM stopped ({what}); asking for a checkpoint");
+        if self.note_svm_end() {
             self.on_first_role(SecondaryRole::want_checkpoint);
         }
         // The answer may make this host the one that holds the VM.
@@ -345,7 +342,10 @@ impl SecondaryShell {
                     self.end = Some(End::Ended(outcome));
                 }
             },
-            Action::Apply { halt, .. } => self.order(StageCommand::Apply { halt }),
+            Action::Apply { halt, .. } => {
+                self.replica.guest.forget();
+                self.order(StageCommand::Apply { halt });
+            }
             Action::Discard { .. } => self.order(StageCommand::Discard),
             Action::Tell(notice) => tracing::warn!("{notice}"),
             Action::Abort { .. } => self.resume_unchanged(),
@@ -359,6 +359,7 @@ impl SecondaryShell {
             | Action::Capture { .. }
             | Action::Commit { .. }
             | Action::GoAlone
+            | Action::Detach
             | Action::Mute(_)
             | Action::SyncRound
             | Action::Throttle { .. }
@@ -377,12 +378,25 @@ impl SecondaryShell {
     fn stop_svm(&mut self) -> Result<(), ReplicaError> {
         let machine = &self.replica.machine;
         machine.pause_vcpus()?;
+        // What it may have run into until now belongs to the state that the commit replaces.
+        self.note_svm_end();
+        let machine = &self.replica.machine;
         // What is under way between the shards arrives first (rule 4).
         machine.quiesce_workers()?;
         self.on_role(|role, edge| role.stop(edge));
         self.replica.machine.resume_workers()?;
         self.replica.machine.take_dirty(&mut self.dirty.words)?;
         Ok(())
+    }
+
+    /// Whether the SVM has come to an end that is news.
+    fn note_svm_end(&mut self) -> bool {
+        let mut is_news = false;
+        while let Some(exit) = self.replica.guest.svm_ended() {
+            tracing::warn!("the SVM stopped ({exit}); only a checkpoint lets it go on");
+            is_news = true;
+        }
+        is_news
     }
 
     fn resume_unchanged(&mut self) {

@@ -528,7 +528,12 @@ fn rule_19_before_there_is_a_state_to_take_over_silence_is_borne_longer() {
 #[test]
 fn rule_19_block_means_that_a_lost_secondary_is_not_replaced_by_loneliness() {
     let mut b = Bench::paired(true);
-    assert!(question(&b.lose_peer()).is_none());
+    let lost = b.lose_peer();
+    assert!(question(&lost).is_none());
+    assert!(
+        lost.contains(&Action::Detach),
+        "nobody needs what is tracked"
+    );
     assert_eq!(b.core.state(), PrimaryState::Blocked);
     // Another secondary may join, but only after the lost one can no longer win.
     b.event(PrimaryEvent::LinkUp);
@@ -539,7 +544,7 @@ fn rule_19_block_means_that_a_lost_secondary_is_not_replaced_by_loneliness() {
         [Action::Send(Msg::Welcome { .. }), Action::StartSync]
     ));
     assert_eq!(b.core.state(), PrimaryState::Syncing);
-    b.lose_peer();
+    assert!(b.lose_peer().contains(&Action::Detach));
     assert_eq!(b.core.state(), PrimaryState::Blocked);
 }
 
