@@ -20,7 +20,7 @@ use colo_fastpath::worker::Edge;
 use super::ahead;
 use super::ahead::area::{Area, AreaCounters, AreaError};
 use super::audit::{AuditError, Image, StateRecords, Summary};
-use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
+use super::channel::{ChannelError, Counters, Event, Kind, PageChannel, Settings, Waker};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
@@ -146,6 +146,8 @@ pub struct ApplyCost {
     pub pages: u64,
     /// What had come ahead, since the start.
     pub area: AreaCounters,
+    /// And what the page channel has counted.
+    pub channel: Counters,
 }
 
 /// Why a stage is refused or an apply failed.
@@ -693,6 +695,7 @@ impl StageThread {
             load_us: apply_us - write_us,
             pages: (self.staging.page_count() + self.area.named().len()) as u64,
             area: self.area.counters(),
+            channel: self.channel.counters(),
         })
     }
 }
