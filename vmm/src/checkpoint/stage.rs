@@ -710,3 +710,29 @@ fn on_each<I: Send + 'static>(
     let all: Result<(), String> = results.into_iter().collect();
     all.map_err(StageError::Translations)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rule_22_what_this_host_cannot_have_is_told_from_what_was_damaged() {
+        let unfit = |e: MachineError| StageError::from(e).is_unfit();
+        assert!(unfit(MachineError::Shape {
+            found: 2,
+            expected: 1
+        }));
+        let (theirs, ours) = ("2 kHz".to_owned(), "1 kHz".to_owned());
+        let differs = RecordError::Unfit {
+            what: "vCPU",
+            field: "TSC frequency".to_owned(),
+            theirs,
+            ours,
+        };
+        assert!(unfit(differs.into()));
+        assert!(!unfit(RecordError::Damaged("vCPU").into()));
+        let twice = StagingError::Twice { number: 7 };
+        assert!(!StageError::from(twice).is_unfit());
+        assert!(StageError::UnknownKind(99).is_unfit());
+    }
+}
