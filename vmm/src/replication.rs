@@ -6,6 +6,7 @@
 pub mod arbiter;
 mod asking;
 mod control_link;
+mod engine;
 mod guest_end;
 mod host;
 pub mod link;

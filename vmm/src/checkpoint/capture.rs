@@ -382,7 +382,10 @@ impl CaptureThread {
             Ok(sent) => {
                 reached(Point::StageSent);
                 let stall_us = stable.end().stall_us;
-                let sent = Box::new(sent);
+                let sent = Box::new(Sent {
+                    stabilise: session.stabiliser.snapshot(),
+                    ..sent
+                });
                 self.post.send(CaptureEvent::Sent {
                     epoch,
                     sent,

@@ -18,7 +18,8 @@ use colo_fastpath::ring::{GuestRam, MemoryError};
 
 use super::ahead::AheadCounters;
 use super::ahead::primary::Ahead;
-use super::channel::{ChannelError, Chunk, Event, Kind, PageChannel, Settings, Step};
+use super::channel::{ChannelError, Chunk, Counters, Event, Kind, PageChannel, Settings, Step};
+use super::codec::cache::CacheCounters;
 use super::codec::digest::KEY_BYTES;
 use super::codec::digest_list::DigestListError;
 use super::codec::record::{EncodeError, RECORD_MAX_BYTES};
@@ -29,7 +30,7 @@ use super::codec::{
 };
 use super::digester::Digester;
 use super::pages::{PAGE_BYTES, PageBitmap};
-use super::stabilise::{Kept, StabiliseError, Stable};
+use super::stabilise::{Kept, StabiliseError, StabiliseSnapshot, Stable};
 use super::states::{PART_HEAD_BYTES, State};
 use super::stop::StopNumber;
 
@@ -66,8 +67,12 @@ pub struct Sent {
     pub sent_bytes: u64,
     /// Bytes of digests received for it.
     pub digest_bytes: u64,
-    /// Bytes that the channel has sent so far.
-    pub channel_bytes: u64,
+    /// What the channel has counted so far.
+    pub channel: Counters,
+    /// And the cache of committed pages.
+    pub cache: CacheCounters,
+    /// And what kept the captured pages; unknown here.
+    pub stabilise: StabiliseSnapshot,
     /// What became of its pages.
     pub pages: PageCounters,
     /// Of these, digested on another core before the sender came to them.
@@ -296,15 +301,17 @@ impl Outbound {
         let transfer = begun.elapsed();
         // Rule 15: the capture may go when this returns.
         self.channel.settle()?;
-        let channel_bytes = self.channel.counters().sent_bytes;
-        let sent_bytes = channel_bytes - before.0;
+        let channel = self.channel.counters();
+        let sent_bytes = channel.sent_bytes - before.0;
         self.measure_link(sent_bytes, transfer);
         Ok(Sent {
             transfer_us: transfer.as_micros() as u64,
             digest_wait_us: digest_wait.as_micros() as u64,
             sent_bytes,
             digest_bytes: self.list.bytes,
-            channel_bytes,
+            channel,
+            cache: self.cache.counters(),
+            stabilise: StabiliseSnapshot::default(),
             pages: self.chooser.counters().since(&before.1),
             digested_pages: self.digester.found() - before.2,
             names: self.names,

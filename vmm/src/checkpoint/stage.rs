@@ -20,7 +20,7 @@ use colo_fastpath::worker::Edge;
 use super::ahead;
 use super::ahead::area::{Area, AreaCounters, AreaError};
 use super::audit::{AuditError, Image, StateRecords, Summary};
-use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
+use super::channel::{ChannelError, Counters, Event, Kind, PageChannel, Settings, Waker};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
@@ -146,6 +146,8 @@ pub struct ApplyCost {
     pub pages: u64,
     /// What had come ahead, since the start.
     pub area: AreaCounters,
+    /// And what the page channel has counted.
+    pub channel: Counters,
 }
 
 /// Why a stage is refused or an apply failed.
@@ -693,6 +695,7 @@ impl StageThread {
             load_us: apply_us - write_us,
             pages: (self.staging.page_count() + self.area.named().len()) as u64,
             area: self.area.counters(),
+            channel: self.channel.counters(),
         })
     }
 }
@@ -706,4 +709,30 @@ fn on_each<I: Send + 'static>(
     let results = SecondaryRole::on_each(machine.workers(), items, task).ok_or(StageError::Role)?;
     let all: Result<(), String> = results.into_iter().collect();
     all.map_err(StageError::Translations)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rule_22_what_this_host_cannot_have_is_told_from_what_was_damaged() {
+        let unfit = |e: MachineError| StageError::from(e).is_unfit();
+        assert!(unfit(MachineError::Shape {
+            found: 2,
+            expected: 1
+        }));
+        let (theirs, ours) = ("2 kHz".to_owned(), "1 kHz".to_owned());
+        let differs = RecordError::Unfit {
+            what: "vCPU",
+            field: "TSC frequency".to_owned(),
+            theirs,
+            ours,
+        };
+        assert!(unfit(differs.into()));
+        assert!(!unfit(RecordError::Damaged("vCPU").into()));
+        let twice = StagingError::Twice { number: 7 };
+        assert!(!StageError::from(twice).is_unfit());
+        assert!(StageError::UnknownKind(99).is_unfit());
+    }
 }

@@ -23,7 +23,7 @@ use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError, page_key, unix_seconds};
 use super::link::{Channels, Listener};
-use super::report::{CheckpointTimes, PairStatus, Standing, by_step, mode_name};
+use super::report::{CheckpointTimes, PairStatus, Standing, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
 use crate::testpoint::{Point, reached};
@@ -584,10 +584,10 @@ impl PrimaryShell {
             mode: mode_name(self.core.mode()),
             run_pct: self.core.run_pct(),
             throttled_us: self.replica.machine.throttled_us(),
-            not_followed: self.core.counters().not_followed,
-            storms: self.core.counters().storms,
-            step_timeouts: by_step(self.core.counters()),
+            refused_connections: self.listener.refused,
+            ..Standing::default()
         }
+        .counted(self.core.counters())
     }
 
     fn status(&self) -> Option<PairStatus> {

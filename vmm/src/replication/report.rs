@@ -13,6 +13,7 @@ use colo_fastpath::pair::{PrimaryReport, SecondaryReport};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use super::engine::EngineCounters;
 use crate::checkpoint::ahead::AheadCounters;
 use crate::checkpoint::ahead::area::AreaCounters;
 use crate::checkpoint::capture::CaptureCost;
@@ -157,6 +158,7 @@ pub struct CheckpointTimes {
     pub aborted: u64,
     /// Bytes on the page channel.
     pub page_bytes: u64,
+    engine: EngineCounters,
 }
 
 impl CheckpointTimes {
@@ -193,7 +195,8 @@ impl CheckpointTimes {
 
     /// All of the checkpoint of an epoch is on the link.
     pub fn sent(&mut self, epoch: u64, sent: &Sent, stall_us: u64) {
-        self.page_bytes = sent.channel_bytes;
+        self.page_bytes = sent.channel.sent_bytes;
+        self.engine = sent.into();
         self.ahead(&sent.ahead);
         let reports = self.committed.iter_mut().chain([&mut self.current]);
         let Some(report) = reports.into_iter().find(|report| report.epoch == epoch) else {
@@ -256,6 +259,7 @@ pub struct ApplyTimes {
     write_us: Spread,
     load_us: Spread,
     area: AreaCounters,
+    engine: EngineCounters,
     /// Checkpoints applied.
     pub count: u64,
 }
@@ -268,6 +272,7 @@ impl ApplyTimes {
         self.write_us.record(cost.write_us);
         self.load_us.record(cost.load_us);
         self.area = cost.area;
+        self.engine = cost.into();
         self.count += 1;
     }
 }
@@ -305,6 +310,30 @@ pub struct Standing {
     pub storms: u64,
     /// Steps of checkpoints that took too long, by step.
     pub step_timeouts: BTreeMap<&'static str, u64>,
+    /// Checkpoints that this host's core gave up before their commit; `checkpoints_aborted` has those that a lost link
+    /// ended, too.
+    pub aborts: u64,
+    /// Aborts that came too late: the secondary had committed.
+    pub late_aborts: u64,
+    /// Checkpoints that came whole when nobody wanted them any more.
+    pub discarded_stages: u64,
+    /// Connections to `link_listen` that were no colo link, or too many.
+    pub refused_connections: u64,
+}
+
+impl Standing {
+    /// With what the core has counted.
+    pub fn counted(self, counters: &Counters) -> Self {
+        Self {
+            not_followed: counters.not_followed,
+            storms: counters.storms,
+            step_timeouts: by_step(counters),
+            aborts: counters.aborts,
+            late_aborts: counters.late_aborts,
+            discarded_stages: counters.discarded,
+            ..self
+        }
+    }
 }
 
 /// The document.
@@ -351,6 +380,8 @@ pub struct PairStatus {
     pub link_bytes: u64,
     pub link: LinkStats,
     pub page_bytes: u64,
+    #[serde(flatten)]
+    pub engine: EngineCounters,
     /// What became of the pages of checkpoints.
     pub pages: PageCounters,
     /// Pages that were sent before a checkpoint needed them.
@@ -413,6 +444,7 @@ impl PairStatus {
             link_bytes: report.link.sent_bytes + report.link.received_bytes,
             link: report.link,
             page_bytes: times.page_bytes,
+            engine: times.engine,
             pages: times.pages,
             ahead: times.ahead,
             last_checkpoint: times.last.clone(),
@@ -434,6 +466,7 @@ impl PairStatus {
             write_us: times.write_us.percentiles(),
             load_us: times.load_us.percentiles(),
             ahead_area: times.area,
+            engine: times.engine,
             checkpoint_causes: by_cause(&report.stats.requests),
             link_bytes: report.link.sent_bytes + report.link.received_bytes,
             link: report.link,
@@ -447,7 +480,7 @@ impl PairStatus {
 }
 
 /// Counts of steps that took too long.
-pub(super) fn by_step(counters: &Counters) -> BTreeMap<&'static str, u64> {
+fn by_step(counters: &Counters) -> BTreeMap<&'static str, u64> {
     let named = Step::ALL
         .iter()
         .map(|s| (s.name(), counters.timeouts[s.index()]));
@@ -469,6 +502,62 @@ fn by_cause(counts: &[u64; Cause::COUNT]) -> BTreeMap<&'static str, u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whether a document has this number at this place.
+    fn has(status: &PairStatus, place: &str, number: u64) {
+        let document = serde_json::to_value(status).unwrap();
+        assert_eq!(document.pointer(place), Some(&number.into()), "{place}");
+    }
+
+    #[test]
+    fn the_status_has_what_the_parts_have_counted() {
+        let counters = Counters {
+            aborts: 1,
+            late_aborts: 2,
+            discarded: 3,
+            storms: 4,
+            ..Counters::default()
+        };
+        let standing = Standing {
+            refused_connections: 5,
+            ..Standing::default()
+        };
+        let mut sent = Sent::default();
+        sent.channel.zero_copy_off = 6;
+        sent.cache.evicted = 7;
+        sent.stabilise.fallbacks = 8;
+        let mut times = CheckpointTimes::default();
+        times.sent(1, &sent, 0);
+        let report = PrimaryReport {
+            stats: Default::default(),
+            hold_us: Histogram::new_with_bounds(1, 2, 1).unwrap(),
+            link: LinkStats::default(),
+        };
+        let primary = PairStatus::of_primary(standing.counted(&counters), &report, &times);
+        for (n, place) in (1..).zip([
+            "/aborts",
+            "/late_aborts",
+            "/discarded_stages",
+            "/storms",
+            "/refused_connections",
+            "/page_channel/zero_copy_off",
+            "/page_cache/evicted",
+            "/stabilise/fallbacks",
+        ]) {
+            has(&primary, place, n);
+        }
+
+        let mut cost = ApplyCost::default();
+        cost.channel.damaged_checkpoints = 9;
+        let mut times = ApplyTimes::default();
+        times.applied(&cost);
+        let report = SecondaryReport {
+            stats: Default::default(),
+            link: LinkStats::default(),
+        };
+        let secondary = PairStatus::of_secondary(Standing::default(), &report, &times);
+        has(&secondary, "/page_channel/damaged_checkpoints", 9);
+    }
 
     fn captured(times: &mut CheckpointTimes, epoch: u64) {
         times.begun(epoch, "payload");

@@ -23,7 +23,7 @@ use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
-use super::report::{ApplyTimes, PairStatus, Standing, by_step, mode_name};
+use super::report::{ApplyTimes, PairStatus, Standing, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::pages::PageBitmap;
 use crate::checkpoint::stage::{self, StageCommand, StageEvent, StageOrders};
@@ -485,8 +485,8 @@ impl SecondaryShell {
                 true => Mode::Remus,
                 false => Mode::Colo,
             }),
-            step_timeouts: by_step(self.core.counters()),
             ..Standing::default()
         }
+        .counted(self.core.counters())
     }
 }
