@@ -60,6 +60,8 @@ pub use stats::{XdpNicSnapshot, XdpNicStats};
 /// for them before: half of the guest's ring is never kept, and slots are many. A short time costs
 /// a wake-up for nearly every sleep.
 const REAP_US: u64 = 5000;
+/// One in so many of the frames of a batch may be a copy of what a group is sent.
+const COPIES_SHARE: usize = 4;
 
 /// Which way of AF_XDP is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -180,6 +182,8 @@ pub struct XdpNic {
     has_link: bool,
     /// When to try again, while there are no queues.
     retry_at_us: Option<u64>,
+    /// The queue that is looked at first.
+    turn: usize,
     host_addresses: Vec<IpAddr>,
     /// With [`Groups::Copied`].
     copies: Option<Copies>,
@@ -255,6 +259,7 @@ impl XdpNic {
             multi_buffer: true,
             has_link: true,
             retry_at_us: None,
+            turn: 0,
             host_addresses: Vec::new(),
             copies: None,
             link: None,
@@ -325,11 +330,15 @@ impl XdpNic {
                 Filter::DropAll => copies.discard(),
                 // Groups come by the queues like all else.
                 Filter::Open => {}
-                Filter::Guest(_) => copies.receive(Some(frames), out, left),
+                Filter::Guest(_) => copies.receive(Some(frames), out, left.div_ceil(COPIES_SHARE)),
             }
             left -= out.len() - before;
         }
-        for queue in &mut self.queues {
+        // Each is the first by turns, so that a full one does not keep the others waiting.
+        let queues = self.queues.len().max(1);
+        self.turn = (self.turn + 1) % queues;
+        let (before, from) = self.queues.split_at_mut(self.turn);
+        for queue in from.iter_mut().chain(before) {
             left -= queue.receive_replaced(frames, &mut self.uses, out, left, &self.stats);
             if left == 0 {
                 return;

@@ -12,14 +12,15 @@ use colo_bpf::{LINK_ETHERTYPE, Mac};
 use colo_compare::{Frames, Token};
 
 use super::chunks::{Chunks, PoolMemory};
-use super::{ETHERNET_BYTES, SEND_CHUNKS};
+use super::{ETHERNET_BYTES, SEND_CHUNKS, XDP_SLOTS_MAX};
 use crate::frame::FramePool;
 use crate::link::port::{DatagramPort, PortAddress, Slot};
 use crate::nic::{LinkFrame, LinkShare, Nic, Sent};
 
 /// Frames taken at a time: what one look at the channel takes.
 const RECEIVED_MAX: usize = 256;
-/// Of the pool's slots, one in so many at most holds received frames, and is in stock to send from.
+/// Of the pool's slots, one in so many at most holds received frames, and is in stock to send from; together no more than
+/// `XDP_SLOTS_MAX`.
 const RECEIVE_SHARE: usize = 8;
 const SEND_SHARE: usize = 32;
 /// As long as fewer than one in so many are free, no more is put in stock than what sending cannot do without.
@@ -184,7 +185,8 @@ impl DatagramPort for GuestNicPort {
         }
         nic.take_link_slots(frames, &mut self.released);
         self.fill_stock(frames);
-        let room = (self.pool.slots() / RECEIVE_SHARE).saturating_sub(self.held);
+        let most = (self.pool.slots() / RECEIVE_SHARE).min(XDP_SLOTS_MAX - SEND_CHUNKS);
+        let room = most.saturating_sub(self.held);
         let before = self.received.len();
         let max = RECEIVED_MAX.min(before + room);
         nic.receive_link(frames, &mut self.received, max);
