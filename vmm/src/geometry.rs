@@ -114,7 +114,7 @@ mod tests {
         let plain = of("", "", "");
         for (other, name) in [
             (of("guest_checksum = true", "", ""), "net.guest_checksum"),
-            (of("", "frame_slots = 16384", ""), "host.frame_slots"),
+            (of("", "frame_slots = 32768", ""), "host.frame_slots"),
             (of("", "", "hold_frames = 100"), "replication.hold_frames"),
         ] {
             let differ = plain.iter().zip(&other).filter(|(a, b)| a != b);
