@@ -253,7 +253,7 @@ fn protection(chance: &mut Prng) -> Protection {
         mode: if remus { Mode::Remus } else { Mode::Colo },
         remus_interval_us: chance.range(8_000, 60_000),
         storm: Storm {
-            checkpoints: if stormy { chance.range(2, 6) as u32 } else { 0 },
+            share_pct: if stormy { chance.range(5, 60) as u8 } else { 0 },
             window_us: chance.range(20_000, 300_000),
             interval_min_us: 2_000,
             interval_max_us: chance.range(5_000, 80_000),

@@ -578,6 +578,7 @@ impl PrimaryShell {
             throttled_us: self.replica.machine.throttled_us(),
             not_followed: self.core.counters().not_followed,
             storms: self.core.counters().storms,
+            checkpoint_share_pct: self.core.checkpoint_share_pct(now_us()),
             step_timeouts: by_step(self.core.counters()),
         }
     }
