@@ -225,12 +225,11 @@ impl Replica {
     pub(super) fn protection(&self) -> Protection {
         let r = &self.replication;
         let window_us = r.storm_window_ms * 1000;
-        let checkpoints = r.storm_checkpoints_per_s.saturating_mul(window_us) / 1_000_000;
         Protection {
             mode: r.mode.into(),
             remus_interval_us: r.remus_interval_ms * 1000,
             storm: Storm {
-                checkpoints: u32::try_from(checkpoints).unwrap_or(u32::MAX),
+                share_pct: r.storm_share_pct,
                 window_us,
                 ..Storm::DEFAULT
             },
