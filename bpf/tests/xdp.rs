@@ -271,6 +271,7 @@ fn a_secondary_drops_the_guests_frames_and_nothing_else() {
     let table = [
         (frame(GUEST, &[], IPV4, &[]), MUTE, TO_GUEST),
         (frame(GUEST, &[VLAN], IPV4, &[]), MUTE, TO_GUEST),
+        (frame(GUEST, &[], LINK_ETHERTYPE, &[]), MUTE, TO_GUEST),
         (frame(BROADCAST, &[], IPV4, &[]), MUTE, TO_GUEST_GROUP),
         (
             frame(BROADCAST, &[], ARP, &arp_for(GUEST_IP)),

@@ -35,6 +35,7 @@ mod tests;
 
 use crate::clock::now_us;
 use crate::frame::FramePool;
+use crate::nic::Nic;
 use msg::{BODY_MAX, HEAD_BYTES, Head};
 use port::DatagramPort;
 use reliable::Held;
@@ -44,10 +45,10 @@ use transport::{Datagrams, kind, say};
 pub use digests::{BadEntry, DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, DigestWriter};
 pub use heard::PeerHeard;
 pub use msg::{Malformed, PacketMsg};
-pub use open::{Packets, open_ports};
+pub use open::{Packets, Ports, open_ports};
 pub use stats::LinkStats;
 pub use udp::UdpPort;
-pub use xdp::{PoolMemory, XDP_SLOTS_MAX, XdpPort, XdpPortError};
+pub use xdp::{GuestNicPort, PoolMemory, XDP_SLOTS_MAX, XdpPort, XdpPortError};
 
 /// While datagrams carry both directions, TCP is looked at this often, when idle and when busy.
 const STREAM_IDLE_US: u64 = 50;
@@ -149,7 +150,9 @@ pub struct PacketLink {
     eager: bool,
     /// The connection has ended, and what had come as datagrams was taken.
     drained: bool,
+    drains: usize,
     frames: FrameCounts,
+    transport_refusals: u64,
 }
 
 /// What became of received frames.
@@ -196,7 +199,9 @@ impl PacketLink {
             streamed_us: 0,
             eager: false,
             frames: FrameCounts::default(),
+            transport_refusals: 0,
             drained: false,
+            drains: 0,
         })
     }
 
@@ -207,6 +212,13 @@ impl PacketLink {
         if let Some(datagrams) = &mut self.datagrams {
             datagrams.control = Some(control);
         }
+        self
+    }
+
+    /// So many transports were wanted for it and could not be had.
+    #[must_use]
+    pub fn without(mut self, transports: u64) -> Self {
+        self.transport_refusals = transports;
         self
     }
 
@@ -261,8 +273,17 @@ impl PacketLink {
         if let Some(datagrams) = self.datagrams.as_mut().filter(|_| !self.stream.is_ended()) {
             datagrams.flush(now_us(), &mut self.stream);
         }
-        self.stream.flush();
+        // Datagrams go first: a peer that hears an answer over TCP alone takes it that they are lost.
+        if !self.has_written() {
+            self.stream.flush();
+        }
         Ok(())
+    }
+
+    /// Whether what was flushed is still to be given to the guest's NIC, and what goes over TCP waits for that.
+    pub fn has_written(&self) -> bool {
+        let datagrams = self.datagrams.as_ref();
+        datagrams.is_some_and(|datagrams| datagrams.has_written())
     }
 
     /// Reads what the sockets have, as far as the buffers hold it. True if there was anything. Fails when the channel has
@@ -285,11 +306,11 @@ impl PacketLink {
         }
         if self.stream.is_ended() && !self.drained {
             // What was sent before the end of the connection has arrived by now; what comes later is not heard.
-            self.drained = true;
-            any |= (0..DRAINS_MAX)
-                .take_while(|_| datagrams.fill(now_us))
-                .count()
-                > 0;
+            let rest = (0..DRAINS_MAX).take_while(|_| datagrams.fill(now_us));
+            any |= rest.count() > 0;
+            // From the guest's NIC it comes in parts.
+            self.drains += 1;
+            self.drained = !any || !datagrams.shares_nic() || self.drains == DRAINS_MAX;
         }
         match any {
             true => Ok(true),
@@ -311,6 +332,25 @@ impl PacketLink {
         if let Some(datagrams) = &mut self.datagrams {
             datagrams.borrow_slots(frames);
         }
+    }
+
+    /// As [`Self::borrow_slots`], where the channel may use the NIC of the same worker: takes what has come by it.
+    pub fn take_in(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) {
+        if let Some(datagrams) = &mut self.datagrams {
+            datagrams.take_in(nic, frames);
+        }
+    }
+
+    /// Gives that NIC what [`Self::flush`] has said over it. True: there was no room for all of it; to be called again. When
+    /// the NIC has sent it, [`Self::flush_stream`] is due.
+    pub fn hand_over(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) -> bool {
+        let datagrams = self.datagrams.as_mut();
+        datagrams.is_some_and(|datagrams| datagrams.hand_over(nic, frames))
+    }
+
+    /// Sends what the connection takes.
+    pub fn flush_stream(&mut self) {
+        self.stream.flush();
     }
 
     /// Gives all slots of the pool back.
@@ -427,6 +467,7 @@ impl PacketLink {
         stats.frames_in_place = self.frames.in_place;
         stats.frames_copied = self.frames.copied;
         stats.slot_waits = self.frames.slot_waits;
+        stats.transport_refusals = self.transport_refusals;
         stats
     }
 

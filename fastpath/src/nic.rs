@@ -5,6 +5,7 @@
 //! Does not know about guests, roles or comparison.
 
 mod rtnetlink;
+mod share;
 mod sink;
 mod socket;
 mod tap;
@@ -18,6 +19,7 @@ use colo_compare::Token;
 
 use crate::frame::{FramePool, slot_bytes_for};
 
+pub use share::{LinkFrame, LinkShare};
 pub use sink::Sink;
 pub use socket::SocketNic;
 pub use tap::{Tap, TapError};
@@ -102,6 +104,27 @@ pub trait Nic: Send {
     /// Whether it has a link, as of the last [`Nic::flush`].
     fn has_link(&self) -> bool {
         true
+    }
+
+    /// Lets the link's frames through as well, to whoever holds what this gives; `None`: this is not `interface`, or
+    /// it cannot.
+    fn share_link(
+        &mut self,
+        frames: &mut FramePool,
+        interface: &str,
+    ) -> Option<io::Result<LinkShare>> {
+        let _ = (frames, interface);
+        None
+    }
+
+    /// Takes the link's frames that are waiting, until `out` has `max`.
+    fn receive_link(&mut self, frames: &mut FramePool, out: &mut VecDeque<LinkFrame>, max: usize) {
+        let _ = (frames, out, max);
+    }
+
+    /// Takes slots back that [`Nic::receive_link`] gave, or others for them.
+    fn take_link_slots(&mut self, frames: &mut FramePool, slots: &mut Vec<u32>) {
+        slots.drain(..).for_each(|slot| frames.give_back(slot));
     }
 
     /// Gives back all slots it has; it is not used afterwards.

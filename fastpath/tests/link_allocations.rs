@@ -42,7 +42,7 @@ fn links(packets: Packets) -> [PacketLink; 2] {
     let (far, _) = listener.accept().unwrap();
     let patience_us = PATIENCE.as_micros() as u64;
     [(near, 1), (far, 2)].map(|(stream, key)| {
-        let ports = open_ports(&stream, packets, None);
+        let ports = open_ports(&stream, packets, None, |_| None).list;
         PacketLink::with_ports(stream, ports, key, patience_us).unwrap()
     })
 }

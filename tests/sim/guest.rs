@@ -66,6 +66,15 @@ pub struct Page {
     opened: u64,
 }
 
+impl Page {
+    /// Of its contents.
+    pub fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
 /// What is not in memory: it travels in every checkpoint.
 #[derive(Debug, Clone, Hash, Default)]
 pub struct MachineState {

@@ -3,6 +3,7 @@
 //! Invariants: control, worker and checkpoint thread are told apart by mailboxes with delays of their own; what a core
 //! asks for is done in its order; a process that stood still mutes its path before anything else (rule 18).
 
+mod ahead;
 mod checkpoint;
 mod messages;
 mod perform;
@@ -18,6 +19,9 @@ use colo_control::{
     Action, Cas, Msg, Primary, PrimaryEvent, PrimaryState, Record, Reply, Secondary,
     SecondaryEvent, SecondaryState, Standing,
 };
+
+pub use ahead::AheadChunk;
+use ahead::{AheadSide, AreaSide};
 
 use crate::guest::{Guest, PAGES, PageSet};
 use crate::link::{Channel, Image, LinkMsg};
@@ -79,6 +83,8 @@ pub struct PrimarySide {
     /// Pages of the checkpoint in flight, and those of aborted ones.
     in_flight: u64,
     carry: u64,
+    /// Of pages that travel before a checkpoint needs them.
+    ahead: Option<Box<AheadSide>>,
     /// The core was told that the path holds all it can.
     full_told: bool,
     nic: VecDeque<Vec<u8>>,
@@ -95,6 +101,8 @@ pub struct SecondarySide {
     live: Guest,
     arriving: Option<(Rc<Image>, u64)>,
     staged: Option<Rc<Image>>,
+    /// What has come ahead of the next checkpoint.
+    area: AreaSide,
     digest_at_stop: Option<u64>,
     link: Option<usize>,
 }
@@ -160,6 +168,7 @@ impl Process {
             live: Guest::default(),
             arriving: None,
             staged: None,
+            area: AreaSide::new(),
             digest_at_stop: None,
             link: None,
         };
@@ -236,6 +245,7 @@ impl PrimarySide {
             sending: None,
             in_flight: 0,
             carry: 0,
+            ahead: None,
             full_told: false,
             nic: VecDeque::new(),
             gaps: 0,
@@ -315,6 +325,7 @@ impl Shell<'_> {
             HostEvent::Link(link, channel, msg) => self.link_msg(link, channel, msg),
             HostEvent::GuestWake => self.wake_guest(),
             HostEvent::SendChunk => self.send_chunk(),
+            HostEvent::AheadStep(turn) => self.step_ahead(turn),
             HostEvent::RoundSent {
                 sent_pages,
                 took_us,
@@ -409,6 +420,7 @@ impl Shell<'_> {
                     // Nothing to abort when nothing was cut.
                     let _ = side.path.abort(now, &mut p.frames, epoch);
                 }
+                self.rest_ahead();
             }
             Command::Detach => {
                 if let Some(side) = self.primary() {
@@ -420,7 +432,7 @@ impl Shell<'_> {
                 let p = &mut *self.p;
                 if let Role::Primary(side) = &mut p.role {
                     side.sending = None;
-                    (side.in_flight, side.carry) = (0, 0);
+                    (side.in_flight, side.carry, side.ahead) = (0, 0, None);
                     side.path.go_alone(now, &mut p.frames);
                 }
             }

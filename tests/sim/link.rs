@@ -6,6 +6,7 @@
 use std::rc::Rc;
 
 use crate::guest::{MachineState, PageSet};
+use crate::host::AheadChunk;
 use crate::prng::Prng;
 
 /// Which of the three.
@@ -22,9 +23,11 @@ pub struct Image {
     /// For the secondary behind this one.
     pub link: usize,
     pub epoch: u64,
-    /// The union of both dirty sets, as the PVM has it.
+    /// The union of both dirty sets, as the PVM has it, without what went ahead.
     pub pages: PageSet,
     pub state: MachineState,
+    /// The union's other pages, which went ahead.
+    pub names: Vec<u8>,
     /// Of the whole machine.
     pub digest: u64,
     pub pending: Vec<Vec<u8>>,
@@ -77,6 +80,8 @@ pub enum LinkMsg {
     CheckpointWanted,
     /// A round of a synchronisation.
     Live(Rc<PageSet>),
+    /// Pages that a later checkpoint may name.
+    Ahead(AheadChunk),
     /// A part of a checkpoint; the last one makes it whole.
     Chunk {
         index: u64,

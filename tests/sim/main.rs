@@ -108,6 +108,10 @@ fn every_seed_keeps_every_promise() {
         total.not_followed,
         timeouts.join(", ")
     );
+    println!(
+        "{} pages ahead, {} written again, {} named",
+        total.ahead_sent, total.ahead_wasted, total.ahead_used
+    );
     if let Some(&seed) = failed.first() {
         panic!(
             "{} seeds failed: {failed:?}\n{}",
@@ -123,6 +127,8 @@ fn every_seed_keeps_every_promise() {
             total.returns,
             total.slowed,
             total.stopped,
+            total.ahead_wasted,
+            total.ahead_used,
         ];
         assert!(!ways.contains(&0), "a way is never gone");
         for step in Step::ALL {
@@ -196,6 +202,11 @@ fn canary_only_the_pvms_dirty_pages_are_captured() {
 #[test]
 fn canary_the_pages_of_an_aborted_checkpoint_are_forgotten() {
     caught(Mutation::DropCarry, "all or nothing");
+}
+
+#[test]
+fn canary_a_page_ahead_that_was_written_again_is_not_dropped() {
+    caught(Mutation::StaleAhead, "all or nothing");
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub enum Mutation {
     EndlessSteps,
     /// An SVM that is to stand still runs.
     RunHalted,
+    /// What was written again after it went ahead counts as there (against rule 13).
+    StaleAhead,
 }
 
 /// Whom a fault hits.
@@ -95,6 +97,7 @@ pub const POINTS: &[(Target, &str)] = &[
     (Target::Primary, "captured"),
     (Target::Primary, "chunk_sent"),
     (Target::Primary, "sent"),
+    (Target::Primary, "ahead_sent"),
     (Target::Primary, "committed_received"),
     (Target::Primary, "aborted_sent"),
     (Target::Primary, "aborted_received"),
@@ -107,6 +110,7 @@ pub const POINTS: &[(Target, &str)] = &[
     (Target::Secondary, "svm_stopped_sent"),
     (Target::Secondary, "chunk_received"),
     (Target::Secondary, "staged"),
+    (Target::Secondary, "ahead_received"),
     (Target::Secondary, "committed_sent"),
     (Target::Secondary, "aborted_sent"),
     (Target::Secondary, "aborted_received"),
@@ -155,6 +159,11 @@ pub struct Plan {
     pub lost_answers: u64,
     /// Chunks of a checkpoint, at most.
     pub chunks: u64,
+    /// Between two looks at the dirty log for pages to send ahead; 0: none are.
+    pub ahead_us: u64,
+    /// How fast these go, and in chunks of how much.
+    pub ahead_mib_per_s: u32,
+    pub ahead_chunk_bytes: usize,
     /// Times of a capture and of an apply, at most.
     pub pause_us: u64,
     /// Guests run so long after they could, at most, by host.
@@ -214,6 +223,13 @@ impl Plan {
             stuck_steps: if chance.chance(250) { 100 } else { 0 },
             lost_answers: if chance.chance(300) { 300 } else { 0 },
             chunks: chance.range(1, 12),
+            ahead_us: if chance.chance(800) {
+                chance.range(1_000, 30_000)
+            } else {
+                0
+            },
+            ahead_mib_per_s: chance.range(1, 64) as u32,
+            ahead_chunk_bytes: chance.range(8_000, 70_000) as usize,
             pause_us: chance.range(100, 5_000),
             guest_delay_us: std::array::from_fn(|_| chance.range(20, 800)),
             digests: chance.chance(500),
@@ -253,7 +269,7 @@ fn protection(chance: &mut Prng) -> Protection {
         mode: if remus { Mode::Remus } else { Mode::Colo },
         remus_interval_us: chance.range(8_000, 60_000),
         storm: Storm {
-            checkpoints: if stormy { chance.range(2, 6) as u32 } else { 0 },
+            share_pct: if stormy { chance.range(5, 60) as u8 } else { 0 },
             window_us: chance.range(20_000, 300_000),
             interval_min_us: 2_000,
             interval_max_us: chance.range(5_000, 80_000),
@@ -340,7 +356,9 @@ fn strikes(chance: &mut Prng, timing: &Timing, calm_us: u64) -> Vec<Strike> {
             let (target, point) = POINTS[chance.below(POINTS.len() as u64) as usize];
             let nth = match point {
                 "released" | "mirrored" | "output_sent" => chance.range(1, 120),
-                "chunk_sent" | "chunk_received" => chance.range(1, 30),
+                "chunk_sent" | "chunk_received" | "ahead_sent" | "ahead_received" => {
+                    chance.range(1, 30)
+                }
                 _ => chance.range(1, 8),
             };
             Strike {

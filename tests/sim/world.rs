@@ -40,7 +40,12 @@ pub enum HostEvent {
     Link(usize, Channel, LinkMsg),
     GuestWake,
     SendChunk,
-    RoundSent { sent_pages: u64, took_us: u64 },
+    /// Something is due between two checkpoints, if none came in between.
+    AheadStep(u64),
+    RoundSent {
+        sent_pages: u64,
+        took_us: u64,
+    },
     Timer,
 }
 
@@ -129,6 +134,8 @@ pub struct Host {
 /// See the module.
 pub struct World {
     pub now: u64,
+    /// Any instant; only differences from it count.
+    pub began: std::time::Instant,
     pub plan: Plan,
     pub chance: Prng,
     pub hosts: [Host; 2],
@@ -185,6 +192,7 @@ impl World {
         };
         let mut world = Self {
             now: 0,
+            began: std::time::Instant::now(),
             chance,
             hosts,
             links: Vec::new(),

@@ -75,12 +75,9 @@ fn diverge(pair: &mut Pair) -> Value {
 }
 
 /// A large set that was left alone costs the next checkpoint next to nothing.
-fn most_of_a_quiet_set_travels_before_it_is_needed(lines: &str) {
-    let Some(bench) = Bench::new(&["curl"]) else {
-        return;
-    };
-    let mut pair = Pair::start(&settings(&bench, lines), bench.dir()).unwrap();
-    for (round, same_pct) in [0, 50, 0].into_iter().enumerate() {
+fn most_of_a_quiet_set_travels_before_it_is_needed(settings: &Settings, bench: &Bench) -> Pair {
+    let mut pair = Pair::start(settings, bench.dir()).unwrap();
+    for (round, same_pct) in [0, 0, 50].into_iter().enumerate() {
         let before = sent(&pair.primary.status().unwrap());
         dirty(&pair, PAGES, same_pct);
         await_sent(&mut pair, before, PAGES * 9 / 10);
@@ -108,16 +105,125 @@ fn most_of_a_quiet_set_travels_before_it_is_needed(lines: &str) {
     let status = pair.secondary.wait_status("applied", WAIT, applied);
     let status = status.unwrap();
     assert_eq!(number(&status["ahead_area"], "refused_chunks"), 0);
+    pair
+}
+
+/// Kills the primary: the secondary goes on from what came in both ways.
+fn survives_a_kill(mut pair: Pair) {
+    let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
+    assert!(load.wait_answers(1_000, WAIT), "the service stands still");
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    assert!(load.wait_answers(1_000, WAIT), "the service stands still");
+    let report = load.finish().unwrap();
+    let wrong = (report.client_errors, report.wrong_responses);
+    assert_eq!(wrong, (0, 0), "{:#?}", report.notes);
 }
 
 #[test]
 fn most_of_a_quiet_set_travels_before_it_is_needed_by_the_bitmap() {
-    most_of_a_quiet_set_travels_before_it_is_needed("dirty = \"bitmap\"\n");
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let settings = settings(&bench, "dirty = \"bitmap\"\n");
+    most_of_a_quiet_set_travels_before_it_is_needed(&settings, &bench);
 }
 
 #[test]
 fn most_of_a_quiet_set_travels_before_it_is_needed_by_the_ring() {
-    most_of_a_quiet_set_travels_before_it_is_needed("dirty = \"ring\"\n");
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let settings = settings(&bench, "dirty = \"ring\"\n");
+    most_of_a_quiet_set_travels_before_it_is_needed(&settings, &bench);
+}
+
+#[test]
+fn rule_4_a_quiet_set_of_a_guest_on_two_workers_travels_before_it_is_needed() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let settings = Settings {
+        shards: 2,
+        ..settings(&bench, "")
+    };
+    let pair = most_of_a_quiet_set_travels_before_it_is_needed(&settings, &bench);
+    survives_a_kill(pair);
+}
+
+#[test]
+fn rule_21_in_remus_mode_pages_travel_between_periodic_checkpoints() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let mut settings = settings(&bench, "");
+    // Long enough for pages to be left alone in between.
+    let mode = "mode = \"remus\"\nremus_interval_ms = 400\n";
+    for extra in [&mut settings.primary_extra, &mut settings.secondary_extra] {
+        extra.insert_str(0, mode);
+    }
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    let used = |status: &Value| number(&status["ahead"], "used_pages");
+    let mut status = pair.primary.status().unwrap();
+    // How many of them go before the checkpoint that their answer waits for depends on when it comes.
+    for round in 0.. {
+        assert!(round < 20, "too few pages travel ahead: {status:#}");
+        dirty(&pair, PAGES, 0);
+        status = pair.primary.status().unwrap();
+        if round >= 2 && used(&status) >= PAGES {
+            break;
+        }
+    }
+    assert_eq!(status["mode"], "remus", "{status:#}");
+    assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+    assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+    let used = used(&status);
+    let applied = |status: &Value| number(&status["ahead_area"], "used_pages") >= used;
+    let waited = pair.secondary.wait_status("applied", WAIT, applied);
+    assert_eq!(number(&waited.unwrap()["ahead_area"], "refused_chunks"), 0);
+    survives_a_kill(pair);
+}
+
+#[test]
+fn what_the_secondary_had_is_not_sent_ahead_again() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let mut pair = Pair::start(&settings(&bench, ""), bench.dir()).unwrap();
+    // Nothing is known of these pages: all of them go, and three quarters for nothing.
+    dirty(&pair, PAGES, 75);
+    await_sent(&mut pair, 0, PAGES * 9 / 10);
+    let status = diverge(&mut pair);
+    let equal = number(&status["last_checkpoint"]["ahead"], "equal_pages");
+    assert!(equal > PAGES * 6 / 10, "{status:#}");
+    let held_back = |status: &Value| number(&status["ahead"], "held_back_pages");
+    for round in 0..2 {
+        let before = pair.primary.status().unwrap();
+        dirty(&pair, PAGES, 75);
+        let decided = |status: &Value| {
+            let held_back = held_back(status) - held_back(&before);
+            let went = sent(status).saturating_sub(sent(&before));
+            held_back >= PAGES * 6 / 10 && went >= PAGES * 2 / 10
+        };
+        let waited = pair.primary.wait_status("decided about", WAIT, decided);
+        waited.unwrap();
+        let status = diverge(&mut pair);
+        let last = &status["last_checkpoint"];
+        let went = &last["ahead"];
+        assert!(
+            number(went, "equal_pages") < PAGES / 20,
+            "{round}: {last:#}"
+        );
+        assert!(
+            number(went, "used_pages") > PAGES * 2 / 10,
+            "{round}: {last:#}"
+        );
+        let bytes = number(last, "sent_bytes") + number(went, "sent_bytes");
+        assert!(bytes < PAGES * 4096 * 4 / 10, "{round}: {last:#}");
+        assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+        assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+    }
 }
 
 #[test]

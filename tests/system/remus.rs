@@ -75,10 +75,7 @@ fn rule_21_a_storm_of_divergences_leads_to_remus_mode_and_a_kill_there_is_surviv
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut pair = start(
-        &bench,
-        "storm_checkpoints_per_s = 3\nstorm_window_ms = 1000\n",
-    );
+    let mut pair = start(&bench, "storm_share_pct = 1\nstorm_window_ms = 1000\n");
     let load = Load::start(&pair.topology.client, LoadConfig::new(16, 3)).unwrap();
     let stormy = |status: &Value| status["mode"] == "remus";
     let status = pair

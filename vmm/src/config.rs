@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use colo_compare::Policy;
+use colo_control::Storm;
 use colo_fastpath::Mac;
 use colo_fastpath::frame::TxMode;
 use colo_fastpath::link::Packets;
@@ -316,10 +317,10 @@ pub struct ReplicationConfig {
     /// Interval of checkpoints in Remus mode.
     #[serde(default = "default_remus_interval_ms")]
     pub remus_interval_ms: u64,
-    /// More checkpoints on divergence than that lead to Remus mode for a while (rule 21); 0: never.
-    #[serde(default = "default_storm_checkpoints_per_s")]
-    pub storm_checkpoints_per_s: u64,
-    /// Over how long that rate is measured.
+    /// A larger share of the time spent in checkpoints on divergence leads to Remus mode for a while (rule 21); 0: never.
+    #[serde(default = "default_storm_share_pct")]
+    pub storm_share_pct: u8,
+    /// Over how long that share is measured.
     #[serde(default = "default_storm_window_ms")]
     pub storm_window_ms: u64,
     /// What a primary does without a secondary.
@@ -354,10 +355,8 @@ const fn default_ack_deadline_ms() -> u64 {
 const fn default_remus_interval_ms() -> u64 {
     50
 }
-/// A checkpoint takes a few milliseconds: at such a rate pairs do little else, while below it most output still leaves by
-/// comparison at once.
-const fn default_storm_checkpoints_per_s() -> u64 {
-    400
+const fn default_storm_share_pct() -> u8 {
+    Storm::DEFAULT.share_pct
 }
 const fn default_storm_window_ms() -> u64 {
     5000
@@ -625,6 +624,12 @@ impl Check<'_> {
             let advice = "name an address of that host alone, which the other one reaches";
             self.that(specified, field, address, advice)?;
         }
+        self.that(
+            r.storm_share_pct <= 100,
+            "replication.storm_share_pct",
+            r.storm_share_pct,
+            "must be from 0 to 100; 0 switches it off",
+        )?;
         let other = r.link_listen != r.link_peer;
         let advice = "must be the other host's address, not link_listen";
         self.that(other, "replication.link_peer", r.link_peer, advice)?;

@@ -12,6 +12,7 @@ use colo_bpf::Mac;
 use colo_compare::Token;
 
 use crate::frame::FramePool;
+use crate::nic::Nic;
 
 /// A received datagram in a transport's memory. It is given back with [`DatagramPort::release`].
 #[derive(Debug, PartialEq, Eq)]
@@ -87,6 +88,28 @@ pub trait DatagramPort: Send + fmt::Debug {
     /// Takes slots of the pool that it lacks to send from and receive into, if it was opened for that pool's memory.
     fn borrow_slots(&mut self, frames: &mut FramePool) {
         let _ = frames;
+    }
+
+    /// Whether it uses the guest's NIC.
+    fn shares_nic(&self) -> bool {
+        false
+    }
+
+    /// Takes what has come by the guest's NIC, if it shares that, else as [`Self::borrow_slots`].
+    fn take_in(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) {
+        let _ = nic;
+        self.borrow_slots(frames);
+    }
+
+    /// Whether what was flushed leaves with [`Self::hand_over`].
+    fn has_written(&self) -> bool {
+        false
+    }
+
+    /// Gives the guest's NIC what is to leave by it. True: it has no room for all of it now.
+    fn hand_over(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) -> bool {
+        let _ = (nic, frames);
+        false
     }
 
     /// Makes `len` bytes from byte `start` of the datagram on a frame where they lie, and takes another slot of the

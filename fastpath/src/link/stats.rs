@@ -21,6 +21,8 @@ pub struct LinkStats {
     pub timeouts: u64,
     /// Times that TCP had to carry again what datagrams did.
     pub fallbacks: u64,
+    /// Times that a transport beside TCP was wanted and could not be had.
+    pub transport_refusals: u64,
     /// Messages longer than a datagram.
     pub split: u64,
     /// Messages that waited outside the ring of unacknowledged ones.
@@ -60,6 +62,7 @@ impl LinkStats {
             (&mut self.retransmitted, earlier.retransmitted),
             (&mut self.timeouts, earlier.timeouts),
             (&mut self.fallbacks, earlier.fallbacks),
+            (&mut self.transport_refusals, earlier.transport_refusals),
             (&mut self.split, earlier.split),
             (&mut self.overflowed, earlier.overflowed),
             (&mut self.truncated, earlier.truncated),

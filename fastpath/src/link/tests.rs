@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::port::{PortAddress, Slot};
+use crate::nic::XdpNic;
 
+mod guest_nic_tests;
 mod pool_tests;
 mod xdp_tests;
 
@@ -183,6 +185,18 @@ impl DatagramPort for BadPort {
     fn borrow_slots(&mut self, frames: &mut FramePool) {
         self.port.borrow_slots(frames);
     }
+    fn take_in(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) {
+        self.port.take_in(nic, frames);
+    }
+    fn shares_nic(&self) -> bool {
+        self.port.shares_nic()
+    }
+    fn has_written(&self) -> bool {
+        self.port.has_written()
+    }
+    fn hand_over(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) -> bool {
+        self.port.hand_over(nic, frames)
+    }
     fn adopt(
         &mut self,
         slot: Slot,
@@ -218,6 +232,8 @@ struct Ends {
     relayed: [Vec<u8>; 2],
     /// Where frames are received, if they become tokens.
     pools: Option<[pool_tests::Pool; 2]>,
+    /// The guests' NICs, if the links share them.
+    nics: Option<[XdpNic; 2]>,
 }
 
 /// Two connected sockets.
@@ -268,6 +284,7 @@ impl Ends {
             relay: None,
             relayed: [Vec::new(), Vec::new()],
             pools: None,
+            nics: None,
         }
     }
 
@@ -296,11 +313,31 @@ impl Ends {
         }
     }
 
+    fn flush(&mut self, end: usize) {
+        self.links[end].flush().unwrap();
+        if let (Some(nics), Some(pools)) = (&mut self.nics, &mut self.pools) {
+            let (nic, frames) = (&mut nics[end], &mut pools[end].frames);
+            self.links[end].hand_over(nic, frames);
+            nic.flush(frames).unwrap();
+            self.links[end].flush_stream();
+        }
+    }
+
+    fn fill(&mut self, end: usize) {
+        match (&mut self.nics, &mut self.pools) {
+            (Some(nics), Some(pools)) => {
+                self.links[end].take_in(&mut nics[end], &mut pools[end].frames);
+            }
+            (_, Some(pools)) => self.links[end].borrow_slots(&mut pools[end].frames),
+            (_, None) => {}
+        }
+        self.links[end].fill().unwrap();
+    }
+
     /// Both ends send and read once, and what comes is what was said, in order.
     fn step(&mut self) {
-        for link in &mut self.links {
-            link.flush().unwrap();
-        }
+        self.flush(0);
+        self.flush(1);
         if let Some([near, far]) = &self.relay {
             let mut buffer = [0; 65536];
             let both = [(near, far), (far, near)];
@@ -313,10 +350,7 @@ impl Ends {
             }
         }
         for end in [0, 1] {
-            if let Some(pools) = &mut self.pools {
-                self.links[end].borrow_slots(&mut pools[end].frames);
-            }
-            self.links[end].fill().unwrap();
+            self.fill(end);
             self.hear(end);
         }
         assert!(

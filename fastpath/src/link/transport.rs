@@ -27,6 +27,7 @@ use super::reliable::{Heard, RECEIVE_WINDOW, RING_BYTES, Reliable, UNITS_MAX};
 use super::stats::LinkStats;
 use super::stream::Stream;
 use crate::frame::FramePool;
+use crate::nic::Nic;
 
 /// Kinds of messages between the two link layers; unknown to earlier versions, which skip them.
 pub(super) mod kind {
@@ -95,6 +96,9 @@ pub(super) struct Datagrams {
     pings: u64,
     pong: u64,
     next_ping_us: u64,
+    /// Looks at the transports, and how many there had been when the answer came.
+    looks: u64,
+    pong_looks: u64,
     /// When TCP was heard last, and how long that is good for.
     stream_heard_us: u64,
     patience_us: u64,
@@ -129,6 +133,8 @@ impl Datagrams {
             pings: 0,
             pong: 0,
             next_ping_us: 0,
+            looks: 0,
+            pong_looks: 0,
             stream_heard_us: 0,
             patience_us,
             control: None,
@@ -199,6 +205,7 @@ impl Datagrams {
     /// A question over TCP was answered.
     pub(super) fn take_pong(&mut self, now_us: u64, answered: u64) {
         self.pong = answered;
+        self.pong_looks = self.looks;
         self.look_for_silence(now_us);
         self.stream_heard_us = now_us;
         self.look_for_silence(now_us);
@@ -224,6 +231,7 @@ impl Datagrams {
     /// Takes what has come. True if there was anything.
     pub(super) fn fill(&mut self, now_us: u64) -> bool {
         let mut any = false;
+        self.looks += 1;
         for index in 0..self.ports.len() {
             for _ in 0..RECEIVE_MAX {
                 let Some(slot) = self.ports[index].receive() else {
@@ -293,6 +301,32 @@ impl Datagrams {
         self.ports
             .iter_mut()
             .for_each(|port| port.borrow_slots(frames));
+    }
+
+    /// As [`Self::borrow_slots`]; a transport through the guest's NIC takes what has come there.
+    pub(super) fn take_in(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) {
+        self.ports
+            .iter_mut()
+            .for_each(|port| port.take_in(nic, frames));
+    }
+
+    /// Whether a transport has what has come only after [`Self::take_in`].
+    pub(super) fn shares_nic(&self) -> bool {
+        self.ports.iter().any(|port| port.shares_nic())
+    }
+
+    /// Whether what was flushed leaves with [`Self::hand_over`].
+    pub(super) fn has_written(&self) -> bool {
+        self.ports.iter().any(|port| port.has_written())
+    }
+
+    /// A transport through the guest's NIC gives it what is to leave. True: it has no room for all of it now.
+    pub(super) fn hand_over(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) -> bool {
+        let mut waits = false;
+        for port in &mut self.ports {
+            waits |= port.hand_over(nic, frames);
+        }
+        waits
     }
 
     /// Makes a part of what was received a frame where it lies.
@@ -434,7 +468,9 @@ impl Datagrams {
             self.next_ping_us = now_us;
             return;
         };
-        if self.pong < ping || !self.core.sender.is_stalled() {
+        // The peer says the same over datagrams before it answers over TCP: that is looked for once more.
+        let has_looked = self.looks > self.pong_looks;
+        if self.pong < ping || !has_looked || !self.core.sender.is_stalled() {
             return;
         }
         let name = self.ports[index].address().kind().name();

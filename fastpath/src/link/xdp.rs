@@ -9,6 +9,7 @@
 //! Looks at no datagram: what comes from elsewhere is the reliable layer's to refuse.
 
 mod chunks;
+mod guest_nic;
 mod interface;
 mod shared;
 
@@ -33,6 +34,8 @@ use crate::ring::xsk::{
 use chunks::Chunks;
 
 pub use chunks::PoolMemory;
+pub use guest_nic::GuestNicPort;
+pub use interface::interface_of;
 use shared::Loan;
 
 const ETHERNET_BYTES: usize = 14;
@@ -162,8 +165,7 @@ fn payload_max(chunk_bytes: usize) -> usize {
 impl XdpPort {
     /// On the interface that `stream` uses here; where possible in the memory of `pool`.
     pub fn beside(stream: &TcpStream, pool: Option<&PoolMemory>) -> Result<Self, XdpPortError> {
-        let local = stream.local_addr()?.ip();
-        let name = interface::interface_with(local)?.ok_or(XdpPortError::NoInterface(local))?;
+        let name = interface_of(stream)?;
         let interface = Interface::find(&name)?;
         let mtu = interface.mtu()? as usize;
         let mac = interface.mac()?;

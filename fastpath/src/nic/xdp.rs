@@ -22,6 +22,7 @@ mod common;
 mod copies;
 mod cut;
 mod error;
+mod link;
 mod membership;
 mod open;
 mod queue;
@@ -35,17 +36,18 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use colo_bpf::{AddressOwner, AttachMode, Groups, LinkChannel, Mac, XdpProgram};
+use colo_bpf::{AddressOwner, AttachMode, Groups, Mac, XdpProgram};
 use colo_compare::{Frames, Token};
 use serde::{Deserialize, Serialize};
 
-use super::{Filter, Nic, Sent, poll_for};
+use super::{Filter, LinkFrame, LinkShare, Nic, Sent, poll_for};
 use crate::clock::now_us;
 use crate::frame::{FramePool, slot_bytes_for};
 use crate::ring::xsk::{CopyMode, Descriptor, Interface, Umem};
 
 use common::{Attachment, Common};
 use copies::Copies;
+use link::LinkUse;
 use queue::{PIECES_MAX, Queue, Use};
 use recover::RETRY_US;
 use timer::Timer;
@@ -58,6 +60,8 @@ pub use stats::{XdpNicSnapshot, XdpNicStats};
 /// for them before: half of the guest's ring is never kept, and slots are many. A short time costs
 /// a wake-up for nearly every sleep.
 const REAP_US: u64 = 5000;
+/// One in so many of the frames of a batch may be a copy of what a group is sent.
+const COPIES_SHARE: usize = 4;
 
 /// Which way of AF_XDP is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,8 +129,6 @@ pub struct XdpNicConfig {
     pub groups: Groups,
     /// The guest's IP addresses, where they are known.
     pub addresses: Vec<IpAddr>,
-    /// How the link's frames are known that come by this NIC.
-    pub link: LinkChannel,
 }
 
 impl XdpNicConfig {
@@ -140,7 +142,6 @@ impl XdpNicConfig {
             macs: vec![mac],
             groups: Groups::Copied,
             addresses: Vec::new(),
-            link: LinkChannel::default(),
         }
     }
 }
@@ -181,9 +182,13 @@ pub struct XdpNic {
     has_link: bool,
     /// When to try again, while there are no queues.
     retry_at_us: Option<u64>,
+    /// The queue that is looked at first.
+    turn: usize,
     host_addresses: Vec<IpAddr>,
     /// With [`Groups::Copied`].
     copies: Option<Copies>,
+    /// While the link's packet channel uses it, too.
+    link: Option<LinkUse>,
     watch: Option<Watch>,
     timer: Timer,
     stats: Arc<XdpNicStats>,
@@ -219,7 +224,6 @@ impl XdpNic {
         enough_queues(&config.interface, interface.rx_queues()?, shards)?;
         let mut program = XdpProgram::load()?;
         program.set_groups(config.groups)?;
-        program.set_link_channel(config.link)?;
         for mac in &config.macs {
             program.add_guest_mac(*mac)?;
         }
@@ -255,8 +259,10 @@ impl XdpNic {
             multi_buffer: true,
             has_link: true,
             retry_at_us: None,
+            turn: 0,
             host_addresses: Vec::new(),
             copies: None,
+            link: None,
             watch: None,
             timer,
             stats: Arc::default(),
@@ -324,12 +330,16 @@ impl XdpNic {
                 Filter::DropAll => copies.discard(),
                 // Groups come by the queues like all else.
                 Filter::Open => {}
-                Filter::Guest(_) => copies.receive(Some(frames), out, left),
+                Filter::Guest(_) => copies.receive(Some(frames), out, left.div_ceil(COPIES_SHARE)),
             }
             left -= out.len() - before;
         }
-        for queue in &mut self.queues {
-            left -= queue.receive(frames, &mut self.uses, out, left, &self.stats);
+        // Each is the first by turns, so that a full one does not keep the others waiting.
+        let queues = self.queues.len().max(1);
+        self.turn = (self.turn + 1) % queues;
+        let (before, from) = self.queues.split_at_mut(self.turn);
+        for queue in from.iter_mut().chain(before) {
+            left -= queue.receive_replaced(frames, &mut self.uses, out, left, &self.stats);
             if left == 0 {
                 return;
             }
@@ -383,7 +393,8 @@ impl Nic for XdpNic {
             ""
         };
         let mode = self.mode.name();
-        format!("af_xdp, {mode}, {queues} queue{plural}{pieces}{lost}")
+        let link = self.link.as_ref().map_or("", |_| ", link packets too");
+        format!("af_xdp, {mode}, {queues} queue{plural}{pieces}{link}{lost}")
     }
 
     fn start(&mut self, frames: &mut FramePool) -> io::Result<()> {
@@ -435,8 +446,8 @@ impl Nic for XdpNic {
         if self.retry_at_us.is_some_and(|at| now_us() >= at) {
             self.come_back(frames);
         }
-        // An eighth of the slots stays for what the guest sends.
-        let spare = self.uses.len() / 8;
+        self.end_share_that_is_over(frames);
+        let spare = self.spare();
         let mut outcome = Ok(());
         for queue in &mut self.queues {
             let pushed = queue.push_out(frames, &mut self.uses, self.has_link, &self.stats);
@@ -452,6 +463,7 @@ impl Nic for XdpNic {
             let wants_room = wants_room && n == 0 && self.has_link;
             fds.extend(poll_for(queue.socket.poll_fd(), wants_frames, wants_room));
         }
+        fds.extend(self.link_poll_fds());
         if let Some(copies) = &self.copies {
             fds.extend(poll_for(copies.poll_fd(), wants_frames, false));
         }
@@ -488,6 +500,7 @@ impl Nic for XdpNic {
         if let Some(copies) = &self.copies {
             all.push(("group_copies_too_long", copies.too_long()));
         }
+        all.push(("xsk_link_rx_dropped", self.link_drops()));
         // All ends together; the first one tells.
         if self.shard == 0
             && let Ok(program) = self.common.control().program.counters()
@@ -540,6 +553,23 @@ impl Nic for XdpNic {
     fn has_link(&self) -> bool {
         let is_bound = self.shard == 0 || self.attachment.is_some();
         self.has_link && self.retry_at_us.is_none() && is_bound
+    }
+
+    fn share_link(
+        &mut self,
+        frames: &mut FramePool,
+        interface: &str,
+    ) -> Option<io::Result<LinkShare>> {
+        let is_here = interface == self.config.interface;
+        is_here.then(|| self.share(frames).map_err(io::Error::other))
+    }
+
+    fn receive_link(&mut self, frames: &mut FramePool, out: &mut VecDeque<LinkFrame>, max: usize) {
+        self.receive_link_frames(frames, out, max);
+    }
+
+    fn take_link_slots(&mut self, frames: &mut FramePool, slots: &mut Vec<u32>) {
+        self.take_link_slots_back(frames, slots);
     }
 
     fn recall(&mut self, frames: &mut FramePool) {

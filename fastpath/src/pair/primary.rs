@@ -194,7 +194,7 @@ impl PrimaryRole {
         edge: &mut Edge,
         now_us: u64,
     ) -> Result<usize, PacketLinkError> {
-        link.borrow_slots(&mut edge.frames);
+        edge.take_in(link);
         link.fill()?;
         let read = self.read_link(link, edge, now_us);
         self.compare_batch(edge, now_us);
@@ -431,7 +431,9 @@ impl PrimaryRole {
 
     fn flush_link(&mut self, edge: &mut Edge) {
         let Some(link) = &mut self.link else { return };
-        if let Err(e) = link.flush() {
+        let flushed = link.flush();
+        edge.hand_over(link);
+        if let Err(e) = flushed {
             self.detach(edge);
             self.post.send(PairEvent::LinkDown {
                 reason: e.to_string(),

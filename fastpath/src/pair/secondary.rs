@@ -253,7 +253,7 @@ impl SecondaryRole {
         };
         let mut n = 0;
         let text = |e: PacketLinkError| e.to_string();
-        link.borrow_slots(&mut edge.frames);
+        edge.take_in(link);
         link.fill().map_err(text)?;
         // What comes may give slots back: reports, acknowledgements.
         while n < 4 * BATCH && edge.frames.free_slots() > 0 {
@@ -403,13 +403,15 @@ impl SecondaryRole {
         if speaks || self.ack.delayed.is_due(now_us) {
             self.ack.push(&mut self.link);
         }
-        if let Some(link) = &mut self.link
-            && let Err(e) = link.flush()
-        {
-            self.detach(edge);
-            self.post.send(PairEvent::LinkDown {
-                reason: e.to_string(),
-            });
+        if let Some(link) = &mut self.link {
+            let flushed = link.flush();
+            edge.hand_over(link);
+            if let Err(e) = flushed {
+                self.detach(edge);
+                self.post.send(PairEvent::LinkDown {
+                    reason: e.to_string(),
+                });
+            }
         }
         n
     }

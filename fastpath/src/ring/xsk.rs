@@ -16,6 +16,7 @@
 
 mod error;
 mod interface;
+mod receiver;
 mod rings;
 mod socket;
 mod sys;
@@ -24,6 +25,7 @@ mod umem;
 pub use error::XskError;
 pub(crate) use interface::ip_of;
 pub use interface::{Interface, InterfaceError};
+pub use receiver::XskReceiver;
 pub use socket::{
     BadDescriptor, BindOptions, CopyMode, Descriptor, Kick, Received, Rx, XskSocket, XskStatistics,
 };

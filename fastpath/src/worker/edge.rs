@@ -15,7 +15,8 @@ use colo_compare::{Frames, Token};
 
 use crate::clock::{now_ns, now_us};
 use crate::frame::{Buffer, CopyCause, FramePool, LINK_HEADER_MAX};
-use crate::nic::{Filter, Nic, Sent};
+use crate::link::PacketLink;
+use crate::nic::{Filter, LinkShare, Nic, Sent};
 use crate::ring::QUEUE_SIZE_MAX;
 use crate::shard::Seat;
 use crate::stages::{Stage, Stages};
@@ -179,6 +180,28 @@ impl Edge {
 
     fn frame_max(&self) -> usize {
         usize::from(self.nic.mtu()) + LINK_HEADER_MAX
+    }
+
+    /// Lets the link's packet channel use the NIC, too; `None`: it is not `interface`, or it cannot be shared.
+    pub fn share_nic(&mut self, interface: &str) -> Option<io::Result<LinkShare>> {
+        self.nic.share_link(&mut self.frames, interface)
+    }
+
+    /// What has come by the NIC for the packet channel goes there. Before each [`PacketLink::fill`].
+    pub fn take_in(&mut self, link: &mut PacketLink) {
+        link.take_in(&mut *self.nic, &mut self.frames);
+    }
+
+    /// What the packet channel says by the NIC leaves. After each [`PacketLink::flush`].
+    pub fn hand_over(&mut self, link: &mut PacketLink) {
+        if !link.has_written() {
+            return;
+        }
+        self.nic_blocked |= link.hand_over(&mut *self.nic, &mut self.frames);
+        if self.nic.flush(&mut self.frames).is_err() {
+            self.stats.nic_tx_errors.add(1);
+        }
+        link.flush_stream();
     }
 
     /// Whether the guest has a receive buffer for a frame of this shard, or whoever delivers it has

@@ -30,7 +30,10 @@ impl Shell<'_> {
         };
         if first {
             (side.in_flight, side.carry, guest.dirty) = (0, 0, u64::MAX);
+            self.prepare_ahead();
         }
+        let p = &mut *self.p;
+        let Some(guest) = &mut p.guest else { return };
         if stuck {
             return;
         }
@@ -88,8 +91,14 @@ impl Shell<'_> {
         side.mirrors = true;
         // Rule 11: the union, and rule 14: what an aborted checkpoint had.
         let svm_dirty = if pvm_only { 0 } else { svm_dirty };
-        let set = std::mem::take(&mut guest.dirty) | std::mem::take(&mut side.carry) | svm_dirty;
+        let written = std::mem::take(&mut guest.dirty);
+        let set = written | std::mem::take(&mut side.carry) | svm_dirty;
         side.in_flight = set;
+        let (kept, names) = self.cut_ahead(set, written);
+        let p = &mut *self.p;
+        let (Role::Primary(side), Some(guest)) = (&mut p.role, &mut p.guest) else {
+            return;
+        };
         let mut record = Vec::new();
         side.path.export_client_xlate(&mut record);
         let pending = side
@@ -100,7 +109,8 @@ impl Shell<'_> {
         let image = Rc::new(Image {
             link,
             epoch,
-            pages: guest.pages(set),
+            pages: guest.pages(kept),
+            names,
             state: guest.state.clone(),
             digest: guest.digest(),
             pending,
@@ -191,6 +201,7 @@ impl Shell<'_> {
                 Err(e) => self.fail("protocol", format!("commit: {e}")),
             }
         }
+        self.rest_ahead();
     }
 
     pub(super) fn receive_chunk(&mut self, index: u64, of: u64, image: Rc<Image>) {
@@ -222,11 +233,14 @@ impl Shell<'_> {
             return;
         }
         let record = side.path.check_record(&image.record);
-        if fails || record.is_err() {
+        let is_named = self.accepts_names(&image);
+        if fails || record.is_err() || !is_named {
             let reason = "refused".into();
             return self.secondary_core(SecondaryEvent::StageFailed { epoch, reason });
         }
-        side.staged = Some(image);
+        if let Some(side) = self.secondary() {
+            side.staged = Some(image);
+        }
         self.secondary_core(SecondaryEvent::Staged { epoch });
         self.pass("staged");
     }
@@ -272,6 +286,11 @@ impl Shell<'_> {
         let guest = p.guest.get_or_insert_with(|| side.live.clone());
         guest.write_pages(&image.pages);
         (guest.state, guest.dirty) = (image.state.clone(), 0);
+        self.apply_named();
+        let p = &mut *self.p;
+        let (Role::Secondary(side), Some(guest)) = (&mut p.role, &mut p.guest) else {
+            return;
+        };
         let digest = guest.digest();
         let rests = halt && !runs_halted;
         (p.runs, side.stopped) = (!rests, rests);
@@ -288,6 +307,7 @@ impl Shell<'_> {
         if let Err(e) = result {
             return self.fail("protocol", format!("commit on the secondary: {e}"));
         }
+        self.read_behind();
         self.secondary_core(SecondaryEvent::Applied { epoch });
         self.pass("applied");
     }
@@ -301,6 +321,7 @@ impl Shell<'_> {
             .digest_at_stop
             .is_none_or(|before| digest == Some(before));
         side.digest_at_stop = None;
+        self.read_behind();
         self.p.runs = true;
         if !unchanged {
             self.fail(

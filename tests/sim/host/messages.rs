@@ -16,6 +16,7 @@ impl Shell<'_> {
                 }
             }
             LinkMsg::Chunk { index, of, image } => self.receive_chunk(index, of, image),
+            LinkMsg::Ahead(chunk) => self.receive_ahead(link, chunk),
             LinkMsg::Live(pages) => self.receive_live(&pages),
             LinkMsg::CheckpointWanted => self.tell_primary_core(PrimaryEvent::CheckpointWanted),
             packet => {
@@ -128,7 +129,7 @@ impl Shell<'_> {
         self.trace(|| "closes the link".into());
         let is_primary = match &mut self.p.role {
             Role::Primary(side) => {
-                (side.packets, side.mirrors) = (None, false);
+                (side.packets, side.mirrors, side.ahead) = (None, false, None);
                 true
             }
             _ => false,

@@ -102,6 +102,7 @@ impl Shell<'_> {
                 if let Some(side) = self.secondary() {
                     side.staged = None;
                 }
+                self.read_behind();
             }
             Action::Commit { epoch } => self.tell_worker(Command::Commit { epoch }, 200),
             Action::Abort { epoch } => match self.p.role {

@@ -23,6 +23,10 @@ pub struct Outcome {
     /// vCPUs that stood still for lack of hold space.
     pub stopped: u64,
     pub not_followed: u64,
+    /// Pages sent ahead of checkpoints, those written again before they were of use, and those that a checkpoint named.
+    pub ahead_sent: u64,
+    pub ahead_wasted: u64,
+    pub ahead_used: u64,
     /// Steps that took too long.
     pub timeouts: [u64; Step::COUNT],
     pub events: u64,
@@ -51,6 +55,9 @@ impl Outcome {
             (&mut self.slowed, other.slowed),
             (&mut self.stopped, other.stopped),
             (&mut self.not_followed, other.not_followed),
+            (&mut self.ahead_sent, other.ahead_sent),
+            (&mut self.ahead_wasted, other.ahead_wasted),
+            (&mut self.ahead_used, other.ahead_used),
             (&mut self.events, other.events),
             (&mut self.lost, other.lost + u64::from(other.vm_lost)),
         ];

@@ -11,6 +11,7 @@
 extern crate alloc;
 
 mod arbiter;
+mod busy;
 mod msg;
 mod notice;
 mod pace;

@@ -17,10 +17,12 @@ pub enum Notice {
         /// Its limit.
         limit_us: u64,
     },
-    /// So many divergences that the pair goes to Remus mode (rule 21).
+    /// So many divergences, each costing so much, that the pair goes to Remus mode (rule 21).
     Storm {
         /// Checkpoints that were asked for,
         checkpoints: u32,
+        /// and how many percent of the time went into them,
+        share_pct: u8,
         /// within so long.
         window_us: u64,
         /// COLO is tried again after so long.
@@ -58,11 +60,12 @@ impl fmt::Display for Notice {
             ),
             Self::Storm {
                 checkpoints,
+                share_pct,
                 window_us,
                 retry_us,
             } => write!(
                 f,
-                "storm of divergences, {checkpoints} checkpoints in {window_us} us: Remus mode; \
+                "storm of divergences, {checkpoints} checkpoints took {share_pct} % of {window_us} us: Remus mode; \
                  comparing is tried again in {retry_us} us"
             ),
             Self::StormOver => f.write_str("Remus mode ends, output is compared again"),

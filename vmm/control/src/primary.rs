@@ -198,6 +198,11 @@ impl Primary {
         }
     }
 
+    /// Share of the latest time that was spent in checkpoints because outputs differ, in percent.
+    pub fn checkpoint_share_pct(&self, now_us: u64) -> u8 {
+        self.switch.share_pct(now_us)
+    }
+
     /// Memory that the secondary has for pages that come ahead of a checkpoint, in MiB.
     pub fn peer_ahead_mib(&self) -> u32 {
         self.peer.as_ref().map_or(0, |peer| peer.ahead_mib)

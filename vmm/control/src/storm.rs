@@ -1,10 +1,14 @@
 //! How the pair protects: by comparison (COLO) or by buffering until periodic checkpoints (Remus), and the switch
 //! between the two (rule 21).
 //!
+//! What makes a storm is the share of time that the guest spends in checkpoints because outputs differ, from the begin of
+//! each to its commit: so long its output waits, the pause included. The same number of checkpoints costs one guest little and
+//! another all of its time.
+//!
 //! Invariants: the way changes only at a commit; a storm of divergences leads to Remus, and each return that fails
 //! doubles the time until the next one, up to a limit. The memory of past checkpoints is bounded.
 
-use alloc::collections::VecDeque;
+use crate::busy::Busy;
 
 /// What the operator wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,9 +52,9 @@ impl Default for Protection {
 /// What counts as a storm of divergences, and what follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Storm {
-    /// So many checkpoints that somebody asked for within `window_us` are a storm; 0: there is none.
-    pub checkpoints: u32,
-    /// See `checkpoints`.
+    /// So much of `window_us` spent in checkpoints that somebody asked for is a storm, in percent; 0: there is none.
+    pub share_pct: u8,
+    /// See `share_pct`.
     pub window_us: u64,
     /// The interval in Remus mode is twice what a checkpoint takes, but not less than this,
     pub interval_min_us: u64,
@@ -63,9 +67,9 @@ pub struct Storm {
 }
 
 impl Storm {
-    /// 20 checkpoints a second over 5 seconds: about as many as Remus at 50 ms takes anyway.
+    /// A pair that compares answers sooner than one that buffers as long as it has some of its time between checkpoints.
     pub const DEFAULT: Self = Self {
-        checkpoints: 100,
+        share_pct: 90,
         window_us: 5_000_000,
         interval_min_us: 10_000,
         interval_max_us: 200_000,
@@ -103,8 +107,14 @@ impl Pace {
 /// A change of the way, for log and status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Change {
-    /// A storm of so many checkpoints within the window; COLO is tried again after so long.
-    Storm { checkpoints: u32, retry_us: u64 },
+    /// A storm; COLO is tried again after so long.
+    Storm {
+        /// So much of the window went into checkpoints,
+        share_pct: u8,
+        /// so many of them.
+        checkpoints: u32,
+        retry_us: u64,
+    },
     /// COLO is tried again.
     Retry,
 }
@@ -115,8 +125,10 @@ pub(crate) struct Switch {
     protection: Protection,
     /// Buffering, as of the last commit.
     buffers: bool,
-    /// Instants of checkpoints that were asked for while comparing, the latest `storm.checkpoints`.
-    recent: VecDeque<u64>,
+    /// Checkpoints that were asked for while comparing.
+    busy: Busy,
+    /// The one in flight is such a one.
+    is_wanted: bool,
     /// When the present way began.
     since_us: u64,
     /// How long a storm lasts at least.
@@ -132,7 +144,8 @@ impl Switch {
         Self {
             protection,
             buffers: protection.mode == Mode::Remus,
-            recent: VecDeque::new(),
+            busy: Busy::new(protection.storm.window_us),
+            is_wanted: false,
             since_us: 0,
             retry_us: protection.storm.retry_us,
             tried: false,
@@ -149,10 +162,15 @@ impl Switch {
         self.buffers
     }
 
+    /// Share of the latest window that went into checkpoints which somebody asked for, in percent.
+    pub(crate) fn share_pct(&self, now_us: u64) -> u8 {
+        self.busy.share(now_us).0
+    }
+
     /// A pair begins.
     pub(crate) fn start(&mut self, now_us: u64) {
         self.buffers = self.protection.mode == Mode::Remus;
-        self.recent.clear();
+        self.busy.clear();
         (self.since_us, self.took_us, self.tried) = (now_us, 0, false);
         self.retry_us = self.protection.storm.retry_us;
     }
@@ -165,23 +183,9 @@ impl Switch {
         if self.buffers {
             return now_us < self.since_us + self.retry_us;
         }
-        let storm = self.protection.storm;
-        if storm.checkpoints == 0 {
-            return false;
-        }
-        if wanted {
-            self.recent.push_back(now_us);
-        }
-        let most = storm.checkpoints as usize;
-        while self.recent.len() > most
-            || self
-                .recent
-                .front()
-                .is_some_and(|&at| at + storm.window_us < now_us)
-        {
-            self.recent.pop_front();
-        }
-        self.recent.len() >= most
+        self.is_wanted = wanted;
+        let limit_pct = self.protection.storm.share_pct;
+        limit_pct > 0 && self.busy.share(now_us).0 >= limit_pct
     }
 
     /// A checkpoint that took so long is committed; what follows is buffered, or not.
@@ -190,14 +194,17 @@ impl Switch {
             0 => took_us,
             old => (old * 3 + took_us) / 4,
         };
+        if core::mem::take(&mut self.is_wanted) {
+            self.busy.add(now_us, took_us);
+        }
         if buffers == self.buffers {
             return None;
         }
         let storm = self.protection.storm;
         let stayed_us = now_us.saturating_sub(self.since_us);
         (self.buffers, self.since_us) = (buffers, now_us);
-        let checkpoints = self.recent.len() as u32;
-        self.recent.clear();
+        let (share_pct, checkpoints) = self.busy.share(now_us);
+        self.busy.clear();
         if !buffers {
             self.tried = true;
             return Some(Change::Retry);
@@ -209,6 +216,7 @@ impl Switch {
             false => storm.retry_us,
         };
         Some(Change::Storm {
+            share_pct,
             checkpoints,
             retry_us: self.retry_us,
         })
@@ -238,8 +246,8 @@ mod tests {
     use super::*;
 
     const STORM: Storm = Storm {
-        checkpoints: 3,
-        window_us: 1_000,
+        share_pct: 80,
+        window_us: 1_600,
         interval_min_us: 10,
         interval_max_us: 100,
         retry_us: 5_000,
@@ -255,43 +263,77 @@ mod tests {
         switch
     }
 
-    /// Three wanted checkpoints, one every `every_us` from `at` on; the last answer and instant.
-    fn three(switch: &mut Switch, at: u64, every_us: u64) -> (bool, u64) {
-        let mut answer = (false, at);
-        for n in 0..3 {
-            answer = (switch.begin(at + n * every_us, true), at + n * every_us);
-        }
-        answer
+    /// Wanted checkpoints that take so long each, one every 100 us from `at` on, until one begins a buffered epoch or a window
+    /// and a half has passed. Gives when that one begins.
+    fn busy(switch: &mut Switch, at: u64, took_us: u64) -> Option<u64> {
+        (at..at + 2_400).step_by(100).find(|&begun| {
+            let buffers = switch.begin(begun, true);
+            if !buffers {
+                switch.committed(begun + took_us, took_us, false);
+            }
+            buffers
+        })
+    }
+
+    /// Until COLO gives way.
+    fn storm(switch: &mut Switch, at: u64) -> u64 {
+        let begun = busy(switch, at, 90).unwrap();
+        switch.committed(begun + 30, 30, true);
+        assert!(switch.buffers());
+        begun + 30
     }
 
     #[test]
-    fn rule_21_a_rate_above_the_limit_is_a_storm_and_one_below_is_not() {
+    fn rule_21_a_share_above_the_limit_is_a_storm_and_one_below_is_not() {
+        assert_eq!(busy(&mut switch(), 10_000, 79), None);
+        // As many checkpoints, but longer ones.
+        let at = busy(&mut switch(), 10_000, 81).unwrap();
+        assert!((11_500..=11_600).contains(&at), "{at}");
+    }
+
+    #[test]
+    fn rule_21_what_counts_is_the_time_and_not_the_number() {
         let mut s = switch();
-        assert!(!three(&mut s, 10_000, 501).0);
-        assert!(three(&mut s, 20_000, 500).0);
+        let many = (10_000..20_000).all(|now| {
+            let begins = !s.begin(now, true);
+            s.committed(now, 0, false);
+            begins
+        });
+        assert!(many, "ten thousand that take no time");
+        // A single long one does not make a storm, whatever it takes; four in a window do.
         let mut s = switch();
-        s.begin(0, false);
-        assert!(
-            !s.begin(1, true) && !s.begin(2, true),
-            "periodic ones do not count"
-        );
+        for n in 1..5 {
+            assert!(!s.begin(20_000 + n, true), "{n}");
+            s.committed(20_000 + n, 50_000, false);
+        }
+        assert!(s.begin(20_005, true));
+    }
+
+    #[test]
+    fn rule_21_periodic_checkpoints_are_no_storm() {
+        let mut s = switch();
+        for n in 0..100 {
+            assert!(!s.begin(n * 10, false));
+            s.committed(n * 10 + 10, 10, false);
+        }
     }
 
     #[test]
     fn rule_21_the_way_changes_with_the_commit() {
         let mut s = switch();
-        let (buffers, at) = three(&mut s, 0, 1);
-        assert!(buffers && !s.buffers());
-        let change = s.committed(at + 30, 30, buffers);
-        let (checkpoints, retry_us) = (3, 5_000);
-        assert_eq!(
-            change,
-            Some(Change::Storm {
-                checkpoints,
-                retry_us
-            })
-        );
-        assert!(s.buffers());
+        let begun = busy(&mut s, 0, 90).unwrap();
+        assert!(!s.buffers());
+        let Some(Change::Storm {
+            share_pct,
+            checkpoints,
+            retry_us,
+        }) = s.committed(begun + 30, 30, true)
+        else {
+            panic!("no storm");
+        };
+        assert!((80..=90).contains(&share_pct), "{share_pct}");
+        assert!((14..=16).contains(&checkpoints), "{checkpoints}");
+        assert_eq!((retry_us, s.buffers()), (5_000, true));
     }
 
     #[test]
@@ -300,18 +342,17 @@ mod tests {
         let mut now = 0;
         let mut waits = [0; 4];
         for wait in &mut waits {
-            let (buffers, at) = three(&mut s, now, 1);
-            assert!(buffers);
-            s.committed(at, 30, true);
+            let at = storm(&mut s, now);
             assert!(s.begin(at + s.retry_us - 1, false));
             now = at + s.retry_us;
             *wait = s.retry_us;
             assert!(!s.begin(now, false));
             assert_eq!(s.committed(now, 30, false), Some(Change::Retry));
+            // What was before it went is forgotten: it takes a whole window again.
+            assert_eq!(s.busy.share(now), (0, 0));
         }
         assert_eq!(waits, [5_000, 10_000, 15_000, 15_000]);
-        let (_, at) = three(&mut s, now + 20_000, 1);
-        s.committed(at, 30, true);
+        storm(&mut s, now + 20_000);
         assert_eq!(s.retry_us, 5_000);
     }
 
@@ -319,20 +360,29 @@ mod tests {
     fn rule_21_the_interval_follows_what_a_checkpoint_takes() {
         let mut s = switch();
         assert_eq!(s.interval_us(), None);
-        let (buffers, at) = three(&mut s, 0, 1);
-        s.committed(at, 30, buffers);
-        assert_eq!(s.interval_us(), Some(60));
-        s.committed(at, 2, true);
-        assert_eq!(s.interval_us(), Some(46));
-        s.committed(at, 10_000, true);
+        let begun = busy(&mut s, 0, 90).unwrap();
+        s.committed(begun + 90, 90, true);
         assert_eq!(s.interval_us(), Some(100), "bounded");
+        let mut now = begun + 90;
+        for _ in 0..20 {
+            now += 100;
+            s.begin(now, false);
+            s.committed(now + 30, 30, true);
+        }
+        assert!((60..=66).contains(&s.interval_us().unwrap()));
+        for _ in 0..20 {
+            now += 100;
+            s.begin(now, false);
+            s.committed(now + 1, 1, true);
+        }
+        assert_eq!(s.interval_us(), Some(10), "bounded");
     }
 
     #[test]
     fn rule_21_a_limit_of_nothing_switches_the_storm_off_and_remus_by_wish_stays() {
         let mut s = switch();
-        s.protection.storm.checkpoints = 0;
-        assert!(!three(&mut s, 0, 1).0);
+        s.protection.storm.share_pct = 0;
+        assert_eq!(busy(&mut s, 0, 100), None);
         let mut s = switch();
         s.protection.mode = Mode::Remus;
         s.start(0);

@@ -404,6 +404,9 @@ impl Outbound {
                     }
                     None => self.chooser.choose(page, &known, self.link, now_ns),
                 };
+                if let Some(ahead) = &mut self.ahead {
+                    ahead.learn(number, choice.is_cheap());
+                }
                 let digest = match choice {
                     Choice::Equal { digest } => digest,
                     Choice::Send { payload, digest } => {

@@ -225,12 +225,11 @@ impl Replica {
     pub(super) fn protection(&self) -> Protection {
         let r = &self.replication;
         let window_us = r.storm_window_ms * 1000;
-        let checkpoints = r.storm_checkpoints_per_s.saturating_mul(window_us) / 1_000_000;
         Protection {
             mode: r.mode.into(),
             remus_interval_us: r.remus_interval_ms * 1000,
             storm: Storm {
-                checkpoints: u32::try_from(checkpoints).unwrap_or(u32::MAX),
+                share_pct: r.storm_share_pct,
                 window_us,
                 ..Storm::DEFAULT
             },
@@ -256,16 +255,18 @@ impl Replica {
 
     fn packet_link(&self, stream: TcpStream, worker: &WorkerHandle) -> io::Result<PacketLink> {
         let pool = worker.execute(|edge, _| PoolMemory::of(&edge.frames)).ok();
-        // All shards' frames of the link come to one queue of an interface, which one AF_XDP socket can have.
+        // All shards' frames of the link come to one queue of an interface, which one shard can have.
         let packets = match self.replication.packets {
             Packets::Auto if self.machine.workers().len() > 1 => Packets::Tcp,
             packets => packets,
         };
-        let ports = open_ports(&stream, packets, pool.as_ref());
+        let share = |name: String| worker.execute(move |edge, _| edge.share_nic(&name)).ok()?;
+        let ports = open_ports(&stream, packets, pool.as_ref(), share);
         let key = random_number().map_err(io::Error::other)?;
         // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
         let patience_us = self.timing().detection_us() / 2;
-        let link = PacketLink::with_ports(stream, ports, key, patience_us)?;
+        let link = PacketLink::with_ports(stream, ports.list, key, patience_us)?;
+        let link = link.without(ports.refused);
         Ok(link.beside(self.heard.clone()))
     }
 

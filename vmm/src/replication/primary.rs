@@ -585,6 +585,7 @@ impl PrimaryShell {
             run_pct: self.core.run_pct(),
             throttled_us: self.replica.machine.throttled_us(),
             refused_connections: self.listener.refused,
+            checkpoint_share_pct: self.core.checkpoint_share_pct(now_us()),
             ..Standing::default()
         }
         .counted(self.core.counters())

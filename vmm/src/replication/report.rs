@@ -308,6 +308,8 @@ pub struct Standing {
     pub not_followed: u64,
     /// Storms of divergences so far.
     pub storms: u64,
+    /// Share of the latest `storm_window_ms` that went into checkpoints because outputs differ, in percent.
+    pub checkpoint_share_pct: u8,
     /// Steps of checkpoints that took too long, by step.
     pub step_timeouts: BTreeMap<&'static str, u64>,
     /// Checkpoints that this host's core gave up before their commit; `checkpoints_aborted` has those that a lost link

@@ -6,7 +6,7 @@ use super::xdp_tests::links_opened;
 use super::*;
 use crate::ring::Area;
 
-const SLOTS: u32 = 4096;
+pub(super) const SLOTS: u32 = 4096;
 const SLOT_BYTES: usize = 4096;
 /// Tokens kept for a while: what they hold must not change.
 const KEPT: usize = 300;
@@ -20,7 +20,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    fn new(slots: u32) -> Self {
+    pub(super) fn new(slots: u32) -> Self {
         let area = Arc::new(Area::reserve(slots as usize * SLOT_BYTES).unwrap());
         Self {
             frames: FramePool::in_area(area, slots, SLOT_BYTES, Arc::default()).unwrap(),
@@ -65,15 +65,18 @@ impl Ends {
         }
     }
 
-    fn pool(&mut self, end: usize) -> &mut Pool {
+    pub(super) fn pool(&mut self, end: usize) -> &mut Pool {
         &mut self.pools.as_mut().unwrap()[end]
     }
 
     /// Both ends leave, and every slot is free again.
-    fn leave(mut self) {
+    pub(super) fn leave(mut self) {
         let mut pools = self.pools.take().unwrap();
-        for (link, pool) in self.links.into_iter().zip(&mut pools) {
+        for (end, (link, pool)) in self.links.into_iter().zip(&mut pools).enumerate() {
             link.leave(&mut pool.frames);
+            if let Some(nics) = &mut self.nics {
+                nics[end].recall(&mut pool.frames);
+            }
             while !pool.kept.is_empty() {
                 pool.release_one();
             }
@@ -112,7 +115,7 @@ fn pools() -> [Pool; 2] {
 }
 
 /// Every frame of 1514 bytes was received in place, and some were copied: those longer than a datagram.
-fn assert_in_place(ends: &mut Ends) {
+pub(super) fn assert_in_place(ends: &mut Ends) {
     for end in [0, 1] {
         let stats = ends.links[end].stats();
         let whole = ends.pool(end).whole;

@@ -26,7 +26,7 @@ fn unshare() {
 }
 
 fn link(stream: TcpStream, packets: Packets, key: u64) -> PacketLink {
-    let ports = open_ports(&stream, packets, None);
+    let ports = open_ports(&stream, packets, None, |_| None).list;
     assert_eq!(
         ports.len(),
         usize::from(packets != Packets::Tcp),

@@ -2,12 +2,19 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpStream};
 
+use super::XdpPortError;
 use crate::ring::xsk::ip_of;
 
+/// The name of the interface that has this end's address of `stream`.
+pub fn interface_of(stream: &TcpStream) -> Result<String, XdpPortError> {
+    let local = stream.local_addr()?.ip();
+    interface_with(local)?.ok_or(XdpPortError::NoInterface(local))
+}
+
 /// The name of the interface with this address, in the network namespace of the calling thread.
-pub(super) fn interface_with(address: IpAddr) -> io::Result<Option<String>> {
+fn interface_with(address: IpAddr) -> io::Result<Option<String>> {
     let mut first: *mut libc::ifaddrs = std::ptr::null_mut();
     // SAFETY: the call writes one pointer, to a list that is ours until it is freed below.
     if unsafe { libc::getifaddrs(&raw mut first) } != 0 {

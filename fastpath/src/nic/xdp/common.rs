@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use colo_bpf::{GuestFrames, Mac, XdpProgram};
+use colo_bpf::{GuestFrames, LINK_ETHERTYPE, LinkChannel, Mac, XdpProgram};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::membership::Membership;
@@ -43,6 +43,8 @@ pub(super) struct Control {
     last_number: u64,
     /// Ends, by bit, that have all their sockets.
     ready: u32,
+    /// Ends, by bit, that have sockets for the link's frames.
+    link_ends: u32,
 }
 
 /// What the ends share.
@@ -78,6 +80,7 @@ impl Common {
                 attachment: None,
                 last_number: 0,
                 ready: 0,
+                link_ends: 0,
             }),
             shards,
             changes: AtomicU64::new(0),
@@ -153,6 +156,19 @@ impl Common {
         drop(control);
         self.changed();
         Ok(())
+    }
+
+    /// Whether an end has the link's frames. They are the host's when none has.
+    pub(super) fn lead_link(&self, shard: u32, here: bool) -> Result<(), XdpNicError> {
+        let mut control = self.control();
+        control.link_ends &= !(1 << shard);
+        control.link_ends |= u32::from(here) << shard;
+        let is_led = control.link_ends != 0;
+        let channel = LinkChannel {
+            ethertype: is_led.then_some(LINK_ETHERTYPE),
+            udp_port: None,
+        };
+        Ok(control.program.set_link_channel(channel)?)
     }
 
     /// The NIC is lost, or about to be attached anew: every end closes its sockets.

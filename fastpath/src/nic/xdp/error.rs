@@ -75,6 +75,18 @@ pub enum XdpNicError {
         /// How many shards there are.
         shards: u32,
     },
+    /// The link's packet channel of an earlier pair is still there.
+    #[error("the link's packets have \"{interface}\" already")]
+    Shared {
+        /// Which.
+        interface: String,
+    },
+    /// The NIC is not in use at the moment.
+    #[error("\"{interface}\" is lost; the link's packets can share it when it is back")]
+    Lost {
+        /// Which.
+        interface: String,
+    },
     /// The probe of one queue failed.
     #[error(
         "probe: a frame for the guest that comes by queue {queue} of \"{interface}\" would not \

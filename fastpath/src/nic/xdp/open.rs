@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use colo_bpf::{Attach, Groups, GuestFrames, XdpProgram};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::common::Attachment;
 use super::copies::Copies;
@@ -194,6 +194,10 @@ impl XdpNic {
         for queue in share.skip(self.queues.len()) {
             self.open_queue(frames, queue, count, mode, patience)?;
         }
+        if let Err(e) = self.open_link_sockets() {
+            warn!("{}: without the link's packets: {e}", self.config.interface);
+            self.end_share(frames);
+        }
         Ok(())
     }
 
@@ -209,12 +213,23 @@ impl XdpNic {
         let Some((umem, base)) = self.memory_for(frames, queue)? else {
             return Ok(());
         };
+        // Half of the slots are for what comes, the others for what goes.
+        let target = self.uses.len() / 2 / queues.max(1) as usize;
+        if target == 0 {
+            return Err(XdpNicError::FewSlots {
+                interface: self.config.interface.clone(),
+                slots: self.uses.len(),
+                queues,
+            });
+        }
+        let target = RING_ENTRIES.min(target as u32);
         let mut options = BindOptions {
             copy_mode: mode.copy(),
             multi_buffer: self.multi_buffer,
-            fill_entries: RING_ENTRIES,
+            // The link's frames need chunks, too, which the guest's rx ring, full, must not hold.
+            fill_entries: 2 * RING_ENTRIES,
             completion_entries: RING_ENTRIES,
-            rx_entries: RING_ENTRIES,
+            rx_entries: 1 << target.ilog2(),
             tx_entries: RING_ENTRIES,
             ..BindOptions::default()
         };
@@ -239,16 +254,7 @@ impl XdpNic {
         let socket = bound?;
         let set = |program: &mut XdpProgram| program.set_guest_socket(queue, socket.as_fd());
         set(&mut self.common.control().program)?;
-        // Half of the slots are for what comes, the others for what goes.
-        let target = self.uses.len() / 2 / queues.max(1) as usize;
-        if target == 0 {
-            return Err(XdpNicError::FewSlots {
-                interface: self.config.interface.clone(),
-                slots: self.uses.len(),
-                queues,
-            });
-        }
-        let mut opened = Queue::new(socket, base, RING_ENTRIES.min(target as u32));
+        let mut opened = Queue::new(socket, base, target);
         let filled = opened.refill(frames, &mut self.uses, 0);
         self.queues.push(opened);
         filled.map_err(|source| self.address_error(source))

@@ -12,7 +12,8 @@ use std::io;
 use colo_compare::{Frames, Token};
 
 use crate::frame::FramePool;
-use crate::ring::xsk::{Descriptor, Kick, Received, Rx, XskSocket};
+use crate::nic::share::LinkFrame;
+use crate::ring::xsk::{Descriptor, Kick, Received, Rx, XskReceiver, XskSocket};
 
 use super::stats::XdpNicStats;
 
@@ -37,12 +38,18 @@ pub(super) enum Use {
 /// A bound queue.
 #[derive(Debug)]
 pub(super) struct Queue {
+    /// For the link's frames, out of the same fill ring. Closed first.
+    pub(super) link: Option<XskReceiver>,
     pub(super) socket: XskSocket,
     /// Where the socket's memory starts in the area.
     base: u64,
     /// Slots that the fill ring should have.
     fill_target: u32,
+    /// What it should have beside them while the link's frames come, too.
+    pub(super) link_chunks: u32,
     lent: u32,
+    /// The rest of a frame of the link in several pieces is of no use.
+    link_spoilt: bool,
     /// A frame whose last piece has not come.
     partial: Option<Token>,
     /// The frame that is coming is of no use.
@@ -55,10 +62,13 @@ pub(super) struct Queue {
 impl Queue {
     pub(super) fn new(socket: XskSocket, base: u64, fill_target: u32) -> Self {
         Self {
+            link: None,
             socket,
             base,
             fill_target,
+            link_chunks: 0,
             lent: 0,
+            link_spoilt: false,
             partial: None,
             spoilt: false,
             completing: None,
@@ -78,7 +88,8 @@ impl Queue {
         uses: &mut [Use],
         spare: usize,
     ) -> io::Result<()> {
-        let wanted = self.fill_target.saturating_sub(self.lent);
+        let target = self.fill_target + self.link_chunks;
+        let wanted = target.saturating_sub(self.lent);
         if wanted == 0 {
             return Ok(());
         }
@@ -104,6 +115,64 @@ impl Queue {
             }
         }
         Ok(())
+    }
+
+    /// The same as [`Self::receive`]. With frames of the link on the queue no more is taken than can be replaced, and that
+    /// is done at once: the link needs what is in the fill ring to make room at all.
+    pub(super) fn receive_replaced(
+        &mut self,
+        frames: &mut FramePool,
+        uses: &mut [Use],
+        out: &mut VecDeque<Token>,
+        max: usize,
+        stats: &XdpNicStats,
+    ) -> usize {
+        if self.link_chunks == 0 {
+            return self.receive(frames, uses, out, max, stats);
+        }
+        let lent = self.lent;
+        let taken = self.receive(frames, uses, out, max.min(frames.free_slots()), stats);
+        let replaced = (lent - self.lent) as usize;
+        let spare = frames.free_slots().saturating_sub(replaced);
+        // What the kernel does not hear of now it hears of with the next flush.
+        let _ = self.refill(frames, uses, spare);
+        taken
+    }
+
+    /// Takes frames of the link until `out` has `max`.
+    pub(super) fn receive_link(
+        &mut self,
+        frames: &mut FramePool,
+        uses: &mut [Use],
+        out: &mut VecDeque<LinkFrame>,
+        max: usize,
+        stats: &XdpNicStats,
+    ) {
+        let Some(mut link) = self.link.take() else {
+            return;
+        };
+        while out.len() < max {
+            let Some(rx) = link.receive() else { break };
+            let (piece, more) = match rx {
+                Rx::Piece(piece) => (Some(piece), piece.more),
+                Rx::Bad { more } => (None, more),
+            };
+            let is_whole = !std::mem::replace(&mut self.link_spoilt, more) && !more;
+            let place = piece.and_then(|piece| self.take_lent(frames, uses, piece));
+            match place {
+                Some((slot, start, len)) if is_whole => {
+                    stats.link_frames.add(1);
+                    out.push_back(LinkFrame { slot, start, len });
+                }
+                Some((slot, ..)) => {
+                    stats.link_spoilt_frames.add(1);
+                    frames.give_back(slot);
+                }
+                None => stats.link_spoilt_frames.add(1),
+            }
+        }
+        link.release_rx();
+        self.link = Some(link);
     }
 
     /// Takes whole frames, `max` at most.
@@ -154,6 +223,17 @@ impl Queue {
         uses: &mut [Use],
         piece: Received,
     ) -> Option<Token> {
+        let (slot, start, len) = self.take_lent(frames, uses, piece)?;
+        frames.adopt(slot, start, len)
+    }
+
+    /// The slot that a received piece lies in, no longer in a ring, and where in it.
+    fn take_lent(
+        &mut self,
+        frames: &FramePool,
+        uses: &mut [Use],
+        piece: Received,
+    ) -> Option<(u32, usize, usize)> {
         let (slot, within) = frames.slot_at(usize::try_from(piece.chunk + self.base).ok()?)?;
         let place = uses.get_mut(slot as usize)?;
         if !matches!(place, Use::Lent(queue) if *queue == self.socket.queue()) || within != 0 {
@@ -162,7 +242,7 @@ impl Queue {
         *place = Use::Elsewhere;
         self.lent -= 1;
         let start = (piece.offset - piece.chunk) as usize;
-        frames.adopt(slot, start, piece.len as usize)
+        Some((slot, start, piece.len as usize))
     }
 
     /// Puts a piece behind those that came before it.

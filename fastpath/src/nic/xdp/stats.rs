@@ -17,6 +17,10 @@ counters! {
         tx_without_link,
         /// System calls to send.
         tx_kicks,
+        /// Frames that were received for the link.
+        link_frames,
+        /// Those of them that were dropped: in several pieces, or outside the memory.
+        link_spoilt_frames,
         /// Completions of nothing that was sent.
         strange_completions,
         /// Times that the link went.

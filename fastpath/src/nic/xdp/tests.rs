@@ -9,6 +9,8 @@ use crate::frame::Buffer;
 use crate::ring::{GuestRam, Pages, Segment};
 use crate::stats::WorkerStats;
 
+mod link_tests;
+
 const NEAR: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
 const FAR: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 2];
 const HOST: Mac = [0x52, 0x54, 0, 0xc0, 0x20, 1];

@@ -181,6 +181,19 @@ pub struct XskStatistics {
     pub tx_ring_empty: u64,
 }
 
+impl XskStatistics {
+    pub(super) fn from_kernel(counted: libc::xdp_statistics) -> Self {
+        Self {
+            rx_dropped: counted.rx_dropped,
+            rx_ring_full: counted.rx_ring_full,
+            fill_ring_empty: counted.rx_fill_ring_empty_descs,
+            rx_invalid: counted.rx_invalid_descs,
+            tx_invalid: counted.tx_invalid_descs,
+            tx_ring_empty: counted.tx_ring_empty_descs,
+        }
+    }
+}
+
 /// A bound socket. Whoever shares its queue on the same [`Umem`] shares its fill and completion
 /// rings too, and must be on its thread.
 #[derive(Debug)]
@@ -263,6 +276,10 @@ impl XskSocket {
         &self.interface
     }
 
+    pub(super) fn umem(&self) -> &Umem {
+        &self.umem
+    }
+
     /// The queue it was bound to.
     pub fn queue(&self) -> u32 {
         self.queue
@@ -312,22 +329,7 @@ impl XskSocket {
 
     /// Takes the next received piece of a frame.
     pub fn receive(&mut self) -> Option<Rx> {
-        let descriptor = self.rx.pop()?;
-        let more = descriptor.options & libc::XDP_PKT_CONTD != 0;
-        let (chunk, offset) = self.umem.place_of(descriptor.addr);
-        let inside = self.umem.takes_chunk(chunk)
-            && self.umem.contains(offset, u64::from(descriptor.len))
-            && offset - chunk + u64::from(descriptor.len)
-                <= u64::from(self.umem.settings().chunk_bytes);
-        if !inside {
-            return Some(Rx::Bad { more });
-        }
-        Some(Rx::Piece(Received {
-            chunk,
-            offset,
-            len: descriptor.len,
-            more,
-        }))
+        Some(self.umem.received(self.rx.pop()?))
     }
 
     /// Gives the entries of the received pieces back to the kernel.
@@ -406,15 +408,7 @@ impl XskSocket {
 
     /// What the kernel has counted since the socket was bound.
     pub fn statistics(&self) -> io::Result<XskStatistics> {
-        let counted: libc::xdp_statistics = sys::option(self.fd.as_fd(), libc::XDP_STATISTICS)?;
-        Ok(XskStatistics {
-            rx_dropped: counted.rx_dropped,
-            rx_ring_full: counted.rx_ring_full,
-            fill_ring_empty: counted.rx_fill_ring_empty_descs,
-            rx_invalid: counted.rx_invalid_descs,
-            tx_invalid: counted.tx_invalid_descs,
-            tx_ring_empty: counted.tx_ring_empty_descs,
-        })
+        sys::option(self.fd.as_fd(), libc::XDP_STATISTICS).map(XskStatistics::from_kernel)
     }
 }
 

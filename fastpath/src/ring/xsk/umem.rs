@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::error::XskError;
-use super::socket::{BindOptions, Descriptor, Rings};
+use super::socket::{BindOptions, Descriptor, Received, Rings, Rx};
 use super::sys;
 
 /// The kernel keeps this much in front of each received frame.
@@ -166,7 +166,7 @@ impl Umem {
 
     /// What the kernel's address of a received piece means: the chunk that was given, and where
     /// in the area the bytes start.
-    pub(super) fn place_of(&self, address: u64) -> (u64, u64) {
+    fn place_of(&self, address: u64) -> (u64, u64) {
         if self.area.settings.unaligned {
             let chunk = address & libc::XSK_UNALIGNED_BUF_ADDR_MASK;
             let offset = address >> libc::XSK_UNALIGNED_BUF_OFFSET_SHIFT;
@@ -174,6 +174,24 @@ impl Umem {
         }
         let chunk = u64::from(self.area.settings.chunk_bytes);
         (address & !(chunk - 1), address)
+    }
+
+    /// A received piece of a frame, if it lies in a chunk of the area.
+    pub(super) fn received(&self, descriptor: libc::xdp_desc) -> Rx {
+        let more = descriptor.options & libc::XDP_PKT_CONTD != 0;
+        let (chunk, offset) = self.place_of(descriptor.addr);
+        let inside = self.takes_chunk(chunk)
+            && self.contains(offset, u64::from(descriptor.len))
+            && offset - chunk + u64::from(descriptor.len) <= u64::from(self.settings().chunk_bytes);
+        if !inside {
+            return Rx::Bad { more };
+        }
+        Rx::Piece(Received {
+            chunk,
+            offset,
+            len: descriptor.len,
+            more,
+        })
     }
 
     /// The sockets of the area, locked until one more is bound.

@@ -301,6 +301,7 @@ impl Primary {
     fn tell_change(&mut self, change: Option<Change>) {
         match change {
             Some(Change::Storm {
+                share_pct,
                 checkpoints,
                 retry_us,
             }) => {
@@ -308,6 +309,7 @@ impl Primary {
                 let window_us = self.switch.protection().storm.window_us;
                 self.act(Action::Tell(Notice::Storm {
                     checkpoints,
+                    share_pct,
                     window_us,
                     retry_us,
                 }));

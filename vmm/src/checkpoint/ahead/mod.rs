@@ -3,7 +3,7 @@
 //! The primary looks at the dirty log now and then. A page that is owed to the secondary and was not written for a whole
 //! round goes to it ([`primary`]), which keeps it apart from the SVM's memory ([`area`]). A capture does not copy such a page
 //! if the log says that it was not written since; the checkpoint names it with its digest ([`wire`]), and the secondary takes
-//! it from the area when it commits.
+//! it from the area when it commits. What past checkpoints say about a page decides whether it is worth that ([`history`]).
 //!
 //! Invariants: the log is collected first and a page read afterwards, so what is written during the reading comes with the
 //! next collection, and a page of which the log says so is not named; a page is named with the digest of the bytes that were
@@ -13,6 +13,7 @@
 //! Does not travel while a checkpoint is in flight, nor before the first commit.
 
 pub mod area;
+pub mod history;
 pub mod primary;
 pub mod wire;
 
@@ -51,6 +52,9 @@ pub struct AheadCounters {
     pub wasted_pages: u64,
     /// Not sent because the secondary's area was full; each counted once per round.
     pub refused_pages: u64,
+    /// Not sent because most likely little of them has to travel, or they are written again; each counted once while it is
+    /// left alone.
+    pub held_back_pages: u64,
 }
 
 impl AheadCounters {
@@ -63,6 +67,7 @@ impl AheadCounters {
         self.equal_pages += other.equal_pages;
         self.wasted_pages += other.wasted_pages;
         self.refused_pages += other.refused_pages;
+        self.held_back_pages += other.held_back_pages;
     }
 }
 

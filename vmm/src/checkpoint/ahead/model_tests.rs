@@ -25,6 +25,8 @@ enum Step {
     /// The SVM does.
     SvmWrite(usize, u8),
     Round,
+    /// What is known of a page's past is this, right or wrong.
+    Rumour(usize, bool),
     /// A chunk is made; while it is copied the guest writes to its first page. Or the link damages it.
     Chunk(Option<u8>, bool),
     Checkpoint(Fate),
@@ -49,7 +51,8 @@ fn any_step() -> impl Strategy<Value = Step> {
     ];
     prop_oneof![
         8 => (page.clone(), 0u8..4).prop_map(|(page, byte)| Step::Write(page, byte)),
-        2 => (page, 0u8..4).prop_map(|(page, byte)| Step::SvmWrite(page, byte)),
+        2 => (page.clone(), 0u8..4).prop_map(|(page, byte)| Step::SvmWrite(page, byte)),
+        2 => (page, any::<bool>()).prop_map(|(page, is_equal)| Step::Rumour(page, is_equal)),
         4 => Just(Step::Round),
         6 => (write, prop::bool::weighted(0.1)).prop_map(|(write, damaged)| Step::Chunk(write, damaged)),
         2 => fate.prop_map(Step::Checkpoint),
@@ -165,17 +168,23 @@ impl Life {
         let kept: Vec<u64> = self.ahead.to_keep(&in_flight).iter().collect();
         let mut names = NameList::new(1 << 16);
         let mut named = 0;
-        for number in self.ahead.sent().iter() {
-            let digest = self.ahead.digest(number);
+        let (relied_on, history) = self.ahead.relied_on();
+        for (number, digest) in relied_on {
             assert_eq!(
                 digest,
                 self.key.of(&image[number as usize]),
                 "page {number}"
             );
-            if self.key.of(&self.svm.page(number as usize)) != digest {
+            let is_equal = self.key.of(&self.svm.page(number as usize)) == digest;
+            history.learn(number, is_equal);
+            if !is_equal {
                 names.push(number as u32, digest);
                 named += 1;
             }
+        }
+        for &number in &kept {
+            let is_equal = self.svm.page(number as usize) == image[number as usize];
+            self.ahead.learn(number, is_equal);
         }
         let mut is_committed = fate == Fate::Committed;
         if fate != Fate::Unsent {
@@ -218,6 +227,7 @@ impl Life {
                 };
                 self.ahead.round(&mut self.owed, self.now, take).unwrap();
             }
+            Step::Rumour(page, is_equal) => self.ahead.learn(page as u64, is_equal),
             Step::Chunk(write, is_damaged) => self.chunk(write, is_damaged),
             Step::Checkpoint(fate) => self.checkpoint(fate),
         }

@@ -1,7 +1,7 @@
 //! Which pages the primary sends ahead, and which of them a capture can rely on (sans-IO).
 //!
-//! A *round* is the time between two looks at the dirty log. What was owed before a round and not written in it is due; what
-//! was sent and is written again counts as never sent.
+//! A *round* is the time between two looks at the dirty log. What was owed before a round and not written in it is due, if
+//! it is worth sending ([`History`]); what was sent and is written again counts as never sent.
 //!
 //! Invariants: no page is relied on that the log has named since it was read; what the secondary holds for us never exceeds
 //! the limit, counted here as it is there; after a capture nothing is sent until its checkpoint has an end, and then
@@ -15,13 +15,14 @@
 
 use std::time::{Duration, Instant};
 
+use super::history::History;
 use super::wire::{HEAD_BYTES, put_head};
 use super::{AheadCounters, AheadSettings, CHUNK_PAGES};
 use crate::checkpoint::codec::digest::DIGEST_BYTES;
 use crate::checkpoint::codec::record::{CHUNK_HEAD_BYTES, EncodeError, RECORD_MAX_BYTES};
 use crate::checkpoint::codec::zero::is_zero;
 use crate::checkpoint::codec::{Encoder, Page, PageDigest, PageKey, Payload};
-use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
+use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap, set_words};
 
 /// What the guest pays for a page that is protected again, generously: a fault of some microseconds.
 const FAULT: Duration = Duration::from_micros(4);
@@ -74,6 +75,7 @@ pub struct Ahead {
     forget_from: usize,
     /// Of pages sent.
     digests: Vec<[u8; DIGEST_BYTES]>,
+    history: History,
     /// What a round finds in the log; afterwards what a capture has to keep.
     scratch: PageBitmap,
     round_at: Option<Instant>,
@@ -100,6 +102,7 @@ impl Ahead {
             due_from: 0,
             forget_from: 0,
             digests: vec![[0; DIGEST_BYTES]; pages],
+            history: History::new(pages),
             scratch: PageBitmap::new(pages),
             round_at: None,
             chunk_at: None,
@@ -118,6 +121,7 @@ impl Ahead {
             self.held_pages = 0;
         }
         self.drop_due();
+        self.history.rest();
         self.interval = self.settings.interval;
         self.round_at = Some(now + self.interval);
     }
@@ -145,12 +149,15 @@ impl Ahead {
     ) -> Result<(), E> {
         self.scratch.clear();
         let taken = take(&mut self.scratch.words);
+        self.history.round(&self.scratch.words);
         self.forget_written();
         let (mut due_pages, mut fresh_pages, mut hot_pages) = (0, 0, 0);
         for (at, written) in self.scratch.words.iter().enumerate() {
             let owed = &mut owed.words[at];
-            let due = *owed & !written & !self.sent.words[at];
+            let left_alone = *owed & !written & !self.sent.words[at];
+            let (due, held_back) = self.history.admit(at, left_alone);
             self.due.words[at] = due;
+            self.counters.held_back_pages += u64::from(held_back);
             due_pages += due.count_ones();
             fresh_pages += (written & !*owed).count_ones();
             hot_pages += (written & *owed).count_ones();
@@ -307,7 +314,14 @@ impl Ahead {
         self.is_resting = false;
         self.drop_due();
         self.scratch.words.copy_from_slice(&written.words);
+        self.history.written(&written.words);
         self.forget_written();
+    }
+
+    /// The checkpoint has decided about a page, whether it had gone ahead or not; `is_cheap`: what goes of it is nothing, or
+    /// little beside a page.
+    pub fn learn(&mut self, number: u64, is_cheap: bool) {
+        self.history.learn(number, is_cheap);
     }
 
     /// What `scratch` has was written: of no use where it was sent.
@@ -315,9 +329,14 @@ impl Ahead {
         if self.held_pages == 0 {
             return;
         }
-        for (sent, written) in self.sent.words.iter_mut().zip(&self.scratch.words) {
-            self.counters.wasted_pages += u64::from((*sent & written).count_ones());
+        for (at, written) in set_words(&self.scratch.words) {
+            let sent = &mut self.sent.words[at];
+            let wasted = *sent & written;
             *sent &= !written;
+            if wasted != 0 {
+                self.counters.wasted_pages += u64::from(wasted.count_ones());
+                self.history.wasted(at, wasted);
+            }
         }
     }
 
@@ -326,9 +345,12 @@ impl Ahead {
         &self.sent
     }
 
-    /// The digest of one of them.
-    pub fn digest(&self, number: u64) -> PageDigest {
-        PageDigest::from_bytes(self.digests[number as usize])
+    /// Those with their digests, and where to note what the SVM has of them.
+    pub fn relied_on(&mut self) -> (impl Iterator<Item = (u64, PageDigest)>, &mut History) {
+        let digests = &self.digests;
+        let digest = |number: u64| PageDigest::from_bytes(digests[number as usize]);
+        let pages = self.sent.iter().map(move |number| (number, digest(number)));
+        (pages, &mut self.history)
     }
 
     /// What of `union` a capture has to keep: all but [`Self::sent`].
@@ -359,9 +381,11 @@ impl Ahead {
             sent_pages,
             wasted_pages,
             refused_pages,
+            held_back_pages,
             ..
         } = self.counters;
-        (sent_pages + wasted_pages + refused_pages > 0).then(|| self.take_counters())
+        let counted = sent_pages + wasted_pages + refused_pages + held_back_pages;
+        (counted > 0).then(|| self.take_counters())
     }
 }
 

@@ -111,6 +111,8 @@ fn what_is_written_again_is_not_relied_on_and_goes_again() {
     b.round(&[2]);
     assert_eq!(b.sent(), [1, 3]);
     b.round(&[]);
+    assert!(b.send().0.is_empty(), "it was sent too soon before");
+    b.round(&[]);
     assert_eq!(b.send().0, [2]);
     let union = set_of(&[1, 2, 3, 4, 5]);
     b.ahead.captured(&set_of(&[3, 4]));
@@ -119,6 +121,27 @@ fn what_is_written_again_is_not_relied_on_and_goes_again() {
     let counters = b.ahead.take_counters();
     assert_eq!((counters.sent_pages, counters.wasted_pages), (4, 2));
     assert_eq!(b.ahead.take_counters(), AheadCounters::default());
+}
+
+#[test]
+fn what_the_svm_had_in_the_last_checkpoint_is_held_back_and_counted() {
+    let mut b = Bench::new(PAGES);
+    let set: Vec<u64> = (0..100).collect();
+    let is_cheap = |page: &u64| !page.is_multiple_of(4);
+    let mut sent = Vec::new();
+    for _ in 0..3 {
+        b.round(&set);
+        b.round(&[]);
+        sent.push(b.send().0.len());
+        b.ahead.captured(&PageBitmap::new(PAGES));
+        for page in &set {
+            b.ahead.learn(*page, is_cheap(page));
+        }
+        b.owed.clear();
+        b.ahead.rest(b.now);
+    }
+    assert_eq!(sent, [100, 25, 25]);
+    assert_eq!(b.ahead.take_counters().held_back_pages, 150);
 }
 
 #[test]
@@ -153,6 +176,7 @@ fn invariant_6_the_area_is_never_overfilled_and_gives_stale_pages_up_first() {
     // Both are stale: 5 and 6 take their places. In the round after there is none for 2 and 3.
     assert_eq!(b.send(), (vec![5, 6], vec![2, 3]));
     b.round(&[]);
+    b.round(&[]);
     assert_eq!(b.send(), (vec![], vec![]));
     assert_eq!(b.ahead.take_counters().refused_pages, 2);
     assert_eq!(b.sent(), [1, 4, 5, 6]);
@@ -160,6 +184,7 @@ fn invariant_6_the_area_is_never_overfilled_and_gives_stale_pages_up_first() {
     b.round(&[5]);
     assert_eq!(b.send(), (vec![2], vec![5]));
     b.round(&[6]);
+    b.round(&[]);
     b.round(&[]);
     assert_eq!(b.send(), (vec![6], vec![]));
 }

@@ -127,3 +127,7 @@ fn ends_round(command: &CaptureCommand) -> bool {
         | CaptureCommand::Detach => true,
     }
 }
+
+#[cfg(test)]
+#[path = "live_tests.rs"]
+mod tests;

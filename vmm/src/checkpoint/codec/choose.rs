@@ -18,11 +18,13 @@ use super::compress::Lz4;
 use super::counters::PageCounters;
 use super::payoff::Payoff;
 use super::zero::is_zero;
-use super::{Page, PageDigest, PageKey, Payload, SvmPage, delta};
+use super::{Kind, Page, PageDigest, PageKey, Payload, SvmPage, delta};
 use crate::checkpoint::pages::PAGE_BYTES;
 
 /// A delta or a compressed page that is longer goes raw: it would save little and cost the other side time.
 pub const SMALL_MAX_BYTES: usize = PAGE_BYTES * 3 / 4;
+/// What is smaller is no reason to send a page before it is needed.
+const CHEAP_MAX_BYTES: usize = PAGE_BYTES / 8;
 /// A delta takes about as long as a few readings of the clock.
 const DELTA_TIMED_ONE_IN: u32 = 8;
 
@@ -85,6 +87,18 @@ pub enum Choice<'a> {
         /// Of the page.
         digest: PageDigest,
     },
+}
+
+impl Choice<'_> {
+    /// What has to travel is nothing, or little beside a page. One that is sent only to prove something counts as nothing.
+    pub fn is_cheap(&self) -> bool {
+        match self {
+            Self::Equal { .. } => true,
+            Self::Send { payload, .. } => {
+                payload.kind() == Kind::Same || payload.data().len() <= CHEAP_MAX_BYTES
+            }
+        }
+    }
 }
 
 /// Decides about pages; has all the memory that this takes.
@@ -209,7 +223,9 @@ impl Shrinker {
         link: Link,
         now_ns: &mut impl FnMut() -> u64,
     ) -> Payload<'a> {
-        if let Some(base) = base.filter(|_| self.delta_payoff.allows()) {
+        // A rest ends by pages that have no base as well: without attempts nobody keeps bases.
+        let is_allowed = self.delta_payoff.allows();
+        if let Some(base) = base.filter(|_| is_allowed) {
             let room = &mut self.delta[..];
             let bytes = self
                 .delta_payoff
@@ -236,7 +252,8 @@ impl Shrinker {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Kind;
+    use super::super::PageCache;
+    use super::super::payoff::REST_MIN_PAGES;
     use super::super::testing::noise;
     use super::*;
 
@@ -351,6 +368,31 @@ mod tests {
     }
 
     #[test]
+    fn cheap_is_what_is_dropped_or_nearly_so() {
+        let (old, mut chooser) = (noise(1), chooser());
+        let svm = SvmPage::Clean;
+        let mut is_cheap = |page: &Page, base, link| {
+            let known = Known { svm, base };
+            chooser.choose(page, &known, link, || 0).is_cheap()
+        };
+        let mut half = old;
+        half[..2048].copy_from_slice(&noise(2)[..2048]);
+        assert!(is_cheap(&old, base(&old), IDLE), "equal");
+        assert!(is_cheap(&nudged(&old), base(&old), IDLE), "a small delta");
+        assert!(is_cheap(&ZEROS, None, IDLE), "a flag");
+        assert!(is_cheap(&TEXT, None, BUSY), "compressed to next to nothing");
+        assert!(!is_cheap(&half, base(&old), IDLE), "a large delta");
+        assert!(!is_cheap(&old, None, IDLE), "all of it");
+        let mut proving = Chooser::new(key(), 1);
+        let known = Known {
+            svm,
+            base: base(&old),
+        };
+        let proof = proving.choose(&old, &known, IDLE, || 0);
+        assert!(matches!(proof, Choice::Send { .. }) && proof.is_cheap());
+    }
+
+    #[test]
     fn what_does_not_pay_rests() {
         let mut chooser = chooser();
         let mut now_ns = 0;
@@ -376,6 +418,56 @@ mod tests {
         assert!(kinds[64..].iter().all(|&kind| kind == Kind::Raw));
         assert!(!chooser.wants_bases());
         assert_eq!(chooser.counters().delta_attempts.rested, 36);
+    }
+
+    /// One checkpoint after the other of the same few pages, each changed a little. The sender keeps a page as a base while
+    /// deltas are wanted, and gives the older base up otherwise. Gives the deltas of each checkpoint.
+    fn deltas(chooser: &mut Chooser, cache: &mut PageCache, checkpoints: u8, ns: u64) -> Vec<u32> {
+        let mut now_ns = 0;
+        let one = |seed| {
+            let mut deltas = 0;
+            for number in 0..8 {
+                let mut page = noise(number);
+                page[..8].fill(seed);
+                let known = Known {
+                    svm: SvmPage::Clean,
+                    base: cache.get(number),
+                };
+                let clock = || {
+                    now_ns += ns;
+                    now_ns
+                };
+                let choice = chooser.choose(&page, &known, IDLE, clock);
+                let Choice::Send { payload, digest } = choice else {
+                    panic!("dropped")
+                };
+                deltas += u32::from(payload.kind() == Kind::Delta);
+                match chooser.wants_bases() {
+                    true => drop(cache.insert(number, &page, digest)),
+                    false => cache.supersede(number),
+                }
+            }
+            cache.commit();
+            deltas
+        };
+        (0..checkpoints).map(one).collect()
+    }
+
+    #[test]
+    fn deltas_that_rested_come_back_though_no_base_was_kept_meanwhile() {
+        let (mut chooser, mut cache) = (chooser(), PageCache::new(1, 8));
+        // Slow until they rest.
+        let slow = deltas(&mut chooser, &mut cache, 9, 10_000);
+        assert_eq!(slow, [0, 8, 8, 8, 8, 8, 8, 8, 8]);
+        assert!(!chooser.wants_bases());
+        let fast = deltas(&mut chooser, &mut cache, 100, 0);
+        let rest = REST_MIN_PAGES as usize / 8;
+        assert!(fast[..rest].iter().all(|&deltas| deltas == 0), "{fast:?}");
+        // One checkpoint without bases, or with few, and all is as before.
+        assert!(
+            fast[rest + 1..].iter().all(|&deltas| deltas == 8),
+            "{fast:?}"
+        );
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! It is asked after each window of attempts. If not, the way rests for a number of pages, which quadruples each time up to a
 //! limit, and is then tried for a window again.
 //!
-//! Invariants: the cost of an attempt that was not timed is that of the timed ones of its window; a way that pays again rests
-//! for a short time at first.
+//! Invariants: the cost of an attempt that was not timed is that of the timed ones of its window, without the longest of
+//! these: whoever was interrupted knows nothing of the work; a way that pays again rests for a short time at first.
 //!
 //! Holds no clock: who tries tells how long it took.
 
@@ -27,6 +27,8 @@ pub struct Payoff {
     attempts: u32,
     timed: u32,
     timed_ns: u64,
+    /// Part of it: the longest.
+    longest_ns: u64,
     saved_bytes: u64,
     rest_left_pages: u32,
     rest_next_pages: u32,
@@ -41,6 +43,7 @@ impl Payoff {
             attempts: 0,
             timed: 0,
             timed_ns: 0,
+            longest_ns: 0,
             saved_bytes: 0,
             rest_left_pages: 0,
             rest_next_pages: REST_MIN_PAGES,
@@ -79,8 +82,10 @@ impl Payoff {
         let start_ns = if is_timed { now_ns() } else { 0 };
         let bytes = attempt();
         if is_timed {
+            let took_ns = now_ns().saturating_sub(start_ns);
             self.timed += 1;
-            self.timed_ns += now_ns().saturating_sub(start_ns);
+            self.timed_ns += took_ns;
+            self.longest_ns = self.longest_ns.max(took_ns);
         }
         self.counter.tried += 1;
         self.attempts += 1;
@@ -103,12 +108,16 @@ impl Payoff {
             self.rest_next_pages = (self.rest_next_pages * 4).min(REST_MAX_PAGES);
         }
         (self.attempts, self.timed) = (0, 0);
-        (self.timed_ns, self.saved_bytes) = (0, 0);
+        (self.timed_ns, self.longest_ns, self.saved_bytes) = (0, 0, 0);
     }
 
     fn has_paid(&self, link_bytes_per_s: u64) -> bool {
         let attempts = u128::from(self.attempts);
-        let cpu_ns = u128::from(self.timed_ns) * attempts / u128::from(self.timed.max(1));
+        let (timed, timed_ns) = match self.timed {
+            0 | 1 => (1, self.timed_ns),
+            timed => (timed - 1, self.timed_ns - self.longest_ns),
+        };
+        let cpu_ns = u128::from(timed_ns) * attempts / u128::from(timed);
         let saved = u128::from(self.saved_bytes);
         saved > 0 && saved * 1_000_000_000 >= cpu_ns * u128::from(link_bytes_per_s)
     }
@@ -168,6 +177,22 @@ mod tests {
         assert!(!payoff.is_resting());
         window(&mut payoff, 10, None);
         assert_eq!(rest(&mut payoff), REST_MIN_PAGES);
+    }
+
+    #[test]
+    fn one_interruption_says_nothing_of_the_work() {
+        for (interruptions, rests) in [(1, false), (2, true)] {
+            let mut payoff = Payoff::new(8);
+            let clock = Cell::new(0);
+            for n in 0..WINDOW {
+                payoff.attempt(LINK, &mut || clock.get(), || {
+                    let is_interrupted = n.is_multiple_of(8) && n / 8 < interruptions;
+                    clock.set(clock.get() + if is_interrupted { 10_000_000 } else { 300 });
+                    Some(&RESULT[..100])
+                });
+            }
+            assert_eq!(payoff.is_resting(), rests, "{interruptions}");
+        }
     }
 
     #[test]

@@ -118,25 +118,27 @@ impl Outbound {
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         // Back in any case: after an abort the fill goes on counting.
-        let Some(ahead) = self.ahead.take() else {
+        let Some(mut ahead) = self.ahead.take() else {
             return Ok(Duration::ZERO);
         };
-        let sent = self.send_names_of(&ahead, is_off);
+        let sent = self.send_names_of(&mut ahead, is_off);
         self.ahead = Some(ahead);
         sent
     }
 
     fn send_names_of(
         &mut self,
-        ahead: &Ahead,
+        ahead: &mut Ahead,
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         let mut waited = Duration::ZERO;
         let mut names = NameList::new(self.chunk_bytes);
-        for number in ahead.sent().iter() {
+        let (relied_on, history) = ahead.relied_on();
+        for (number, digest) in relied_on {
             waited += self.await_digest(number, is_off)?;
-            let digest = ahead.digest(number);
-            if self.svm_has(number, digest) {
+            let is_equal = self.svm_has(number, digest);
+            history.learn(number, is_equal);
+            if is_equal {
                 self.names.equal_pages += 1;
                 continue;
             }

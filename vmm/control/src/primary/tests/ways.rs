@@ -4,7 +4,7 @@ use super::*;
 use crate::{Mode, Notice, Pace, Storm};
 
 const STORM: Storm = Storm {
-    checkpoints: 3,
+    share_pct: 10,
     window_us: 20_000,
     interval_min_us: 500,
     interval_max_us: 5_000,
@@ -110,16 +110,25 @@ fn rule_21_a_storm_leads_to_remus_and_is_an_event() {
     assert_eq!(b.core.mode(), Mode::Colo);
     let (halt, buffer, actions) = wanted(&mut b, 0);
     assert!(halt && buffer);
-    assert!(actions.contains(&Action::Tell(Notice::Storm {
-        checkpoints: 3,
-        window_us: 20_000,
-        retry_us: 15_000
-    })));
+    let is_told = |action: &Action| {
+        matches!(
+            action,
+            Action::Tell(Notice::Storm {
+                checkpoints: 3,
+                share_pct: 15..=16,
+                window_us: 20_000,
+                retry_us: 15_000
+            })
+        )
+    };
+    assert!(actions.iter().any(is_told), "{actions:?}");
+    let share_pct = b.core.checkpoint_share_pct(b.now);
+    assert_eq!(share_pct, 0, "the next one begins with nothing");
     assert_eq!((b.core.mode(), b.core.counters().storms), (Mode::Remus, 1));
 }
 
 #[test]
-fn rule_21_below_the_rate_the_pair_goes_on_comparing() {
+fn rule_21_below_the_share_the_pair_goes_on_comparing() {
     let mut b = bench(Mode::Colo);
     b.pair();
     for _ in 0..20 {
