@@ -4,8 +4,8 @@
 //! about: the two have permissions of their own. A request is `snapshot PATH`; the answer has `ok`, or
 //! `error` with the reason in words.
 //!
-//! Invariants: nobody waits for a client, whether it writes nothing, or slowly, or does not read; there are at
-//! most [`CLIENTS_MAX`] of them; every request gets one answer, also when nobody handled it.
+//! Invariants: nobody waits for a client, whether it writes nothing, or slowly, or does not read; there are 16 of them
+//! at most; every request gets one answer, also when nobody handled it.
 //!
 //! Does not carry requests out.
 
