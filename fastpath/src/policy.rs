@@ -89,8 +89,18 @@ struct File {
     rule: Vec<Table>,
 }
 
-/// Reads and checks a file.
-pub fn read(path: &Path) -> Result<Policy, PolicyError> {
+/// What a file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    /// The rules.
+    pub policy: Policy,
+    /// Names them, for two hosts to compare: how many, and a checksum over them. Comments, blank lines and the order of
+    /// a rule's fields do not count.
+    pub fingerprint: String,
+}
+
+/// Reads and checks a file, once: the rules are those that the name is of.
+pub fn read(path: &Path) -> Result<Named, PolicyError> {
     let text = std::fs::read_to_string(path).map_err(|source| PolicyError::Read {
         path: path.to_owned(),
         source,
@@ -98,28 +108,18 @@ pub fn read(path: &Path) -> Result<Policy, PolicyError> {
     parse(path, &text)
 }
 
-/// Names what a file says, for two hosts to compare: the number of rules and a checksum over them. Comments, blank lines
-/// and the order of a rule's fields do not count.
-pub fn fingerprint(path: &Path) -> Result<String, PolicyError> {
-    let text = std::fs::read_to_string(path).map_err(|source| PolicyError::Read {
-        path: path.to_owned(),
-        source,
-    })?;
-    let file: File = toml::from_str(&text).map_err(|source| PolicyError::Parse {
-        path: path.to_owned(),
-        source: Box::new(source),
-    })?;
+fn fingerprint(file: &File) -> String {
     let mut sum = crc32fast::Hasher::new();
     for rule in &file.rule {
         // A table is in the order of its keys.
         sum.update(rule.to_string().as_bytes());
         sum.update(b"\0");
     }
-    Ok(format!("{} rules, {:08x}", file.rule.len(), sum.finalize()))
+    format!("{} rules, {:08x}", file.rule.len(), sum.finalize())
 }
 
 /// Checks the text of a file; `path` is for errors.
-pub fn parse(path: &Path, text: &str) -> Result<Policy, PolicyError> {
+pub fn parse(path: &Path, text: &str) -> Result<Named, PolicyError> {
     let file: File = toml::from_str(text).map_err(|source| PolicyError::Parse {
         path: path.to_owned(),
         source: Box::new(source),
@@ -137,7 +137,10 @@ pub fn parse(path: &Path, text: &str) -> Result<Policy, PolicyError> {
         };
         reader.rule()
     });
-    Ok(Policy::new(rules.collect::<Result<_, _>>()?))
+    Ok(Named {
+        policy: Policy::new(rules.collect::<Result<_, _>>()?),
+        fingerprint: fingerprint(&file),
+    })
 }
 
 /// One rule.
@@ -354,7 +357,9 @@ mod tests {
     use super::*;
 
     fn rules(text: &str) -> Result<Policy, String> {
-        parse(Path::new("flows.toml"), text).map_err(|error| error.to_string())
+        let said = parse(Path::new("flows.toml"), text);
+        said.map(|said| said.policy)
+            .map_err(|error| error.to_string())
     }
 
     #[test]
@@ -408,6 +413,22 @@ mod tests {
         ]);
         assert_eq!(policy, Ok(expected));
         assert_eq!(rules(""), Ok(Policy::default()));
+    }
+
+    #[test]
+    fn one_read_gives_the_rules_and_what_names_them() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let said = |text: &str| {
+            std::fs::write(file.path(), text).unwrap();
+            read(file.path()).unwrap()
+        };
+        let one = said("[[rule]]\naction = \"hold\"\nguest_port = 9\n");
+        let same = said("# why\n[[rule]]\n\nguest_port = 9\naction = \"hold\"\n");
+        let other = said("[[rule]]\naction = \"release\"\nguest_port = 9\n");
+        assert_eq!(one, same);
+        assert!(one.fingerprint.starts_with("1 rules, "), "{one:?}");
+        assert_ne!(one.policy, other.policy);
+        assert_ne!(one.fingerprint, other.fingerprint);
     }
 
     #[test]

@@ -138,7 +138,7 @@ pub struct CompareConfig {
     /// What that file says.
     #[serde(skip)]
     pub rules: Policy,
-    /// Names what it says, for the other host: see [`policy::fingerprint`].
+    /// Names what it says, for the other host: see [`policy::Named`].
     #[serde(skip)]
     pub fingerprint: Option<String>,
 }
@@ -416,8 +416,8 @@ impl CompareConfig {
                 path: path.to_owned(),
                 source: Box::new(source),
             };
-            self.rules = policy::read(file).map_err(refused)?;
-            self.fingerprint = Some(policy::fingerprint(file).map_err(refused)?);
+            let said = policy::read(file).map_err(refused)?;
+            (self.rules, self.fingerprint) = (said.policy, Some(said.fingerprint));
         }
         Ok(())
     }

@@ -23,6 +23,7 @@ mod frames;
 mod ledger;
 mod limits;
 mod list;
+mod past;
 mod policy;
 mod primary;
 mod recent;

@@ -76,7 +76,7 @@ pub struct PrimaryStats {
     pub svm_overflow: u64,
     /// SVM output that came as a digest.
     pub digests: u64,
-    /// Digests whose headers do not say what they stand for: bytes were asked for.
+    /// Digests whose headers do not say what they stand for: bytes were asked for, or are others.
     pub bad_digests: u64,
     /// SVM output whose bytes were asked for, because its digest did not say enough.
     pub fetched: u64,

@@ -73,6 +73,7 @@ impl Follower {
                 Action::Fetch { svm_seq } => Want::Fetch(svm_seq),
                 Action::SvmReleased { svm_seq } => Want::Report(svm_seq),
                 Action::Checkpoint(divergence) => Want::Checkpoint(divergence),
+                Action::PendingReleased { epoch } => Want::Pending(epoch),
                 other => panic!("{other:?}"),
             });
         }
@@ -92,6 +93,7 @@ enum Want {
     Fetch(u64),
     Report(u64),
     Checkpoint(Divergence),
+    Pending(u64),
 }
 use Want::{Checkpoint, Fetch, Release, Report};
 
@@ -356,4 +358,53 @@ fn a_secondary_sends_digests_of_what_is_large_and_plain_and_bytes_once_they_are_
     // What is released before it is sent again is not sent.
     path.close(&mut frames);
     assert_eq!(frames.used(), 0);
+}
+
+/// What was announced is waited for, and would be reported never: a commit has to cover it.
+#[test]
+fn bytes_of_another_frame_than_was_announced_are_a_divergence() {
+    let bytes: Vec<u8> = (0..=255).cycle().take(1000).collect();
+    let whole = segment(Side::V4, 0, &bytes);
+    let others = [
+        segment(Side::V4, 1, &bytes),
+        segment(Side::V4, 0, &bytes[1..]),
+        Segment::new(Side::V4)
+            .ports(81, 9)
+            .seq(7000)
+            .payload(&bytes)
+            .bytes(),
+        udp(Side::V4, false, 53, 5000, &bytes),
+        segment(Side::V6, 0, &bytes),
+    ];
+    for other in others {
+        let mut follower = Follower::new(Some(digest_key()));
+        let first = segment(Side::V4, 0, &bytes[..400]);
+        follower.pvm(&first);
+        follower.digest(1, &whole);
+        assert_eq!(follower.wants(), [Fetch(1)]);
+        follower.bytes(1, &other);
+        let wants = follower.wants();
+        let [Checkpoint(divergence)] = &wants[..] else {
+            panic!("{wants:?}")
+        };
+        assert_eq!(divergence.cause, Cause::Header);
+        assert_eq!(follower.path.stats().bad_digests, 1);
+        // Nothing comes of what follows, until there is a commit.
+        follower.bytes(1, &whole);
+        assert!(
+            !follower
+                .wants()
+                .iter()
+                .any(|want| matches!(want, Release(..)))
+        );
+        let epoch = follower.path.cut(follower.now_us).unwrap();
+        let now_us = follower.now_us;
+        follower
+            .path
+            .commit(now_us, &mut follower.frames, epoch)
+            .unwrap();
+        let released = Release(first, Right::Checkpoint);
+        assert!(follower.wants().contains(&released));
+        follower.close();
+    }
 }

@@ -14,6 +14,7 @@ use colo_compare::{Action, Divergence, Frames, Limits, Passed, Policy, PrimaryPa
 use crate::address::Socket;
 use crate::error::SocketsError;
 use crate::input::{BATCH, Input};
+use crate::intake::Message;
 use crate::notify::Notify;
 use crate::outlet::Outlet;
 use crate::ready::{Interest, wait};
@@ -214,23 +215,41 @@ impl Engine {
             return false;
         };
         let mut svm_seq = self.svm_seq;
+        let vnet_hdr = primary.vnet_hdr();
         let mut next = [primary.next(), secondary.next()];
-        while let (Some(one), Some(other)) =
-            (primary.peek(next[0], slab), secondary.peek(next[1], slab))
-        {
-            let ends = [one.end, other.end];
-            match pairs.take(one.frame, other.frame) {
-                Passed::Neither => break,
-                Passed::Both => {}
-                Passed::BothAndKeep(history) => {
-                    let (range, lead) = (other.range(), other.lead);
-                    if let Some(token) = slab.insert(Side::Secondary, range, lead) {
-                        pairs.keep(slab, history, svm_seq + 1, token);
-                    }
+        loop {
+            let whole = [
+                primary.read_from(next[0], slab),
+                secondary.read_from(next[1], slab),
+            ];
+            let mut rest = whole;
+            let kept = loop {
+                let (Some(one), Some(other)) = (
+                    Message::first(rest[0], vnet_hdr),
+                    Message::first(rest[1], vnet_hdr),
+                ) else {
+                    break None;
+                };
+                let passed = pairs.take(one.frame, other.frame);
+                if matches!(passed, Passed::Neither) {
+                    break None;
                 }
+                svm_seq += 1;
+                rest = [one.rest, other.rest];
+                if let Passed::BothAndKeep(history) = passed {
+                    break Some((history, other.lead, other.lead + other.frame.len()));
+                }
+            };
+            for side in 0..2 {
+                next[side] += whole[side].len() - rest[side].len();
             }
-            svm_seq += 1;
-            next = ends;
+            let Some((history, lead, len)) = kept else {
+                break;
+            };
+            let range = next[1] - len..next[1];
+            if let Some(token) = slab.insert(Side::Secondary, range, lead) {
+                pairs.keep(slab, history, svm_seq, token);
+            }
         }
         let passed = svm_seq - self.svm_seq;
         (self.svm_seq, self.svm_settled) = (svm_seq, self.svm_settled + passed);
@@ -268,8 +287,7 @@ impl Engine {
                 .intake
                 .unparsed()
                 .saturating_sub(other.intake.unparsed());
-            let next = other.intake.next();
-            more > BEHIND_BYTES && other.intake.peek(next, &self.slab).is_none()
+            more > BEHIND_BYTES && !other.intake.has_message(&self.slab)
         };
         let input = match () {
             () if ahead(&self.primary, &self.secondary) => &mut self.secondary,

@@ -136,7 +136,7 @@ impl PrimaryPath {
         let flow = id.and_then(|id| self.flows.get_mut(id));
         let (Some(id), Some(flow)) = (id, flow) else {
             frames.release(token);
-            return;
+            return self.refuse_bytes(svm_seq);
         };
         let at = {
             let mut all = self.ledger.svm.iter(&flow.svm);
@@ -148,9 +148,8 @@ impl PrimaryPath {
             frame.payload != Payload::Bytes && frame.packet == packet.layout
         };
         let Some(frame) = frame.filter(is_wanted) else {
-            // Its flow has no use for it any more.
             frames.release(token);
-            return;
+            return self.refuse_bytes(svm_seq);
         };
         frames.release(core::mem::replace(&mut frame.token, token));
         frame.payload = Payload::Bytes;
@@ -161,6 +160,20 @@ impl PrimaryPath {
         match divergence {
             Some(divergence) => self.diverge(id, divergence),
             None => self.pump(now_us, frames, id),
+        }
+    }
+
+    /// An answer is not the frame that a digest stood for, or is of no use to its flow any more. What waits for it would
+    /// never be reported: a commit has to cover it.
+    #[cold]
+    fn refuse_bytes(&mut self, svm_seq: u64) {
+        let asked = (0..self.ledger.svm.nodes()).find_map(|at| {
+            let frame = self.ledger.svm.get(at)?;
+            (frame.svm_seq == svm_seq && frame.waits_for_bytes()).then_some(frame.flow)
+        });
+        if let Some(id) = asked.filter(|id| self.flows.get(*id).is_some()) {
+            self.ledger.stats.bad_digests += 1;
+            self.diverge(id, Divergence::plain(Cause::Header, None));
         }
     }
 

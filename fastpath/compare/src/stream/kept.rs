@@ -4,14 +4,16 @@
 //! Invariants: `svm` is sorted by connection, then place; `mark` is its first segment that is not
 //! reported, so nothing before it is looked at for bytes that have not left.
 
-use super::segments::same_overlap;
+use super::segments::{same_as_past, same_overlap};
 use super::{Mark, size, tcp_of};
 use crate::cause::Divergence;
 use crate::frames::Frames;
 use crate::ledger::{Ledger, Payload, SvmFrame};
 use crate::list::{Lists, NIL};
+use crate::past::{Past, PastSegment};
 use crate::seq;
-use crate::table::{Flow, Held, seen};
+use crate::stats::PrimaryStats;
+use crate::table::{Flow, FlowId, Held, seen};
 use crate::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
 
 impl Flow {
@@ -29,7 +31,23 @@ impl Flow {
         if is_new && stream.has_left(ack) {
             stream.set(Mark::Una, Some(ack));
             self.prune(u32::MAX, ledger, frames);
+            // Of what was copied nothing is taken out: no more can be owed than has left.
+            let stream = &mut self.stream;
+            let left = stream.get(Mark::LeftHigh).unwrap_or(ack);
+            stream.history_bytes = stream.history_bytes.min(left.wrapping_sub(ack));
         }
+    }
+
+    /// Takes note of a segment that the PVM produced; gives its incarnation.
+    #[inline]
+    pub(crate) fn produced(&mut self, tcp: &Tcp) -> u32 {
+        let closed = seen::GUEST_CLOSED | seen::PEER_CLOSED;
+        if !tcp.has(SYN) || self.seen & closed == 0 {
+            return self.stream.produced(tcp);
+        }
+        // Its own repetitions are no other ones.
+        self.seen &= !closed;
+        self.stream.produced_after(tcp, true)
     }
 
     /// The frame that was judged has left.
@@ -109,6 +127,62 @@ impl Flow {
         if self.stream.history_bytes > max_history_bytes {
             self.prune(max_history_bytes, ledger, frames);
         }
+    }
+
+    /// Whether one more copy can be kept without a look at what is kept in frames.
+    #[inline(always)]
+    pub(crate) fn has_room_for_copy(&self, payload_len: u16, max_history_bytes: u32) -> bool {
+        let bytes = self.stream.history_bytes.wrapping_add(payload_len.into());
+        bytes <= max_history_bytes || self.svm.is_empty()
+    }
+
+    /// A short segment that has left exactly is copied as history; what is kept in frames has made room. Above the
+    /// limit the oldest copy is not looked for any more: see [`Flow::past`].
+    #[inline(always)]
+    pub(crate) fn keeps_copy(
+        &mut self,
+        payload_len: u16,
+        max_history_bytes: u32,
+        stats: &mut PrimaryStats,
+    ) {
+        self.stream.keeps(payload_len);
+        if self.stream.history_bytes > max_history_bytes {
+            self.stream.history_bytes -= u32::from(payload_len);
+            stats.history_dropped += 1;
+        }
+    }
+
+    /// A copy is about to be overwritten. Gives whether it was still of use.
+    #[inline(always)]
+    pub(crate) fn gives_up(&mut self, past: &Past, max_history_bytes: u32) -> bool {
+        let stream = &mut self.stream;
+        let end = past.seq.wrapping_add(u32::from(past.payload_len()));
+        let is_covered = |mark: Mark| stream.get(mark).is_some_and(|number| seq::le(end, number));
+        let is_owed = past.incarnation == stream.incarnation
+            && stream.is_within(past.seq, max_history_bytes)
+            && !is_covered(Mark::Una)
+            && !is_covered(Mark::Base);
+        if is_owed {
+            let len = u32::from(past.payload_len());
+            stream.history_bytes = stream.history_bytes.saturating_sub(len);
+        }
+        is_owed
+    }
+
+    /// The copies of a connection's segments that are within its limit, the latest first.
+    pub(crate) fn past<'a>(
+        &self,
+        id: FlowId,
+        incarnation: u32,
+        ledger: &'a Ledger,
+    ) -> impl Iterator<Item = PastSegment<'a>> {
+        let of_this = incarnation == self.stream.incarnation;
+        let high = self.stream.get(Mark::LeftHigh).filter(|_| of_this);
+        let max_bytes = ledger.max_history_bytes;
+        let all = high.map(|high| (high, ledger.past.of(id, incarnation)));
+        all.into_iter().flat_map(move |(high, segments)| {
+            segments.take_while(move |past| high.wrapping_sub(past.seq) <= max_bytes)
+        })
     }
 
     /// Whether the segment, the flow's next one, has to wait: it is plain new data, and the SVM has
@@ -191,7 +265,8 @@ impl Flow {
             let next = ledger.svm.next(at);
             let is_covered = below(tcp.end());
             if is_covered || is_surplus {
-                self.stream.history_bytes -= size(tcp);
+                let bytes = self.stream.history_bytes;
+                self.stream.history_bytes = bytes.saturating_sub(size(tcp));
                 ledger.stats.history_dropped += u64::from(!is_covered);
                 ledger.recycle_svm(&mut self.svm, at, frames);
             }
@@ -208,7 +283,8 @@ impl Flow {
         frames: &mut F,
     ) {
         if let Some(frame) = ledger.svm.get(at).filter(|frame| frame.reported) {
-            self.stream.history_bytes -= size(tcp_of(frame));
+            let bytes = self.stream.history_bytes;
+            self.stream.history_bytes = bytes.saturating_sub(size(tcp_of(frame)));
             ledger.stats.history_dropped += 1;
             ledger.recycle_svm(&mut self.svm, at, frames);
         }
@@ -258,9 +334,14 @@ impl Flow {
         let tcp = *tcp_of(&frame);
         let stream = &mut self.stream;
         // After learning, the secondary translates a repeated SYN to the PVM's number.
-        let is_known = stream.get(Mark::SvmIsn) == Some(tcp.seq)
-            || (stream.get(Mark::PvmIsn) == Some(tcp.seq)
-                && stream.svm_incarnation == stream.pvm_incarnation);
+        let is_pvms = stream.get(Mark::PvmIsn) == Some(tcp.seq);
+        let is_behind = stream.svm_incarnation < stream.pvm_incarnation;
+        // A guest may begin all connections with the same number: behind a FIN it is another one, and where the PVM
+        // has begun another one with it.
+        let is_known = match stream.get(Mark::SvmIsn) == Some(tcp.seq) {
+            true => !stream.svm_fin && !(is_pvms && is_behind),
+            false => is_pvms && stream.svm_incarnation == stream.pvm_incarnation,
+        };
         if tcp.has(SYN) && !is_known {
             stream.svm_incarnation += 1;
             stream.set(Mark::SvmIsn, Some(tcp.seq));
@@ -349,6 +430,19 @@ impl Flow {
         ledger: &mut Ledger,
         frames: &F,
     ) -> Option<Divergence> {
+        if let Some(new) = ledger.svm.get(new_at) {
+            let mut all = self.past(new.flow, new.incarnation, ledger);
+            let compared = all.find_map(|old| match same_as_past(new, &old, ledger, frames) {
+                Some(Ok(())) => None,
+                other => Some(other),
+            });
+            drop(all);
+            match compared {
+                Some(Some(Err(divergence))) => return Some(divergence),
+                Some(_) => ledger.fetch(new_at),
+                None => {}
+            }
+        }
         let mut at = self.svm.head;
         while let (Some(old), Some(new)) = (ledger.svm.get(at), ledger.svm.get(new_at)) {
             let next = ledger.svm.next(at);

@@ -63,5 +63,8 @@ pub(crate) fn run(args: CompareArgs) -> ExitCode {
 }
 
 fn read_policy(file: Option<PathBuf>) -> Result<Policy, PolicyError> {
-    file.map_or(Ok(Policy::default()), |file| policy::read(&file))
+    file.map_or(
+        Ok(Policy::default()),
+        |file| Ok(policy::read(&file)?.policy),
+    )
 }
