@@ -39,7 +39,7 @@ use crate::stats::WorkerStats;
 pub use command::{Command, Task, WorkerGone, WorkerHandle};
 pub use edge::{Edge, Handed, NicReport};
 pub use idle::{PollMode, SPIN_MAX_US};
-pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState};
+pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState, Stays};
 pub use role::{BATCH, Role, Solo};
 pub use shards::{quiesce_all, resume_all, set_active_pairs, spawn_shards};
 pub use wires::PortWiring;

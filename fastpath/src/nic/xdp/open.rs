@@ -248,7 +248,8 @@ impl XdpNic {
                 queues,
             });
         }
-        let mut opened = Queue::new(socket, base, RING_ENTRIES.min(target as u32));
+        let slots = self.uses.len();
+        let mut opened = Queue::new(socket, base, RING_ENTRIES.min(target as u32), slots);
         let filled = opened.refill(frames, &mut self.uses, 0);
         self.queues.push(opened);
         filled.map_err(|source| self.address_error(source))
