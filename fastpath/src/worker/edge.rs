@@ -159,13 +159,10 @@ impl Edge {
             false => 0,
         };
         let since_ns = self.frames.stamped_ns(&token);
-        let gathered_bytes = self.stats.copied_gathered_bytes.get();
         match self.nic.send(&mut self.frames, token) {
             Sent::Done => {
                 self.stats.nic_tx_frames.add(1);
-                if self.stats.copied_gathered_bytes.get() == gathered_bytes {
-                    self.stats.tx_in_place_bytes.add(in_place_bytes);
-                }
+                self.stats.tx_in_place_bytes.add(in_place_bytes);
                 self.record(Stage::CompareToNic, since_ns);
             }
             Sent::Full(token) => {
