@@ -182,7 +182,10 @@ impl Worker {
             }
             match self.idle.next(now_us) {
                 Next::Spin if !self.halted => std::hint::spin_loop(),
-                Next::Yield if !self.halted => thread::yield_now(),
+                Next::Yield if !self.halted => {
+                    self.stats.yields.add(1);
+                    thread::yield_now();
+                }
                 _ => self.sleep(now_us),
             }
         }
