@@ -1,12 +1,13 @@
 //! Replication: the link, the arbiter, and the control threads of the two roles.
 //!
 //! `primary` and `secondary` carry out what the cores of `colo-control` decide; `link` and `control_link` are the
-//! channels, `arbiter` the generation file, `report` what `colo status` shows.
+//! channels, `opening` opens those for packets, `arbiter` is the generation file, `report` what `colo status` shows.
 
 pub mod arbiter;
 mod control_link;
 mod host;
 pub mod link;
+mod opening;
 mod primary;
 mod report;
 mod secondary;

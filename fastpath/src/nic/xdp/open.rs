@@ -248,8 +248,12 @@ impl XdpNic {
                 queues,
             });
         }
-        let slots = self.uses.len();
-        let mut opened = Queue::new(socket, base, RING_ENTRIES.min(target as u32), slots);
+        // All frames leave by the first.
+        let sends = match self.queues.is_empty() {
+            true => self.uses.len(),
+            false => 0,
+        };
+        let mut opened = Queue::new(socket, base, RING_ENTRIES.min(target as u32), sends);
         let filled = opened.refill(frames, &mut self.uses, 0);
         self.queues.push(opened);
         filled.map_err(|source| self.address_error(source))

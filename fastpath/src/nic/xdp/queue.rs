@@ -57,8 +57,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// A queue that may have all of `slots` slots under way.
-    pub(super) fn new(socket: XskSocket, base: u64, fill_target: u32, slots: usize) -> Self {
+    /// A queue that may have `sends` frames under way at most.
+    pub(super) fn new(socket: XskSocket, base: u64, fill_target: u32, sends: usize) -> Self {
         Self {
             socket,
             base,
@@ -67,7 +67,7 @@ impl Queue {
             partial: None,
             spoilt: false,
             completing: None,
-            strays: Strays::with_capacity(slots),
+            strays: Strays::with_capacity(sends),
             in_flight: 0,
         }
     }
