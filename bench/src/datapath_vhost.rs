@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use colo_compare::Limits;
-use colo_fastpath::frame::TxMode;
+use colo_fastpath::frame::{IN_PLACE_MIN, TxMode};
 use colo_fastpath::net_offer::NetOffer;
 use colo_fastpath::nic::Sink;
 use colo_fastpath::pair::{LocalPairRole, LocalReport, SvmSide};
@@ -39,6 +39,8 @@ struct Row {
     kind: &'static str,
     /// Bytes of a frame, Ethernet header included.
     payload: u16,
+    /// With which bytes frames leave.
+    tx: TxMode,
     /// Pairs that were compared and released.
     pairs_per_s: f64,
     /// Packets of both ports together that DPDK took.
@@ -63,19 +65,30 @@ pub(crate) fn run(
         .map_err(BenchError::io("reserve huge pages"))?;
     let mut rows = Vec::new();
     for &payload in lengths {
-        let (mut ours, mut peer) = (Vec::new(), Vec::new());
+        // Short frames are copied in any case.
+        let modes = match usize::from(payload) < IN_PLACE_MIN {
+            true => &[TxMode::Twin][..],
+            false => &[TxMode::Twin, TxMode::InPlace],
+        };
+        let (mut ours, mut peer) = (vec![Vec::new(); modes.len()], Vec::new());
         for _ in 0..rounds {
-            ours.push(pairs(place, payload)?);
+            for (ours, &tx) in ours.iter_mut().zip(modes) {
+                ours.push(pairs(place, payload, tx)?);
+            }
             peer.push(peer_packets(place, payload)?);
         }
-        let [pairs_per_s, peer_packets_per_s] = [ours, peer].map(|all| Range::of(all).median);
-        rows.push(Row {
-            kind: "virtqueues",
-            payload,
-            pairs_per_s,
-            peer_packets_per_s,
-            ratio: pairs_per_s / peer_packets_per_s,
-        });
+        let peer_packets_per_s = Range::of(peer).median;
+        for (ours, &tx) in ours.into_iter().zip(modes) {
+            let pairs_per_s = Range::of(ours).median;
+            rows.push(Row {
+                kind: "virtqueues",
+                payload,
+                tx,
+                pairs_per_s,
+                peer_packets_per_s,
+                ratio: pairs_per_s / peer_packets_per_s,
+            });
+        }
     }
     Ok(VhostOutcome {
         text: text(&rows),
@@ -84,12 +97,24 @@ pub(crate) fn run(
 }
 
 fn text(rows: &[Row]) -> String {
-    let heads = ["kind", "payload", "pairs/s", "DPDK packets/s", "ratio"];
+    let heads = [
+        "kind",
+        "payload",
+        "tx",
+        "pairs/s",
+        "DPDK packets/s",
+        "ratio",
+    ];
     let mut lines = vec![heads.map(str::to_owned).to_vec()];
     for row in rows {
         lines.push(vec![
             row.kind.to_owned(),
             row.payload.to_string(),
+            match row.tx {
+                TxMode::InPlace => "in-place",
+                TxMode::Twin | TxMode::Exact => "twin",
+            }
+            .to_owned(),
             format!("{:.0}", row.pairs_per_s),
             format!("{:.0}", row.peer_packets_per_s),
             format!("{:.3}", row.ratio),
@@ -107,7 +132,7 @@ impl Drop for Stopping {
     }
 }
 
-fn pairs(place: &Place, payload: u16) -> Result<f64, BenchError> {
+fn pairs(place: &Place, payload: u16, tx: TxMode) -> Result<f64, BenchError> {
     let dir = place.scratch()?;
     let sockets = sockets(dir.path());
     let failed = |e: &dyn std::fmt::Display| BenchError::Failed(e.to_string());
@@ -116,7 +141,7 @@ fn pairs(place: &Place, payload: u16) -> Result<f64, BenchError> {
         poll: PollMode::Busy,
         cpu: Some(CPUS[0]),
         frame_slots: FRAME_SLOTS,
-        tx: TxMode::default(),
+        tx,
         stages: false,
     };
     let worker = spawn_unattached(config, Box::new(Sink::new(1500)))

@@ -6,10 +6,11 @@
 //! still lies in the guest's buffer, which is the guest's again only when the frame is released,
 //! copied (*settled*) or matched. A frame that was matched leaves with the bytes it was compared
 //! with (its *twin's*), so what a guest writes after the comparison is never sent (invariant 7).
+//! Of a frame that nobody looks at all bytes may stay in the guest ([`FramePool::keep_whole`]).
 //!
 //! Does not know queues; it hands back the numbers of the guest's buffers.
 
-mod checksum;
+pub(crate) mod checksum;
 mod slots;
 
 use std::cell::{Cell, RefCell};
@@ -33,6 +34,10 @@ pub const HEADROOM: usize = 64;
 
 /// Frames up to this length are copied at once: that costs less than keeping the guest's buffer.
 pub const IN_PLACE_MIN: usize = 512;
+
+const CACHE_LINE_BYTES: usize = 64;
+/// Of a frame that is read from its begin to its end.
+const FETCHED_LINES: usize = 8;
 
 /// Slot size that holds every frame of an MTU, with what a NIC or link puts before it.
 pub const fn slot_bytes_for(mtu: u16) -> usize {
@@ -75,6 +80,17 @@ pub struct Pieces {
 }
 
 impl Pieces {
+    fn none() -> Self {
+        let nothing = Piece {
+            address: std::ptr::null(),
+            len: 0,
+        };
+        Self {
+            list: [nothing; PIECES_MAX],
+            count: 0,
+        }
+    }
+
     fn one(piece: Piece) -> Self {
         let list = [piece; PIECES_MAX];
         Self { list, count: 1 }
@@ -233,6 +249,39 @@ impl FramePool {
         Some(token)
     }
 
+    /// A frame of the guest that stays where it is with its header, in one piece: for who neither looks at it
+    /// nor changes it, since the guest may write all of it until it has left. [`Frames::header`] shows nothing
+    /// of it, [`FramePool::glance`] what is there at the moment. The buffer comes back as that of a frame in place.
+    pub fn keep_whole(&mut self, buffer: Buffer, frame: Segment) -> Option<Token> {
+        if frame.len as usize > self.frame_bytes_max() {
+            return None;
+        }
+        self.keep_in_place(buffer, &[frame], |_| Some(0))
+    }
+
+    /// The frame's first bytes and its length. If none are held, they are copied to `first` as the guest has
+    /// them now: good for a guess, and for what harms only the guest when it is wrong.
+    pub fn glance<'a>(
+        &'a self,
+        token: &Token,
+        first: &'a mut [u8; HEADER_MAX],
+    ) -> (&'a [u8], usize) {
+        let len = self.len(token);
+        if let (Some(place), Some(guest), 0) = (
+            self.place_of(token.slot()),
+            &self.guest,
+            self.slots[token.slot() as usize].held(),
+        ) && let [frame] = *place.rest()
+        {
+            let first = &mut first[..len.min(HEADER_MAX)];
+            // In RAM when the buffer was taken.
+            if guest.read(frame.gpa, first).is_ok() {
+                return (first, len);
+            }
+        }
+        self.view(token)
+    }
+
     /// A slot for the kernel to receive into, by number and its first byte counted from the area's
     /// base; it comes back by [`FramePool::adopt`] or [`FramePool::give_back`].
     pub fn lend(&mut self) -> Option<(u32, usize)> {
@@ -275,6 +324,15 @@ impl FramePool {
         self.slots[token.slot() as usize].strip_front(n);
     }
 
+    /// The frame is about to be read: asks for what of it the processor does not go on to fetch by itself.
+    #[inline]
+    pub(crate) fn fetch(&self, token: &Token) {
+        let bytes = self.host_bytes(token.slot());
+        for line in bytes.chunks(CACHE_LINE_BYTES).take(FETCHED_LINES) {
+            prefetch(line.as_ptr());
+        }
+    }
+
     /// Notes when the frame entered the stage that it is in.
     pub fn stamp(&self, token: &Token, now_ns: u64) {
         self.slots[token.slot() as usize].stamp(now_ns);
@@ -315,6 +373,18 @@ impl FramePool {
     fn host_bytes(&self, slot: u32) -> &[u8] {
         let state = &self.slots[slot as usize];
         self.memory.bytes(slot, state.start(), state.held())
+    }
+
+    /// Whether the checksum of a frame of `len` bytes with this header can bind its payload, from `at` on, to what
+    /// was compared ([`FramePool::bind`]).
+    pub(crate) fn can_bind(header: &[u8], len: usize, at: usize) -> bool {
+        at <= header.len().min(HEADER_MAX) && checksum::applies(header, len, at)
+    }
+
+    /// The payload of a frame that is in place, from `at` on, was compared and has this sum: it leaves under a
+    /// checksum made of that (rule 10).
+    pub(crate) fn bind(&self, token: &Token, at: usize, sum: u16) {
+        self.slots[token.slot() as usize].set_sum(at, sum);
     }
 
     /// Copies the payload of a frame that is in place into its slot.
@@ -369,10 +439,13 @@ impl FramePool {
         }
         self.seal(token);
         let held = self.host_bytes(token.slot());
-        let mut pieces = Pieces::one(Piece {
-            address: held.as_ptr(),
-            len: held.len(),
-        });
+        let mut pieces = match held {
+            [] => Pieces::none(),
+            _ => Pieces::one(Piece {
+                address: held.as_ptr(),
+                len: held.len(),
+            }),
+        };
         if let (Some(place), Some(guest)) = (self.place_of(token.slot()), &self.guest) {
             for segment in place.rest() {
                 let len = segment.len as usize;

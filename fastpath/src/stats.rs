@@ -137,6 +137,8 @@ counters! {
         link_changes,
         /// Batches with work in them.
         busy_batches,
+        /// Times it let other threads run though it did not sleep.
+        yields,
         /// Times the worker went to sleep.
         sleeps,
         /// Commands handled.

@@ -39,7 +39,7 @@ use crate::stats::WorkerStats;
 pub use command::{Command, Task, WorkerGone, WorkerHandle};
 pub use edge::{Edge, Handed, NicReport};
 pub use idle::{PollMode, SPIN_MAX_US};
-pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState};
+pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState, Stays};
 pub use role::{BATCH, Role, Solo};
 pub use shards::{quiesce_all, resume_all, set_active_pairs, spawn_shards};
 pub use wires::PortWiring;
@@ -182,7 +182,10 @@ impl Worker {
             }
             match self.idle.next(now_us) {
                 Next::Spin if !self.halted => std::hint::spin_loop(),
-                Next::Yield if !self.halted => thread::yield_now(),
+                Next::Yield if !self.halted => {
+                    self.stats.yields.add(1);
+                    thread::yield_now();
+                }
                 _ => self.sleep(now_us),
             }
         }

@@ -64,6 +64,8 @@ struct Costs {
     system_calls: u64,
     nic_kicks: u64,
     guest_calls: u64,
+    /// Turns without work, in which others were let run.
+    yields: u64,
     sent: u64,
 }
 
@@ -110,6 +112,7 @@ fn costs_with(nic: Box<dyn Nic>) -> Costs {
         system_calls: counter.read().unwrap(),
         nic_kicks: nic_kicks(&pair) - kicks,
         guest_calls: after.guest_calls - before.guest_calls,
+        yields: after.yields - before.yields,
         sent: after.nic_tx_frames - before.nic_tx_frames,
     };
     let report = pair.report();
@@ -191,6 +194,7 @@ fn crossing_between_shards_asks_nothing_of_the_system() {
         bench.workers.iter().map(|w| of(&w.stats())).sum()
     };
     let calls = sum(&bench, |s| s.guest_calls);
+    let yields = sum(&bench, |s| s.yields);
     let crossed = sum(&bench, |s| s.crossed_in_frames);
     let allocations = ALLOCATIONS.load(Ordering::Relaxed);
     for counter in &mut counters {
@@ -202,6 +206,7 @@ fn crossing_between_shards_asks_nothing_of_the_system() {
     }
     let allocations = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
     let calls = sum(&bench, |s| s.guest_calls) - calls;
+    let yields = sum(&bench, |s| s.yields) - yields;
     let crossed = sum(&bench, |s| s.crossed_in_frames) - crossed;
     let system_calls: u64 = counters.iter_mut().map(|c| c.read().unwrap()).sum();
     println!("{crossed} crossed, {system_calls} system calls, {calls} calls of the guest");
@@ -210,7 +215,7 @@ fn crossing_between_shards_asks_nothing_of_the_system() {
         done.unwrap();
     }
     assert_eq!(allocations, 0);
-    assert_eq!(system_calls, calls);
+    assert!(system_calls <= calls + yields, "{calls} {yields}");
     assert!(calls < 10, "{calls}");
     // Both ways, about half of them.
     assert!(crossed > COUNTED * 3 / 4, "{crossed}");
@@ -224,7 +229,8 @@ fn comparing_asks_nothing_of_the_system() {
     let costs = costs_with(Box::new(Sink::new(1500)));
     assert_eq!(costs.sent, COUNTED);
     assert_eq!(costs.allocations, 0, "{costs:?}");
-    assert_eq!(costs.system_calls, costs.guest_calls, "{costs:?}");
+    let expected = costs.guest_calls + costs.yields;
+    assert!(costs.system_calls <= expected, "{costs:?}");
     assert!(costs.guest_calls < 10, "{costs:?}");
 }
 
@@ -239,7 +245,7 @@ fn sending_over_af_xdp_asks_for_wake_ups_only() {
         let costs = costs_with(Box::new(XdpNic::open(config).unwrap()));
         assert_eq!(costs.allocations, 0, "{costs:?}");
         assert!(costs.sent > COUNTED / 2, "{costs:?}");
-        let wake_ups = costs.nic_kicks + costs.guest_calls;
+        let wake_ups = costs.nic_kicks + costs.guest_calls + costs.yields;
         assert!(costs.system_calls <= wake_ups, "{costs:?}");
         // A batch shares one.
         assert!(costs.nic_kicks < costs.sent, "{costs:?}");

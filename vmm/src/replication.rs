@@ -1,7 +1,8 @@
 //! Replication: the link, the arbiter, and the control threads of the two roles.
 //!
 //! `primary` and `secondary` carry out what the cores of `colo-control` decide; `link` and `control_link` are the
-//! channels, `arbiter` the generation file (`asking` its thread), `report` what `colo status` shows.
+//! channels, `opening` opens those for packets, `arbiter` is the generation file (`asking` its thread), `report` what
+//! `colo status` shows.
 
 pub mod arbiter;
 mod asking;
@@ -10,6 +11,7 @@ mod engine;
 mod guest_end;
 mod host;
 pub mod link;
+mod opening;
 mod primary;
 mod report;
 mod secondary;

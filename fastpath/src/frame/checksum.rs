@@ -95,7 +95,7 @@ fn half(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 /// The sum of big-endian words; an odd byte at the end is a high half.
-pub(super) fn words(bytes: &[u8]) -> u64 {
+pub(crate) fn words(bytes: &[u8]) -> u64 {
     let word = |pair: &[u8]| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0));
     bytes.chunks(2).map(word).sum()
 }

@@ -28,6 +28,7 @@ mod open;
 mod queue;
 mod recover;
 mod stats;
+mod strays;
 mod timer;
 mod watch;
 
@@ -427,7 +428,7 @@ impl Nic for XdpNic {
             frames.release(token);
             return Sent::Refused(io::Error::from_raw_os_error(libc::EMSGSIZE));
         };
-        match self.queues[0].send(&mut self.uses, slot, token, &list[..count]) {
+        match self.queues[0].send(frames, &mut self.uses, slot, token, &list[..count]) {
             Ok(()) => Sent::Done,
             Err(token) => Sent::Full(token),
         }

@@ -21,7 +21,7 @@ use crate::hint::use_huge_pages;
 use crate::stats::WorkerStats;
 use crate::vhost_user::{GuestRings, GuestSide};
 use crate::worker::{
-    BATCH, Edge, FRONT_FRAMES, GuestPort, PortState, Role, WorkerGone, WorkerHandle,
+    BATCH, Edge, FRONT_FRAMES, GuestPort, PortState, Role, Stays, WorkerGone, WorkerHandle,
 };
 
 use super::OnWorkers;
@@ -218,8 +218,8 @@ impl LocalPairRole {
             .min((AHEAD_MAX - ahead.min(AHEAD_MAX)) as usize);
         let frame_max = edge.frames.frame_bytes_max();
         while self.batch.len() < max && edge.frames.free_slots() > 0 {
-            let copied = Some(CopyCause::Role);
-            let Some(token) = self.svm.take(&mut edge.frames, frame_max, copied) else {
+            let stays = Stays::Nothing(CopyCause::Role);
+            let Some(token) = self.svm.take(&mut edge.frames, frame_max, stays) else {
                 break;
             };
             self.batch.push(token);

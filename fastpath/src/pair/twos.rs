@@ -1,8 +1,10 @@
 //! Frames of both guests that are the same, in the same order: they leave by twos, before either is taken.
 //!
 //! Invariants: a frame that leaves has been copied into host memory first, and those bytes were compared with the
-//! other guest's, so neither guest can change what leaves (rule 10, invariant 7); two frames that take more than a
-//! look stay in their queues, and nothing is concluded from what was read of them.
+//! other guest's, so neither guest can change what leaves (rule 10, invariant 7). With `tx = "in-place"` only the
+//! header of a long datagram is copied: the payload leaves from the guest's buffer under a checksum of what was
+//! compared, computed in the same pass. Two frames that take more than a look stay in their queues, and nothing is
+//! concluded from what was read of them.
 //!
 //! Does not wait for counterparts, and does not send.
 
@@ -10,17 +12,22 @@ use std::ops::Range;
 
 use colo_compare::{Frames, HEADER_MAX, Pairs, Passed, Token};
 
-use crate::frame::{FramePool, IN_PLACE_MIN, TxMode};
+use crate::frame::checksum::words;
+use crate::frame::{Buffer, FramePool, IN_PLACE_MIN, TxMode};
+use crate::ring::fold;
 use crate::worker::{FRONT_FRAMES, Front, Shown};
 
 /// Of the SVM's frame so much is read into host memory: Ethernet, IPv4, and TCP with all its options.
 const HEAD_BYTES: usize = 128;
-const _: () = assert!(HEAD_BYTES <= HEADER_MAX);
+const _: () = assert!(HEAD_BYTES <= HEADER_MAX && HEADER_MAX < IN_PLACE_MIN);
+/// Where an IPv4 packet without VLAN tags names its protocol.
+const PROTOCOL_AT: usize = 23;
+const UDP: u8 = 17;
 
 /// Why no more left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
-    /// All that was shown of one guest has left, or there is no slot.
+    /// All that was shown of one guest has left, or there is no slot, or no room in place.
     NoneLeft,
     /// The frames at the front are not for this.
     Neither,
@@ -43,12 +50,26 @@ pub(super) fn pass(
         && let (Some(one), Some(other)) = (pvm.next(), svm.next())
     {
         svm_seq += 1;
-        let Some(token) = pass_one(frames, pairs, [&one, &other], svm_seq) else {
+        let both = [&one, &other];
+        let stays = frames.tx() == TxMode::InPlace && one.len() >= IN_PLACE_MIN;
+        if stays && passed > 0 && frames.in_place() >= pvm.in_place_max() {
+            // When these have left, there is room.
+            break;
+        }
+        let token = match stays {
+            false => pass_one(frames, pairs, both, svm_seq),
+            true if frames.in_place() >= pvm.in_place_max() => None,
+            true => keep_one(frames, pairs, both, pvm.buffer_of(&one)),
+        };
+        let Some(token) = token else {
             end = End::Neither;
             break;
         };
         out.push(token);
-        pvm.pass(&one);
+        match stays {
+            false => pvm.pass(&one),
+            true => pvm.keep(&one),
+        }
         svm.pass(&other);
         passed += 1;
     }
@@ -65,9 +86,7 @@ fn pass_one(
     svm_seq: u64,
 ) -> Option<Token> {
     let len = pvm.len();
-    // What leaves in place is compared where the frames are taken.
-    let stays = frames.tx() == TxMode::InPlace && len >= IN_PLACE_MIN;
-    if stays || svm.len() != len || !pvm.is_complete() || !svm.is_complete() {
+    if svm.len() != len || !pvm.is_complete() || !svm.is_complete() {
         return None;
     }
     let mut head = [0; HEAD_BYTES];
@@ -89,6 +108,49 @@ fn pass_one(
         // The payloads are the same, the headers need not be.
         frames.header_mut(&kept)[..head.len()].copy_from_slice(head);
         pairs.keep(frames, history, svm_seq, kept);
+    }
+    Some(token)
+}
+
+/// Compares two datagrams where they lie, but for the PVM's header, which is copied. Segments are for who takes them
+/// singly: what they are compared with later has to be copied anyway.
+#[inline(always)]
+fn keep_one(
+    frames: &mut FramePool,
+    pairs: &mut Pairs<'_>,
+    [pvm, svm]: [&Shown<'_>; 2],
+    buffer: Buffer,
+) -> Option<Token> {
+    let len = pvm.len();
+    if svm.len() != len || !pvm.is_complete() || !svm.is_complete() {
+        return None;
+    }
+    let mut head = [0; HEAD_BYTES];
+    svm.copy_to(&mut head);
+    let mut bound = None;
+    let token = frames.keep_in_place(buffer, &[pvm.behind(HEADER_MAX)], |slot| {
+        let ours = &mut slot[..HEADER_MAX];
+        pvm.copy_to(ours);
+        let ours = &*ours;
+        if ours[PROTOCOL_AT] != UDP {
+            return None;
+        }
+        let equal = |range: Range<usize>| {
+            let at = range.start;
+            let binds = range.end == len && FramePool::can_bind(ours, len, at);
+            if !binds || !is_equal(ours, &head, svm, at..HEADER_MAX) {
+                return false;
+            }
+            // The header is copied to its end at an even place, or the checksum would not bind.
+            let rest = pvm.equal_and_sum(HEADER_MAX, svm);
+            bound = rest.map(|rest| (at, fold(words(&ours[at..]) + u64::from(rest))));
+            bound.is_some()
+        };
+        let passed = pairs.take_by((ours, len), (&head, len), equal);
+        matches!(passed, Passed::Both).then_some(HEADER_MAX)
+    })?;
+    if let Some((at, sum)) = bound {
+        frames.bind(&token, at, sum);
     }
     Some(token)
 }

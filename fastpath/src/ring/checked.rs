@@ -1,4 +1,4 @@
-//! Guest bytes compared with host bytes and summed in one pass (rule 10).
+//! Guest bytes compared with others, of the host or of another guest, and summed in one pass (rule 10).
 //!
 //! Invariant: each guest byte is read exactly once, by an instruction that the compiler can neither
 //! repeat nor leave out, so what was compared is what was summed, whatever the guest writes
@@ -8,32 +8,35 @@
 
 use core::arch::asm;
 use core::arch::x86_64::{
-    __m128i, _mm_add_epi64, _mm_and_si128, _mm_cmpeq_epi8, _mm_cvtsi128_si64, _mm_loadu_si128,
-    _mm_movemask_epi8, _mm_sad_epu8, _mm_set1_epi16, _mm_setzero_si128, _mm_srli_epi16,
-    _mm_srli_si128,
+    __m128i, _mm_add_epi64, _mm_and_si128, _mm_cmpeq_epi8, _mm_cvtsi128_si64, _mm_movemask_epi8,
+    _mm_sad_epu8, _mm_set1_epi16, _mm_setzero_si128, _mm_srli_epi16, _mm_srli_si128,
 };
 
 const LANE: usize = size_of::<__m128i>();
 
 /// The ones' complement sum (RFC 1071: big-endian words, folded, not inverted) of the guest's
-/// bytes if they are those of `host`, else `None`.
+/// bytes if the `len` others are the same, else `None`.
 ///
 /// # Safety
 ///
-/// `host.len()` bytes at `guest` are mapped.
+/// `len` bytes at `guest` and at `others` are mapped.
 #[target_feature(enable = "sse2")]
-pub(super) unsafe fn compare_and_sum(guest: *const u8, host: &[u8]) -> Option<u16> {
+pub(super) unsafe fn compare_and_sum(
+    guest: *const u8,
+    others: *const u8,
+    len: usize,
+) -> Option<u16> {
     let zero = _mm_setzero_si128();
     let low = _mm_set1_epi16(0x00ff);
     let (mut high_sum, mut low_sum) = (zero, zero);
-    let whole = host.len() / LANE * LANE;
+    let whole = len / LANE * LANE;
     let mut at = 0;
     while at < whole {
         // SAFETY: 16 bytes from `at` on are inside the mapped range; the guest may write them, and
         // reading bytes that change gives some bytes (x86-64 loads do not tear below a byte).
         let ours = unsafe { load_once(guest.add(at)) };
-        // SAFETY: 16 bytes from `at` on are inside `host`; the load has no alignment to keep.
-        let theirs = unsafe { _mm_loadu_si128(host.as_ptr().add(at).cast()) };
+        // SAFETY: as above.
+        let theirs = unsafe { load_once(others.add(at)) };
         if _mm_movemask_epi8(_mm_cmpeq_epi8(ours, theirs)) != 0xffff {
             return None;
         }
@@ -43,10 +46,15 @@ pub(super) unsafe fn compare_and_sum(guest: *const u8, host: &[u8]) -> Option<u1
         at += LANE;
     }
     let mut sum = (lanes(high_sum) << 8) + lanes(low_sum);
-    for (at, theirs) in host.iter().enumerate().skip(whole) {
-        // SAFETY: inside the mapped range; a volatile read happens once.
-        let ours = unsafe { guest.add(at).read_volatile() };
-        if ours != *theirs {
+    for at in whole..len {
+        // SAFETY: inside the mapped ranges; a volatile read happens once.
+        let (ours, theirs) = unsafe {
+            (
+                guest.add(at).read_volatile(),
+                others.add(at).read_volatile(),
+            )
+        };
+        if ours != theirs {
             return None;
         }
         sum += u64::from(ours) << (if at % 2 == 0 { 8 } else { 0 });
@@ -107,14 +115,16 @@ mod tests {
             for from in [0, 1, 7] {
                 let host = &bytes[from..(from + len).min(bytes.len())];
                 let mut guest = host.to_vec();
-                // SAFETY: the vector is as long as `host`.
-                let sum = unsafe { compare_and_sum(guest.as_ptr(), host) };
+                let sum_of = |guest: &[u8]| {
+                    // SAFETY: both are as long as `host`.
+                    unsafe { compare_and_sum(guest.as_ptr(), host.as_ptr(), host.len()) }
+                };
+                let sum = sum_of(&guest);
                 assert_eq!(sum, Some(plain_sum(host)), "{len} bytes from {from}");
                 for at in [0, len / 2, len.saturating_sub(1)] {
                     if at < guest.len() {
                         guest[at] ^= 0x10;
-                        // SAFETY: as above.
-                        assert_eq!(unsafe { compare_and_sum(guest.as_ptr(), host) }, None);
+                        assert_eq!(sum_of(&guest), None);
                         guest[at] ^= 0x10;
                     }
                 }

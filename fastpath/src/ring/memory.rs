@@ -138,6 +138,16 @@ impl GuestBytes<'_> {
         order == 0
     }
 
+    /// The sum of the `len` bytes that begin `skip` bytes in, if those at the same place of `other` are the same
+    /// (rule 10); they must not reach beyond the end of either. Each is read once.
+    #[inline]
+    pub fn equal_and_sum(&self, skip: usize, other: &GuestBytes<'_>, len: usize) -> Option<u16> {
+        assert!(skip <= self.len && len <= self.len - skip);
+        assert!(skip <= other.len && len <= other.len - skip);
+        // SAFETY: both ranges lie in RAM (as in `copy_to`) and in these (just checked).
+        unsafe { checked::compare_and_sum(self.at.add(skip), other.at.add(skip), len) }
+    }
+
     /// Asks for the first `lines` cache lines of it.
     #[inline(always)]
     pub fn prefetch(&self, lines: usize) {
@@ -362,8 +372,8 @@ impl GuestRam {
     /// The sum of the bytes at `gpa` if they are these (rule 10). They are read once.
     pub fn equals_and_sum(&self, gpa: u64, bytes: &[u8]) -> Result<Option<u16>, MemoryError> {
         let guest = self.host_range(gpa, bytes.len())?;
-        // SAFETY: `host_range` has checked the range, and `self` keeps it mapped.
-        Ok(unsafe { checked::compare_and_sum(guest, bytes) })
+        // SAFETY: `host_range` has checked the range, and `self` keeps it mapped; the others are a slice.
+        Ok(unsafe { checked::compare_and_sum(guest, bytes.as_ptr(), bytes.len()) })
     }
 
     /// Reads a ring index or flag word in one access.

@@ -163,10 +163,16 @@ impl Virtqueue {
     /// Takes the next chain; `false` when there is none.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        self.pop_and_fetch(chain, BYTES_AHEAD)
+    }
+
+    /// The same for who reads no more than the first `bytes` of a buffer: no more is fetched ahead.
+    #[inline]
+    pub fn pop_and_fetch(&mut self, chain: &mut Chain, bytes: usize) -> Result<bool, RingError> {
         if !self.has_available()? {
             return Ok(false);
         }
-        self.fetch_ahead();
+        self.fetch_ahead(bytes);
         let head = self.ring.avail_entry(self.state.next_avail);
         self.walk(head, chain)?;
         self.state.next_avail = self.state.next_avail.wrapping_add(1);
@@ -191,9 +197,15 @@ impl Virtqueue {
     /// Takes the chain at the front, which [`Virtqueue::peek_lone`] has shown, and hands it back.
     #[inline(always)]
     pub fn pass_lone(&mut self, head: u16) -> Result<(), RingError> {
+        self.take_lone();
+        self.complete(head, 0)
+    }
+
+    /// Takes the chain at the front, which [`Virtqueue::peek_lone`] has shown. It is handed back later.
+    #[inline(always)]
+    pub fn take_lone(&mut self) {
         debug_assert_ne!(self.avail_seen, self.state.next_avail, "nothing waits");
         self.state.next_avail = self.state.next_avail.wrapping_add(1);
-        self.complete(head, 0)
     }
 
     /// Puts the chain of the last [`Virtqueue::pop`] back, unread.
@@ -315,7 +327,7 @@ impl Virtqueue {
     /// Asks for what later pops will read: the descriptor of a chain some way ahead and the buffer of
     /// one nearer. The guest's core has written both, so each is a trip to its cache.
     #[inline]
-    fn fetch_ahead(&self) {
+    fn fetch_ahead(&self, bytes: usize) {
         let waiting = self.avail_seen.wrapping_sub(self.state.next_avail);
         if waiting > DESCRIPTORS_AHEAD {
             let ahead = self.state.next_avail.wrapping_add(DESCRIPTORS_AHEAD);
@@ -327,7 +339,7 @@ impl Virtqueue {
             if let Some(descriptor) = self.ring.descriptor(self.ring.avail_entry(ahead))
                 && let Ok(at) = self.ring.ram().host_range(descriptor.addr, 1)
             {
-                let len = (descriptor.len as usize).min(BYTES_AHEAD);
+                let len = (descriptor.len as usize).min(bytes);
                 for line in (0..len).step_by(CACHE_LINE_BYTES) {
                     prefetch(at.wrapping_add(line));
                 }

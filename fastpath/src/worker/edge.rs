@@ -24,7 +24,7 @@ use crate::stats::WorkerStats;
 use crate::vhost_user::GuestRings;
 
 use super::front::Front;
-use super::port::{Delivery, GuestPort, PortState};
+use super::port::{Delivery, GuestPort, PortState, Stays};
 use super::role::BATCH;
 
 use crossing::Crossing;
@@ -125,6 +125,9 @@ impl Edge {
                 self.fetch();
             }
             let token = self.received.pop_front()?;
+            if let Some(next) = self.received.front() {
+                self.frames.fetch(next);
+            }
             if self.frames.len(&token) <= frame_max {
                 self.stats.nic_rx_frames.add(1);
                 return Some(token);
@@ -274,24 +277,36 @@ impl Edge {
     /// The next frame of this shard from the guest, if there is one and a slot for it, as a copy: its
     /// buffer is the guest's again. Those of other shards go to their owners.
     pub fn guest_take(&mut self) -> Option<Token> {
-        self.take(Some(CopyCause::Role))
+        self.take(Stays::Nothing(CopyCause::Role))
     }
 
     /// The next frame of this shard from the guest; a long one stays where it is until it is released, or
     /// settled.
     pub fn guest_take_in_place(&mut self) -> Option<Token> {
-        let is_pressed = self.frames.in_place() >= self.port.in_place_max();
-        self.take(is_pressed.then_some(CopyCause::Pressure))
+        self.take_unless_pressed(Stays::Payload)
     }
 
-    fn take(&mut self, copied: Option<CopyCause>) -> Option<Token> {
-        match self.crossing {
-            None => self.take_any(copied),
-            Some(_) => self.take_of_shard(copied),
+    /// The next frame of this shard from the guest, for a role that neither looks at it nor changes it: a long
+    /// one that lies in one piece stays where it is with its header ([`FramePool::keep_whole`]).
+    pub fn guest_take_unseen(&mut self) -> Option<Token> {
+        self.take_unless_pressed(Stays::Whole)
+    }
+
+    fn take_unless_pressed(&mut self, stays: Stays) -> Option<Token> {
+        match self.frames.in_place() < self.port.in_place_max() {
+            true => self.take(stays),
+            false => self.take(Stays::Nothing(CopyCause::Pressure)),
         }
     }
 
-    fn take_any(&mut self, copied: Option<CopyCause>) -> Option<Token> {
+    fn take(&mut self, stays: Stays) -> Option<Token> {
+        match self.crossing {
+            None => self.take_any(stays),
+            Some(_) => self.take_of_shard(stays),
+        }
+    }
+
+    fn take_any(&mut self, stays: Stays) -> Option<Token> {
         if !self.port.has_output() {
             return None;
         }
@@ -300,7 +315,7 @@ impl Edge {
             self.stats.frames_exhausted.add(1);
             return None;
         }
-        let token = self.port.take(&mut self.frames, frame_max, copied)?;
+        let token = self.port.take(&mut self.frames, frame_max, stays)?;
         if self.stages.is_some() {
             self.frames.stamp(&token, now_ns());
         }

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use colo_compare::Frames;
 use colo_compare::testing::{Side, udp};
+use colo_compare::{Frames, HEADER_MAX};
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::port::{Delivery, GuestPort};
+use super::port::{Delivery, GuestPort, Stays};
 use crate::frame::{CopyCause, FramePool};
 use crate::net_offer::NetOffer;
 use crate::ring::driver_mock::DriverMock;
@@ -113,8 +113,8 @@ impl Bench {
         self.guest_tx.offer(&segments, &[]).unwrap().unwrap();
     }
 
-    fn taken(&mut self, copied: Option<CopyCause>) -> Option<Vec<u8>> {
-        let token = self.port.take(&mut self.frames, 1522, copied)?;
+    fn taken(&mut self, stays: Stays) -> Option<Vec<u8>> {
+        let token = self.port.take(&mut self.frames, 1522, stays)?;
         let bytes = self.frames.bytes(&token).to_vec();
         self.frames.release(token);
         Some(bytes)
@@ -270,7 +270,7 @@ fn each_queue_has_its_line_and_a_broken_one_is_reported() {
     };
     bench.guest_tx.write_descriptor(0, itself, 1, 0).unwrap();
     bench.guest_tx.offer_head(0).unwrap();
-    assert!(bench.taken(None).is_none());
+    assert!(bench.taken(Stays::Payload).is_none());
     assert!(!bench.port.is_active());
     assert_eq!(bench.stats.ring_errors.get(), 1);
     assert!(errors.iter().all(|line| line.read().is_ok()));
@@ -283,7 +283,7 @@ fn checksums_are_completed_wherever_the_frame_lies() {
     let mut bench = bench(NetOffer::CHECKSUM);
     for payload in [18, 19, 300, 601, 1401, 1472] {
         let (whole, partial) = partial(payload);
-        let copied = [None, Some(CopyCause::Role)];
+        let role = Stays::Nothing(CopyCause::Role);
         let cuts: [&[usize]; 5] = [
             &[],
             &[12],
@@ -291,13 +291,14 @@ fn checksums_are_completed_wherever_the_frame_lies() {
             &[300, 101, 33],
             &[13, 1, 1, 1, 1, 1, 7],
         ];
-        for (copied, cuts) in copied.iter().flat_map(|c| cuts.map(|cuts| (*c, cuts))) {
+        let ways = [Stays::Payload, Stays::Whole, role];
+        for (stays, cuts) in ways.iter().flat_map(|way| cuts.map(|cuts| (*way, cuts))) {
             bench.send([1, 0], UDP_AT, UDP_CHECKSUM, &partial, cuts);
-            let taken = bench.taken(copied);
+            let taken = bench.taken(stays);
             assert_eq!(
                 taken.as_deref(),
                 Some(&whole[..]),
-                "{payload} {copied:?} {cuts:?}"
+                "{payload} {stays:?} {cuts:?}"
             );
             assert!(bench.returns_all());
         }
@@ -310,7 +311,7 @@ fn what_was_not_offered_and_places_outside_are_dropped_and_counted() {
     let (whole, partial) = partial(1000);
     let mut without = bench(0);
     without.send([1, 0], UDP_AT, UDP_CHECKSUM, &partial, &[]);
-    assert!(without.taken(None).is_none() && without.returns_all());
+    assert!(without.taken(Stays::Payload).is_none() && without.returns_all());
     assert_eq!(without.stats.guest_tx_bad.get(), 1);
 
     let mut bench = bench(NetOffer::CHECKSUM);
@@ -326,13 +327,93 @@ fn what_was_not_offered_and_places_outside_are_dropped_and_counted() {
     ];
     for (flags, start, offset) in hostile {
         bench.send(flags, start, offset, &partial, &[12]);
-        assert!(bench.taken(None).is_none(), "{flags:?} {start} {offset}");
+        assert!(
+            bench.taken(Stays::Payload).is_none(),
+            "{flags:?} {start} {offset}"
+        );
         assert!(bench.returns_all());
     }
     assert_eq!(bench.stats.guest_tx_bad.get(), hostile.len() as u64);
     assert_eq!(bench.frames.free_slots(), 8);
     bench.send([1, 0], UDP_AT, UDP_CHECKSUM, &partial, &[12]);
-    assert_eq!(bench.taken(None), Some(whole), "and goes on");
+    assert_eq!(bench.taken(Stays::Payload), Some(whole), "and goes on");
+}
+
+/// What is looked at is a host copy, so a guest that rewrites what it has handed over changes the header of no
+/// frame that somebody has judged.
+#[test]
+fn only_of_a_frame_that_nobody_looks_at_the_header_stays_with_the_guest() {
+    let (request, frame) = ([0; 2], pattern(1400));
+    for (stays, cuts, held) in [
+        (Stays::Whole, &[][..], 0),
+        (Stays::Whole, &[12], 0),
+        (Stays::Whole, &[5, 7], 0),
+        (Stays::Whole, &[700], HEADER_MAX),
+        (Stays::Whole, &[12, 54], HEADER_MAX),
+        (Stays::Payload, &[], HEADER_MAX),
+        (Stays::Nothing(CopyCause::Pressure), &[], 1400),
+    ] {
+        let mut bench = bench(0);
+        bench.send(request, 0, 0, &frame, cuts);
+        let token = bench.port.take(&mut bench.frames, 1522, stays).unwrap();
+        assert_eq!(bench.frames.len(&token), 1400);
+        assert_eq!(bench.frames.in_place(), usize::from(held < 1400));
+        bench.ram.write(DATA + 12, &[0xee; 1400]).unwrap();
+        let pieces: Vec<_> = bench.frames.pieces(&token).as_slice().to_vec();
+        let first = bench.ram.host_range(DATA + 12, 1400).unwrap();
+        assert_eq!(pieces[0].address == first, held == 0, "{stays:?} {cuts:?}");
+        assert_eq!(pieces.iter().map(|piece| piece.len).sum::<usize>(), 1400);
+        assert_eq!(
+            (pieces.len() == 1, held == HEADER_MAX),
+            (held != HEADER_MAX, pieces.len() > 1)
+        );
+        // What somebody could look at does not change, and nothing else can be looked at.
+        let header = bench.frames.header(&token);
+        assert_eq!(header, &frame[..held.min(HEADER_MAX)]);
+        // The guest has it back when it has left, not before.
+        assert_eq!(bench.returns_all(), held == 1400);
+        bench.frames.release(token);
+        assert_eq!(bench.returns_all(), held < 1400);
+        let copied = bench.stats.copied_pressure_bytes.get();
+        assert_eq!(copied, if held == 1400 { 1400 } else { 0 });
+    }
+}
+
+#[test]
+fn what_is_short_or_wants_its_checksum_does_not_stay_as_a_whole() {
+    let mut bench = bench(NetOffer::CHECKSUM);
+    bench.send([0; 2], 0, 0, &pattern(500), &[12]);
+    let token = bench.port.take(&mut bench.frames, 1522, Stays::Whole);
+    assert_eq!(bench.frames.bytes(&token.unwrap()), pattern(500));
+    assert!(bench.returns_all(), "copied, and the guest's again");
+    assert_eq!(bench.stats.copied_small_bytes.get(), 500);
+    let (whole, partial) = partial(1000);
+    bench.send([1, 0], UDP_AT, UDP_CHECKSUM, &partial, &[12]);
+    let token = bench.port.take(&mut bench.frames, 1522, Stays::Whole);
+    let token = token.unwrap();
+    // The checksum is written to a host copy, never to what the guest owns.
+    assert_eq!(bench.frames.header(&token), &whole[..HEADER_MAX]);
+    assert_eq!(bench.frames.bytes(&token), whole);
+    let mut guests = vec![0; partial.len()];
+    bench.ram.read(DATA + 12, &mut guests).unwrap();
+    assert_eq!(guests, partial);
+}
+
+#[test]
+fn a_frame_that_nobody_looks_at_can_still_be_copied_at_any_time() {
+    let mut bench = bench(0);
+    bench.send([0; 2], 0, 0, &pattern(1400), &[]);
+    let token = bench.port.take(&mut bench.frames, 1522, Stays::Whole);
+    let token = token.unwrap();
+    let mut first = [0; HEADER_MAX];
+    let glance = bench.frames.glance(&token, &mut first);
+    assert_eq!(glance, (&pattern(1400)[..HEADER_MAX], 1400));
+    bench.frames.settle_all(CopyCause::Undecided);
+    assert!(bench.returns_all());
+    bench.ram.write(DATA + 12, &[0xee; 1400]).unwrap();
+    assert_eq!(bench.frames.bytes(&token), pattern(1400));
+    let glance = bench.frames.glance(&token, &mut first);
+    assert_eq!(glance, (&pattern(1400)[..HEADER_MAX], 1400));
 }
 
 proptest! {
@@ -371,7 +452,7 @@ proptest! {
         let mut bench = bench(NetOffer::CHECKSUM);
         let frame = pattern(len);
         bench.send([header[0] & 3, header[1] & 1], u16::from(header[2]) * 8, u16::from(header[3]), &frame, &cuts);
-        match bench.taken(None) {
+        match bench.taken(Stays::Payload) {
             Some(bytes) => prop_assert_eq!(bytes.len(), len),
             None => prop_assert_eq!(bench.stats.guest_tx_bad.get(), 1),
         }

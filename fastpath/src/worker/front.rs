@@ -8,8 +8,8 @@
 
 use std::ops::RangeInclusive;
 
-use crate::frame::CopyCause;
-use crate::ring::{GuestBytes, GuestRam, Virtqueue};
+use crate::frame::{Buffer, CopyCause};
+use crate::ring::{GuestBytes, GuestRam, Segment, Virtqueue};
 use crate::stats::WorkerStats;
 
 use super::offload::Request;
@@ -27,6 +27,7 @@ const FRAMES_AHEAD: usize = 2;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shown<'a> {
     head: u16,
+    gpa: u64,
     bytes: GuestBytes<'a>,
 }
 
@@ -49,6 +50,22 @@ impl Shown<'_> {
         self.bytes.equal_at(NET_HEADER_BYTES + at, bytes)
     }
 
+    /// The sum of the frame's bytes from `at` on, if `other`, which is as long, has the same (rule 10).
+    #[inline(always)]
+    pub(crate) fn equal_and_sum(&self, at: usize, other: &Shown<'_>) -> Option<u16> {
+        let len = self.len() - at;
+        self.bytes
+            .equal_and_sum(NET_HEADER_BYTES + at, &other.bytes, len)
+    }
+
+    /// Where the frame lies from `at` on, which is before its end.
+    pub(crate) fn behind(&self, at: usize) -> Segment {
+        Segment {
+            gpa: self.gpa + (NET_HEADER_BYTES + at) as u64,
+            len: (self.len() - at) as u32,
+        }
+    }
+
     /// Whether the guest asks the device to do nothing but to send it.
     #[inline(always)]
     pub(crate) fn is_complete(&self) -> bool {
@@ -62,17 +79,21 @@ impl Shown<'_> {
 #[derive(Debug)]
 pub(crate) struct Front<'a> {
     queue: &'a mut Virtqueue,
+    life: u32,
     stats: &'a WorkerStats,
     shown: [Option<Shown<'a>>; FRONT_FRAMES],
     passed: usize,
     passed_bytes: u64,
+    /// Of these, those of frames that stay in the guest's buffers.
+    kept_bytes: u64,
 }
 
 impl<'a> Front<'a> {
-    /// Looks at up to [`FRONT_FRAMES`] frames of `length` bytes.
+    /// Looks at up to [`FRONT_FRAMES`] frames of `length` bytes in a queue that lives its `life`.
     #[inline]
     pub(super) fn of(
         queue: &'a mut Virtqueue,
+        life: u32,
         ram: &'a GuestRam,
         stats: &'a WorkerStats,
         length: RangeInclusive<usize>,
@@ -94,14 +115,20 @@ impl<'a> Front<'a> {
                 break;
             }
             bytes.prefetch(FIRST_LINES);
-            *place = Some(Shown { head, bytes });
+            *place = Some(Shown {
+                head,
+                gpa: segment.gpa,
+                bytes,
+            });
         }
         Some(Self {
             queue,
+            life,
             stats,
             shown,
             passed: 0,
             passed_bytes: 0,
+            kept_bytes: 0,
         })
     }
 
@@ -124,9 +151,32 @@ impl<'a> Front<'a> {
         self.passed_bytes += frame.len() as u64;
     }
 
-    /// Counts those that were passed as copied.
+    /// Takes the next frame, which stays in the guest's buffer.
+    #[inline(always)]
+    pub(crate) fn keep(&mut self, frame: &Shown<'_>) {
+        self.queue.take_lone();
+        self.passed += 1;
+        self.passed_bytes += frame.len() as u64;
+        self.kept_bytes += frame.len() as u64;
+    }
+
+    /// The buffer of a frame that stays there.
+    pub(crate) fn buffer_of(&self, frame: &Shown<'_>) -> Buffer {
+        Buffer {
+            life: self.life,
+            head: frame.head,
+        }
+    }
+
+    /// Frames of this queue that may stay in the guest's buffers; the others stay free for what the guest sends next.
+    pub(crate) fn in_place_max(&self) -> usize {
+        usize::from(self.queue.size() / 2)
+    }
+
+    /// Counts those that were passed as copied, but for those that stay.
     pub(crate) fn count_copied(&self) {
-        self.stats.count_copied(CopyCause::Role, self.passed_bytes);
+        let copied = self.passed_bytes - self.kept_bytes;
+        self.stats.count_copied(CopyCause::Role, copied);
     }
 }
 

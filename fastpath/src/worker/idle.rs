@@ -1,9 +1,10 @@
 //! How long a worker polls in vain before it sleeps.
 //!
 //! Invariants: the spin time stays within its limits; it grows when a sleep turned out shorter than
-//! a permitted spin, and shrinks when it was long. A thread that may sleep lets others run while it
-//! spins: where there are fewer processors than threads, whom it waits for may be one of them. It keeps its
-//! processor from being halted, which a wake-up would have to wait for.
+//! a permitted spin, and shrinks when it was long. A thread lets others run while it spins: where there are
+//! fewer processors than threads, whom it waits for may be one of them. One that may sleep does so at each turn, one
+//! that never sleeps each [`BUSY_SPIN_US`], which costs it nothing where it has a processor to itself. It keeps
+//! its processor from being halted, which a wake-up would have to wait for.
 //!
 //! Does not sleep itself.
 
@@ -14,7 +15,7 @@ pub enum PollMode {
     /// Spins for a learnt time, then sleeps.
     #[default]
     Adaptive,
-    /// Never sleeps.
+    /// Never sleeps; others are let run now and then while there is nothing to do.
     Busy,
     /// Sleeps at once.
     Interrupt,
@@ -23,6 +24,9 @@ pub enum PollMode {
 /// Longest spin of [`PollMode::Adaptive`].
 pub const SPIN_MAX_US: u64 = 100;
 const SPIN_START_US: u64 = 5;
+/// A thread that never sleeps lets others run when it has found nothing for so long. Without that it has always
+/// used up its share of the processor when a frame comes, and is the last to run of all who want to.
+const BUSY_SPIN_US: u64 = 50;
 
 /// What to do when a step found nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +62,11 @@ impl Idle {
     pub(super) fn next(&mut self, now_us: u64) -> Next {
         let since_us = *self.since_us.get_or_insert(now_us);
         match self.mode {
-            PollMode::Busy => Next::Spin,
+            PollMode::Busy if now_us.saturating_sub(since_us) < BUSY_SPIN_US => Next::Spin,
+            PollMode::Busy => {
+                self.since_us = None;
+                Next::Yield
+            }
             PollMode::Interrupt => Next::Sleep,
             PollMode::Adaptive if now_us.saturating_sub(since_us) < self.spin_us => Next::Yield,
             PollMode::Adaptive => Next::Sleep,
@@ -99,7 +107,21 @@ mod tests {
 
     #[test]
     fn modes_are_obeyed() {
-        assert_eq!(Idle::new(PollMode::Busy).next(u64::MAX), Next::Spin);
         assert_eq!(Idle::new(PollMode::Interrupt).next(0), Next::Sleep);
+    }
+
+    #[test]
+    fn who_never_sleeps_lets_others_run_now_and_then_and_only_without_work() {
+        let mut idle = Idle::new(PollMode::Busy);
+        let turn = |idle: &mut Idle, from_us: u64| {
+            let spins = (from_us..).take_while(|&now| idle.next(now) == Next::Spin);
+            spins.count() as u64
+        };
+        assert_eq!(turn(&mut idle, 1000), BUSY_SPIN_US);
+        assert_eq!(turn(&mut idle, 5000), BUSY_SPIN_US, "and then polls again");
+        for now in (9000..20_000).step_by(BUSY_SPIN_US as usize - 1) {
+            assert_eq!(idle.next(now), Next::Spin);
+            idle.worked();
+        }
     }
 }

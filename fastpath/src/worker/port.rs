@@ -38,6 +38,18 @@ const FRAME_MIN: usize = 14;
 /// The states of both queues: guest_rx, then guest_tx.
 pub type PortState = [QueueState; 2];
 
+/// What of a frame of the guest stays in the guest's buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stays {
+    /// Nothing, for this reason.
+    Nothing(CopyCause),
+    /// All behind the header, of long frames.
+    Payload,
+    /// All of long frames that the guest has completed and that lie in one piece, of others what lies behind
+    /// the header: for who looks at none.
+    Whole,
+}
+
 /// What became of a frame for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
@@ -219,15 +231,14 @@ impl GuestPort {
         delivery
     }
 
-    /// Takes the next frame of the guest's transmit queue: as a copy if there is a cause for one,
-    /// or if it is short or scattered, else in place. `None` when nothing (good) is waiting, or after as many bad
-    /// ones as the queue has entries: a guest that never stops making them keeps no worker to itself (invariant 7).
-    /// `frames` has a free slot.
+    /// Takes the next frame of the guest's transmit queue: in place as far as `stays` says, as a copy if it is
+    /// short or scattered. `None` when nothing (good) is waiting, or after as many bad ones as the queue has entries: a
+    /// guest that never stops making them keeps no worker to itself (invariant 7). `frames` has a free slot.
     pub fn take(
         &mut self,
         frames: &mut FramePool,
         frame_max: usize,
-        copied: Option<CopyCause>,
+        stays: Stays,
     ) -> Option<Token> {
         let life = self.life;
         let max = frame_max.min(frames.frame_bytes_max());
@@ -241,7 +252,7 @@ impl GuestPort {
                     frames: &mut *frames,
                     max,
                     life,
-                    copied,
+                    stays,
                 };
                 take(q, chain, ram, out)
             });
@@ -269,7 +280,7 @@ impl GuestPort {
         let service = self.service.as_mut()?;
         let length = FRAME_MIN..=frame_max;
         let queue = &mut service.queues.guest_tx;
-        Front::of(queue, &service.ram, &self.stats, length)
+        Front::of(queue, self.life, &service.ram, &self.stats, length)
     }
 
     /// Gives transmit buffers back to the guest, out of order if need be.
@@ -435,7 +446,7 @@ struct Out<'a> {
     frames: &'a mut FramePool,
     max: usize,
     life: u32,
-    copied: Option<CopyCause>,
+    stays: Stays,
 }
 
 enum Taken {
@@ -453,7 +464,11 @@ fn take(
 ) -> Result<Taken, RingError> {
     let queue = &mut queues.guest_tx;
     let checksum = queues.checksum;
-    if !queue.pop(chain)? {
+    let is_waiting = match out.stays {
+        Stays::Whole => queue.pop_and_fetch(chain, NET_HEADER_BYTES + IN_PLACE_MIN)?,
+        Stays::Payload | Stays::Nothing(_) => queue.pop(chain)?,
+    };
+    if !is_waiting {
         return Ok(Taken::Nothing);
     }
     if !chain.writable().is_empty() {
@@ -484,9 +499,15 @@ fn take(
     }
     let len = total as usize - NET_HEADER_BYTES;
     let mut rest = [Segment { gpa: 0, len: 0 }; PIECES_MAX - 1];
-    let cause = out
-        .copied
-        .or((len < IN_PLACE_MIN).then_some(CopyCause::Small));
+    let cause = match out.stays {
+        Stays::Nothing(cause) => Some(cause),
+        _ => (len < IN_PLACE_MIN).then_some(CopyCause::Small),
+    };
+    if (cause, out.stays, request) == (None, Stays::Whole, Request::Nothing)
+        && let Some([frame]) = behind(chain.readable(), NET_HEADER_BYTES, &mut rest)
+    {
+        return keep_whole(queue, chain.head(), *frame, out);
+    }
     let front = NET_HEADER_BYTES + HEADER_MAX;
     let rest = match cause {
         Some(cause) => Err(cause),
@@ -533,8 +554,28 @@ fn take_short(
     });
     // After the copy: it may show the guest that the buffer is its own again.
     queue.complete(head, 0)?;
-    let cause = out.copied.unwrap_or(CopyCause::Small);
+    let cause = match out.stays {
+        Stays::Nothing(cause) => cause,
+        Stays::Payload | Stays::Whole => CopyCause::Small,
+    };
     Ok(token.map_or(Taken::Bad, |token| Taken::Frame(token, len, Some(cause))))
+}
+
+/// A frame that nobody looks at: none of it is read here.
+fn keep_whole(
+    queue: &mut Virtqueue,
+    head: u16,
+    frame: Segment,
+    out: Out<'_>,
+) -> Result<Taken, RingError> {
+    let life = out.life;
+    match out.frames.keep_whole(Buffer { life, head }, frame) {
+        Some(token) => Ok(Taken::Frame(token, frame.len as usize, None)),
+        None => {
+            queue.complete(head, 0)?;
+            Ok(Taken::Bad)
+        }
+    }
 }
 
 /// Makes a frame in place if it may stay there, else a copy.

@@ -108,7 +108,7 @@ impl Solo {
     fn guest_to_nic(&mut self, edge: &mut Edge) -> usize {
         let mut moved = 0;
         while moved < BATCH {
-            let next = self.unsent.take().or_else(|| edge.guest_take_in_place());
+            let next = self.unsent.take().or_else(|| edge.guest_take_unseen());
             let Some(token) = next else {
                 break;
             };

@@ -6,7 +6,6 @@
 //! Does not decide who wins.
 
 use std::io::{self, Write};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -15,17 +14,17 @@ use colo_compare::Limits;
 use colo_control::{Geometry, Outcome, Protection, Record, StepLimits, Storm, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
-use colo_fastpath::link::{PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
+use colo_fastpath::link::PeerHeard;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::nic::Filter;
 use colo_fastpath::pair::{FrameParts, Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
 use colo_fastpath::shard::crossing_frames;
-use colo_fastpath::worker::WorkerHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::arbiter::{ArbiterError, FileArbiter};
 use super::guest_end::GuestEnd;
 use super::link::{self, LinkError, Listener};
+use super::opening::LinkOpening;
 use super::report::PairStatus;
 use super::wait::Waiter;
 use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
@@ -237,37 +236,15 @@ impl Replica {
         }
     }
 
-    /// The packet channels of all shards over their connections, with the datagram transports that this host has for
-    /// them.
-    pub(super) fn packet_links(&self, streams: Vec<TcpStream>) -> io::Result<Vec<PacketLink>> {
-        let workers = self.machine.workers();
-        if streams.len() != workers.len() {
-            let (theirs, ours) = (streams.len(), workers.len());
-            return Err(io::Error::other(format!(
-                "host.shards: {theirs} packet channels for {ours} shards; give both hosts the same number"
-            )));
+    /// How packet channels are opened here.
+    pub(super) fn link_opening(&self) -> LinkOpening {
+        LinkOpening {
+            machine: self.machine.clone(),
+            packets: self.replication.packets,
+            // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
+            patience_us: self.timing().detection_us() / 2,
+            heard: self.heard.clone(),
         }
-        let links = streams.into_iter().zip(workers);
-        links
-            .map(|(stream, worker)| self.packet_link(stream, worker))
-            .collect()
-    }
-
-    fn packet_link(&self, stream: TcpStream, worker: &WorkerHandle) -> io::Result<PacketLink> {
-        let pool = worker.execute(|edge, _| PoolMemory::of(&edge.frames)).ok();
-        // All shards' frames of the link come to one queue of an interface, which one shard can have.
-        let packets = match self.replication.packets {
-            Packets::Auto if self.machine.workers().len() > 1 => Packets::Tcp,
-            packets => packets,
-        };
-        let share = |name: String| worker.execute(move |edge, _| edge.share_nic(&name)).ok()?;
-        let ports = open_ports(&stream, packets, pool.as_ref(), share);
-        let key = random_number().map_err(io::Error::other)?;
-        // Well before the peer may take over: what it says until then must not be heard after it (rule 18).
-        let patience_us = self.timing().detection_us() / 2;
-        let link = PacketLink::with_ports(stream, ports.list, key, patience_us)?;
-        let link = link.without(ports.refused);
-        Ok(link.beside(self.heard.clone()))
     }
 
     pub(super) fn capture_settings(&self) -> CaptureSettings {
@@ -530,7 +507,7 @@ fn fresh_session() -> Result<u64, ReplicaError> {
     Ok(random_number()?.max(1))
 }
 
-fn random_number() -> Result<u64, ReplicaError> {
+pub(super) fn random_number() -> Result<u64, ReplicaError> {
     let mut bytes = [0u8; 8];
     // SAFETY: the buffer is ours and as long as the call is told.
     let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };

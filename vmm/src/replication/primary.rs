@@ -15,6 +15,7 @@ use colo_control::{
     VERSION_BULK,
 };
 use colo_fastpath::clock::now_us;
+use colo_fastpath::link::PacketLink;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{OnWorkers, PairEvent, PrimaryReport, PrimaryRole};
 use colo_fastpath::worker::Edge;
@@ -23,6 +24,7 @@ use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError, page_key, unix_seconds};
 use super::link::{Channels, Listener};
+use super::opening::Opener;
 use super::report::{CheckpointTimes, PairStatus, Standing, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
@@ -38,6 +40,8 @@ pub struct PrimaryShell {
     asking: Asking,
     listener: Listener,
     link: Option<Link>,
+    /// Opens the packet channels of the link, which takes long.
+    opener: Opener<Vec<PacketLink>>,
     pair_events: Mailbox<PairEvent>,
     capture_events: Mailbox<CaptureEvent>,
     capture: Sender<CaptureCommand>,
@@ -91,6 +95,8 @@ impl PrimaryShell {
         .protected_by(replica.protection());
         let (post, capture_events) = Mailbox::new().map_err(ReplicaError::System)?;
         let (capture, capture_thread) = spawn_capture(&replica, post)?;
+        let opening = replica.link_opening();
+        let opener = Opener::start(move |streams| opening.open(streams));
         let reason = match takeovers {
             0 => "no secondary has joined yet",
             _ => "this host took over; no secondary has joined since",
@@ -102,6 +108,7 @@ impl PrimaryShell {
             asking,
             listener,
             link: None,
+            opener: opener.map_err(ReplicaError::System)?,
             pair_events,
             capture_events,
             capture,
@@ -134,6 +141,7 @@ impl PrimaryShell {
             self.wait(&mut waiter);
         };
         self.close_link("this host ends");
+        drop(self.opener);
         drop(self.capture);
         if let Some(thread) = self.capture_thread.take() {
             let _ = thread.join();
@@ -146,6 +154,7 @@ impl PrimaryShell {
         waiter.readable(self.pair_events.poll_fd());
         waiter.readable(self.capture_events.poll_fd());
         waiter.readable(self.asking.poll_fd());
+        waiter.readable(self.opener.poll_fd());
         self.listener.fds().for_each(|fd| waiter.readable(fd));
         if let Some(link) = &self.link {
             waiter.push(link.control.pollfd());
@@ -169,6 +178,11 @@ impl PrimaryShell {
             while let Some(event) = self.pair_events.try_next() {
                 self.pair_event(event);
             }
+        }
+        if waiter.may_be_ready(self.opener.poll_fd())
+            && let Some(links) = self.opener.try_next()
+        {
+            self.sync_over(links);
         }
         let control = self.link.as_ref().map(|link| link.control.fd());
         if control.is_some_and(|fd| waiter.may_be_ready(fd)) {
@@ -361,6 +375,7 @@ impl PrimaryShell {
         // The peer takes a closed channel as our end: be silent before it can see one (rule 18).
         self.end_lease();
         self.on_role(|role, edge| role.detach(edge));
+        self.opener.forget();
         let _ = link.control.flush();
         for stream in &link.pages_end {
             let _ = stream.shutdown(Shutdown::Both);
@@ -494,16 +509,25 @@ impl PrimaryShell {
 
     fn start_sync(&mut self) {
         let Some(link) = &mut self.link else { return };
-        let (Some(packets), Some(streams)) = (link.packets.take(), link.pages.take()) else {
+        let Some(packets) = link.packets.take() else {
             return;
         };
-        let session = link.session;
         self.checkpoint_begun_us = now_us();
         (self.times.sync_rounds, self.times.sync_pages) = (0, 0);
-        let links = match self.replica.packet_links(packets) {
+        self.opener.ask(packets);
+    }
+
+    /// The packet channels are open, and pages may follow.
+    fn sync_over(&mut self, links: io::Result<Vec<PacketLink>>) {
+        let links = match links {
             Ok(links) => links,
             Err(e) => return self.link_down(&e.to_string()),
         };
+        let Some(link) = &mut self.link else { return };
+        let Some(streams) = link.pages.take() else {
+            return;
+        };
+        let session = link.session;
         let workers = self.replica.machine.workers();
         let attached = PrimaryRole::on_each(workers, links, PrimaryRole::attach);
         told(attached);

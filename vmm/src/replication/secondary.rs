@@ -84,7 +84,8 @@ impl SecondaryShell {
         let (stage_post, stage_events) = Mailbox::new().map_err(system)?;
         let pages_end = channels.pages.iter().map(TcpStream::try_clone);
         let pages_end = pages_end.collect::<Result<Vec<_>, _>>().map_err(system)?;
-        let links = replica.packet_links(channels.packets).map_err(system)?;
+        let links = replica.link_opening().open(channels.packets);
+        let links = links.map_err(system)?;
         let role = SecondaryRoleConfig {
             limits: replica.limits,
             mac: replica.mac,

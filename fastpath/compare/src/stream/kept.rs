@@ -339,7 +339,7 @@ impl Flow {
         // A guest may begin all connections with the same number: behind a FIN it is another one, and where the PVM
         // has begun another one with it.
         let is_known = match stream.get(Mark::SvmIsn) == Some(tcp.seq) {
-            true => !stream.svm_fin && !(is_pvms && is_behind),
+            true => !(stream.svm_fin || is_pvms && is_behind),
             false => is_pvms && stream.svm_incarnation == stream.pvm_incarnation,
         };
         if tcp.has(SYN) && !is_known {

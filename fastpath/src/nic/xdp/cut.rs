@@ -15,7 +15,8 @@ use crate::ring::xsk::{Descriptor, Umem};
 const PAGE_BYTES: u32 = 4096;
 
 impl XdpNic {
-    /// The pieces of a frame as descriptors, and the slot of the first. `None`: it does not fit.
+    /// The pieces of a frame as descriptors, and the slot that the first lies in: the frame's own if it begins
+    /// in the guest. `None`: it does not fit.
     pub(super) fn describe_frame(
         &self,
         frames: &mut FramePool,
@@ -31,7 +32,8 @@ impl XdpNic {
             .all(|piece| cut.add(piece.address.addr(), piece.len));
         if in_pieces && (self.multi_buffer || cut.count == 1) {
             let count = cut.finish();
-            return Some((self.slot_of(frames, first)?, count));
+            let slot = self.slot_of(frames, first).unwrap_or(token.slot());
+            return Some((slot, count));
         }
         self.stats.tx_gathered_frames.add(1);
         let whole = frames.in_one_piece(token);

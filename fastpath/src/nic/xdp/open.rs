@@ -254,7 +254,12 @@ impl XdpNic {
         let socket = bound?;
         let set = |program: &mut XdpProgram| program.set_guest_socket(queue, socket.as_fd());
         set(&mut self.common.control().program)?;
-        let mut opened = Queue::new(socket, base, target);
+        // All frames leave by the first.
+        let sends = match self.queues.is_empty() {
+            true => self.uses.len(),
+            false => 0,
+        };
+        let mut opened = Queue::new(socket, base, target, sends);
         let filled = opened.refill(frames, &mut self.uses, 0);
         self.queues.push(opened);
         filled.map_err(|source| self.address_error(source))

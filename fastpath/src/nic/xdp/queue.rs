@@ -2,7 +2,8 @@
 //!
 //! Invariants: a slot is in at most one of: the pool, a ring, the hands of a token's holder; the
 //! table of uses says which ring; a frame comes up whole or not at all. The pieces of one frame
-//! complete one after the other, the first of them in a slot (af_xdp.rst, multi-buffer).
+//! complete one after the other (af_xdp.rst, multi-buffer). The first of them tells the frame: by the slot
+//! that it lies in, or, where a frame begins in the guest, by its place among those under way.
 //!
 //! Does not know programs, links or modes.
 
@@ -16,6 +17,7 @@ use crate::nic::share::LinkFrame;
 use crate::ring::xsk::{Descriptor, Kick, Received, Rx, XskReceiver, XskSocket};
 
 use super::stats::XdpNicStats;
+use super::strays::Strays;
 
 /// Most pieces of a frame: the kernel's limit is MAX_SKB_FRAGS (17) and the first.
 pub(super) const PIECES_MAX: usize = 16;
@@ -56,11 +58,14 @@ pub(super) struct Queue {
     spoilt: bool,
     /// A frame that is completed in part: its slot, and pieces to come.
     completing: Option<(u32, u32)>,
+    /// Frames under way that begin in the guest.
+    strays: Strays,
     in_flight: u32,
 }
 
 impl Queue {
-    pub(super) fn new(socket: XskSocket, base: u64, fill_target: u32) -> Self {
+    /// A queue that may have `sends` frames under way at most.
+    pub(super) fn new(socket: XskSocket, base: u64, fill_target: u32, sends: usize) -> Self {
         Self {
             link: None,
             socket,
@@ -72,6 +77,7 @@ impl Queue {
             partial: None,
             spoilt: false,
             completing: None,
+            strays: Strays::with_capacity(sends),
             in_flight: 0,
         }
     }
@@ -272,9 +278,11 @@ impl Queue {
         }
     }
 
-    /// Queues a frame whose first piece lies in `slot`. Gives the token back when there is no room.
+    /// Queues a frame whose first piece lies in `slot`, or in the guest, if `slot` is the frame's own. Gives the
+    /// token back when there is no room.
     pub(super) fn send(
         &mut self,
+        frames: &FramePool,
         uses: &mut [Use],
         slot: u32,
         token: Token,
@@ -294,6 +302,11 @@ impl Queue {
                 ..*piece
             });
             debug_assert_eq!(accepted, Ok(true));
+        }
+        if let Some(first) = pieces.first()
+            && slot_at(frames, first.offset).is_none()
+        {
+            self.strays.add(first.offset, slot);
         }
         *place = Use::Sent(self.socket.queue(), token, count);
         self.in_flight += 1;
@@ -330,7 +343,7 @@ impl Queue {
         while let Some(offset) = self.socket.complete() {
             let (slot, left) = match self.completing.take() {
                 Some((slot, left)) => (slot, left),
-                None => match sent_from(frames, uses, offset + self.base, self.socket.queue()) {
+                None => match self.sent_from(frames, uses, offset + self.base) {
                     Some((slot, pieces)) => (slot, pieces),
                     None => {
                         stats.strange_completions.add(1);
@@ -348,17 +361,23 @@ impl Queue {
         self.socket.release_completions();
     }
 
+    /// The frame whose first piece lies at `offset`, and how many pieces it has.
+    fn sent_from(&mut self, frames: &FramePool, uses: &[Use], offset: u64) -> Option<(u32, u32)> {
+        // Bit 0 may have been lost on the way, which is of the same slot.
+        let slot = slot_at(frames, offset).or_else(|| self.strays.take(offset))?;
+        match uses.get(slot as usize)? {
+            Use::Sent(by, _, pieces) if *by == self.socket.queue() => Some((slot, *pieces)),
+            _ => None,
+        }
+    }
+
     /// Gives up what is in parts; the slots that the kernel has are found in the table.
     pub(super) fn close(mut self, frames: &mut FramePool) {
         self.spoil(frames);
     }
 }
 
-/// The frame whose first piece lies at `offset`. Bit 0 may have been lost on the way.
-fn sent_from(frames: &FramePool, uses: &[Use], offset: u64, queue: u32) -> Option<(u32, u32)> {
-    let (slot, _) = frames.slot_at(usize::try_from(offset).ok()?)?;
-    match uses.get(slot as usize)? {
-        Use::Sent(by, _, pieces) if *by == queue => Some((slot, *pieces)),
-        _ => None,
-    }
+/// The slot at an offset into the area, if there is one.
+fn slot_at(frames: &FramePool, offset: u64) -> Option<u32> {
+    Some(frames.slot_at(usize::try_from(offset).ok()?)?.0)
 }

@@ -264,6 +264,75 @@ fn what_lies_in_the_guest_leaves_from_there() {
     });
 }
 
+/// A frame that lies in the guest as a whole is one descriptor. Its buffer is the guest's again when the kernel
+/// has given that back, not when it was queued, also when the same bytes are sent twice.
+#[test]
+fn what_lies_in_the_guest_as_a_whole_leaves_as_one_piece() {
+    with_veth(1, 1500, || {
+        let (mut near, mut far) = pair(XdpNicMode::Auto);
+        let places = [0x5001, 0x2fff, (4 << 20) - 1400, 0x1003, 0x1003, 0x9000];
+        let mut sent = Vec::new();
+        for (n, &gpa) in places.iter().enumerate() {
+            let whole = frame(FAR, 1400, n.min(3));
+            near.ram.write(gpa, &whole).unwrap();
+            let head = n as u16;
+            let place = Segment { gpa, len: 1400 };
+            let token = near.frames.keep_whole(Buffer { life: 0, head }, place);
+            let queued = near.nic.send(&mut near.frames, token.unwrap());
+            assert!(matches!(queued, Sent::Done), "{queued:?}");
+            sent.push(whole);
+            if n == 2 {
+                // Among them is one that begins in a slot.
+                let token = near.frames.from_bytes(&frame(FAR, 60, 9)).unwrap();
+                let queued = near.nic.send(&mut near.frames, token);
+                assert!(matches!(queued, Sent::Done), "{queued:?}");
+                sent.push(frame(FAR, 60, 9));
+            }
+        }
+        // All of it is in the ring, a descriptor each, and the kernel has not been told.
+        assert_eq!(near.nic.queues[0].socket.tx_unsubmitted(), 7);
+        let mut returned = Vec::new();
+        near.frames.take_returned(&mut returned);
+        assert_eq!((near.frames.in_place(), returned.len()), (6, 0));
+        near.until(|end| end.is_idle());
+        near.frames.take_returned(&mut returned);
+        returned.sort_by_key(|buffer| buffer.head);
+        let heads: Vec<_> = returned.iter().map(|buffer| buffer.head).collect();
+        assert_eq!((near.frames.in_place(), heads), (0, (0..6).collect()));
+        for whole in sent {
+            assert_eq!(far.receive(), whole);
+        }
+        assert_eq!(near.counter("tx_gathered_frames"), 0);
+        assert_eq!(near.counter("xsk_tx_invalid"), 0);
+        assert_eq!(near.counter("strange_completions"), 0);
+        near.end();
+        far.end();
+    });
+}
+
+/// A NIC that goes with such frames in its ring gives all of them back.
+#[test]
+fn what_lies_in_the_guest_comes_back_from_a_nic_that_goes() {
+    with_veth(1, 1500, || {
+        let (mut near, far) = pair(XdpNicMode::Auto);
+        let place = Segment {
+            gpa: 0x1000,
+            len: 1400,
+        };
+        for head in 0..3 {
+            let token = near.frames.keep_whole(Buffer { life: 0, head }, place);
+            let queued = near.nic.send(&mut near.frames, token.unwrap());
+            assert!(matches!(queued, Sent::Done), "{queued:?}");
+        }
+        near.nic.recall(&mut near.frames);
+        let mut returned = Vec::new();
+        near.frames.take_returned(&mut returned);
+        assert_eq!((near.frames.in_place(), returned.len()), (0, 3));
+        near.end();
+        far.end();
+    });
+}
+
 #[test]
 fn jumbo_frames_are_put_together() {
     for mode in [XdpNicMode::Driver, XdpNicMode::Generic] {

@@ -9,10 +9,10 @@
 
 use std::collections::VecDeque;
 
-use colo_compare::{Frames, Token};
+use colo_compare::{Frames, HEADER_MAX, Token};
 
 use super::super::role::BATCH;
-use super::{Delivery, Edge, Handed};
+use super::{Delivery, Edge, Handed, Stays};
 use crate::frame::CopyCause;
 use crate::shard::{Kind, LANE_FRAMES, Outcome, Seat};
 use crate::stages::Stage;
@@ -116,14 +116,10 @@ impl Edge {
         }
     }
 
-    pub(super) fn take_of_shard(&mut self, copied: Option<CopyCause>) -> Option<Token> {
+    pub(super) fn take_of_shard(&mut self, stays: Stays) -> Option<Token> {
         match self.own_first() {
-            true => self
-                .take_own(copied)
-                .or_else(|| self.crossed(Kind::GuestTx)),
-            false => self
-                .crossed(Kind::GuestTx)
-                .or_else(|| self.take_own(copied)),
+            true => self.take_own(stays).or_else(|| self.crossed(Kind::GuestTx)),
+            false => self.crossed(Kind::GuestTx).or_else(|| self.take_own(stays)),
         }
     }
 
@@ -160,12 +156,17 @@ impl Edge {
     }
 
     /// The next frame of this shard from its own queue of the guest.
-    fn take_own(&mut self, copied: Option<CopyCause>) -> Option<Token> {
+    fn take_own(&mut self, stays: Stays) -> Option<Token> {
         for _ in 0..BATCH {
             if !self.reads_guest() {
                 return None;
             }
-            let token = self.take_any(copied)?;
+            let token = self.take_any(stays)?;
+            if self.owner_of(&token).is_none() {
+                return Some(token);
+            }
+            // A guest may have written its header since; the copy decides.
+            self.frames.settle_frame(&token, CopyCause::Crossing);
             match self.owner_of(&token) {
                 None => return Some(token),
                 Some(owner) => self.cross(owner, Kind::GuestTx, token),
@@ -204,13 +205,12 @@ impl Edge {
     /// Who owns a frame, if it is another shard.
     fn owner_of(&self, token: &Token) -> Option<usize> {
         let seat = &self.crossing.as_ref()?.seat;
-        let owner = seat.owner(self.frames.view(token));
+        let owner = seat.owner(self.frames.glance(token, &mut [0; HEADER_MAX]));
         (owner != seat.shard()).then_some(owner)
     }
 
     /// Copies a frame to its owner, who has room.
     fn cross(&mut self, owner: usize, kind: Kind, token: Token) {
-        self.frames.settle_frame(&token, CopyCause::Crossing);
         if let Some(crossing) = &mut self.crossing {
             let stamp_ns = self.frames.stamped_ns(&token);
             let sent = crossing
