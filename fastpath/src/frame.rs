@@ -322,16 +322,38 @@ impl FramePool {
         self.settle(token.slot(), cause);
     }
 
-    /// Settles every frame: afterwards no buffer of the guest is in use (rule 12).
+    /// Settles every frame but those that the NIC has: it goes on reading what it was given, so the guest must not have
+    /// that back.
     pub fn settle_all(&self, cause: CopyCause) {
-        if self.in_place.get() == 0 {
-            return;
-        }
-        for slot in 0..self.slots.len() as u32 {
-            if self.slots[slot as usize].is_in_place() {
-                self.settle(slot, cause);
+        self.settle_where(cause, |slot| slot.is_in_place() && !slot.is_read_in_place());
+    }
+
+    /// Settles what the NIC has, too; how many frames that were. The guest can change what of them has not left.
+    pub fn settle_unsent(&self, cause: CopyCause) -> u64 {
+        self.settle_where(cause, Slot::is_read_in_place)
+    }
+
+    fn settle_where(&self, cause: CopyCause, is_meant: impl Fn(&Slot) -> bool) -> u64 {
+        let mut settled = 0;
+        if self.in_place.get() > 0 {
+            for slot in 0..self.slots.len() as u32 {
+                if is_meant(&self.slots[slot as usize]) {
+                    self.settle(slot, cause);
+                    settled += 1;
+                }
             }
         }
+        settled
+    }
+
+    /// The NIC gets it, or has given it back.
+    pub fn set_with_nic(&self, token: &Token, is_there: bool) {
+        self.slots[token.slot() as usize].set_with_nic(is_there);
+    }
+
+    /// Whether the NIC has a frame that lies in the guest.
+    pub fn is_read_in_place(&self) -> bool {
+        self.in_place.get() > 0 && self.slots.iter().any(Slot::is_read_in_place)
     }
 
     /// The guest's buffers that came back since the last call.

@@ -47,7 +47,7 @@ pub use msg::{Malformed, PacketMsg};
 pub use open::{Packets, open_ports};
 pub use stats::LinkStats;
 pub use udp::UdpPort;
-pub use xdp::{PoolMemory, XdpPort, XdpPortError};
+pub use xdp::{PoolMemory, XDP_SLOTS_MAX, XdpPort, XdpPortError};
 
 /// While datagrams carry both directions, TCP is looked at this often, when idle and when busy.
 const STREAM_IDLE_US: u64 = 50;

@@ -10,7 +10,9 @@ mod hold;
 mod lease;
 mod local;
 mod on_workers;
+mod parts;
 mod primary;
+mod reports;
 mod secondary;
 mod twos;
 
@@ -19,6 +21,7 @@ use colo_compare::Divergence;
 pub use lease::Lease;
 pub use local::{LocalPairRole, LocalReport, SvmSide};
 pub use on_workers::OnWorkers;
+pub use parts::FrameParts;
 pub use primary::{CutState, PrimaryReport, PrimaryRole, PrimaryRoleConfig};
 pub use secondary::{SecondaryReport, SecondaryRole, SecondaryRoleConfig};
 
@@ -46,7 +49,7 @@ pub enum PairEvent {
 }
 
 /// Slots that must be free before frames are taken from the NIC or the guest, so that what comes over the link
-/// always finds one.
+/// finds one; see [`FrameParts`].
 const RESERVED_SLOTS: usize = 512;
 
 #[cfg(test)]

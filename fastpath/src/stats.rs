@@ -93,6 +93,8 @@ counters! {
         nic_tx_blocked,
         /// Frames that the NIC refused.
         nic_tx_errors,
+        /// Frames in the guest's memory that a NIC which stood still had not sent when the guest got the memory back.
+        nic_tx_exposed,
         /// Times a frame had to wait because no slot was free.
         frames_exhausted,
         /// Payload bytes sent from where they lay, without a copy in this process.

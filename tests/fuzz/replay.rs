@@ -22,10 +22,11 @@ use colo_tests::fuzz;
 
 type Body = fn(&[u8]);
 
-const TARGETS: [(&str, Body); 6] = [
+const TARGETS: [(&str, Body); 7] = [
     ("parser", fuzz::parser),
     ("translations", fuzz::translations),
     ("comparator", fuzz::comparator),
+    ("pairs", fuzz::pairs),
     ("secondary", fuzz::secondary),
     ("capture", fuzz::capture),
     ("replay", fuzz::replay),
@@ -98,6 +99,16 @@ fn corpus_of_translations() {
 #[test]
 fn corpus_of_comparator() {
     replay_corpus("comparator");
+}
+
+#[test]
+fn corpus_of_pairs() {
+    replay_corpus("pairs");
+    let taken = inputs("pairs")
+        .into_iter()
+        .map(|input| fuzz::taken_by_twos(&input));
+    let taken: usize = taken.sum();
+    assert!(taken > 200, "{taken} pairs only left by twos");
 }
 
 #[test]

@@ -58,6 +58,7 @@ pub enum Command {
         epoch: u64,
     },
     GoAlone,
+    Detach,
     Mute(bool, u64),
     Lease(u64),
     Apply {
@@ -407,6 +408,12 @@ impl Shell<'_> {
                     side.carry |= if keeps { pages } else { 0 };
                     // Nothing to abort when nothing was cut.
                     let _ = side.path.abort(now, &mut p.frames, epoch);
+                }
+            }
+            Command::Detach => {
+                if let Some(side) = self.primary() {
+                    side.sending = None;
+                    (side.in_flight, side.carry) = (0, 0);
                 }
             }
             Command::GoAlone => {

@@ -16,12 +16,14 @@ mod checker;
 mod checksums;
 mod comparator;
 mod guest;
+mod pairs;
 mod parser;
 mod secondary;
 mod translations;
 
 pub use capture::{capture, replay};
 pub use comparator::comparator;
+pub use pairs::{pairs, taken_by_twos};
 pub use parser::parser;
 pub use secondary::secondary;
 pub use translations::translations;

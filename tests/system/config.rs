@@ -157,9 +157,11 @@ fn a_kernel_that_cannot_be_loaded_is_refused_by_name() {
     )
     .unwrap();
     std::fs::copy("/bin/true", path("dynamic")).unwrap();
-    for name in ["absent", "large", "empty", "text", "dynamic"] {
-        let output = place.colo(&[], "run", "builtin:demo", path(name).to_str().unwrap());
-        assert_refused(&output, UNUSABLE, &["vm.kernel", name]);
+    for role in ["run", "primary"] {
+        for name in ["absent", "large", "empty", "text", "dynamic"] {
+            let output = place.colo(&[], role, "builtin:demo", path(name).to_str().unwrap());
+            assert_refused(&output, UNUSABLE, &["vm.kernel", name]);
+        }
     }
     let output = place.colo(&[], "run", "builtin:demo", "builtin:unknown");
     assert_refused(&output, UNUSABLE, &["vm.kernel", "unknown"]);
@@ -185,6 +187,8 @@ fn an_address_in_use_is_refused_by_name() {
         FAILED,
         &["link_listen", "10.78.0.1:7600", "in use"],
     );
+    // Whoever cannot run it has not asked for it.
+    assert!(!place.bench.dir().join("generation").exists());
 }
 
 #[test]

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,6 +16,7 @@ use colo_lab::topology::{GUEST, GUEST_MAC, Host, pcap_frames};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
 use colo_tests::streams::Streams;
+use serde_json::Value;
 
 /// So many answers must come after a kill, and in what time.
 const AFTERWARDS: u64 = 5_000;
@@ -340,4 +344,51 @@ fn a_frozen_primary_is_silent_when_it_wakes() {
     assert_clean(&load.finish().unwrap());
     // A process stopped between its look at the clock and the system call sends that one frame.
     assert_eq!(assert_one_voice(&voices.heard(), 1), Host::B);
+}
+
+/// Keeps everybody else from the arbiter's file, as long as what is given is open.
+fn locked(arbiter: &Path) -> File {
+    let file = OpenOptions::new()
+        .write(true)
+        .open(arbiter.with_extension("lock"))
+        .unwrap();
+    let lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open for the whole call; `lock` is a valid flock the kernel only reads.
+    let locked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &lock) };
+    assert_eq!(locked, 0, "{}", std::io::Error::last_os_error());
+    file
+}
+
+#[test]
+fn rule_18_an_arbiter_that_does_not_answer_holds_up_no_heartbeat() {
+    let Some(bench) = bench() else { return };
+    let mut settings = bench.settings();
+    // Silence for that long loses a peer; one wait for the lock takes a second.
+    settings.heartbeat_count = 40;
+    let mut pair = pair(&settings, &bench);
+    pair.secondary.kill().unwrap();
+    pair.wait_alone(Host::A).unwrap();
+    let arbiter = locked(&bench.dir().join("generation"));
+    pair.restart(Host::B, "secondary").unwrap();
+    let stands_by = |status: &Value| status["state"] == "standby";
+    let uptime_s = |status: &Value| status["uptime_s"].as_f64().unwrap();
+    let begun = pair
+        .secondary
+        .wait_status("has the state", AFTERWARDS_TIMEOUT, stands_by)
+        .unwrap();
+    let still = |status: &Value| stands_by(status) && uptime_s(status) > uptime_s(&begun) + 3.0;
+    pair.secondary
+        .wait_status("hears the primary", AFTERWARDS_TIMEOUT, still)
+        .unwrap();
+    // It has a state that no arbiter knows of.
+    assert_eq!(pair.primary.status().unwrap()["protected"], false);
+    drop(arbiter);
+    pair.wait_protected(Host::A).unwrap();
+    assert_eq!(pair.primary.status().unwrap()["takeovers"], 0);
 }

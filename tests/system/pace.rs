@@ -266,7 +266,8 @@ fn rule_14_without_room_for_held_output_the_guest_stands_still_until_there_is() 
         return;
     };
     let mut settings = settings(&bench);
-    settings.primary_extra = "hold_frames = 8\n".to_owned();
+    let lines = "hold_frames = 8\n".to_owned();
+    (settings.primary_extra, settings.secondary_extra) = (lines.clone(), lines);
     let mut pair = Pair::start(&settings, bench.dir()).unwrap();
     let load = Load::start(&pair.topology.client, LoadConfig::new(16, 3)).unwrap();
     assert!(load.wait_answers(100, TIMEOUT), "no service");

@@ -80,6 +80,14 @@ fn rule_4_a_pair_of_two_shards_takes_checkpoints_and_survives_a_kill() {
             load.wait_answers(500, PATIENCE),
             "no answers after the kill"
         );
+        // All shards begin in one epoch, so that the next checkpoint covers what each has held.
+        pair.restart(Host::A, "secondary").unwrap();
+        let before = pair.wait_protected(Host::B).unwrap();
+        let checkpoints = |status: &Value| status["checkpoints"].as_u64().unwrap();
+        let more = |status: &Value| checkpoints(status) > checkpoints(&before);
+        let process = pair.process(Host::B);
+        process.wait_status("checkpoint", PATIENCE, more).unwrap();
+        assert!(load.wait_answers(500, PATIENCE), "no answers of the pair");
         let report = load.finish().unwrap();
         let survival = report.survival.unwrap();
         assert!(survival.connections_before > 0);

@@ -16,9 +16,10 @@ use colo_fastpath::Mac;
 use colo_fastpath::frame::TxMode;
 use colo_fastpath::link::Packets;
 use colo_fastpath::nic::XdpNicMode;
+use colo_fastpath::pair::FrameParts;
 use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
-use colo_fastpath::shard::SHARDS_MAX;
+use colo_fastpath::shard::{SHARDS_MAX, crossing_frames};
 use colo_fastpath::worker::PollMode;
 use serde::{Deserialize, Deserializer};
 
@@ -60,7 +61,7 @@ pub enum ConfigError {
         /// What it says.
         value: String,
         /// What to do.
-        advice: &'static str,
+        advice: String,
     },
     /// The policy file cannot be used.
     #[error("{}: compare.policy: {source}", path.display())]
@@ -207,7 +208,7 @@ pub struct HostConfig {
     pub cpu: Vec<usize>,
     /// Unix socket for `colo status`.
     pub status: Option<PathBuf>,
-    /// Frames in flight at most.
+    /// Frames that a worker has room for, in flight, held and kept, 2048 bytes each with the usual MTU.
     pub frame_slots: u32,
     /// With which bytes frames leave that were compared where they lay.
     pub tx: TxMode,
@@ -246,7 +247,7 @@ impl Default for HostConfig {
             shards: 1,
             cpu: Vec::new(),
             status: None,
-            frame_slots: 8192,
+            frame_slots: 16_384,
             tx: TxMode::default(),
             stages: false,
         }
@@ -324,8 +325,8 @@ pub struct ReplicationConfig {
     /// What a primary does without a secondary.
     #[serde(default)]
     pub alone: Alone,
-    /// Frames that may be held.
-    #[serde(default = "default_hold_frames")]
+    /// Frames that may be held, by each shard; 0: as many as the pool has room for.
+    #[serde(default)]
     pub hold_frames: u32,
     /// What may carry mirrored input and SVM output beside TCP.
     #[serde(default)]
@@ -360,9 +361,6 @@ const fn default_storm_checkpoints_per_s() -> u64 {
 }
 const fn default_storm_window_ms() -> u64 {
     5000
-}
-const fn default_hold_frames() -> u32 {
-    4096
 }
 
 /// Where the guest image is.
@@ -618,6 +616,15 @@ impl Check<'_> {
             window,
             at_least_one,
         )?;
+        // What a host listens at is its name at the arbiter (rule 18).
+        for (field, address) in [
+            ("replication.link_listen", r.link_listen),
+            ("replication.link_peer", r.link_peer),
+        ] {
+            let specified = !address.ip().to_canonical().is_unspecified();
+            let advice = "name an address of that host alone, which the other one reaches";
+            self.that(specified, field, address, advice)?;
+        }
         let other = r.link_listen != r.link_peer;
         let advice = "must be the other host's address, not link_listen";
         self.that(other, "replication.link_peer", r.link_peer, advice)?;
@@ -627,12 +634,12 @@ impl Check<'_> {
             .is_some_and(|path| !path.is_empty());
         let advice = "write \"file:\" and a path that both hosts reach";
         self.that(file, "replication.arbiter", &r.arbiter, advice)?;
-        // The roles keep 512 slots free for what comes over the link.
-        let advice = "a pair needs at least 1024";
-        let enough = host.frame_slots >= 1024;
+        let advice = format!("a pair needs at least {}", FrameParts::SLOTS_MIN);
+        let enough = host.frame_slots >= FrameParts::SLOTS_MIN;
         self.that(enough, "host.frame_slots", host.frame_slots, advice)?;
-        let fits = r.hold_frames > 0 && r.hold_frames <= host.frame_slots;
-        let advice = "must be between 1 and host.frame_slots";
+        let most = FrameParts::of(host.frame_slots, crossing_frames(host.shards)).each;
+        let fits = r.hold_frames as usize <= most;
+        let advice = format!("host.frame_slots leaves room for {most} at most");
         self.that(fits, "replication.hold_frames", r.hold_frames, advice)
     }
 
@@ -641,7 +648,7 @@ impl Check<'_> {
         good: bool,
         field: &'static str,
         value: impl ToString,
-        advice: &'static str,
+        advice: impl Into<String>,
     ) -> Result<(), ConfigError> {
         if good {
             return Ok(());
@@ -651,7 +658,7 @@ impl Check<'_> {
             path,
             field,
             value: value.to_string(),
-            advice,
+            advice: advice.into(),
         })
     }
 }

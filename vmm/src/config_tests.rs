@@ -84,7 +84,7 @@ fn errors_name_file_field_value_and_remedy() {
         (
             "poll = \"interrupt\"",
             "frame_slots = 512",
-            "host.frame_slots = 512: a pair needs at least 1024",
+            "host.frame_slots = 512: a pair needs at least 8192",
         ),
         ("52:54", "53:54", "net.mac"),
         ("52:54", "5254", "is not like \"52:54:00:c0:10:01\""),
@@ -116,6 +116,21 @@ fn errors_name_file_field_value_and_remedy() {
         ("10.78.0.2:7600", "10.78.0.1:7600", "replication.link_peer"),
         ("10.78.0.2:7600", "nonsense", "link_peer"),
         (
+            "10.78.0.1:7600",
+            "0.0.0.0:7600",
+            "replication.link_listen = 0.0.0.0:7600: name an address of that host alone",
+        ),
+        (
+            "10.78.0.1:7600",
+            "[::]:7600",
+            "replication.link_listen = [::]:7600",
+        ),
+        (
+            "10.78.0.2:7600",
+            "[::ffff:0.0.0.0]:7600",
+            "replication.link_peer = [::ffff:0.0.0.0]:7600",
+        ),
+        (
             "[replication]",
             "[replication]\nack_deadline_ms = 40",
             "delayed ACK",
@@ -123,7 +138,7 @@ fn errors_name_file_field_value_and_remedy() {
         (
             "[replication]",
             "[replication]\nhold_frames = 100000",
-            "replication.hold_frames",
+            "replication.hold_frames = 100000: host.frame_slots leaves room for 1792 at most",
         ),
         (
             "[replication]",

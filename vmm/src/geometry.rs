@@ -2,7 +2,33 @@
 //!
 //! Does not compare; who does says what differs.
 
+use colo_control::{Geometry, NOTHING};
+
 use crate::config::Config;
+
+/// What both hosts of a pair must agree on: that of the machine, and what snapshots need not have. Whoever takes over must
+/// judge as the primary did, have room for what it held, and tell the guest the same.
+pub fn pair_geometry(config: &Config, shards: usize) -> Geometry {
+    let mut pairs = geometry(config, shards);
+    let mut name = |name: &str, value: String| pairs.push((name.to_owned(), value));
+    let policy = config.compare.fingerprint.clone();
+    name(
+        "compare.policy",
+        policy.unwrap_or_else(|| NOTHING.to_owned()),
+    );
+    let checksum = config.net.guest_checksum;
+    name(
+        "net.guest_checksum",
+        if checksum { "true" } else { NOTHING }.to_owned(),
+    );
+    name("host.frame_slots", config.host.frame_slots.to_string());
+    let hold_frames = config.replication.as_ref().map(|r| r.hold_frames);
+    name(
+        "replication.hold_frames",
+        hold_frames.map_or_else(|| NOTHING.to_owned(), |n| n.to_string()),
+    );
+    pairs
+}
 
 /// Of a machine with so many packet workers, on this host.
 pub fn geometry(config: &Config, shards: usize) -> Vec<(String, String)> {
@@ -52,4 +78,48 @@ fn cpuid_digest() -> String {
         }
     }
     format!("{:08x}", hash.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn rule_22_what_decides_about_frames_is_part_of_a_pairs_geometry() {
+        let of = |net: &str, host: &str, pair: &str| {
+            let text = format!(
+                r#"
+                [vm]
+                name = "test"
+                kernel = "none"
+                ram_mib = 8
+                [net]
+                tap = "none"
+                mac = "52:54:00:c0:10:01"
+                {net}
+                [host]
+                {host}
+                [replication]
+                link_listen = "10.78.0.1:7600"
+                link_peer = "10.78.0.2:7600"
+                arbiter = "file:generation"
+                {pair}
+                "#
+            );
+            let config = Config::parse(Path::new("test.toml"), &text).unwrap();
+            pair_geometry(&config, 1)
+        };
+        let plain = of("", "", "");
+        for (other, name) in [
+            (of("guest_checksum = true", "", ""), "net.guest_checksum"),
+            (of("", "frame_slots = 4096", ""), "host.frame_slots"),
+            (of("", "", "hold_frames = 100"), "replication.hold_frames"),
+        ] {
+            let differ = plain.iter().zip(&other).filter(|(a, b)| a != b);
+            let names: Vec<_> = differ.map(|((name, _), _)| name.as_str()).collect();
+            assert_eq!(names, [name]);
+        }
+    }
 }

@@ -1,10 +1,12 @@
 //! Replication: the link, the arbiter, and the control threads of the two roles.
 //!
 //! `primary` and `secondary` carry out what the cores of `colo-control` decide; `link` and `control_link` are the
-//! channels, `arbiter` the generation file, `report` what `colo status` shows.
+//! channels, `arbiter` the generation file (`asking` its thread), `report` what `colo status` shows.
 
 pub mod arbiter;
+mod asking;
 mod control_link;
+mod guest_end;
 mod host;
 pub mod link;
 mod primary;

@@ -4,27 +4,31 @@
 //! about: the two have permissions of their own. A request is `snapshot PATH`; the answer has `ok`, or
 //! `error` with the reason in words.
 //!
-//! Invariants: a client that does not write or read holds nothing up for longer than 100 ms;
-//! every request gets one answer, also when nobody handled it.
+//! Invariants: nobody waits for a client, whether it writes nothing, or slowly, or does not read; there are at
+//! most [`CLIENTS_MAX`] of them; every request gets one answer, also when nobody handled it.
 //!
 //! Does not carry requests out.
 
 use std::ffi::OsString;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::status::{StatusError, bind_socket};
 
-/// A client writes its line at once.
-const LINE_TIMEOUT: Duration = Duration::from_millis(100);
-const LINE_BYTES_MAX: u64 = 8192;
+/// A client writes its line at once; one that has not by then gives its place up to others.
+const LINE_TIMEOUT: Duration = Duration::from_secs(2);
+const LINE_BYTES_MAX: usize = 8192;
+/// Clients that may have begun a line.
+const CLIENTS_MAX: usize = 16;
 const SNAPSHOT: &[u8] = b"snapshot ";
 
 /// Where the requests to the machine with this status socket go.
@@ -74,16 +78,30 @@ impl Drop for Request {
 }
 
 fn answer_to(mut client: UnixStream, answer: &serde_json::Value) {
-    // A client that left or does not read is its own problem.
-    let _ = client.set_write_timeout(Some(LINE_TIMEOUT));
+    // Does not block. A client that left or does not read is its own problem.
     let _ = client.write_all(format!("{answer}\n").as_bytes());
+}
+
+fn refuse(client: UnixStream, reason: &str) {
+    answer_to(client, &serde_json::json!({ "error": reason }));
 }
 
 /// A listening socket. Its file goes away with it.
 #[derive(Debug)]
 pub struct RequestSocket {
     listener: UnixListener,
+    /// Readable when the listener is, or a client.
+    ready: Epoll,
+    clients: Mutex<Vec<Client>>,
     path: PathBuf,
+}
+
+/// A client that has not written a whole line.
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    since: Instant,
+    line: Vec<u8>,
 }
 
 impl RequestSocket {
@@ -91,28 +109,82 @@ impl RequestSocket {
     pub fn bind(status: &Path) -> Result<Self, StatusError> {
         let path = socket_of(status);
         let listener = bind_socket(&path)?;
-        Ok(Self { listener, path })
+        let watch = || {
+            let ready = Epoll::new()?;
+            let event = EpollEvent::new(EventSet::IN, 0);
+            ready.ctl(ControlOperation::Add, listener.as_raw_fd(), event)?;
+            Ok(ready)
+        };
+        let ready = watch().map_err(|source| StatusError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Self {
+            listener,
+            ready,
+            clients: Mutex::default(),
+            path,
+        })
     }
 
     /// Readable when [`RequestSocket::next`] may have something.
     pub fn poll_fd(&self) -> RawFd {
-        self.listener.as_raw_fd()
+        self.ready.as_raw_fd()
     }
 
-    /// The next request that makes sense; others are answered here.
+    /// The next request that is whole and makes sense; those that do not are answered here.
     pub fn next(&self) -> Option<Request> {
-        while let Ok((client, _)) = self.listener.accept() {
-            match read_order(&client) {
-                Ok(order) => {
-                    return Some(Request {
-                        order,
-                        client: Some(client),
-                    });
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        self.accept(&mut clients);
+        let mut n = 0;
+        while let Some(client) = clients.get_mut(n) {
+            match client.read_order() {
+                Ok(None) => n += 1,
+                Ok(Some(order)) => {
+                    let client = Some(self.take(&mut clients, n));
+                    return Some(Request { order, client });
                 }
-                Err(reason) => answer_to(client, &serde_json::json!({ "error": reason })),
+                Err(reason) => refuse(self.take(&mut clients, n), &reason),
             }
         }
         None
+    }
+
+    fn accept(&self, clients: &mut MutexGuard<'_, Vec<Client>>) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            // The oldest comes first.
+            if clients.len() >= CLIENTS_MAX && clients[0].since.elapsed() > LINE_TIMEOUT {
+                refuse(self.take(clients, 0), "no request came");
+            }
+            let event = EpollEvent::new(EventSet::IN, 0);
+            let watch = || {
+                self.ready
+                    .ctl(ControlOperation::Add, stream.as_raw_fd(), event)
+            };
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            if clients.len() >= CLIENTS_MAX || watch().is_err() {
+                refuse(stream, "too many clients at once; try again");
+                continue;
+            }
+            clients.push(Client {
+                stream,
+                since: Instant::now(),
+                line: Vec::new(),
+            });
+        }
+    }
+
+    /// A client of which no more is to be read.
+    fn take(&self, clients: &mut MutexGuard<'_, Vec<Client>>, n: usize) -> UnixStream {
+        let stream = clients.remove(n).stream;
+        let fd = stream.as_raw_fd();
+        // Otherwise its end would wake the machine again and again until it has its answer.
+        let _ = self
+            .ready
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        stream
     }
 }
 
@@ -122,13 +194,32 @@ impl Drop for RequestSocket {
     }
 }
 
-fn read_order(client: &UnixStream) -> Result<Order, String> {
-    let mut line = Vec::new();
-    client
-        .set_read_timeout(Some(LINE_TIMEOUT))
-        .and_then(|()| BufReader::new(client.take(LINE_BYTES_MAX)).read_until(b'\n', &mut line))
-        .map_err(|e| format!("no request came: {e}"))?;
-    let line = line.strip_suffix(b"\n").ok_or("the request has no end")?;
+impl Client {
+    /// What it wants, once its line is whole.
+    fn read_order(&mut self) -> Result<Option<Order>, String> {
+        let mut bytes = [0; 1024];
+        loop {
+            if let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
+                return order_of(&self.line[..end]).map(Some);
+            }
+            if self.line.len() >= LINE_BYTES_MAX {
+                return Err(format!("the request is longer than {LINE_BYTES_MAX} bytes"));
+            }
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return Err("the request has no end".to_owned()),
+                Ok(n) => self.line.extend_from_slice(&bytes[..n]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => return Err(format!("no request came: {e}")),
+            }
+        }
+        match self.since.elapsed() > LINE_TIMEOUT {
+            true => Err(format!("no request came within {LINE_TIMEOUT:?}")),
+            false => Ok(None),
+        }
+    }
+}
+
+fn order_of(line: &[u8]) -> Result<Order, String> {
     match line.strip_prefix(SNAPSHOT) {
         Some(path) if path.starts_with(b"/") => {
             Ok(Order::Snapshot(OsString::from_vec(path.to_vec()).into()))
@@ -250,9 +341,53 @@ mod tests {
             let answer = served(&socket, ask, |request| panic!("{request:?}"));
             assert!(answer.contains(reason), "{line:?}: {answer}");
         }
-        // One that says nothing.
-        let silent = UnixStream::connect(socket_of(&status)).unwrap();
+    }
+
+    fn is_readable(socket: &RequestSocket) -> bool {
+        let mut fd = libc::pollfd {
+            fd: socket.poll_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one valid pollfd, no wait.
+        unsafe { libc::poll(&mut fd, 1, 0) == 1 }
+    }
+
+    #[test]
+    fn a_slow_client_is_not_waited_for_and_served_when_its_line_is_whole() {
+        let (_dir, status, socket) = socket();
+        let mut slow = UnixStream::connect(socket_of(&status)).unwrap();
+        for piece in [&b""[..], b"snap", b"shot /x"] {
+            slow.write_all(piece).unwrap();
+            assert!(socket.next().is_none());
+            assert!(!is_readable(&socket), "it would be looked at without end");
+        }
+        // Who comes later is not behind it.
+        let mut quick = UnixStream::connect(socket_of(&status)).unwrap();
+        quick.write_all(b"snapshot /y\n").unwrap();
+        let request = socket.next().unwrap();
+        assert_eq!(request.order, Order::Snapshot("/y".into()));
+        drop(quick);
+        assert!(!is_readable(&socket), "nor is one that left");
+        drop(request);
+        slow.write_all(b"\n").unwrap();
+        assert!(is_readable(&socket));
+        let request = socket.next().unwrap();
+        assert_eq!(request.order, Order::Snapshot("/x".into()));
+    }
+
+    #[test]
+    fn silent_clients_are_bounded() {
+        let (_dir, status, socket) = socket();
+        let connect = || UnixStream::connect(socket_of(&status)).unwrap();
+        let silent: Vec<_> = (0..CLIENTS_MAX).map(|_| connect()).collect();
+        let mut late = connect();
         assert!(socket.next().is_none());
+        let mut answer = String::new();
+        late.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("too many"), "{answer}");
         drop(silent);
+        assert!(socket.next().is_none());
+        assert!(socket.clients.lock().unwrap().is_empty());
     }
 }

@@ -152,6 +152,16 @@ impl FlowKey {
         &self.words
     }
 
+    /// The guest's and the peer's address of an untagged IPv4 packet.
+    pub(crate) const fn ipv4_ends(&self) -> Option<(u32, u32)> {
+        let is_untagged_v4 = self.words[5] & V6 == 0 && self.words[4] as u32 == 0;
+        if is_untagged_v4 {
+            Some((self.words[1] as u32, self.words[3] as u32))
+        } else {
+            None
+        }
+    }
+
     /// What is carried.
     pub const fn protocol(&self) -> Protocol {
         Protocol::from_code(self.words[5] as u32)

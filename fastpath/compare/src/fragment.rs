@@ -219,15 +219,23 @@ impl Flow {
     /// side with the identification that the PVM gave it.
     fn decide(&self, id: u32, other: u32, held: &mut Lists<Held>, svm: &mut Lists<SvmFrame>) {
         let is_of = |packet: &Layout, id| packet.fragment.is_some_and(|f| f.id == id);
-        let mut at = self.held.head;
-        while let Some(frame) = held.get_mut(at) {
+        // Only pieces that were looked at: those behind them may be of a later packet with the same
+        // identification.
+        let (mut at, mut looked_at) = (self.held.head, 0);
+        while looked_at < PIECES_MAX
+            && let Some(frame) = held.get_mut(at)
+        {
+            looked_at += 1;
             if is_of(&frame.packet, id) {
                 frame.matched_to = Some(id);
             }
             at = held.next(at);
         }
-        let mut at = self.svm.head;
-        while let Some(frame) = svm.get_mut(at) {
+        let (mut at, mut looked_at) = (self.svm.head, 0);
+        while looked_at < PIECES_MAX
+            && let Some(frame) = svm.get_mut(at)
+        {
+            looked_at += 1;
             if is_of(&frame.packet, other) && !frame.reported {
                 (frame.reported, frame.incarnation) = (true, id);
             }

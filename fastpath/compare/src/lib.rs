@@ -25,6 +25,7 @@ mod limits;
 mod list;
 mod policy;
 mod primary;
+mod recent;
 mod record;
 mod retain;
 mod secondary;

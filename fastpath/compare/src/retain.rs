@@ -196,6 +196,17 @@ impl Retain {
         }
     }
 
+    /// The peer reset the connection with this sequence number. Guests believe it only right after
+    /// what they have received (RFC 5961 section 3.2), so anybody's who does not know that number
+    /// changes nothing (rule 5).
+    pub(crate) fn reset<F: Frames + ?Sized>(&mut self, key: &FlowKey, seq: u32, frames: &mut F) {
+        let flow = self.slot_of(key).and_then(|slot| self.flows.at(slot));
+        let last = flow.and_then(|flow| self.kept.get(flow.frames.tail));
+        if last.is_some_and(|kept| kept.end == seq) {
+            self.forget(key, frames);
+        }
+    }
+
     /// A commit includes everything. Gives how many frames that were.
     pub(crate) fn clear<F: Frames + ?Sized>(&mut self, frames: &mut F) -> usize {
         let dropped = self.kept.len();

@@ -12,6 +12,7 @@ use crate::frames::{Frames, Token};
 use crate::ledger::Ledger;
 use crate::limits::Limits;
 use crate::list::{Ends, NIL};
+use crate::recent::{Recent, WireName};
 use crate::stream::Stream;
 use crate::wheel::{Timer, Timers, Wheel};
 use crate::wire::{Layout, Packet};
@@ -131,6 +132,9 @@ pub(crate) mod seen {
     pub(crate) const TCP: u8 = 32;
     /// It is in the list of those that wait for the secondary's word.
     pub(crate) const WAITING: u8 = 64;
+    /// Frames of both guests left by twos, and nothing else has looked at the flow since: it is at rest, and no
+    /// output of the SVM is unmatched. TCP: all its numbers have come to the same place.
+    pub(crate) const STEADY: u8 = 128;
 }
 
 /// Neighbours in the list of flows that wait for the secondary's word.
@@ -197,7 +201,7 @@ impl Flow {
         self.used_s = (now_us / 1_000_000) as u32;
     }
 
-    /// Both sides have sent another frame.
+    /// Both sides have sent another frame, by twos.
     #[inline(always)]
     pub(crate) fn use_again(&mut self, used_s: u32) {
         self.seen |= seen::USE;
@@ -259,7 +263,7 @@ impl Flow {
         self.timer = Timer::OFF;
         self.waiting = UNLINKED;
         self.wait = Wait::Peer;
-        self.seen &= !(seen::PVM | seen::SVM | seen::WAITING);
+        self.seen &= !(seen::PVM | seen::SVM | seen::WAITING | seen::STEADY);
         self.stream.rebase();
     }
 }
@@ -268,6 +272,7 @@ impl Flow {
 #[derive(Debug)]
 pub(crate) struct Flows {
     table: FlatTable<Flow>,
+    recent: Recent,
     wheel: Wheel,
     generation: u32,
     hand: usize,
@@ -280,6 +285,7 @@ impl Flows {
     pub(crate) fn new(limits: &Limits) -> Self {
         Self {
             table: FlatTable::new(limits.max_flows, limits.hash_seed),
+            recent: Recent::new(limits.hash_seed),
             wheel: Wheel::new(),
             generation: 0,
             hand: 0,
@@ -329,6 +335,8 @@ impl Flows {
         if flow.generation != generation {
             flow.renew(generation);
         }
+        // Whoever asks may change it.
+        flow.seen &= !seen::STEADY;
         Some((key, flow))
     }
 
@@ -337,6 +345,28 @@ impl Flows {
     pub(crate) fn present_mut(&mut self, key: &FlowKey) -> Option<(FlowId, &mut Flow)> {
         let (id, flow) = self.table.near_mut(self.table.hash(key), key)?;
         (flow.generation == self.generation).then_some((id, flow))
+    }
+
+    /// A steady flow, if it is among those that went by last.
+    #[inline(always)]
+    pub(crate) fn steady_mut(&mut self, name: &WireName) -> Option<(FlowId, &mut Flow)> {
+        let id = self.recent.find(name)?;
+        let flow = self.table.at_mut(id)?;
+        let is_steady = flow.has_seen(seen::STEADY) && flow.generation == self.generation;
+        is_steady.then_some((id, flow))
+    }
+
+    /// A steady flow has this name.
+    #[inline]
+    pub(crate) fn remember(&mut self, name: WireName, id: FlowId) {
+        self.recent.remember(name, id);
+    }
+
+    /// A flow to which something has happened since the last commit, for what leaves it steady.
+    #[inline(always)]
+    pub(crate) fn history_mut(&mut self, id: FlowId) -> Option<&mut Flow> {
+        let flow = self.table.at_mut(id)?;
+        (flow.generation == self.generation).then_some(flow)
     }
 
     /// The flow, if something has happened to it since the last commit.
@@ -445,6 +475,7 @@ impl Flows {
         }
         self.wheel.disarm(&mut self.table, id);
         let key = self.key(id);
+        self.recent.forget(&key);
         self.table.remove(&key);
     }
 
@@ -493,6 +524,7 @@ impl Flows {
     /// Forgets all flows; its caller has emptied all lists.
     pub(crate) fn clear(&mut self) {
         self.table.clear();
+        self.recent.clear();
         self.waiting = NIL;
         self.wheel.clear();
     }
@@ -510,7 +542,7 @@ impl Flows {
         if flow.is_waiting() == is_waiting {
             return;
         }
-        flow.seen ^= seen::WAITING;
+        flow.seen = (flow.seen ^ seen::WAITING) & !seen::STEADY;
         if is_waiting {
             flow.waiting = Links {
                 prev: NIL,

@@ -39,6 +39,24 @@ fn syn_ack_is_compared_by_flags_and_binding_options() {
         (vec![], vec![Cause::SynOptions])
     );
     assert_eq!(verdict(&mss, &[]), (vec![], vec![Cause::SynOptions]));
+    // Options that no one here knows: a key (RFC 8684), twice a cookie.
+    let key = |last: u8| [30, 12, 0, 0x81, 1, 2, 3, 4, 5, 6, 7, last];
+    let with_mss = |options: &[u8]| [&mss[..], options].concat();
+    let mss_last = [&key(8)[..], &mss].concat();
+    assert_eq!(
+        verdict(&with_mss(&key(8)), &mss_last),
+        (vec![Right::Match], vec![])
+    );
+    let (one, two) = ([34, 4, 1, 1], [34, 4, 1, 2]);
+    let different = [
+        (with_mss(&key(8)), with_mss(&key(9))),
+        (with_mss(&key(8)), mss.to_vec()),
+        (mss.to_vec(), with_mss(&key(8))),
+        ([one, one, two].concat(), [one, two, two].concat()),
+    ];
+    for (pvm, svm) in different {
+        assert_eq!(verdict(&pvm, &svm), (vec![], vec![Cause::SynOptions]));
+    }
 }
 
 #[test]

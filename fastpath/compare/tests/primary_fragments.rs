@@ -323,7 +323,11 @@ fn with_several_shards_fragments_of_tcp_wait_for_a_commit() {
         frame[23] = 6;
         frame
     };
-    for (crossing_frames, leave) in [(0, 2), (8, 0)] {
+    let cases = [(0, 2), (8, 0)];
+    for ((crossing_frames, leave), pvm_first) in cases
+        .into_iter()
+        .flat_map(|case| [(case, false), (case, true)])
+    {
         let limits = Limits {
             crossing_frames,
             ..Limits::default()
@@ -332,10 +336,15 @@ fn with_several_shards_fragments_of_tcp_wait_for_a_commit() {
         let all = pieces(Side::V4, 1, &message(LEN), &[(0, 4), (4, ALL)]);
         let all: Vec<_> = all.into_iter().map(tcp).collect();
         for piece in &all {
-            pair.svm(piece);
-            pair.pvm(piece);
+            if pvm_first {
+                pair.pvm(piece);
+                pair.svm(piece);
+            } else {
+                pair.svm(piece);
+                pair.pvm(piece);
+            }
         }
-        assert_eq!(pair.rights().len(), leave, "{crossing_frames}");
+        assert_eq!(pair.rights().len(), leave, "{crossing_frames} {pvm_first}");
         // Other fragments leave as ever.
         let other = piece(Side::V6, 2, &message(LEN), (0, ALL / 2));
         pair.svm(&other);

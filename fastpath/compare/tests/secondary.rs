@@ -201,6 +201,30 @@ fn a_reset_of_either_side_ends_redelivery() {
 }
 
 #[test]
+fn rule_5_a_reset_that_the_guest_does_not_believe_ends_no_redelivery() {
+    for seq in [12, 14, 10, 0x8000_0000] {
+        let forged = Segment::new(Side::V6)
+            .to_guest()
+            .flags(RST)
+            .seq(seq)
+            .bytes();
+        let mut follower = Follower::new();
+        follower.mirror(2, &request(10, b"abc"));
+        follower.deliver().unwrap();
+        follower.mirror(2, &forged);
+        assert_eq!(
+            follower.deliver(),
+            Some(forged),
+            "it is the guest's to judge"
+        );
+        assert_eq!(follower.path.input_frames(), 1);
+        follower.now_us = follower.path.next_deadline().unwrap();
+        assert_eq!(follower.deliver(), Some(request(10, b"abc")), "again");
+        follower.close();
+    }
+}
+
+#[test]
 fn a_full_ring_queues_in_order() {
     let mut follower = Follower::new();
     (0..3).for_each(|n| follower.mirror(2, &message(n)));

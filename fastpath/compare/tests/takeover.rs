@@ -73,6 +73,31 @@ fn rule_1_kill_reprotect_checkpoint_kill_with_connections_from_every_interval() 
 }
 
 #[test]
+fn rule_4_a_shard_that_has_seen_less_input_goes_on_in_the_epoch_of_the_others() {
+    let mut rig = Rig::new(Limits::default());
+    rig.join();
+    rig.open(41_000);
+    rig.checkpoint();
+    rig.kill_primary();
+    // Another shard had input of the epoch after.
+    let epoch = rig.primary.epoch() + 1;
+    rig.primary.raise_epoch(epoch).unwrap();
+    rig.primary.raise_epoch(epoch - 1).unwrap();
+    assert_eq!(rig.primary.epoch(), epoch, "it never falls");
+    rig.join();
+    assert!(
+        rig.primary.raise_epoch(epoch + 9).is_err(),
+        "a pair has its epoch"
+    );
+    assert_eq!(rig.primary.epoch(), epoch + 1);
+    rig.send(41_000, b"compared");
+    rig.assert_all_echoed();
+    assert_eq!(rig.primary.stats().released_data_by_match, 1);
+    rig.checkpoint();
+    rig.close();
+}
+
+#[test]
 fn rule_3_the_takeover_leaps_over_timestamps_that_the_secondary_never_saw() {
     let mut rig = Rig::new(Limits::default());
     rig.join();

@@ -100,6 +100,8 @@ pub(super) struct Slot {
     twin: Cell<u32>,
     twin_at: Cell<u32>,
     in_place: Cell<bool>,
+    /// The NIC may still read it.
+    with_nic: Cell<bool>,
     /// The sum of the payload from `twin_at` on, when it was compared where it lies.
     sum: Cell<Option<u16>>,
     /// When the frame entered the stage that it is in; 0: not known.
@@ -118,6 +120,7 @@ impl Default for Slot {
             twin: Cell::new(NO_SLOT),
             twin_at: Cell::new(0),
             in_place: Cell::new(false),
+            with_nic: Cell::new(false),
             sum: Cell::new(None),
             stamp_ns: Cell::new(0),
         }
@@ -131,6 +134,7 @@ impl Slot {
         self.len.set(len as u32);
         self.held.set(len as u32);
         self.shares.set(1);
+        self.with_nic.set(false);
         self.sum.set(None);
         self.stamp_ns.set(0);
     }
@@ -179,6 +183,15 @@ impl Slot {
     #[inline]
     pub(super) fn is_in_place(&self) -> bool {
         self.in_place.get()
+    }
+
+    pub(super) fn set_with_nic(&self, is_there: bool) {
+        self.with_nic.set(is_there);
+    }
+
+    /// Whether the NIC may still read a part of it in the guest.
+    pub(super) fn is_read_in_place(&self) -> bool {
+        self.in_place.get() && self.with_nic.get()
     }
 
     /// It does not any more. Whether it did.

@@ -46,6 +46,9 @@ const SPARE_CHUNKS: usize = 64;
 const FILL_CHUNKS: usize = 512;
 const FILL_CHUNKS_MIN: usize = 64;
 const RING_ENTRIES: u32 = 1024;
+
+/// Slots of a pool that a port borrows at most, to send from and to receive into.
+pub const XDP_SLOTS_MAX: usize = SEND_CHUNKS + RING_ENTRIES as usize;
 /// The kernel sends so many frames in one call at most, in copy mode.
 const KICK_FRAMES: u32 = 32;
 /// The kernel lets go of a queue a little after its last socket was closed.

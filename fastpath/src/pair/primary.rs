@@ -12,8 +12,8 @@ use colo_bpf::Mac;
 use colo_compare::{ANNOUNCEMENT_MAX, Action, Limits, Policy, PrimaryPath, PrimaryStats, Token};
 use hdrhistogram::Histogram;
 
-use super::delayed::Delayed;
 use super::hold::HoldWatch;
+use super::reports::Reports;
 use super::{Lease, PairEvent, RESERVED_SLOTS};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
@@ -28,8 +28,6 @@ use crate::worker::{BATCH, Delivery, Edge, Handed, Role};
 const HOLD_MAX_US: u64 = 600_000_000;
 /// Slots that one message of digests may take.
 const DIGESTS_PER_MSG: usize = DIGESTS_MAX / DIGEST_MIN;
-/// Bytes of sequence numbers per message.
-const RELEASED_BYTES_MAX: usize = 32 << 10;
 
 /// How a primary's role is set up.
 #[derive(Debug)]
@@ -97,9 +95,7 @@ pub struct PrimaryRole {
     output_batch: Vec<(u64, u64, Token)>,
     hold_us: Histogram<u64>,
     hold: HoldWatch,
-    released_seqs: Vec<u8>,
-    released_pending: Option<u64>,
-    report: Delayed,
+    reports: Reports,
     digest_key: Option<[u8; 16]>,
     digests: DigestReader,
     gap_limit_us: u64,
@@ -144,9 +140,7 @@ impl PrimaryRole {
             output_batch: Vec::with_capacity(BATCH),
             hold_us: hold_us.expect("constant bounds"),
             hold: HoldWatch::new(config.limits.max_held_frames),
-            released_seqs: Vec::with_capacity(RELEASED_BYTES_MAX),
-            released_pending: None,
-            report: Delayed::default(),
+            reports: Reports::new(config.frame_slots as usize),
             digest_key: config.digest_key,
             digests: DigestReader::default(),
             gap_limit_us: config.gap_limit_us,
@@ -313,9 +307,7 @@ impl PrimaryRole {
                         self.path.undelivered(token);
                         break;
                     }
-                    Handed::Now(_, token) => {
-                        self.path.handle_delivered(now_us, &mut edge.frames, token);
-                    }
+                    Handed::Now(delivery, token) => self.delivered(edge, now_us, delivery, token),
                     Handed::Later => {}
                 }
                 n += 1;
@@ -348,7 +340,7 @@ impl PrimaryRole {
                 Action::Release { token, held_us, .. } => {
                     self.hold_us.saturating_record(held_us.max(1));
                     edge.may_leave(&token);
-                    self.unsent.push_back(token);
+                    self.queue_for_nic(token);
                 }
                 Action::Mirror {
                     epoch,
@@ -368,9 +360,9 @@ impl PrimaryRole {
                     edge.release(token);
                 }
                 Action::SvmReleased { svm_seq } => {
-                    self.released_seqs.extend_from_slice(&svm_seq.to_le_bytes());
+                    self.reports.note(svm_seq);
                 }
-                Action::PendingReleased { epoch } => self.released_pending = Some(epoch),
+                Action::PendingReleased { epoch } => self.reports.note_pending(epoch),
                 Action::Fetch { svm_seq } => {
                     if let Some(link) = &mut self.link {
                         speaks = true;
@@ -386,7 +378,7 @@ impl PrimaryRole {
         }
         n += self.announcements(edge);
         self.send_released(edge);
-        self.report_released(now_us, speaks);
+        self.reports.send(now_us, speaks, self.link.as_mut());
         self.flush_link(edge);
         n
     }
@@ -397,34 +389,12 @@ impl PrimaryRole {
         while edge.frames.free_slots() > 0
             && let Some(len) = self.path.poll_announcement(now_us(), &mut frame)
         {
-            self.unsent.extend(edge.frames.from_bytes(&frame[..len]));
+            if let Some(token) = edge.frames.from_bytes(&frame[..len]) {
+                self.queue_for_nic(token);
+            }
             n += 1;
         }
         n
-    }
-
-    /// Reports what has left, with the next input if that comes soon; what still waits for the NIC has not left
-    /// (rule 9).
-    fn report_released(&mut self, now_us: u64, speaks: bool) {
-        let reports = self.released_seqs.len() / 8;
-        if !self.unsent.is_empty() || (reports == 0 && self.released_pending.is_none()) {
-            return;
-        }
-        self.report.note(now_us, reports as u64);
-        if !speaks && self.released_pending.is_none() && !self.report.is_due(now_us) {
-            return;
-        }
-        self.report.clear();
-        let pending = self.released_pending.take();
-        if let Some(link) = &mut self.link {
-            for seqs in self.released_seqs.chunks(RELEASED_BYTES_MAX) {
-                link.push(&PacketMsg::Released { seqs });
-            }
-            if let Some(epoch) = pending {
-                link.push(&PacketMsg::PendingReleased { epoch });
-            }
-        }
-        self.released_seqs.clear();
     }
 
     /// Sends what was released. The clock is looked at before each frame: a process that was stopped in the
@@ -440,7 +410,13 @@ impl PrimaryRole {
                 self.unsent.push_front(token);
                 break;
             }
+            self.reports.frame_left();
         }
+    }
+
+    fn queue_for_nic(&mut self, token: Token) {
+        self.reports.frame_released();
+        self.unsent.push_back(token);
     }
 
     fn watch_clock(&mut self, now_us: u64) {
@@ -518,7 +494,7 @@ impl Role for PrimaryRole {
             self.path.next_deadline(),
             link_us,
             hold_us,
-            self.report.due_us(),
+            self.reports.due_us(),
         ]
         .into_iter()
         .flatten()

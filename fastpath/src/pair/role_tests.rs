@@ -276,6 +276,86 @@ fn rule_11_the_memory_of_a_stopped_guest_is_written_to_before_the_stop_is_told()
     assert_eq!(told, Some(1), "the used index");
 }
 
+impl Host {
+    fn stored(&self) -> u64 {
+        SecondaryRole::on_worker(&self.worker, |role, _| role.report().stats.sent).unwrap()
+    }
+
+    fn free_slots(&self) -> usize {
+        self.worker
+            .execute(|edge, _| edge.frames.free_slots())
+            .unwrap()
+    }
+
+    /// The SVM sends until the worker takes no more. Gives how many frames it took.
+    fn fill_pool(&mut self, now_us: u64) -> u64 {
+        let mut sent = 0;
+        loop {
+            let before = self.stored();
+            for _ in 0..MANY {
+                sent += 1;
+                self.send(&output(sent));
+            }
+            while self.step(now_us) {}
+            while self.guest_tx.take_used().unwrap().is_some() {}
+            // The peer's socket is not what is to be full.
+            self.peer.fill().unwrap();
+            while self.peer.next_msg().unwrap().is_some() {}
+            if self.stored() - before < MANY {
+                return self.stored();
+            }
+        }
+    }
+}
+
+#[test]
+fn rule_13_pending_output_finds_room_whatever_the_old_epoch_has_stored() {
+    let mut host = secondary();
+    let stored = host.fill_pool(now_us());
+    let free = host.free_slots();
+    assert!(free <= RESERVED_SLOTS, "{free}");
+    let pending: Vec<_> = (0..=free as u64).map(output).collect();
+    let mut translations = Vec::new();
+    PrimaryPath::new(limits()).export_client_xlate(&mut translations);
+    SecondaryRole::on_worker(&host.worker, move |role, edge| {
+        role.stop(edge);
+        role.check(edge, &pending, &translations).unwrap();
+        role.commit(edge, 2, &pending, &translations).unwrap();
+    })
+    .unwrap();
+    assert_eq!(host.free_slots() as u64, stored - 1);
+}
+
+#[test]
+fn rule_13_more_pending_output_than_is_kept_here_is_refused_before_the_commit() {
+    let host = secondary();
+    let refused = |pending: Vec<Vec<u8>>| {
+        let check = move |role: &mut SecondaryRole, edge: &mut Edge| {
+            let mut translations = Vec::new();
+            PrimaryPath::new(limits()).export_client_xlate(&mut translations);
+            role.check(edge, &pending, &translations)
+        };
+        SecondaryRole::on_worker(&host.worker, check).unwrap()
+    };
+    let most = limits().max_held_frames;
+    assert_eq!(refused(vec![output(1); most]), Ok(()));
+    let many = refused(vec![output(1); most + 1]).unwrap_err();
+    assert!(many.contains("host.frame_slots"), "{many}");
+    let long = refused(vec![vec![0; 5000]]).unwrap_err();
+    assert!(long.contains("net.mtu"), "{long}");
+}
+
+#[test]
+fn rule_9_reports_are_read_though_the_pool_is_full() {
+    let mut host = secondary();
+    let now_us = now_us();
+    let stored = host.fill_pool(now_us);
+    assert!(host.free_slots() <= RESERVED_SLOTS);
+    let seqs: Vec<u8> = (1..=stored).flat_map(u64::to_le_bytes).collect();
+    host.hear(&PacketMsg::Released { seqs: &seqs });
+    host.step_until(now_us, |host| host.free_slots() as u64 > stored);
+}
+
 // ---- the primary ----
 
 /// In epoch 2 of a pair, without a lease.
@@ -372,7 +452,57 @@ fn rule_9_many_are_reported_at_once() {
     assert_eq!(host.said(1), [format!("{MANY} released")]);
 }
 
+#[test]
+fn rule_9_what_has_left_is_reported_while_more_waits_for_the_nic() {
+    let (mut host, _) = primary();
+    let now_us = now_us();
+    let frame = |seq: u64| {
+        let mut payload = vec![0; 1400];
+        payload[..8].copy_from_slice(&seq.to_be_bytes());
+        udp(Side::V4, false, 53, 40_000, &payload)
+    };
+    // More than the wire takes while nobody reads it.
+    let count = u64::from(ENTRIES) - 1;
+    for seq in 1..=count {
+        let frame = &frame(seq)[..];
+        host.send(frame);
+        let epoch = 2;
+        host.hear(&PacketMsg::Output { epoch, seq, frame });
+    }
+    host.step_until(now_us, |host| host.compared() == count);
+    host.step(now_us + DELAY_US);
+    let first = host.released_reports(|reports| reports > 0);
+    assert!(first < count, "the wire took all of it");
+    let mut bytes = [0; 2048];
+    for seq in 1..=count {
+        while host.wire.recv(&mut bytes).is_err() {
+            host.step(now_us);
+        }
+        assert_eq!(bytes[42..50], seq.to_be_bytes());
+    }
+    host.step(now_us + DELAY_US);
+    let rest = host.released_reports(|reports| first + reports == count);
+    assert_eq!(first + rest, count);
+}
+
 impl Host {
+    fn compared(&self) -> u64 {
+        let compared = |role: &mut PrimaryRole, _: &mut Edge| role.report().stats.released_by_match;
+        PrimaryRole::on_worker(&self.worker, compared).unwrap()
+    }
+
+    /// How many frames the peer hears to have left, until that is enough.
+    fn released_reports(&mut self, enough: impl Fn(u64) -> bool) -> u64 {
+        let mut reports = 0;
+        while !enough(reports) {
+            for said in self.said(1) {
+                let number = said.strip_suffix(" released").unwrap();
+                reports += number.parse::<u64>().unwrap();
+            }
+        }
+        reports
+    }
+
     fn heeded_us(&self) -> u64 {
         PrimaryRole::on_worker(&self.worker, |role, _| role.lease_until_us()).unwrap()
     }

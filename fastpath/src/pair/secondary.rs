@@ -58,6 +58,8 @@ pub struct SecondaryRole {
     /// To be said as soon as other workers have delivered what they were handed.
     caught_up: Option<u64>,
     ack: InputAck,
+    /// What is due for the SVM waits for room in its ring, whose refill wakes the worker.
+    awaits_room: bool,
 }
 
 impl SecondaryRole {
@@ -72,6 +74,7 @@ impl SecondaryRole {
             stopped: true,
             caught_up: None,
             ack: InputAck::default(),
+            awaits_room: false,
         }
     }
 
@@ -126,9 +129,31 @@ impl SecondaryRole {
         push(&mut self.link, &PacketMsg::CheckpointWanted);
     }
 
-    /// Whether [`Self::commit`] will take these translations (rule 13).
-    pub fn check(&self, translations: &[u8]) -> Result<(), String> {
+    /// Whether [`Self::commit`] will take this (rule 13).
+    pub fn check(
+        &self,
+        edge: &Edge,
+        pending: &[Vec<u8>],
+        translations: &[u8],
+    ) -> Result<(), String> {
         let path = self.path.as_ref().ok_or("this host has taken over")?;
+        let (frames, max) = (pending.len(), path.max_pending());
+        if frames > max {
+            return Err(format!(
+                "{frames} frames of pending output, this host keeps {max} at most; \
+                 make host.frame_slots and replication.hold_frames the same on both"
+            ));
+        }
+        let (bytes, max) = (
+            pending.iter().map(Vec::len).max().unwrap_or(0),
+            edge.frames.slot_bytes(),
+        );
+        if bytes > max {
+            return Err(format!(
+                "a frame of {bytes} bytes is longer than this host's slots of {max}; \
+                 make net.mtu the same on both"
+            ));
+        }
         path.check_record(translations).map_err(|e| e.to_string())
     }
 
@@ -141,6 +166,7 @@ impl SecondaryRole {
         translations: &[u8],
     ) -> Result<(), String> {
         let path = self.path.as_mut().ok_or("this host has taken over")?;
+        path.leave_epoch(&mut edge.frames, epoch);
         let mut tokens = Vec::with_capacity(pending.len());
         for frame in pending {
             tokens.push(
@@ -231,7 +257,8 @@ impl SecondaryRole {
         let text = |e: PacketLinkError| e.to_string();
         link.borrow_slots(&mut edge.frames);
         link.fill().map_err(text)?;
-        while n < 4 * BATCH && edge.frames.free_slots() > RESERVED_SLOTS {
+        // What comes may give slots back: reports, acknowledgements.
+        while n < 4 * BATCH && edge.frames.free_slots() > 0 {
             let Some(incoming) = link.next(&mut edge.frames).map_err(text)? else {
                 break;
             };
@@ -270,13 +297,19 @@ impl SecondaryRole {
     fn deliver_input(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let Some(path) = &mut self.path else { return 0 };
         let mut n = 0;
-        while n < BATCH && edge.guest_has_room() {
+        self.awaits_room = false;
+        while n < BATCH {
+            if !edge.guest_has_room() {
+                self.awaits_room = true;
+                break;
+            }
             let Some(token) = path.poll_deliver(now_us, &mut edge.frames) else {
                 break;
             };
             match edge.guest_deliver(token) {
                 Handed::Now(Delivery::NoRoom, token) => {
                     path.undelivered(token);
+                    self.awaits_room = true;
                     break;
                 }
                 Handed::Now(_, token) => edge.release(token),
@@ -462,7 +495,8 @@ impl Role for SecondaryRole {
     }
 
     fn deadline_us(&self) -> Option<u64> {
-        let path_us = self.path.as_ref().and_then(SecondaryPath::next_deadline);
+        let path = self.path.as_ref().filter(|_| !self.awaits_room);
+        let path_us = path.and_then(SecondaryPath::next_deadline);
         let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
         [path_us, link_us, self.ack.delayed.due_us()]
             .into_iter()

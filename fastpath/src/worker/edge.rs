@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use colo_compare::{Frames, Token};
 
-use crate::clock::now_ns;
+use crate::clock::{now_ns, now_us};
 use crate::frame::{Buffer, CopyCause, FramePool, LINK_HEADER_MAX};
 use crate::nic::{Filter, Nic, Sent};
 use crate::ring::QUEUE_SIZE_MAX;
@@ -27,6 +27,9 @@ use super::port::{Delivery, GuestPort, PortState};
 use super::role::BATCH;
 
 use crossing::Crossing;
+
+/// How long a NIC may take for what it was given, before the guest gets its memory back all the same.
+const NIC_PATIENCE_US: u64 = 20_000;
 
 /// What became of a frame that was handed over for the guest.
 #[derive(Debug)]
@@ -154,6 +157,7 @@ impl Edge {
         let in_place_bytes = self.frames.in_place_bytes(&token) as u64;
         let gathered_bytes = self.stats.copied_gathered_bytes.get();
         let since_ns = self.frames.stamped_ns(&token);
+        self.frames.set_with_nic(&token, true);
         match self.nic.send(&mut self.frames, token) {
             Sent::Done => {
                 self.stats.nic_tx_frames.add(1);
@@ -166,6 +170,7 @@ impl Edge {
             Sent::Full(token) => {
                 self.stats.nic_tx_blocked.add(1);
                 self.nic_blocked = true;
+                self.frames.set_with_nic(&token, false);
                 return Err(token);
             }
             Sent::Refused(_) => self.stats.nic_tx_errors.add(1),
@@ -292,8 +297,8 @@ impl Edge {
         Some((front, &mut self.frames))
     }
 
-    /// Copies every frame that still lies in the guest: what is undecided must not hold the guest's
-    /// buffers (rule 12).
+    /// Copies every frame that still lies in the guest and that the NIC has not got: what is undecided must not hold
+    /// the guest's buffers (rule 12).
     pub fn settle_all(&mut self) {
         self.frames.settle_all(CopyCause::Undecided);
     }
@@ -333,16 +338,31 @@ impl Edge {
 
     /// No buffer of the guest is in use, and both queues say so (rule 12).
     pub(super) fn quiesce(&mut self) -> Option<PortState> {
-        self.settle_all();
-        self.flush();
+        self.leave_guest_buffers();
         self.port.state()
     }
 
     /// Forgets the guest's queues. Frames that lay in its buffers are kept as copies.
     pub(super) fn deactivate(&mut self) {
+        self.leave_guest_buffers();
+        self.port.deactivate();
+    }
+
+    /// Takes what is undecided out of the guest's buffers, and waits for the NIC to be done with what it was given, but
+    /// not for one that does not go on: then the guest can change what has not left.
+    fn leave_guest_buffers(&mut self) {
         self.settle_all();
         self.flush();
-        self.port.deactivate();
+        let until_us = now_us() + NIC_PATIENCE_US;
+        while self.frames.is_read_in_place() && now_us() < until_us {
+            std::thread::yield_now();
+            self.flush();
+        }
+        let unsent = self.frames.settle_unsent(CopyCause::Undecided);
+        if unsent > 0 {
+            self.stats.nic_tx_exposed.add(unsent);
+            self.flush();
+        }
     }
 
     /// Connects a guest that brings its own memory.
@@ -355,8 +375,7 @@ impl Edge {
     /// Lets go of such a guest. Frames that lay in its buffers are kept as copies. Gives how far
     /// its queues had come, if they were in service.
     pub fn detach_guest(&mut self) -> Option<PortState> {
-        self.settle_all();
-        self.flush();
+        self.leave_guest_buffers();
         self.frames.forget_guest();
         self.port.detach()
     }

@@ -218,7 +218,8 @@ impl GuestPort {
     }
 
     /// Takes the next frame of the guest's transmit queue: as a copy if there is a cause for one,
-    /// or if it is short or scattered, else in place. `None` when nothing (good) is waiting.
+    /// or if it is short or scattered, else in place. `None` when nothing (good) is waiting, or after as many bad
+    /// ones as the queue has entries: a guest that never stops making them keeps no worker to itself (invariant 7).
     /// `frames` has a free slot.
     pub fn take(
         &mut self,
@@ -228,8 +229,12 @@ impl GuestPort {
     ) -> Option<Token> {
         let life = self.life;
         let max = frame_max.min(frames.frame_bytes_max());
+        let mut bad = 0;
         loop {
             let taken = self.on_queues(|q, chain, ram| {
+                if bad >= q.guest_tx.size() {
+                    return Ok(Taken::Nothing);
+                }
                 let out = Out {
                     frames: &mut *frames,
                     max,
@@ -240,7 +245,10 @@ impl GuestPort {
             });
             match taken? {
                 Taken::Nothing => return None,
-                Taken::Bad => self.stats.guest_tx_bad.add(1),
+                Taken::Bad => {
+                    bad += 1;
+                    self.stats.guest_tx_bad.add(1);
+                }
                 Taken::Frame(token, len, copied) => {
                     self.stats.guest_tx_frames.add(1);
                     self.stats.guest_tx_bytes.add(len as u64);
@@ -516,12 +524,13 @@ fn take_short(
     buffer: GuestBytes<'_>,
     out: Out<'_>,
 ) -> Result<Taken, RingError> {
-    queue.complete(head, 0)?;
     let len = buffer.len() - NET_HEADER_BYTES;
     let token = out.frames.fill(|slot| {
         buffer.copy_to(NET_HEADER_BYTES, &mut slot[..len]);
         Some(len)
     });
+    // After the copy: it may show the guest that the buffer is its own again.
+    queue.complete(head, 0)?;
     let cause = out.copied.unwrap_or(CopyCause::Small);
     Ok(token.map_or(Taken::Bad, |token| Taken::Frame(token, len, Some(cause))))
 }

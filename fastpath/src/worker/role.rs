@@ -96,8 +96,8 @@ impl Solo {
             let Some(token) = edge.nic_receive() else {
                 break;
             };
-            if let Handed::Now(delivery, token) = edge.guest_deliver(token) {
-                debug_assert_ne!(delivery, Delivery::NoRoom);
+            // Lost as on a wire where the guest's buffers are of no use.
+            if let Handed::Now(_, token) = edge.guest_deliver(token) {
                 edge.release(token);
             }
             moved += 1;

@@ -1,10 +1,13 @@
 //! The worker between a mock driver and a socket for a wire.
 
+use std::collections::VecDeque;
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
+use colo_compare::{Frames, Token};
+
 use super::*;
-use crate::nic::SocketNic;
+use crate::nic::{Filter, Sent, SocketNic};
 use crate::ring::driver_mock::DriverMock;
 use crate::ring::{Call, GuestRam, Pages, Segment};
 use crate::stages::{STAGES, Stage};
@@ -33,13 +36,26 @@ fn bench(poll: PollMode) -> Bench {
 }
 
 fn bench_of(poll: PollMode, event_idx: bool) -> Bench {
+    let (nic, wire) = SocketNic::pair(1500).unwrap();
+    bench_between(poll, event_idx, Box::new(nic), wire)
+}
+
+fn bench_with(poll: PollMode, nic: Box<dyn Nic>, wire: UnixDatagram) -> Bench {
+    bench_between(poll, true, nic, wire)
+}
+
+fn bench_between(
+    poll: PollMode,
+    event_idx: bool,
+    nic: Box<dyn Nic>,
+    wire: UnixDatagram,
+) -> Bench {
     let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
     let guest_rx = DriverMock::new(ram.clone(), 0x4000, 16, event_idx);
     let guest_tx = DriverMock::new(ram.clone(), 0x8000, 16, event_idx);
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     let kick = EventFd::new(EFD_NONBLOCK).unwrap();
     let call = Arc::new(Call::new(line.try_clone().unwrap()));
-    let (nic, wire) = SocketNic::pair(1500).unwrap();
     wire.set_read_timeout(Some(Duration::from_secs(20)))
         .unwrap();
     let wiring = PortWiring {
@@ -55,7 +71,7 @@ fn bench_of(poll: PollMode, event_idx: bool) -> Bench {
         tx: Default::default(),
         stages: true,
     };
-    let worker = spawn(config, Box::new(nic), wiring).unwrap();
+    let worker = spawn(config, nic, wiring).unwrap();
     worker
         .activate([guest_rx.queue_state(), guest_tx.queue_state()])
         .unwrap();
@@ -109,6 +125,95 @@ impl Bench {
             std::thread::yield_now();
         }
     }
+}
+
+/// Sends nothing at first: it has each frame for so many flushes.
+struct SlowNic {
+    flushes: u32,
+    kept: Vec<(u32, Token)>,
+}
+
+impl Nic for SlowNic {
+    fn name(&self) -> &str {
+        "slow"
+    }
+
+    fn describe(&self) -> String {
+        "slow".to_owned()
+    }
+
+    fn receive(
+        &mut self,
+        _: &mut FramePool,
+        _: &mut VecDeque<Token>,
+        _: usize,
+    ) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn send(&mut self, _: &mut FramePool, token: Token) -> Sent {
+        self.kept.push((self.flushes, token));
+        Sent::Done
+    }
+
+    fn flush(&mut self, frames: &mut FramePool) -> std::io::Result<()> {
+        self.kept.iter_mut().for_each(|(left, _)| *left -= 1);
+        while let Some(at) = self.kept.iter().position(|(left, _)| *left == 0) {
+            frames.release(self.kept.remove(at).1);
+        }
+        Ok(())
+    }
+
+    fn poll_fds(&self, _: bool, _: bool, _: &mut Vec<libc::pollfd>) {}
+
+    fn mtu(&self) -> u16 {
+        1500
+    }
+
+    fn set_filter(&mut self, _: Filter) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the worker has counted when it is quiesced with a long frame at the NIC.
+fn quiesced_with(flushes: u32) -> crate::stats::WorkerSnapshot {
+    let (nic, kept) = (
+        SlowNic {
+            flushes,
+            kept: Vec::new(),
+        },
+        UnixDatagram::unbound().unwrap(),
+    );
+    let mut bench = bench_with(PollMode::Interrupt, Box::new(nic), kept);
+    let buffer = Segment {
+        gpa: BUFFERS,
+        len: 12 + 1400,
+    };
+    bench.guest_tx.offer(&[buffer], &[]).unwrap().unwrap();
+    bench.kick.write(1).unwrap();
+    bench.wait_for(|stats| stats.nic_tx_frames == 1);
+    assert!(
+        bench.guest_tx.take_used().unwrap().is_none(),
+        "the NIC reads it"
+    );
+    let [_, guest_tx] = bench.worker.quiesce().unwrap().unwrap();
+    assert_eq!(guest_tx.next_avail, guest_tx.next_used, "rule 12");
+    assert!(bench.guest_tx.take_used().unwrap().is_some());
+    bench.worker.stats()
+}
+
+#[test]
+fn rule_12_what_the_nic_reads_in_the_guest_is_waited_for() {
+    let stats = quiesced_with(1000);
+    let (copied, exposed) = (stats.copied_undecided_bytes, stats.nic_tx_exposed);
+    assert_eq!((copied, exposed), (0, 0));
+}
+
+#[test]
+fn rule_12_a_nic_that_stands_still_is_not_waited_for_long_and_counted() {
+    let stats = quiesced_with(u32::MAX);
+    assert_eq!(stats.nic_tx_exposed, 1);
+    assert!(stats.copied_undecided_bytes > 0);
 }
 
 #[test]

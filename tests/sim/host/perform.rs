@@ -108,6 +108,7 @@ impl Shell<'_> {
                 Role::Primary(_) => self.tell_worker(Command::Abort { epoch }, 200),
                 _ => self.resume_unchanged(),
             },
+            Action::Detach => self.tell_worker(Command::Detach, 200),
             Action::GoAlone => self.tell_worker(Command::GoAlone, 200),
             Action::Mute(mute) => {
                 let gaps = self.primary().map_or(0, |side| side.gaps_told);

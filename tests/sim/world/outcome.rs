@@ -69,6 +69,8 @@ impl Outcome {
             Notice::Throttled { run_pct: 0 } => self.stopped += 1,
             Notice::Throttled { .. } => self.slowed += 1,
             Notice::CannotFollow { .. } => self.not_followed += 1,
+            // The hosts here are the same.
+            Notice::Refused { reason } => self.violations.push(format!("refused: {reason}")),
         }
     }
 }

@@ -43,7 +43,7 @@ fn run(input: &[u8], has_digests: bool) {
     world.finish();
 }
 
-fn limits(a: u8, b: u8) -> Limits {
+pub(super) fn limits(a: u8, b: u8) -> Limits {
     let size = |bits: u8| 4usize << (bits & 3);
     Limits {
         max_flows: size(a),
@@ -65,7 +65,7 @@ fn limits(a: u8, b: u8) -> Limits {
 }
 
 /// One rule for one of the flows, or none.
-fn policy(choice: u8) -> Policy {
+pub(super) fn policy(choice: u8) -> Policy {
     let actions = [
         PolicyAction::Hold,
         PolicyAction::Release,

@@ -54,7 +54,10 @@ impl RunError {
             Self::Nic(e) | Self::Replica(ReplicaError::Nic(e)) if e.is_configuration() => {
                 ExitCode::from(BAD_CONFIGURATION)
             }
-            Self::Machine(MachineError::Boot { source, .. }) if image(source) => {
+            Self::Machine(MachineError::Boot { source, .. })
+            | Self::Replica(ReplicaError::Machine(MachineError::Boot { source, .. }))
+                if image(source) =>
+            {
                 ExitCode::from(BAD_CONFIGURATION)
             }
             Self::NotReplicated { .. } | Self::Snapshot(SnapshotError::Geometry { .. }) => {

@@ -213,27 +213,34 @@ impl Engine {
         let Some(mut pairs) = self.path.pairs(now_us, self.path.epoch()) else {
             return false;
         };
-        let first = self.svm_seq;
-        while let (Some(one), Some(other)) = (primary.peek(slab), secondary.peek(slab)) {
-            self.svm_seq += 1;
-            match pairs.take(slab.bytes(one.frame()), slab.bytes(other.frame())) {
-                Passed::Neither => {
-                    self.svm_seq -= 1;
-                    break;
-                }
+        let mut svm_seq = self.svm_seq;
+        let mut next = [primary.next(), secondary.next()];
+        while let (Some(one), Some(other)) =
+            (primary.peek(next[0], slab), secondary.peek(next[1], slab))
+        {
+            let ends = [one.end, other.end];
+            match pairs.take(one.frame, other.frame) {
+                Passed::Neither => break,
                 Passed::Both => {}
                 Passed::BothAndKeep(history) => {
-                    if let Some(token) = slab.insert(Side::Secondary, other.range(), other.lead) {
-                        pairs.keep(slab, history, self.svm_seq, token);
+                    let (range, lead) = (other.range(), other.lead);
+                    if let Some(token) = slab.insert(Side::Secondary, range, lead) {
+                        pairs.keep(slab, history, svm_seq + 1, token);
                     }
                 }
             }
-            outlet.push_range(one.range(), slab);
-            primary.pass(&one);
-            secondary.pass(&other);
+            svm_seq += 1;
+            next = ends;
         }
-        self.svm_settled += self.svm_seq - first;
-        self.svm_seq > first
+        let passed = svm_seq - self.svm_seq;
+        (self.svm_seq, self.svm_settled) = (svm_seq, self.svm_settled + passed);
+        // What leaves lies side by side.
+        let left = primary.pass(next[0]);
+        secondary.pass(next[1]);
+        if passed > 0 {
+            outlet.push_range(left, slab);
+        }
+        passed > 0
     }
 
     /// Takes frames of both inputs, up to `most` each; of one alone, when more of the other's wait for
@@ -261,7 +268,8 @@ impl Engine {
                 .intake
                 .unparsed()
                 .saturating_sub(other.intake.unparsed());
-            more > BEHIND_BYTES && other.intake.peek(&self.slab).is_none()
+            let next = other.intake.next();
+            more > BEHIND_BYTES && other.intake.peek(next, &self.slab).is_none()
         };
         let input = match () {
             () if ahead(&self.primary, &self.secondary) => &mut self.secondary,

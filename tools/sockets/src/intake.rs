@@ -50,22 +50,18 @@ pub(crate) enum Taken {
 
 /// A message where the socket put it.
 #[derive(Debug)]
-pub(crate) struct Message {
+pub(crate) struct Message<'a> {
     start: usize,
     /// Bytes before the frame.
     pub(crate) lead: usize,
-    end: usize,
+    pub(crate) end: usize,
+    pub(crate) frame: &'a [u8],
 }
 
-impl Message {
+impl Message<'_> {
     #[inline(always)]
     pub(crate) fn range(&self) -> Range<usize> {
         self.start..self.end
-    }
-
-    #[inline(always)]
-    pub(crate) fn frame(&self) -> Range<usize> {
-        self.start + self.lead..self.end
     }
 }
 
@@ -176,10 +172,16 @@ impl Intake {
         true
     }
 
-    /// The next message, when it is whole and right.
+    /// Where the first message begins that is not dealt with.
     #[inline(always)]
-    pub(crate) fn peek(&self, slab: &Slab) -> Option<Message> {
-        let bytes = slab.bytes(self.parsed..self.filled);
+    pub(crate) fn next(&self) -> usize {
+        self.parsed
+    }
+
+    /// The message that begins at `at`, when it is whole and right.
+    #[inline(always)]
+    pub(crate) fn peek<'a>(&self, at: usize, slab: &'a Slab) -> Option<Message<'a>> {
+        let bytes = slab.bytes(at..self.filled);
         let (length, rest) = bytes.split_first_chunk::<4>()?;
         let length = u32::from_be_bytes(*length) as usize;
         let (lead, len) = match self.vnet_hdr {
@@ -189,19 +191,23 @@ impl Intake {
                 (8 + header, 8 + length)
             }
         };
-        let is_right = lead < len && length <= MESSAGE_MAX && len <= bytes.len();
-        is_right.then(|| Message {
-            start: self.parsed,
+        if lead >= len || length > MESSAGE_MAX {
+            return None;
+        }
+        Some(Message {
+            start: at,
             lead,
-            end: self.parsed + len,
+            end: at + len,
+            frame: bytes.get(lead..len)?,
         })
     }
 
-    /// The message that was looked at is dealt with.
-    #[inline(always)]
-    pub(crate) fn pass(&mut self, message: &Message) {
-        self.parsed = message.end;
-        self.position += (message.end - message.start) as u64;
+    /// The messages that were looked at are dealt with, up to the one that begins at `next`. Gives where they lie.
+    pub(crate) fn pass(&mut self, next: usize) -> Range<usize> {
+        let passed = self.parsed..next;
+        self.position += passed.len() as u64;
+        self.parsed = next;
+        passed
     }
 
     /// Cuts frames off until `batch` has `most`.

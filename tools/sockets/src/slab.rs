@@ -197,7 +197,7 @@ impl Slab {
         region.free_slot = slot.next;
         region.free_slots -= 1;
         slot.start = (range.start + lead) as u32;
-        slot.len = (range.len() - lead) as u32;
+        slot.len = (range.end - range.start - lead) as u32;
         slot.lead = lead as u32;
         self.blocks[block_of(range.start)].frames += 1;
         Some(Token::new(number))

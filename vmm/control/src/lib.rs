@@ -21,7 +21,7 @@ mod timing;
 
 pub use arbiter::{Cas, Expect, Record, Reply, Standing};
 pub use msg::{
-    Geometry, Msg, MsgError, NOTHING, VERSION_ABORT_ANSWERED, VERSION_BULK, VERSION_MAX,
+    Geometry, HOLDER, Msg, MsgError, NOTHING, VERSION_ABORT_ANSWERED, VERSION_BULK, VERSION_MAX,
     VERSION_MIN,
 };
 pub use notice::{Counters, Notice};
@@ -82,6 +82,8 @@ pub enum Action {
     Tell(Notice),
     /// Primary: the generation was won; release everything, switch tracking off, speak alone.
     GoAlone,
+    /// Primary: the secondary is gone and this host does not speak: switch tracking off, all else stays held.
+    Detach,
     /// Nothing may leave (true) until further notice (false).
     Mute(bool),
     /// Primary: what needs no word of the secondary may leave until this instant (rule 18).

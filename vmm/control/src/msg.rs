@@ -32,6 +32,10 @@ pub type Geometry = Vec<(String, String)>;
 /// What a host that has none of something says of it in its [`Geometry`]; an older peer does not name it at all (rule 22).
 pub const NOTHING: &str = "none";
 
+/// In the [`Geometry`] of a `Hello`: the secondary's name at the arbiter, where the two must differ (rule 18). An older
+/// peer does not tell it.
+pub const HOLDER: &str = "replication.link_listen";
+
 /// A control message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the fields repeat what the variants say")]

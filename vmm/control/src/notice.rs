@@ -33,6 +33,11 @@ pub enum Notice {
         /// Share of time that its vCPUs may run, in percent.
         run_pct: u8,
     },
+    /// The secondary cannot have the PVM's state.
+    Refused {
+        /// In words.
+        reason: String,
+    },
     /// A synchronisation was given up.
     CannotFollow {
         /// In words: what the guest does and what the link carries.
@@ -69,6 +74,7 @@ impl fmt::Display for Notice {
                 f,
                 "the secondary does not follow: the guest runs {run_pct} % of the time"
             ),
+            Self::Refused { reason } => write!(f, "the secondary refused: {reason}"),
             Self::CannotFollow { reason } => f.write_str(reason),
         }
     }

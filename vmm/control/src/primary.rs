@@ -16,11 +16,13 @@ use alloc::string::{String, ToString};
 use crate::pace::Pacer;
 use crate::storm::Switch;
 use crate::{
-    Action, Cas, Counters, Geometry, Mode, Msg, NOTHING, Outcome, Protection, Record, Reply,
+    Action, Cas, Counters, Geometry, HOLDER, Mode, Msg, NOTHING, Outcome, Protection, Record, Reply,
 };
-use crate::{Standing, Timing, VERSION_MAX, VERSION_MIN};
+use crate::{Notice, Standing, Timing, VERSION_MAX, VERSION_MIN};
 use checkpoint::Checkpoint;
 
+/// What an older peer has, but does not name (rule 22).
+const LATER: [&str; 2] = ["host.frame_slots", "replication.hold_frames"];
 /// So many checkpoints may fail one after the other before the secondary counts as lost.
 const ABORTS_MAX: u32 = 5;
 
@@ -356,7 +358,7 @@ impl Primary {
                 versions.0, versions.1
             ))
         } else {
-            difference(&self.geometry, geometry)
+            same_name(&self.host, geometry).or_else(|| difference(&self.geometry, geometry))
         };
         if let Some(reason) = refusal {
             self.send(Msg::Refuse {
@@ -443,7 +445,12 @@ impl Primary {
             Msg::OffAck { .. } if self.state == PrimaryState::ShuttingDown => {
                 self.end(Outcome::Off);
             }
-            Msg::Refuse { .. } => self.drop_link("the secondary refused"),
+            Msg::Refuse { reason } => {
+                self.act(Action::Tell(Notice::Refused {
+                    reason: reason.clone(),
+                }));
+                self.drop_link(&reason);
+            }
             _ => {}
         }
     }
@@ -478,6 +485,16 @@ impl Primary {
     }
 }
 
+/// Two hosts of one name would each take the other's record for its own (rule 18).
+fn same_name(ours: &str, theirs: &Geometry) -> Option<String> {
+    let is_ours = |(name, value): &(String, String)| name == HOLDER && value == ours;
+    theirs.iter().any(is_ours).then(|| {
+        format!(
+            "{HOLDER} is {ours} on both hosts, and names them at the arbiter: give each its own"
+        )
+    })
+}
+
 fn difference(ours: &Geometry, theirs: &Geometry) -> Option<String> {
     for (name, value) in ours {
         match theirs.iter().find(|(n, _)| n == name) {
@@ -487,7 +504,7 @@ fn difference(ours: &Geometry, theirs: &Geometry) -> Option<String> {
                     "{name} is {value} on the primary and {other} on the secondary: make them equal"
                 ));
             }
-            None if value == NOTHING => {}
+            None if value == NOTHING || LATER.contains(&name.as_str()) => {}
             None => return Some(format!("the secondary does not name its {name}: update it")),
         }
     }

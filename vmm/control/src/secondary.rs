@@ -7,8 +7,10 @@ use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use crate::{Action, Cas, Counters, Expect, Geometry, Msg, Notice, Outcome, Reply, Standing, Step};
-use crate::{Timing, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
+use crate::{
+    Action, Cas, Counters, Expect, Geometry, HOLDER, Msg, Notice, Outcome, Reply, Standing,
+};
+use crate::{Step, Timing, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
 
 /// What happened on the secondary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +38,13 @@ pub enum SecondaryEvent {
     },
     /// The stage is damaged or refused.
     StageFailed {
+        /// Its epoch.
+        epoch: u64,
+        /// In words.
+        reason: String,
+    },
+    /// The stage is whole, but this host cannot have such a state: it will refuse the next one as well (rule 22).
+    Unfit {
         /// Its epoch.
         epoch: u64,
         /// In words.
@@ -195,6 +204,7 @@ impl Secondary {
             SecondaryEvent::SvmStopped { epoch, dirty } => self.svm_stopped(now_us, epoch, dirty),
             SecondaryEvent::Staged { epoch } => self.staged(now_us, epoch),
             SecondaryEvent::StageFailed { epoch, reason } => self.stage_failed(epoch, &reason),
+            SecondaryEvent::Unfit { epoch, reason } => self.unfit(epoch, reason),
             SecondaryEvent::Applied { epoch } => self.applied(now_us, epoch),
             SecondaryEvent::ApplyFailed { reason } => self.end(Outcome::Failed { reason }),
             SecondaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
@@ -272,11 +282,13 @@ impl Secondary {
         }
         self.connected = true;
         self.heard_us = now_us;
+        let mut geometry = self.geometry.clone();
+        geometry.push((HOLDER.to_string(), self.host.clone()));
         self.send(Msg::Hello {
             min: VERSION_MIN,
             max: VERSION_MAX,
             session: self.session,
-            geometry: self.geometry.clone(),
+            geometry,
             ahead_mib: self.ahead_mib,
         });
     }
@@ -419,6 +431,16 @@ impl Secondary {
             self.tell_aborted(epoch, reason, VERSION_MIN);
             self.leave_checkpoint(epoch);
         }
+    }
+
+    fn unfit(&mut self, epoch: u64, reason: String) {
+        if self.state != SecondaryState::Syncing {
+            return self.stage_failed(epoch, &reason);
+        }
+        self.send(Msg::Refuse {
+            reason: reason.clone(),
+        });
+        self.end(Outcome::Refused { reason });
     }
 
     fn applied(&mut self, now_us: u64, epoch: u64) {

@@ -10,6 +10,7 @@
 //! Does not decide when: commands come from the control thread.
 
 mod ahead;
+mod cut;
 mod live;
 
 use std::collections::VecDeque;
@@ -19,7 +20,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use colo_fastpath::mailbox::Post;
-use colo_fastpath::pair::{CutState, OnWorkers, PrimaryRole};
+use colo_fastpath::pair::CutState;
 
 use super::ahead::{AheadCounters, AheadSettings};
 use super::audit::{AuditError, Image, StateRecords};
@@ -34,6 +35,7 @@ use crate::machine::{Machine, MachineError};
 use crate::requests::Request;
 use crate::snapshot;
 use crate::testpoint::{Point, reached};
+use cut::cut_all;
 
 /// How checkpoints are taken.
 #[derive(Debug, Clone, Copy)]
@@ -186,6 +188,9 @@ pub enum CaptureError {
     /// The worker is not in the primary's role.
     #[error("the packet worker is not in the primary's role")]
     Role,
+    /// A checkpoint covers one epoch.
+    #[error("the packet workers are in different epochs")]
+    Epochs,
     /// The captured pages could not be kept.
     #[error(transparent)]
     Stabilise(#[from] StabiliseError),
@@ -241,6 +246,8 @@ pub struct CaptureThread {
     is_cut: bool,
     /// Orders that came while a checkpoint or a live round was sent.
     deferred: VecDeque<CaptureCommand>,
+    /// Waits for the disk, which may take longer than a checkpoint may.
+    snapshots: snapshot::Background,
     captures: u64,
 }
 
@@ -259,6 +266,7 @@ impl CaptureThread {
             written: PageBitmap::new(pages),
             is_cut: false,
             deferred: VecDeque::new(),
+            snapshots: snapshot::Background::default(),
             captures: 0,
         }
     }
@@ -311,7 +319,9 @@ impl CaptureThread {
                 CaptureCommand::Aborted => self.aborted(),
                 CaptureCommand::Detach => self.detach(),
                 CaptureCommand::Snapshot { request, config } => {
-                    snapshot::serve(request, &self.machine, &config);
+                    let machine = &self.machine;
+                    self.snapshots
+                        .serve(request, |path| snapshot::begin(machine, &config, path));
                 }
             }
         }
@@ -445,7 +455,7 @@ impl CaptureThread {
             now_us - std::mem::replace(&mut until, now_us)
         };
         machine.quiesce_workers()?;
-        let cuts = cut_all(&machine, order.first, order.buffer).ok_or(CaptureError::Role)?;
+        let cuts = cut_all(machine.workers(), order.first, order.buffer)?;
         self.is_cut = true;
         cost.quiesce_us = lap_us();
 
@@ -515,27 +525,4 @@ fn audit_of(machine: &Machine, key: &PageKey, states: &[State]) -> Result<State,
     let image = Image::of(0, key, machine.ram(), records)?;
     let bytes = image.summary(key).to_bytes();
     Ok(State::new(StateKind::Audit, 0, bytes))
-}
-
-/// Ends the epoch in all shards, or in none (rule 4). `buffer`: the next one is not compared. All in one order to each
-/// worker, while the guest stands still: each costs a wake-up.
-fn cut_all(machine: &Machine, first: bool, buffer: bool) -> Option<Vec<CutState>> {
-    let workers = machine.workers();
-    let cuts = PrimaryRole::on_workers(workers, move |role, edge| {
-        let cut = role.cut(edge, first)?;
-        Some((cut, role.buffer(buffer)))
-    })?;
-    if cuts.iter().all(Option::is_some) {
-        return Some(cuts.into_iter().flatten().map(|(cut, _)| cut).collect());
-    }
-    let before = cuts
-        .into_iter()
-        .map(|cut| cut.map(|(cut, was)| (cut.epoch, was)));
-    let _ = PrimaryRole::on_each(workers, before.collect::<Vec<_>>(), |role, _, before| {
-        if let Some((epoch, was_buffering)) = before {
-            role.uncut(epoch);
-            role.buffer(was_buffering);
-        }
-    });
-    None
 }

@@ -29,6 +29,7 @@ use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
 use super::staging::{LiveMemory, Staging, StagingError};
 use super::stop::StopNumber;
+use crate::machine::record::RecordError;
 use crate::machine::{ClockJump, Machine, MachineError};
 use crate::testpoint::{Point, reached};
 
@@ -69,6 +70,8 @@ pub enum StageEvent {
         epoch: u64,
         /// In words.
         reason: String,
+        /// It is whole, but not for this host: another one would be refused as well.
+        unfit: bool,
     },
     /// The SVM runs from it, or stands still at it.
     Applied {
@@ -152,6 +155,21 @@ pub enum StageError {
     /// Guest memory can't be written.
     #[error("guest memory: {0}")]
     Memory(#[from] MemoryError),
+}
+
+impl StageError {
+    /// Whether the next checkpoint would be refused for the same reason (rule 22).
+    fn is_unfit(&self) -> bool {
+        match self {
+            Self::Count { .. } | Self::UnknownKind(_) | Self::Translations(_) => true,
+            Self::Machine(e) => match e {
+                MachineError::Record(e) => !matches!(e, RecordError::Damaged(_)),
+                MachineError::Kvm(_) | MachineError::Shape { .. } => true,
+                _ => false,
+            },
+            _ => false,
+        }
+    }
 }
 
 /// A checkpoint that comes in.
@@ -355,7 +373,11 @@ impl StageThread {
             Event::Damaged { epoch, reason } => {
                 self.open = None;
                 self.staging.clear();
-                self.post.send(StageEvent::Failed { epoch, reason });
+                self.post.send(StageEvent::Failed {
+                    epoch,
+                    reason,
+                    unfit: false,
+                });
                 Ok(())
             }
             Event::Closed => Err(Over::Link("page channel: closed by the peer".to_owned())),
@@ -422,8 +444,12 @@ impl StageThread {
             Ok(accepted) => accepted,
             Err(e) => {
                 self.staging.clear();
-                let reason = e.to_string();
-                self.post.send(StageEvent::Failed { epoch, reason });
+                let (reason, unfit) = (e.to_string(), e.is_unfit());
+                self.post.send(StageEvent::Failed {
+                    epoch,
+                    reason,
+                    unfit,
+                });
                 return Ok(());
             }
         };

@@ -108,7 +108,7 @@ impl PlatformState {
             vm.set_pit2(pit)
                 .map_err(KvmError::refused("write the PIT"))?;
         }
-        let wanted_ns = self.clock.clock + passed.since_ns(self.realtime_ns);
+        let wanted_ns = self.clock_after(passed.since_ns(self.realtime_ns));
         let present = vm
             .get_clock()
             .map_err(KvmError::refused("read the kvmclock"))?;
@@ -124,6 +124,11 @@ impl PlatformState {
         }
         vm.set_clock(&clock)
             .map_err(KvmError::refused("write the kvmclock"))
+    }
+
+    /// What kvmclock shows after so many nanoseconds. The record may say anything.
+    fn clock_after(&self, ns: u64) -> u64 {
+        self.clock.clock.saturating_add(ns)
     }
 
     /// The record, in the memory of `buffer`.
@@ -239,4 +244,21 @@ fn read_chips(vm: &VmFd) -> Result<[kvm_irqchip; 3], KvmError> {
             .map_err(KvmError::refused("read the interrupt controllers"))?;
     }
     Ok(chips)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_at_its_end_does_not_go_round() {
+        let mut state = PlatformState {
+            clock: kvm_clock_data::default(),
+            realtime_ns: 0,
+            chips: None,
+            pit: None,
+        };
+        state.clock.clock = u64::MAX - 1;
+        assert_eq!(state.clock_after(5), u64::MAX);
+    }
 }

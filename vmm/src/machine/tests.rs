@@ -53,7 +53,7 @@ impl Write for Console {
 
 pub(crate) struct Lab {
     pub(crate) machine: Machine,
-    events: Events,
+    pub(crate) events: Events,
     console: Console,
     wire: UnixDatagram,
 }
@@ -132,7 +132,7 @@ impl Lab {
 /// Where the counting guests count.
 pub(crate) const COUNTER: u64 = 0x30_0000;
 
-pub(super) const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0xee]; // mov dx, 0x604; out dx, al
+pub(crate) const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0xee]; // mov dx, 0x604; out dx, al
 
 /// loop: inc qword [0x300000]; mov eax, 100; mov edx, 0x600; out dx, eax; jmp loop
 pub(crate) const COUNT_AND_SLEEP: &[u8] = &[

@@ -176,7 +176,7 @@ impl FileArbiter {
         File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
     }
 
-    fn lock(&self) -> Result<File, ArbiterError> {
+    pub(super) fn lock(&self) -> Result<File, ArbiterError> {
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)

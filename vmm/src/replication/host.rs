@@ -12,28 +12,29 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use colo_compare::Limits;
-use colo_control::{Geometry, NOTHING, Outcome, Protection, Record, StepLimits, Storm, Timing};
+use colo_control::{Geometry, Outcome, Protection, Record, StepLimits, Storm, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::{PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::nic::Filter;
-use colo_fastpath::pair::{Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
+use colo_fastpath::pair::{FrameParts, Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
 use colo_fastpath::shard::crossing_frames;
 use colo_fastpath::worker::WorkerHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::arbiter::{ArbiterError, FileArbiter};
-use super::link::{self, LinkError};
+use super::guest_end::GuestEnd;
+use super::link::{self, LinkError, Listener};
 use super::report::PairStatus;
 use super::wait::Waiter;
 use super::{PrimaryShell, SecondaryEnd, SecondaryShell};
 use crate::checkpoint::capture::CaptureSettings;
 use crate::checkpoint::outbound::OutboundSettings;
 use crate::checkpoint::stage::{self, StageSettings};
-use crate::config::{Alone, CompareMode, Config, ReplicationConfig};
-use crate::geometry::geometry;
-use crate::machine::{Events, Machine, MachineError, VmExit};
+use crate::config::{Alone, CompareMode, Config, HostConfig, ReplicationConfig};
+use crate::geometry::pair_geometry;
+use crate::machine::{Machine, MachineError};
 use crate::nic::{self, NicError};
 use crate::requests::{Request, RequestSocket};
 use crate::status::{MachineStatus, StatusError, StatusSocket};
@@ -116,7 +117,7 @@ pub struct Replica {
     pub(super) config: Config,
     pub(super) replication: ReplicationConfig,
     pub(super) machine: Arc<Machine>,
-    pub(super) events: Events,
+    pub(super) guest: GuestEnd,
     pub(super) arbiter: FileArbiter,
     pub(super) host: String,
     pub(super) limits: Limits,
@@ -127,7 +128,6 @@ pub struct Replica {
     pub(super) lease: Lease,
     pub(super) heard: PeerHeard,
     stop: Arc<StopRequest>,
-    powered_off: bool,
 }
 
 /// Where a host is asked: how it is, and to do something.
@@ -184,8 +184,7 @@ impl Replica {
             limits: Limits {
                 hash_seed: random_number()?,
                 canary_equal: config.test.always_equal,
-                crossing_frames: crossing_frames(config.host.shards),
-                ..limits(&replication, config.host.frame_slots)
+                ..limits(&replication, &config.host)
             },
             mac: config.net.mac,
             digest_key: digest_key(config.compare.mode)?,
@@ -197,13 +196,17 @@ impl Replica {
             machine: Arc::new(machine),
             config: config.clone(),
             replication,
-            events,
+            guest: GuestEnd::new(events),
             arbiter,
             lease: Lease::default(),
             heard: PeerHeard::default(),
             stop,
-            powered_off: false,
         })
+    }
+
+    /// Where secondaries join.
+    fn listen(&self) -> Result<Listener, LinkError> {
+        Listener::bind(self.replication.link_listen, self.config.checkpoint.streams)
     }
 
     pub(super) fn timing(&self) -> Timing {
@@ -321,7 +324,7 @@ impl Replica {
 
     pub(super) fn add_fds(&self, waiter: &mut Waiter) {
         use std::os::fd::AsRawFd;
-        waiter.readable(self.events.wake_fd().as_raw_fd());
+        waiter.readable(self.guest.poll_fd());
         if let Some(sockets) = &self.status.sockets {
             waiter.readable(sockets.status.poll_fd());
             waiter.readable(sockets.requests.poll_fd());
@@ -338,32 +341,14 @@ impl Replica {
         let asked = |s: &Arc<Sockets>| {
             waiter.may_be_ready(s.status.poll_fd()) || waiter.may_be_ready(s.requests.poll_fd())
         };
-        waiter.may_be_ready(self.events.wake_fd().as_raw_fd())
+        waiter.may_be_ready(self.guest.poll_fd())
             || waiter.may_be_ready(self.stop.wake.as_raw_fd())
             || sockets.is_some_and(asked)
     }
 
     /// Whether the operator or the guest ends the VM.
     pub(super) fn wants_stop(&self) -> bool {
-        self.powered_off || self.stop.flag.load(Ordering::Relaxed)
-    }
-
-    /// What the guest died of, once.
-    pub(super) fn guest_fault(&mut self) -> Option<String> {
-        let event = self.events.next()?;
-        match event.exit {
-            VmExit::PowerOff => {
-                self.powered_off = true;
-                None
-            }
-            VmExit::Fault { .. } => Some(event.exit.to_string()),
-            VmExit::Stopped => None,
-        }
-    }
-
-    /// Whether the guest switched itself off; forgets it.
-    pub(super) fn take_power_off(&mut self) -> bool {
-        std::mem::take(&mut self.powered_off)
+        self.guest.is_powered_off() || self.stop.flag.load(Ordering::Relaxed)
     }
 
     /// The next request of an operator.
@@ -384,13 +369,7 @@ impl Replica {
 
     /// What both hosts must agree on (rule 22).
     fn geometry(&self) -> Geometry {
-        let shards = self.machine.workers().len();
-        let mut geometry: Geometry = geometry(&self.config, shards).into_iter().collect();
-        // Not the machine's, so snapshots have it not: whoever takes over must judge as the primary did.
-        let policy = self.config.compare.fingerprint.clone();
-        let policy = policy.unwrap_or_else(|| NOTHING.to_owned());
-        geometry.push(("compare.policy".to_owned(), policy));
-        geometry
+        pair_geometry(&self.config, self.machine.workers().len())
     }
 }
 
@@ -416,14 +395,20 @@ fn random_key() -> Result<[u8; 16], ReplicaError> {
     Ok(key)
 }
 
-fn limits(replication: &ReplicationConfig, frame_slots: u32) -> Limits {
-    // Held output, input and SVM output each have a part of the pool, so that none starves another.
-    let part = frame_slots as usize / 4;
+fn limits(replication: &ReplicationConfig, host: &HostConfig) -> Limits {
+    let crossing_frames = crossing_frames(host.shards);
+    let parts = FrameParts::of(host.frame_slots, crossing_frames);
+    let held = match replication.hold_frames {
+        0 => parts.each,
+        frames => parts.each.min(frames as usize),
+    };
     Limits {
-        max_held_frames: part.min(replication.hold_frames as usize),
-        max_svm_frames: part,
-        max_input_frames: part,
-        max_stored_output: part,
+        max_held_frames: held,
+        crossing_frames,
+        max_svm_frames: parts.each,
+        max_input_frames: parts.each,
+        max_unacked_inputs: parts.unacked as u64,
+        max_stored_output: parts.each,
         compare_deadline_us: replication.compare_deadline_ms * 1000,
         ack_deadline_us: replication.ack_deadline_ms * 1000,
         ..Limits::default()
@@ -439,6 +424,8 @@ pub fn run_primary(
     let sockets = bind_sockets(config)?;
     let replica = Replica::new(config, Filter::Guest(config.net.mac), sockets, stop)?;
     replica.machine.load(image)?;
+    // Whoever cannot be a primary must not raise the generation.
+    let listener = replica.listen()?;
     let record = match replica.arbiter.claim(&replica.host)? {
         Ok(record) => record,
         Err(Record {
@@ -451,7 +438,7 @@ pub fn run_primary(
     replica.speak_as_primary(&post)?;
     let geometry = replica.geometry();
     let machine = replica.machine.clone();
-    let shell = PrimaryShell::new(replica, geometry, record, 1, 0, pair_events)?;
+    let shell = PrimaryShell::new(replica, listener, geometry, record, 1, 0, pair_events)?;
     machine.resume_vcpus()?;
     Ok(end(shell.run()))
 }
@@ -479,7 +466,9 @@ pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, Re
                 pair_events,
                 replica,
             } => {
-                let shell = PrimaryShell::new(*replica, geometry, record, epoch, 1, pair_events)?;
+                let listener = replica.listen()?;
+                let shell =
+                    PrimaryShell::new(*replica, listener, geometry, record, epoch, 1, pair_events)?;
                 return Ok(end(shell.run()));
             }
         }

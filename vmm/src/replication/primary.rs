@@ -19,6 +19,7 @@ use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::pair::{OnWorkers, PairEvent, PrimaryReport, PrimaryRole};
 use colo_fastpath::worker::Edge;
 
+use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError, page_key, unix_seconds};
 use super::link::{Channels, Listener};
@@ -34,6 +35,7 @@ const PACE_TOLD_EVERY_US: u64 = 1_000_000;
 pub struct PrimaryShell {
     core: Primary,
     replica: Replica,
+    asking: Asking,
     listener: Listener,
     link: Option<Link>,
     pair_events: Mailbox<PairEvent>,
@@ -71,16 +73,13 @@ impl PrimaryShell {
     /// posts to `pair_events`.
     pub fn new(
         replica: Replica,
+        listener: Listener,
         geometry: Geometry,
         record: Record,
         epoch: u64,
         takeovers: u64,
         pair_events: Mailbox<PairEvent>,
     ) -> Result<Self, ReplicaError> {
-        let listener = Listener::bind(
-            replica.replication.link_listen,
-            replica.config.checkpoint.streams,
-        )?;
         let core = Primary::new(
             replica.host.clone(),
             replica.timing(),
@@ -96,9 +95,11 @@ impl PrimaryShell {
             0 => "no secondary has joined yet",
             _ => "this host took over; no secondary has joined since",
         };
+        let asking = Asking::start(replica.arbiter.clone()).map_err(ReplicaError::System)?;
         Ok(Self {
             core,
             replica,
+            asking,
             listener,
             link: None,
             pair_events,
@@ -144,6 +145,7 @@ impl PrimaryShell {
         waiter.clear();
         waiter.readable(self.pair_events.poll_fd());
         waiter.readable(self.capture_events.poll_fd());
+        waiter.readable(self.asking.poll_fd());
         self.listener.fds().for_each(|fd| waiter.readable(fd));
         if let Some(link) = &self.link {
             waiter.push(link.control.pollfd());
@@ -172,21 +174,27 @@ impl PrimaryShell {
         if control.is_some_and(|fd| waiter.may_be_ready(fd)) {
             self.read_control();
         }
+        if waiter.may_be_ready(self.asking.poll_fd()) {
+            while let Some(reply) = self.asking.answer() {
+                self.core.handle(now_us(), PrimaryEvent::Arbiter(reply));
+            }
+        }
         let calls = self.listener.fds().any(|fd| waiter.may_be_ready(fd));
         if (calls || self.listener.is_busy())
             && let Some(channels) = self.listener.poll()
         {
             self.link_up(channels);
         }
+        let is_asked = self.replica.may_be_asked(waiter);
+        if is_asked && let Some(fault) = self.replica.guest.fault() {
+            tracing::error!("the guest faulted: {fault}");
+            self.outcome = Some(Outcome::Failed { reason: fault });
+        }
         if self.replica.wants_stop() {
             self.core.handle(now_us(), PrimaryEvent::ShutDown);
         }
-        if !self.replica.may_be_asked(waiter) {
+        if !is_asked {
             return;
-        }
-        if let Some(fault) = self.replica.guest_fault() {
-            tracing::error!("the guest faulted: {fault}");
-            self.outcome = Some(Outcome::Failed { reason: fault });
         }
         self.replica.answer_status(|| self.status());
         while let Some(request) = self.replica.next_request() {
@@ -372,11 +380,7 @@ impl PrimaryShell {
     fn act(&mut self, action: Action) {
         match action {
             Action::Send(msg) => self.send(&msg),
-            Action::Arbiter(cas) => {
-                let reply = self.replica.arbiter.ask(&cas);
-                tracing::info!("arbiter: {cas:?}: {reply:?}");
-                self.core.handle(now_us(), PrimaryEvent::Arbiter(reply));
-            }
+            Action::Arbiter(cas) => self.asking.ask(cas),
             Action::StartSync => self.start_sync(),
             Action::Capture {
                 epoch,
@@ -405,6 +409,10 @@ impl PrimaryShell {
                 self.on_role(|role, edge| role.go_alone(edge));
                 self.order(CaptureCommand::Detach);
                 tracing::warn!("unprotected: this host runs the VM alone");
+            }
+            Action::Detach => {
+                self.order(CaptureCommand::Detach);
+                tracing::warn!("all output is held until a secondary joins: alone = \"block\"");
             }
             Action::Mute(true) => self.on_role(|role, _| role.mute()),
             Action::Mute(false) => {
@@ -446,7 +454,7 @@ impl PrimaryShell {
             }
             _ => tracing::warn!("{notice}"),
         }
-        if let Notice::CannotFollow { reason } = notice {
+        if let Notice::CannotFollow { reason } | Notice::Refused { reason } = notice {
             // What a client of the status wants to know until a secondary has joined.
             let since = self.unprotected.take().map(|(_, since)| since);
             self.unprotected = Some((reason, since.unwrap_or_else(unix_seconds)));

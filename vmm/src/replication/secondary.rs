@@ -19,6 +19,7 @@ use colo_fastpath::pair::{
 };
 use colo_fastpath::worker::Edge;
 
+use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
@@ -49,6 +50,7 @@ pub enum SecondaryEnd {
 pub struct SecondaryShell {
     core: Secondary,
     replica: Replica,
+    asking: Asking,
     control: Option<ControlLink>,
     pages_end: Vec<TcpStream>,
     pair_post: Post<PairEvent>,
@@ -103,8 +105,10 @@ impl SecondaryShell {
         )
         .keeping_ahead(u32::try_from(settings.ahead_mib).unwrap_or(u32::MAX));
         let dirty = PageBitmap::new(replica.machine.ram().page_count());
+        let asking = Asking::start(replica.arbiter.clone()).map_err(system)?;
         Ok(Self {
             core,
+            asking,
             control: Some(ControlLink::new(channels.control).map_err(system)?),
             pages_end,
             pair_post,
@@ -158,6 +162,7 @@ impl SecondaryShell {
         waiter.clear();
         waiter.readable(self.pair_events.poll_fd());
         waiter.readable(self.stage_events.poll_fd());
+        waiter.readable(self.asking.poll_fd());
         if let Some(control) = &self.control {
             waiter.push(control.pollfd());
         }
@@ -182,17 +187,20 @@ impl SecondaryShell {
                 self.pair_event(event);
             }
         }
+        if waiter.may_be_ready(self.asking.poll_fd()) {
+            while let Some(reply) = self.asking.answer() {
+                self.core.handle(now_us(), SecondaryEvent::Arbiter(reply));
+            }
+        }
         if !self.replica.may_be_asked(waiter) {
             return;
         }
-        let fault = self.replica.guest_fault();
         // The SVM may run into what the PVM never sees: a divergence like others.
-        if fault.is_some() || self.replica.take_power_off() {
-            let what = fault.unwrap_or_else(|| "it powered off".to_owned());
-            tracing::warn!("the SVM stopped ({what}); asking for a checkpoint");
+        if self.note_svm_end() {
             self.on_first_role(SecondaryRole::want_checkpoint);
         }
-        if self.replica.wants_stop() {
+        // The answer may make this host the one that holds the VM.
+        if self.replica.wants_stop() && !self.asking.is_open() {
             tracing::info!("stopping; the primary goes on alone");
             self.end = Some(End::Ended(Outcome::Off));
         }
@@ -211,10 +219,17 @@ impl SecondaryShell {
                     self.order(StageCommand::Discard);
                 }
             }
-            StageEvent::Failed { epoch, reason } => {
+            StageEvent::Failed {
+                epoch,
+                reason,
+                unfit,
+            } => {
                 tracing::warn!("checkpoint of epoch {epoch} refused: {reason}");
-                self.core
-                    .handle(now, SecondaryEvent::StageFailed { epoch, reason });
+                let event = match unfit {
+                    true => SecondaryEvent::Unfit { epoch, reason },
+                    false => SecondaryEvent::StageFailed { epoch, reason },
+                };
+                self.core.handle(now, event);
             }
             StageEvent::Applied { epoch, cost } => {
                 tracing::debug!("epoch {epoch} applied: {cost:?}");
@@ -304,11 +319,7 @@ impl SecondaryShell {
                     self.link_down(e.to_string());
                 }
             }
-            Action::Arbiter(cas) => {
-                let reply = self.replica.arbiter.ask(&cas);
-                tracing::info!("arbiter: {cas:?}: {reply:?}");
-                self.core.handle(now_us(), SecondaryEvent::Arbiter(reply));
-            }
+            Action::Arbiter(cas) => self.asking.ask(cas),
             Action::StopSvm { epoch } => match self.stop_svm() {
                 Ok(()) => {
                     let stop = self.stop.advance();
@@ -331,7 +342,10 @@ impl SecondaryShell {
                     self.end = Some(End::Ended(outcome));
                 }
             },
-            Action::Apply { halt, .. } => self.order(StageCommand::Apply { halt }),
+            Action::Apply { halt, .. } => {
+                self.replica.guest.forget();
+                self.order(StageCommand::Apply { halt });
+            }
             Action::Discard { .. } => self.order(StageCommand::Discard),
             Action::Tell(notice) => tracing::warn!("{notice}"),
             Action::Abort { .. } => self.resume_unchanged(),
@@ -345,6 +359,7 @@ impl SecondaryShell {
             | Action::Capture { .. }
             | Action::Commit { .. }
             | Action::GoAlone
+            | Action::Detach
             | Action::Mute(_)
             | Action::SyncRound
             | Action::Throttle { .. }
@@ -363,12 +378,25 @@ impl SecondaryShell {
     fn stop_svm(&mut self) -> Result<(), ReplicaError> {
         let machine = &self.replica.machine;
         machine.pause_vcpus()?;
+        // What it may have run into until now belongs to the state that the commit replaces.
+        self.note_svm_end();
+        let machine = &self.replica.machine;
         // What is under way between the shards arrives first (rule 4).
         machine.quiesce_workers()?;
         self.on_role(|role, edge| role.stop(edge));
         self.replica.machine.resume_workers()?;
         self.replica.machine.take_dirty(&mut self.dirty.words)?;
         Ok(())
+    }
+
+    /// Whether the SVM has come to an end that is news.
+    fn note_svm_end(&mut self) -> bool {
+        let mut is_news = false;
+        while let Some(exit) = self.replica.guest.svm_ended() {
+            tracing::warn!("the SVM stopped ({exit}); only a checkpoint lets it go on");
+            is_news = true;
+        }
+        is_news
     }
 
     fn resume_unchanged(&mut self) {
@@ -406,11 +434,10 @@ impl SecondaryShell {
         for (worker, role) in workers.iter().zip(roles) {
             worker.set_role(role?).ok()?;
         }
-        let epochs = PrimaryRole::on_workers(workers, |role, edge| {
-            role.speak(edge);
-            role.epoch()
-        })?;
-        epochs.into_iter().max()
+        // Each shard has counted the input that it had.
+        let epoch = PrimaryRole::begin_in_one_epoch(workers)?;
+        PrimaryRole::on_workers(workers, |role, edge| role.speak(edge))?;
+        Some(epoch)
     }
 
     fn on_role(&self, task: impl Fn(&mut SecondaryRole, &mut Edge) + Clone + Send + 'static) {

@@ -18,14 +18,16 @@
 //! that have moved between hosts. Does not re-key the entropy of the guest: the place for that (rule 25)
 //! is [`Snapshot::apply`], once the guest has a source of entropy.
 
+mod background;
 mod error;
 mod format;
 mod restore;
 mod take;
 
+pub use background::Background;
 pub use error::SnapshotError;
 pub use restore::Snapshot;
-pub use take::{SnapshotReport, serve, take};
+pub use take::{SnapshotReport, begin, serve, take};
 
 #[cfg(test)]
 mod tests;

@@ -44,7 +44,16 @@ pub struct SnapshotReport {
 /// Carries a request out and answers it.
 pub fn serve(request: Request, machine: &Machine, config: &Config) {
     let Order::Snapshot(path) = request.order.clone();
-    match take(machine, config, &path) {
+    answer(request, &path, take(machine, config, &path));
+}
+
+/// Tells how it went.
+pub(super) fn answer(
+    request: Request,
+    path: &Path,
+    outcome: Result<SnapshotReport, SnapshotError>,
+) {
+    match outcome {
         Ok(report) => {
             tracing::info!("snapshot in {}: {report:?}", path.display());
             request.done(&report);
@@ -62,12 +71,24 @@ pub fn take(
     config: &Config,
     path: &Path,
 ) -> Result<SnapshotReport, SnapshotError> {
+    begin(machine, config, path)?()
+}
+
+/// The same up to where the machine runs again; what is given brings all of it to the disk and under its name.
+pub fn begin(
+    machine: &Machine,
+    config: &Config,
+    path: &Path,
+) -> Result<impl FnOnce() -> Result<SnapshotReport, SnapshotError> + Send + use<>, SnapshotError> {
     let start = Instant::now();
     let partial = Partial::create(path)?;
-    let mut report = capture(machine, config, path, &partial.file)?;
-    partial.publish(path)?;
-    report.total_us = start.elapsed().as_micros() as u64;
-    Ok(report)
+    let report = capture(machine, config, path, &partial.file)?;
+    let path = path.to_owned();
+    Ok(move || {
+        partial.publish(&path)?;
+        let total_us = start.elapsed().as_micros() as u64;
+        Ok(SnapshotReport { total_us, ..report })
+    })
 }
 
 /// Stops the machine, fills `file`, lets the machine go on.

@@ -41,6 +41,17 @@ impl PrimaryPath {
         Ok(())
     }
 
+    /// Goes on in `epoch`, if that is later than the present one: the shards of a VM that was taken over have each counted
+    /// their own input, and begin in one epoch (rule 4). Only before a secondary joins.
+    pub fn raise_epoch(&mut self, epoch: u64) -> Result<(), PathError> {
+        if self.paired {
+            return Err(PathError::AlreadyPaired { epoch: self.epoch });
+        }
+        self.epoch = self.epoch.max(epoch);
+        self.comparing = self.epoch;
+        Ok(())
+    }
+
     /// The epoch that began with the cut is buffered, or compared again (rule 21). To be said before
     /// the commit of that cut; otherwise it is as the one before. While an epoch is buffered all its
     /// output waits for its commit, acknowledgements included, and its input is not mirrored: what

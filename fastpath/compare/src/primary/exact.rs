@@ -5,6 +5,7 @@
 //! and leaves the same state behind; what is not plain is left to it.
 
 use super::PrimaryPath;
+use super::judge::may_acknowledge_elsewhere;
 use crate::datagram::{ByDigest, by_digest, difference};
 use crate::frames::{Frames, Token};
 use crate::ledger::{Payload, SvmFrame};
@@ -132,7 +133,8 @@ impl PrimaryPath {
         let is_next = flow.svm.is_empty()
             && flow.wait != Wait::Commit
             && head.stamp <= self.input_ack
-            && head.matched_to.is_none();
+            && head.matched_to.is_none()
+            && !may_acknowledge_elsewhere(&self.limits, &head.packet);
         let sides = ((&head.token, &head.packet), (&*token, &packet.layout));
         let is_equal = || match digest {
             None => difference(sides, None, frames).is_none(),

@@ -117,9 +117,9 @@ impl Inherited {
         }
     }
 
-    /// The peer reset the connection.
-    pub(super) fn forget<F: Frames + ?Sized>(&mut self, key: &FlowKey, frames: &mut F) {
-        self.retain.forget(key, frames);
+    /// The peer reset the connection with this sequence number.
+    pub(super) fn reset<F: Frames + ?Sized>(&mut self, key: &FlowKey, seq: u32, frames: &mut F) {
+        self.retain.reset(key, seq, frames);
     }
 
     pub(super) fn next_due_us(&self) -> Option<u64> {

@@ -42,8 +42,8 @@ impl PrimaryPath {
         token: Token,
     ) {
         let packet = self.parse(frames, &token, Direction::ToGuest);
-        if packet.tcp.is_some_and(|tcp| tcp.has(RST)) {
-            self.inherited.forget(&packet.key, frames);
+        if let Some(tcp) = packet.tcp.filter(|tcp| tcp.has(RST)) {
+            self.inherited.reset(&packet.key, tcp.seq, frames);
         }
         if !self.paired || self.buffering {
             frames.release(token);

@@ -11,8 +11,8 @@ use crate::list::NIL;
 use crate::policy::{Opener, PolicyAction};
 use crate::stream::Content;
 use crate::table::{CLEARED, Flow, FlowId, Held, Wait, seen};
-use crate::wire::Packet;
 use crate::wire::tcp::{ACK, SYN};
+use crate::wire::{Layout, Packet};
 
 impl PrimaryPath {
     /// Lets everything leave that may, in one flow.
@@ -47,10 +47,7 @@ impl PrimaryPath {
             _ if self.limits.canary_equal => Content::Matched,
             (PolicyAction::Release, _) => Content::Free,
             (PolicyAction::Hold, _) => Content::Wait,
-            // What it acknowledges may be input of another shard, of which this one knows nothing (rule 5).
-            _ if self.limits.crossing_frames > 0 && head.packet.is_fragment_of_tcp() => {
-                Content::Wait
-            }
+            _ if may_acknowledge_elsewhere(&self.limits, &head.packet) => Content::Wait,
             (_, Some(tcp)) => {
                 let ignored = policy.ignored();
                 flow.judge_segment(head, &tcp, ignored, &mut self.ledger, frames)
@@ -492,4 +489,9 @@ fn rules(limits: &Limits, policy: PolicyAction) -> Rules {
         window: limits.reorder_window.max(1),
         ignored: policy.ignored(),
     }
+}
+
+/// Whether it may acknowledge input of another shard, of which this one knows nothing (rule 5).
+pub(super) fn may_acknowledge_elsewhere(limits: &Limits, packet: &Layout) -> bool {
+    limits.crossing_frames > 0 && packet.is_fragment_of_tcp()
 }

@@ -11,11 +11,12 @@
 use core::ops::Range;
 
 use super::PrimaryPath;
+use crate::flow::FlowKey;
 use crate::frames::{Frames, HEADER_MAX, Token};
 use crate::ledger::{Payload, SvmFrame};
 use crate::stats::PrimaryStats;
-use crate::table::FlowId;
-use crate::wire::{Layout, Twins};
+use crate::table::{Flow, FlowId, Flows, seen};
+use crate::wire::{SvmSegment, TCP_PROTOCOL, Tcp, Twins, UDP_PROTOCOL};
 
 /// Where an IPv4 packet without VLAN tags names its protocol.
 const PROTOCOL_AT: usize = 23;
@@ -29,8 +30,10 @@ pub struct Pairs<'a> {
     max_history_bytes: u32,
     /// Pairs that have left.
     matched: u64,
-    /// Whose addresses were learnt last.
-    sender: Option<(u64, u32)>,
+    /// The secondary has acknowledged all input.
+    has_all_input: bool,
+    /// Whose addresses were learnt last, as they are on the wire.
+    sender: (u64, u32),
 }
 
 impl PrimaryPath {
@@ -52,10 +55,12 @@ impl PrimaryPath {
         is_usual.then(|| Pairs {
             used_s: (now_us / 1_000_000) as u32,
             max_history_bytes: self.limits.history_bytes(),
+            has_all_input: self.input_seq <= self.input_ack,
             path: self,
             now_us,
             matched: 0,
-            sender: None,
+            // Of nobody: there the EtherType is.
+            sender: (0, 0),
         })
     }
 }
@@ -77,7 +82,7 @@ pub enum Passed {
 /// A segment of the SVM that retransmissions will be compared with.
 #[derive(Debug)]
 pub struct History {
-    packet: Layout,
+    segment: SvmSegment,
     flow: FlowId,
 }
 
@@ -104,8 +109,8 @@ impl Pairs<'_> {
     ) -> Passed {
         // What is told apart here is not asked for again.
         match pvm.0.get(PROTOCOL_AT) {
-            Some(6) => self.take_segment(pvm, svm, equal),
-            Some(17) => self.take_datagram(pvm, svm, equal),
+            Some(&TCP_PROTOCOL) => self.take_segment(pvm, svm, equal),
+            Some(&UDP_PROTOCOL) => self.take_datagram(pvm, svm, equal),
             _ => None,
         }
         .unwrap_or(Passed::Neither)
@@ -118,26 +123,39 @@ impl Pairs<'_> {
         svm: (&[u8], usize),
         equal: impl FnOnce(Range<usize>) -> bool,
     ) -> Option<Passed> {
-        let twins = Twins::of(pvm, svm)?;
-        let tcp = twins.packet.tcp.as_ref()?;
+        let twins = Twins::segments(pvm, svm)?;
         let path = &mut *self.path;
-        let (id, flow) = path.flows.present_mut(&twins.packet.key)?;
-        // A flow without known input may have had some before it was known (rule 5).
-        let stamp = match flow.last_input_seq {
-            0 => path.input_seq,
-            seq => seq,
+        let (payload, name) = (twins.payload(), twins.name());
+        let end = twins.seq().wrapping_add(payload.len() as u32);
+        let goes_on = |flow: &Flow| flow.stream.may_go_on(twins.seq(), end);
+        let id = match path.flows.steady_mut(&name) {
+            Some((id, flow)) if self.has_all_input && goes_on(flow) => {
+                if !equal(payload) {
+                    return None;
+                }
+                flow.use_again(self.used_s);
+                flow.stream.goes_on(end);
+                id
+            }
+            _ => {
+                let packet = twins.packet(pvm.0)?;
+                let tcp = packet.tcp.as_ref()?;
+                let input = (path.input_seq, path.input_ack);
+                let (id, flow) = next_segment(&mut path.flows, &packet.key, tcp, input)?;
+                if !equal(payload) {
+                    return None;
+                }
+                flow.use_again(self.used_s);
+                if flow.stream.left_by_twos(tcp) {
+                    flow.seen |= seen::STEADY;
+                    path.flows.remember(name, id);
+                }
+                id
+            }
         };
-        let is_next = flow.must_wait(flow.stream.pvm_incarnation(), tcp) && flow.is_at_rest();
-        let range = usize::from(tcp.payload_at)..usize::from(twins.packet.end);
-        if !is_next || stamp > path.input_ack || !equal(range) {
-            return None;
-        }
-        flow.use_again(self.used_s);
-        flow.stream.produced(tcp);
-        flow.stream.left_exactly(tcp);
         self.count(&twins, pvm.0);
-        let packet = twins.svm_layout();
-        Some(Passed::BothAndKeep(History { packet, flow: id }))
+        let segment = twins.svm_segment();
+        Some(Passed::BothAndKeep(History { segment, flow: id }))
     }
 
     #[inline(always)]
@@ -147,16 +165,31 @@ impl Pairs<'_> {
         svm: (&[u8], usize),
         equal: impl FnOnce(Range<usize>) -> bool,
     ) -> Option<Passed> {
-        let twins = Twins::of(pvm, svm)?;
-        let path = &mut *self.path;
-        let (_, flow) = path.flows.present_mut(&twins.packet.key)?;
-        let is_next = flow.svm.is_empty() && flow.is_at_rest();
-        let range = usize::from(twins.packet.payload_at())..usize::from(twins.packet.end);
-        let is_early = path.input_seq > path.input_ack;
-        if !is_next || is_early || !equal(range) {
+        let twins = Twins::datagrams(pvm, svm)?;
+        let flows = &mut self.path.flows;
+        // An answer may acknowledge any input (rule 5).
+        if !self.has_all_input {
             return None;
         }
-        flow.use_again(self.used_s);
+        let name = twins.name();
+        match flows.steady_mut(&name) {
+            Some((_, flow)) => {
+                if !equal(twins.payload()) {
+                    return None;
+                }
+                flow.use_again(self.used_s);
+            }
+            None => {
+                let packet = twins.packet(pvm.0)?;
+                let (id, flow) = next_datagram(flows, &packet.key)?;
+                if !equal(twins.payload()) {
+                    return None;
+                }
+                flow.use_again(self.used_s);
+                flow.seen |= seen::STEADY;
+                flows.remember(name, id);
+            }
+        }
         self.count(&twins, pvm.0);
         Some(Passed::Both)
     }
@@ -164,10 +197,16 @@ impl Pairs<'_> {
     #[inline(always)]
     fn count(&mut self, twins: &Twins<'_>, pvm: &[u8]) {
         self.matched += 1;
-        let sender = Some(twins.sender());
-        if self.sender != sender {
-            self.sender = sender;
-            self.path.addresses.learn(pvm, &twins.packet);
+        if self.sender != twins.sender() {
+            self.sender = twins.sender();
+            self.learn(twins, pvm);
+        }
+    }
+
+    #[cold]
+    fn learn(&mut self, twins: &Twins<'_>, pvm: &[u8]) {
+        if let Some(packet) = twins.packet(pvm) {
+            self.path.addresses.learn(pvm, &packet);
         }
     }
 
@@ -185,25 +224,51 @@ impl Pairs<'_> {
         if is_full && !path.drop_history(frames) {
             return frames.release(token);
         }
-        let Some(flow) = path.flows.get_mut(history.flow) else {
+        let History { segment, flow: id } = history;
+        let Some(flow) = path.flows.history_mut(id) else {
             return frames.release(token);
         };
         let frame = SvmFrame {
-            packet: history.packet,
+            packet: segment.layout(),
             token,
             epoch: path.comparing,
             svm_seq,
             at_us: self.now_us,
-            flow: history.flow,
+            flow: id,
             incarnation: flow.stream.incarnation(),
             reported: true,
             payload: Payload::Bytes,
         };
-        flow.stream
-            .keeps(frame.packet.end - frame.packet.payload_at());
+        flow.stream.keeps(segment.payload_len());
         path.ledger.svm.push_back(&mut flow.svm, frame);
         flow.limit_history(self.max_history_bytes, &mut path.ledger, frames);
     }
+}
+
+/// The flow that a segment is the next one of, when nothing else is open there. `input`: the last input, and the
+/// last that the secondary has acknowledged.
+#[inline(never)]
+fn next_segment<'a>(
+    flows: &'a mut Flows,
+    key: &FlowKey,
+    tcp: &Tcp,
+    (input_seq, input_ack): (u64, u64),
+) -> Option<(FlowId, &'a mut Flow)> {
+    let (id, flow) = flows.present_mut(key)?;
+    // A flow without known input may have had some before it was known (rule 5).
+    let stamp = match flow.last_input_seq {
+        0 => input_seq,
+        seq => seq,
+    };
+    let is_next = flow.must_wait(flow.stream.pvm_incarnation(), tcp) && flow.is_at_rest();
+    (is_next && stamp <= input_ack).then_some((id, flow))
+}
+
+/// The flow that a datagram is the next one of, when nothing else is open there.
+#[inline(never)]
+fn next_datagram<'a>(flows: &'a mut Flows, key: &FlowKey) -> Option<(FlowId, &'a mut Flow)> {
+    let (id, flow) = flows.present_mut(key)?;
+    (flow.svm.is_empty() && flow.is_at_rest()).then_some((id, flow))
 }
 
 #[inline(always)]

@@ -175,7 +175,7 @@ impl PrimaryPath {
             let Some(frame) = self.ledger.svm.get(at).filter(|frame| frame.reported) else {
                 continue;
             };
-            let flow = self.flows.get_mut(frame.flow);
+            let flow = self.flows.history_mut(frame.flow);
             if let Some(flow) = flow.filter(|flow| flow.is_tcp()) {
                 flow.drop_history(at, &mut self.ledger, frames);
                 return true;

@@ -270,7 +270,7 @@ impl SecondaryPath {
         let learnt = self.pairs.input(slot, frames.header(&token), tcp);
         self.stats.learnt += u64::from(learnt);
         if tcp.has(RST) {
-            self.retain.forget(&key, frames);
+            self.retain.reset(&key, tcp.seq, frames);
         }
         // What the peer sends again after the SVM's ACK needs no keeping: guests answer it late or
         // not at all. A SYN may be a new connection's.
@@ -407,6 +407,21 @@ impl SecondaryPath {
         record::check(record, self.limits.max_translations)
     }
 
+    /// How many frames of pending output [`SecondaryPath::commit`] takes: to be asked before the
+    /// commit point (rule 13).
+    pub fn max_pending(&self) -> usize {
+        self.limits.max_held_frames + self.limits.crossing_frames
+    }
+
+    /// A checkpoint of `epoch` is past its commit point: gives back what belongs to the SVM's old
+    /// state, so that the pending output of the checkpoint finds slots.
+    pub fn leave_epoch<F: Frames + ?Sized>(&mut self, frames: &mut F, epoch: u64) {
+        self.drop_epoch(frames, epoch);
+        self.pending
+            .drain(..)
+            .for_each(|token| frames.release(token));
+    }
+
     /// The SVM now is what the PVM was at the end of `epoch`, and runs. `pending` is the
     /// checkpoint's pending output in production order, `record` what
     /// [`PrimaryPath::export_client_xlate`] gave.
@@ -422,10 +437,7 @@ impl SecondaryPath {
             pending.into_iter().for_each(|token| frames.release(token));
             return Err(error.into());
         }
-        self.drop_epoch(frames, epoch);
-        self.pending
-            .drain(..)
-            .for_each(|token| frames.release(token));
+        self.leave_epoch(frames, epoch);
         self.pending.extend(pending);
         self.pending_epoch = epoch;
         self.handle_pending_released(frames, self.pending_released);

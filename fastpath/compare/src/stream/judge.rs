@@ -124,8 +124,8 @@ impl Flow {
         if tcp.flags & COUNTED != other_tcp.flags & COUNTED {
             return Content::Differs(different_flags(head, other, frames));
         }
-        let options = tcp.syn_options(frames.header(&head.token));
-        if options != other_tcp.syn_options(frames.header(&other.token)) {
+        let headers = (frames.header(&head.token), frames.header(&other.token));
+        if !tcp.same_syn_options(headers.0, other_tcp, headers.1) {
             return Content::Differs(headers_at(Cause::SynOptions, 20, head, other, frames));
         }
         same_message(head, tcp, other, frames)

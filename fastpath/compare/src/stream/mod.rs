@@ -211,6 +211,37 @@ impl Stream {
         self.set(Mark::SvmHigh, Some(end));
     }
 
+    /// Both sides have sent this segment by twos, and it has left: as [`Stream::produced`] and
+    /// [`Stream::left_exactly`]. Says whether the next one may be taken by [`Stream::goes_on`].
+    pub(crate) fn left_by_twos(&mut self, tcp: &Tcp) -> bool {
+        self.produced(tcp);
+        self.left_exactly(tcp);
+        let end = tcp.payload_end();
+        // What is unknown counts as near, until all that is far is looked for.
+        for mark in [Mark::Base, Mark::Una] {
+            if self.get(mark).is_none() {
+                self.marks[mark as usize] = end;
+            }
+        }
+        self.get(Mark::PvmHigh) == Some(end)
+    }
+
+    /// Takes note of plain data that both sides have sent, and that has left, where all numbers have come to.
+    /// False, and nothing is changed, when more has to be looked at.
+    #[inline(always)]
+    pub(crate) fn may_go_on(&self, seq: u32, end: u32) -> bool {
+        let is_near = |mark: Mark| end.wrapping_sub(self.marks[mark as usize]) < FAR_BEHIND;
+        self.marks[Mark::LeftHigh as usize] == seq && is_near(Mark::Base) && is_near(Mark::Una)
+    }
+
+    /// Plain data goes on that both sides have sent, and it has left; only where [`Stream::may_go_on`].
+    #[inline(always)]
+    pub(crate) fn goes_on(&mut self, end: u32) {
+        for mark in [Mark::LeftHigh, Mark::PvmHigh, Mark::SvmHigh] {
+            self.marks[mark as usize] = end;
+        }
+    }
+
     /// A segment that has left exactly is kept as history.
     #[inline]
     pub(crate) fn keeps(&mut self, payload_len: u16) {

@@ -21,7 +21,7 @@ pub(crate) use mask::{header_difference, mask_ignored};
 pub(crate) use quoted::Quoted;
 pub(crate) use strip::strip_payload;
 pub use tcp::Tcp;
-pub(crate) use twins::Twins;
+pub(crate) use twins::{SvmSegment, Twins};
 
 /// EtherType of IPv4.
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -32,7 +32,10 @@ pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
 
-const TCP_PROTOCOL: u8 = 6;
+/// The number of TCP in an IP header.
+pub(crate) const TCP_PROTOCOL: u8 = 6;
+/// The number of UDP.
+pub(crate) const UDP_PROTOCOL: u8 = 17;
 const UDP_SUM_AT: u8 = 6;
 const ICMP_SUM_AT: u8 = 2;
 
@@ -116,6 +119,21 @@ impl Fragment {
 const _: () = assert!(size_of::<Layout>() == 40);
 
 impl Layout {
+    /// Untagged IPv4 without options or fragments: a segment, or without one a UDP datagram.
+    #[inline(always)]
+    const fn plain(end: u16, tcp: Option<Tcp>) -> Self {
+        Self {
+            network: Network::V4,
+            l3: L3 as u16,
+            l4: L4 as u16,
+            fragment_header: 0,
+            end,
+            sum_at: if tcp.is_none() { UDP_SUM_AT } else { 0 },
+            fragment: None,
+            tcp,
+        }
+    }
+
     /// Where the payload begins.
     pub(crate) fn payload_at(&self) -> u16 {
         match &self.tcp {
@@ -223,16 +241,7 @@ impl<'a> PlainHeaders<'a> {
         let (guest_port, peer_port) = by_side(direction, (ports >> 16) as u16, ports as u16);
         let mut key = FlowKey::bare(protocol, [0; 2]).with_ports(guest_port, peer_port);
         key.set_ipv4(guest, peer);
-        let layout = Layout {
-            network: Network::V4,
-            l3: L3 as u16,
-            l4: L4 as u16,
-            fragment_header: 0,
-            end: end as u16,
-            sum_at: if tcp.is_none() { UDP_SUM_AT } else { 0 },
-            fragment: None,
-            tcp,
-        };
+        let layout = Layout::plain(end as u16, tcp);
         Packet { key, layout }
     }
 }

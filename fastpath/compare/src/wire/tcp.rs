@@ -158,6 +158,31 @@ impl Tcp {
         found
     }
 
+    /// Whether the options of a SYN or SYN-ACK of either guest say the same, in whatever order. Of
+    /// timestamps only that they are there; of all that [`Tcp::syn_options`] does not name every
+    /// byte (keys of RFC 8684, cookies of RFC 7413): what follows depends on them.
+    pub fn same_syn_options(&self, header: &[u8], other: &Self, other_header: &[u8]) -> bool {
+        if self.syn_options(header) != other.syn_options(other_header) {
+            return false;
+        }
+        let ours = || self.other_options(header);
+        let theirs = || other.other_options(other_header);
+        let times = |all: &mut dyn Iterator<Item = (u8, &[u8])>, option| {
+            all.filter(|other| *other == option).count()
+        };
+        ours().count() == theirs().count()
+            && ours().all(|option| times(&mut ours(), option) == times(&mut theirs(), option))
+    }
+
+    /// Kind and value of what [`Tcp::syn_options`] does not look at.
+    fn other_options<'a>(&self, header: &'a [u8]) -> impl Iterator<Item = (u8, &'a [u8])> + 'a {
+        let options = self.options(header).filter(|option| {
+            let known = matches!((option.kind, option.len), (2, 2) | (3, 1) | (4, 0) | (8, 8));
+            !known
+        });
+        options.map(|option| (option.kind, &header[option.at..option.at + option.len]))
+    }
+
     /// Whether all of `flags` are set.
     pub const fn has(&self, flags: u8) -> bool {
         self.flags & flags == flags

@@ -318,8 +318,8 @@ impl ClientTable {
         if let Some(offsets) = learnt {
             entry.learn(offsets);
         }
+        // A reset may be anybody's, whom the guest does not believe: alone it ends nothing.
         entry.peer_closed |= tcp.flags & (FIN | RST) != 0;
-        entry.guest_closed |= tcp.has(RST);
         entry.offsets.inbound(header, tcp);
         learnt.is_some()
     }

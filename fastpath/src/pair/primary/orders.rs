@@ -32,9 +32,7 @@ impl PrimaryRole {
     pub fn detach(&mut self, edge: &mut Edge) {
         // What was decided about one secondary's output or input means nothing to the next.
         self.mirrors = false;
-        self.released_seqs.clear();
-        self.released_pending = None;
-        self.report.clear();
+        self.reports.forget();
         if let Some(link) = self.link.take() {
             self.past_link.add(&link.stats());
             let _ = link.shutdown(Shutdown::Both);
@@ -129,6 +127,22 @@ impl PrimaryRole {
     /// Sends what the path already has to send: the output and announcements of a takeover.
     pub fn speak(&mut self, edge: &mut Edge) {
         self.act(edge);
+    }
+
+    /// Puts all shards of a VM that was taken over into one epoch, the latest that any of them is in (rule 4): a checkpoint
+    /// covers one epoch. Gives it; `None` if one of the workers is gone.
+    pub fn begin_in_one_epoch(workers: &[WorkerHandle]) -> Option<u64> {
+        let epochs = Self::on_workers(workers, |role, _| role.epoch())?;
+        let epoch = epochs.into_iter().max()?;
+        Self::on_workers(workers, move |role, _| role.raise_epoch(epoch))?;
+        Some(epoch)
+    }
+
+    /// See [`PrimaryPath::raise_epoch`](colo_compare::PrimaryPath::raise_epoch).
+    pub fn raise_epoch(&mut self, epoch: u64) {
+        if let Err(e) = self.path.raise_epoch(epoch) {
+            tracing::error!("{e}");
+        }
     }
 
     /// What needs no word of the secondary may leave until then. Workers are not waited for, and woken only if they may

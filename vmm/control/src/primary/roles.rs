@@ -38,7 +38,7 @@ impl Primary {
                 self.act(Action::Abort { epoch });
                 self.state = PrimaryState::Deciding;
             }
-            PrimaryState::Paired if self.block_alone => self.state = PrimaryState::Blocked,
+            PrimaryState::Paired if self.block_alone => self.block(),
             PrimaryState::Paired => {
                 self.state = PrimaryState::Deciding;
                 self.ask(Standing::Alone);
@@ -53,11 +53,15 @@ impl Primary {
 
     pub(super) fn gone_alone(&mut self) {
         if self.block_alone && self.was_paired {
-            self.state = PrimaryState::Blocked;
-            return;
+            return self.block();
         }
         self.state = PrimaryState::Alone;
         self.act(Action::GoAlone);
+    }
+
+    fn block(&mut self) {
+        self.state = PrimaryState::Blocked;
+        self.act(Action::Detach);
     }
 
     // ---- the arbiter ----

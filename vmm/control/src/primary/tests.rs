@@ -528,7 +528,12 @@ fn rule_19_before_there_is_a_state_to_take_over_silence_is_borne_longer() {
 #[test]
 fn rule_19_block_means_that_a_lost_secondary_is_not_replaced_by_loneliness() {
     let mut b = Bench::paired(true);
-    assert!(question(&b.lose_peer()).is_none());
+    let lost = b.lose_peer();
+    assert!(question(&lost).is_none());
+    assert!(
+        lost.contains(&Action::Detach),
+        "nobody needs what is tracked"
+    );
     assert_eq!(b.core.state(), PrimaryState::Blocked);
     // Another secondary may join, but only after the lost one can no longer win.
     b.event(PrimaryEvent::LinkUp);
@@ -539,7 +544,7 @@ fn rule_19_block_means_that_a_lost_secondary_is_not_replaced_by_loneliness() {
         [Action::Send(Msg::Welcome { .. }), Action::StartSync]
     ));
     assert_eq!(b.core.state(), PrimaryState::Syncing);
-    b.lose_peer();
+    assert!(b.lose_peer().contains(&Action::Detach));
     assert_eq!(b.core.state(), PrimaryState::Blocked);
 }
 
@@ -715,6 +720,41 @@ fn rule_22_geometry_that_differs_is_refused_by_name() {
 }
 
 #[test]
+fn rule_18_a_secondary_of_the_same_name_is_refused() {
+    let named = |host: &str| {
+        let mut b = Bench::new(false);
+        b.event(PrimaryEvent::LinkUp);
+        let (session, timing) = (9, T);
+        let mut secondary = crate::Secondary::new(host.into(), timing, session, geometry());
+        secondary.handle(0, crate::SecondaryEvent::LinkUp);
+        let Some(Action::Send(hello)) = secondary.poll_action() else {
+            panic!("no hello");
+        };
+        b.event(PrimaryEvent::Msg(hello))
+    };
+    let refused = |a: &Action| matches!(a, Action::Send(Msg::Refuse { reason }) if reason.contains("link_listen is a"));
+    // "a" is the primary's.
+    assert!(named("a").iter().any(refused));
+    assert!(matches!(named("b")[0], Action::Send(Msg::Welcome { .. })));
+}
+
+#[test]
+fn rule_22_a_secondary_that_cannot_have_the_state_says_why() {
+    let mut b = Bench::new(false);
+    b.first_capture();
+    let reason = || "TSC frequency".into();
+    let refused = b.event(PrimaryEvent::Msg(Msg::Refuse { reason: reason() }));
+    assert_eq!(
+        refused[..2],
+        [
+            Action::Tell(Notice::Refused { reason: reason() }),
+            Action::CloseLink { reason: reason() },
+        ]
+    );
+    assert_eq!(b.core.state(), PrimaryState::Alone);
+}
+
+#[test]
 fn rule_22_an_older_peer_has_none_of_what_it_does_not_name() {
     let with = |value: &str| {
         let mut ours = geometry();
@@ -722,6 +762,12 @@ fn rule_22_an_older_peer_has_none_of_what_it_does_not_name() {
         difference(&ours, &geometry())
     };
     assert_eq!(with(NOTHING), None);
+    let mut ours = geometry();
+    ours.extend(LATER.map(|name| (name.into(), "8192".into())));
+    assert_eq!(difference(&ours, &geometry()), None);
+    let mut theirs = ours.clone();
+    theirs[2].1 = "4096".into();
+    assert!(difference(&ours, &theirs).unwrap().contains(LATER[1]));
     assert!(with("2 rules").unwrap().contains("compare.policy"));
 }
 

@@ -456,3 +456,32 @@ fn rule_22_a_refusal_ends_with_its_reason() {
     });
     assert_eq!(ended, [Action::Stop(Outcome::Refused { reason })]);
 }
+
+#[test]
+fn rule_22_a_first_state_that_does_not_fit_is_refused_for_good_and_the_primary_told_why() {
+    let unfit = |epoch| SecondaryEvent::Unfit {
+        epoch,
+        reason: "TSC frequency".into(),
+    };
+    let mut b = Bench::syncing();
+    let reason = || "TSC frequency".to_string();
+    assert_eq!(
+        b.event(unfit(7)),
+        [
+            Action::Send(Msg::Refuse { reason: reason() }),
+            Action::Stop(Outcome::Refused { reason: reason() }),
+        ]
+    );
+    // Who holds a state keeps it.
+    let mut b = Bench::staging();
+    let (generation, epoch) = (4, 8);
+    let told = Msg::Aborted {
+        generation,
+        epoch,
+        reason: reason(),
+    };
+    assert_eq!(
+        b.event(unfit(8)),
+        [Action::Send(told), Action::Abort { epoch: 8 }]
+    );
+}

@@ -71,13 +71,13 @@ impl CaptureThread {
         std::mem::swap(&mut self.carry, &mut self.in_flight);
         let begun = Instant::now();
         let machine = self.machine.clone();
-        let deferred = &mut self.deferred;
+        let (deferred, snapshots) = (&mut self.deferred, &mut self.snapshots);
         let is_off = || {
             loop {
                 match commands.try_recv() {
                     // The guest may stand still for it: no capture is under way.
                     Ok(CaptureCommand::Snapshot { request, config }) => {
-                        snapshot::serve(request, &machine, &config);
+                        snapshots.serve(request, |path| snapshot::begin(&machine, &config, path));
                     }
                     Ok(command) => deferred.push_back(command),
                     Err(TryRecvError::Empty) => return deferred.iter().any(ends_round),

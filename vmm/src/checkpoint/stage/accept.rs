@@ -100,10 +100,8 @@ impl StageThread {
             })
             .collect::<Result<Vec<_>, RecordError>>()
             .map_err(MachineError::from)?;
-        let records = shards.iter().map(|shard| shard.translations.clone());
-        let records: Vec<_> = records.collect();
-        on_each(&self.machine, records, |role, _, record| {
-            role.check(&record)
+        on_each(&self.machine, shards.clone(), |role, edge, shard| {
+            role.check(edge, &shard.pending, &shard.translations)
         })?;
         let audit = of_kind(&states, StateKind::Audit).next();
         let audit = audit.map(Summary::from_bytes).transpose();

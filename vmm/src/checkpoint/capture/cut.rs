@@ -1,0 +1,120 @@
+//! The end of an epoch, in all shards or in none (rule 4).
+//!
+//! Invariants: all cuts are of one epoch; those of a cut that fails are taken back before a worker goes on.
+//!
+//! Does not stop workers: they are quiesced.
+
+use colo_fastpath::pair::{CutState, OnWorkers, PrimaryRole};
+use colo_fastpath::worker::WorkerHandle;
+
+use super::CaptureError;
+
+/// Ends the epoch in all shards, or in none. `buffer`: the next one is not compared. All in one order to each worker, while
+/// the guest stands still: each costs a wake-up.
+pub(super) fn cut_all(
+    workers: &[WorkerHandle],
+    first: bool,
+    buffer: bool,
+) -> Result<Vec<CutState>, CaptureError> {
+    let cuts = PrimaryRole::on_workers(workers, move |role, edge| {
+        let cut = role.cut(edge, first)?;
+        Some((cut, role.buffer(buffer)))
+    });
+    let cuts = cuts.ok_or(CaptureError::Role)?;
+    let epochs: Option<Vec<_>> = cuts
+        .iter()
+        .map(|cut| cut.as_ref().map(|(cut, _)| cut.epoch))
+        .collect();
+    let failure = match epochs {
+        Some(epochs) if epochs.iter().all(|&epoch| epoch == epochs[0]) => {
+            return Ok(cuts.into_iter().flatten().map(|(cut, _)| cut).collect());
+        }
+        Some(_) => CaptureError::Epochs,
+        None => CaptureError::Role,
+    };
+    let before = cuts
+        .into_iter()
+        .map(|cut| cut.map(|(cut, was)| (cut.epoch, was)));
+    let _ = PrimaryRole::on_each(workers, before.collect::<Vec<_>>(), |role, _, before| {
+        if let Some((epoch, was_buffering)) = before {
+            role.uncut(epoch);
+            role.buffer(was_buffering);
+        }
+    });
+    Err(failure)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::Arc;
+
+    use colo_compare::{Limits, Policy};
+    use colo_fastpath::link::PacketLink;
+    use colo_fastpath::mailbox::Mailbox;
+    use colo_fastpath::nic::{Nic, SocketNic};
+    use colo_fastpath::pair::{Lease, PrimaryRoleConfig};
+
+    use super::*;
+    use crate::machine::{Machine, tests::config};
+
+    /// A machine of two shards with a secondary that says nothing, and what must live as long.
+    fn shards() -> (Machine, impl Sized) {
+        let mut config = config();
+        (config.host.shards, config.host.frame_slots) = (2, 1024);
+        let (mut nics, mut wires) = (Vec::<Box<dyn Nic>>::new(), Vec::new());
+        for _ in 0..2 {
+            let (nic, wire) = SocketNic::pair(1500).unwrap();
+            nics.push(Box::new(nic));
+            wires.push(wire);
+        }
+        let console = Box::new(std::io::sink());
+        let (machine, events) = Machine::create_stopped(&config, nics, console).unwrap();
+        let (post, mailbox) = Mailbox::new().unwrap();
+        let role = PrimaryRoleConfig {
+            limits: Limits::default(),
+            policy: Policy::default(),
+            gap_limit_us: u64::MAX / 2,
+            frame_slots: 1024,
+            gaps: Arc::default(),
+            lease: Lease::default(),
+            digest_key: None,
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peers = Vec::new();
+        for worker in machine.workers() {
+            let role = PrimaryRole::new(&role, config.net.mac, post.clone());
+            worker.set_role(Box::new(role)).unwrap();
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            peers.push(listener.accept().unwrap());
+            let link = PacketLink::new(stream).unwrap();
+            PrimaryRole::on_worker(worker, |role, edge| role.attach(edge, link)).unwrap();
+        }
+        (machine, (wires, events, mailbox, peers))
+    }
+
+    fn epochs(machine: &Machine) -> Vec<u64> {
+        PrimaryRole::on_workers(machine.workers(), |role, _| role.epoch()).unwrap()
+    }
+
+    #[test]
+    fn rule_4_shards_in_different_epochs_are_not_cut() {
+        let (machine, _kept) = shards();
+        let workers = machine.workers();
+        PrimaryRole::on_worker(&workers[1], |role, _| role.raise_epoch(4)).unwrap();
+        let refused = cut_all(workers, true, false).unwrap_err();
+        assert!(matches!(refused, CaptureError::Epochs), "{refused}");
+        assert_eq!(epochs(&machine), [1, 4], "the cuts are taken back");
+    }
+
+    #[test]
+    fn rule_4_shards_that_begin_in_one_epoch_are_cut_together() {
+        let (machine, _kept) = shards();
+        let workers = machine.workers();
+        PrimaryRole::on_worker(&workers[1], |role, _| role.raise_epoch(4)).unwrap();
+        assert_eq!(PrimaryRole::begin_in_one_epoch(workers), Some(4));
+        let cuts = cut_all(workers, true, false).unwrap();
+        assert_eq!(cuts.iter().map(|cut| cut.epoch).collect::<Vec<_>>(), [4, 4]);
+        assert_eq!(epochs(&machine), [5, 5]);
+    }
+}
