@@ -396,10 +396,10 @@ impl FramePool {
         self.host_bytes(token.slot())
     }
 
-    /// Payload that was not copied so far.
-    pub fn in_place_bytes(&self, token: &Token) -> usize {
+    /// Whether the payload leaves without having been copied.
+    pub fn leaves_in_place(&self, token: &Token) -> bool {
         let state = &self.slots[token.slot() as usize];
-        state.len() - state.held()
+        state.held() < state.len()
     }
 
     /// Binds payload that leaves from the guest's memory to what was compared: its checksum goes into
