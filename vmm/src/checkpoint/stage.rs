@@ -4,11 +4,14 @@
 //! touches the machine before the whole of it was received and accepted (rule 13); an apply that has begun is
 //! finished or fatal.
 //!
-//! Does not decide: the control thread orders the apply.
+//! Does not decide: the control thread orders the apply (`orders`). What a checkpoint must have is in `accept`.
+
+mod accept;
+mod orders;
 
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,17 +23,20 @@ use colo_fastpath::worker::Edge;
 use super::ahead;
 use super::ahead::area::{Area, AreaCounters, AreaError};
 use super::audit::{AuditError, Image, StateRecords, Summary};
-use super::channel::{ChannelError, Counters, Event, Kind, PageChannel, Settings, Waker};
+use super::channel::{ChannelError, Counters, Event, Kind, PageChannel, Settings};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
-use super::pending;
 use super::staging::{LiveMemory, Staging, StagingError};
-use super::states::{StateKind, of_kind};
 use super::stop::StopNumber;
 use crate::machine::record::RecordError;
-use crate::machine::{ClockJump, Machine, MachineError, VcpuState};
+use crate::machine::{ClockJump, Machine, MachineError};
 use crate::testpoint::{Point, reached};
+
+use accept::Accepted;
+use orders::{Word, await_word};
+
+pub use orders::{StageCommand, StageOrders};
 
 /// How long one wait lasts; a wake-up ends it.
 const LOOK: Duration = Duration::from_secs(1);
@@ -48,51 +54,6 @@ pub struct StageSettings {
     pub stage_mib: usize,
     /// Memory for pages that come ahead of a checkpoint.
     pub ahead_mib: usize,
-}
-
-/// What the control thread orders.
-#[derive(Debug)]
-pub enum StageCommand {
-    /// The SVM stands still: send the digests of these pages.
-    Digests {
-        /// The epoch that ends.
-        epoch: u64,
-        /// For the records (rule 18).
-        generation: u64,
-        /// Which stop it is.
-        stop: StopNumber,
-        /// What it has written since the last commit.
-        dirty: Box<PageBitmap>,
-    },
-    /// Apply what was [staged](StageEvent::Staged) and let the SVM run, or stand still there (`halt`).
-    Apply {
-        /// Remus mode.
-        halt: bool,
-    },
-    /// Forget it.
-    Discard,
-}
-
-/// Gives orders to the thread; dropped, it ends the thread.
-#[derive(Debug)]
-pub struct StageOrders {
-    commands: Sender<StageCommand>,
-    waker: Waker,
-}
-
-impl StageOrders {
-    /// False if the thread has ended.
-    pub fn give(&self, command: StageCommand) -> bool {
-        let given = self.commands.send(command).is_ok();
-        self.waker.wake();
-        given
-    }
-}
-
-impl Drop for StageOrders {
-    fn drop(&mut self) {
-        self.waker.shut_down();
-    }
 }
 
 /// What the thread reports.
@@ -213,26 +174,6 @@ impl StageError {
     }
 }
 
-/// A checkpoint that was accepted: everything that can be refused has been parsed.
-#[derive(Debug)]
-struct Accepted {
-    epoch: u64,
-    vcpus: Vec<VcpuState>,
-    platform: Vec<u8>,
-    devices: Vec<u8>,
-    /// What the primary captured, in digests.
-    audit: Option<Summary>,
-    /// What each shard gets.
-    shards: Vec<ShardState>,
-}
-
-/// The packet side of a checkpoint, of one shard.
-#[derive(Debug, Clone)]
-struct ShardState {
-    translations: Vec<u8>,
-    pending: Vec<Vec<u8>>,
-}
-
 /// A checkpoint that comes in.
 #[derive(Debug)]
 struct Open {
@@ -248,6 +189,8 @@ struct StageThread {
     post: Post<StageEvent>,
     channel: PageChannel,
     commands: Receiver<StageCommand>,
+    /// Came while a checkpoint waited for the word of the control thread.
+    ordered: Option<StageCommand>,
     key: Option<PageKey>,
     staging: Staging,
     /// What has come ahead of the next checkpoint.
@@ -301,6 +244,7 @@ pub fn spawn(
             post,
             channel,
             commands,
+            ordered: None,
             key: None,
             open: None,
             live: false,
@@ -346,7 +290,7 @@ impl StageThread {
     }
 
     fn turn(&mut self) -> Result<(), Over> {
-        while let Ok(command) = self.commands.try_recv() {
+        while let Some(command) = self.next_command() {
             if let StageCommand::Digests {
                 epoch,
                 generation,
@@ -443,6 +387,11 @@ impl StageThread {
         }
     }
 
+    fn next_command(&mut self) -> Option<StageCommand> {
+        let ordered = self.ordered.take();
+        ordered.or_else(|| self.commands.try_recv().ok())
+    }
+
     /// Sends what stands for the SVM's dirty pages. It stands still; should an abort let it go on meanwhile, the primary
     /// has given this stop up.
     fn send_digests(
@@ -490,7 +439,7 @@ impl StageThread {
             return Ok(());
         };
         let accepted = match open.refusal {
-            None => self.accept(epoch),
+            None => self.accept(epoch, open.since),
             Some(refusal) => Err(refusal),
         };
         let accepted = match accepted {
@@ -517,14 +466,13 @@ impl StageThread {
     /// Waits for the word of the control thread, and acts on it.
     fn decided(&mut self, accepted: Accepted, stage_us: u64) -> Result<(), Over> {
         let epoch = accepted.epoch;
-        let halt = loop {
-            match self.commands.recv() {
-                Err(_) => return Err(Over::Quietly),
-                Ok(StageCommand::Discard) => return Ok(()),
-                // Of a stop that this checkpoint has overtaken.
-                Ok(StageCommand::Digests { .. }) => {}
-                Ok(StageCommand::Apply { halt }) => break halt,
+        let halt = match await_word(&self.commands) {
+            Word::Apply { halt } => halt,
+            Word::Discard { then } => {
+                self.ordered = then;
+                return Ok(());
             }
+            Word::None => return Err(Over::Quietly),
         };
         match self.apply(accepted, halt) {
             Ok(cost) => {
@@ -541,83 +489,6 @@ impl StageThread {
         }
     }
 
-    /// Parses and checks everything that can be refused (rule 13).
-    fn accept(&mut self, epoch: u64) -> Result<Accepted, StageError> {
-        if let Some(&number) = self
-            .area
-            .named()
-            .iter()
-            .find(|&&n| self.staging.has(n.into()))
-        {
-            let number = number.into();
-            return Err(StagingError::Twice { number }.into());
-        }
-        let states = self.staging.take_states()?;
-        let known = [
-            StateKind::Vcpu,
-            StateKind::Devices,
-            StateKind::Translations,
-            StateKind::Pending,
-            StateKind::Platform,
-            StateKind::Audit,
-        ];
-        if let Some(odd) = states
-            .iter()
-            .find(|s| !known.iter().any(|&k| k as u16 == s.kind))
-        {
-            return Err(StageError::UnknownKind(odd.kind));
-        }
-        let exactly = |what, kind, expected: usize| {
-            let records: Vec<_> = of_kind(&states, kind).collect();
-            match records.len() {
-                found if found == expected => Ok(records),
-                found => Err(StageError::Count {
-                    what,
-                    found,
-                    expected,
-                }),
-            }
-        };
-        let vcpus = exactly("vCPU", StateKind::Vcpu, self.machine.vcpu_count())?;
-        let vcpus = vcpus
-            .into_iter()
-            .map(VcpuState::from_bytes)
-            .collect::<Result<Vec<_>, _>>();
-        let vcpus = vcpus.map_err(MachineError::from)?;
-        self.machine.check_vcpus(&vcpus)?;
-        let platform = exactly("platform", StateKind::Platform, 1)?[0].to_vec();
-        self.machine.check_platform(&platform)?;
-        let devices = exactly("device", StateKind::Devices, 1)?[0].to_vec();
-        self.machine.check_devices(&devices)?;
-        let shards = self.machine.workers().len();
-        let translations = exactly("translation", StateKind::Translations, shards)?;
-        let pending = exactly("pending output", StateKind::Pending, shards)?;
-        let shards = translations
-            .into_iter()
-            .zip(pending)
-            .map(|(translations, pending)| {
-                Ok(ShardState {
-                    translations: translations.to_vec(),
-                    pending: pending::from_bytes(pending)?,
-                })
-            })
-            .collect::<Result<Vec<_>, RecordError>>()
-            .map_err(MachineError::from)?;
-        on_each(&self.machine, shards.clone(), |role, edge, shard| {
-            role.check(edge, &shard.pending, &shard.translations)
-        })?;
-        let audit = of_kind(&states, StateKind::Audit).next();
-        let audit = audit.map(Summary::from_bytes).transpose();
-        Ok(Accepted {
-            audit: audit.map_err(MachineError::from)?,
-            epoch,
-            vcpus,
-            platform,
-            devices,
-            shards,
-        })
-    }
-
     /// All of guest memory, in digests, before the worker may write to it.
     fn memory_image(&self) -> Result<Image, StageError> {
         let key = self.key.as_ref().ok_or(StageError::NoKey)?;
@@ -625,7 +496,7 @@ impl StageThread {
     }
 
     /// Whether the machine is what the primary captured (rule 16).
-    fn audit(&self, captured: &Summary, mut image: Image) -> Result<(), StageError> {
+    fn audit(&self, captured: &Summary, memory: Image) -> Result<(), StageError> {
         let key = self.key.as_ref().ok_or(StageError::NoKey)?;
         let machine = &self.machine;
         let (mut vcpus, mut platform) = (Vec::new(), Vec::new());
@@ -638,7 +509,7 @@ impl StageThread {
             platform: &platform,
             devices: &devices,
         };
-        image.update(0, key, machine.ram(), std::iter::empty(), records)?;
+        let image = memory.with_states(key, records)?;
         let differences = image.compare(key, captured, DIFFERENCES_MAX);
         if differences.is_empty() {
             return Ok(());
@@ -659,11 +530,18 @@ impl StageThread {
         machine.release_queues()?;
         self.staging.write_pages(machine.ram())?;
         self.area.write_named(machine.ram())?;
+        // What the apply wrote is what the primary has, so the SVM's dirty set starts empty here; whatever is written from
+        // now on is not, and belongs to it.
+        let mut forget = vec![0; machine.ram().bitmap_words()];
+        machine.take_dirty(&mut forget)?;
         let write_us = start.elapsed().as_micros() as u64;
         let memory = accepted.audit.as_ref().map(|_| self.memory_image());
         let memory = memory.transpose()?;
-        machine.restore_vcpus(&accepted.vcpus, ClockJump::SinceStopped)?;
-        machine.restore_platform(&accepted.platform, ClockJump::SinceStopped)?;
+        let jump = ClockJump::SinceCapture {
+            begun: accepted.begun,
+        };
+        machine.restore_vcpus(&accepted.vcpus, jump)?;
+        machine.restore_platform(&accepted.platform, jump)?;
         machine.restore_devices(&accepted.devices)?;
         if let (Some(captured), Some(memory)) = (&accepted.audit, memory) {
             self.audit(captured, memory)?;
@@ -672,9 +550,6 @@ impl StageThread {
         on_each(machine, accepted.shards, move |role, edge, shard| {
             role.commit(edge, epoch, &shard.pending, &shard.translations)
         })?;
-        // What the apply wrote is what the primary has: the SVM's dirty set starts empty.
-        let mut forget = vec![0; machine.ram().bitmap_words()];
-        machine.take_dirty(&mut forget)?;
         reached(Point::Applied);
         let all = vec![(); machine.workers().len()];
         on_each(machine, all, move |role, _, ()| {
