@@ -466,6 +466,32 @@ fn what_the_svm_has_acknowledged_is_not_kept_when_it_comes_again() {
     follower.close();
 }
 
+/// The mark of what the SVM has acknowledged ends with its connection, also where both begin with the same number and
+/// an acknowledgement of the first comes behind the second one's SYN.
+#[test]
+fn rule_5_a_late_acknowledgement_does_not_cover_the_next_connection() {
+    let segment = || Segment::new(Side::V6);
+    let syn = |seq| segment().to_guest().flags(SYN).seq(seq).bytes();
+    let mut follower = Follower::new();
+    for (isn, late) in [(70_000, None), (500, Some(70_004))] {
+        follower.mirror(2, &syn(isn));
+        follower.deliver().unwrap();
+        late.into_iter().for_each(|late| follower.svm(&ack(late)));
+        let answer = segment().flags(SYN | ACK).seq(49);
+        follower.svm(&answer.ack(isn + 1).bytes());
+        follower.mirror(2, &request(isn + 1, b"abc"));
+        follower.deliver().unwrap();
+        assert_eq!(
+            follower.path.input_frames(),
+            1,
+            "kept until it is acknowledged"
+        );
+        follower.svm(&ack(isn + 4));
+        assert_eq!(follower.path.input_frames(), 0);
+    }
+    follower.close();
+}
+
 proptest! {
     #[test]
     fn any_bytes_are_taken_without_a_panic(

@@ -129,7 +129,7 @@ impl PrimaryPath {
             };
             let id = self.place(now_us, frames, &packet, Opener::Guest);
             if let Some(flow) = id.and_then(|id| self.flows.get_mut(id)) {
-                flow.stream.produced(&tcp);
+                flow.produced(&tcp);
             }
         }
     }

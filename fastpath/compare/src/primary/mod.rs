@@ -423,7 +423,7 @@ impl PrimaryPath {
         let mut must_wait = flow.svm.is_empty();
         let mut incarnation = 0;
         if let Some(tcp) = tcp {
-            incarnation = flow.stream.produced(tcp);
+            incarnation = flow.produced(tcp);
             // Behind another one, or before the SVM has sent anything, there is nothing to judge.
             must_wait = flow.must_wait(incarnation, tcp) || !flow.held.is_empty();
         }

@@ -238,6 +238,11 @@ impl PairTable {
     /// Takes note of the SVM's SYN or SYN-ACK. True when it begins a new connection.
     pub(super) fn svm_syn(&mut self, slot: Slot, header: &[u8], tcp: &Tcp) -> bool {
         let is_known = |pair: &Pair| pair.svm_isn() == Some(tcp.seq);
+        if let Some(pair) = self.pairs.at_mut(slot) {
+            // It acknowledges the peer's SYN and nothing before: what is noted may be of the connection before, and
+            // have come after the SYN. A guest may begin all connections with the same number.
+            pair.has &= !HAS_SVM_ACK;
+        }
         if self.pairs.at(slot).is_none_or(is_known) {
             return false;
         }

@@ -38,6 +38,18 @@ impl Flow {
         }
     }
 
+    /// Takes note of a segment that the PVM produced; gives its incarnation.
+    #[inline]
+    pub(crate) fn produced(&mut self, tcp: &Tcp) -> u32 {
+        let closed = seen::GUEST_CLOSED | seen::PEER_CLOSED;
+        if !tcp.has(SYN) || self.seen & closed == 0 {
+            return self.stream.produced(tcp);
+        }
+        // Its own repetitions are no other ones.
+        self.seen &= !closed;
+        self.stream.produced_after(tcp, true)
+    }
+
     /// The frame that was judged has left.
     pub(crate) fn segment_left<F: Frames + ?Sized>(
         &mut self,
@@ -322,9 +334,14 @@ impl Flow {
         let tcp = *tcp_of(&frame);
         let stream = &mut self.stream;
         // After learning, the secondary translates a repeated SYN to the PVM's number.
-        let is_known = stream.get(Mark::SvmIsn) == Some(tcp.seq)
-            || (stream.get(Mark::PvmIsn) == Some(tcp.seq)
-                && stream.svm_incarnation == stream.pvm_incarnation);
+        let is_pvms = stream.get(Mark::PvmIsn) == Some(tcp.seq);
+        let is_behind = stream.svm_incarnation < stream.pvm_incarnation;
+        // A guest may begin all connections with the same number: behind a FIN it is another one, and where the PVM
+        // has begun another one with it.
+        let is_known = match stream.get(Mark::SvmIsn) == Some(tcp.seq) {
+            true => !(stream.svm_fin || is_pvms && is_behind),
+            false => is_pvms && stream.svm_incarnation == stream.pvm_incarnation,
+        };
         if tcp.has(SYN) && !is_known {
             stream.svm_incarnation += 1;
             stream.set(Mark::SvmIsn, Some(tcp.seq));

@@ -100,7 +100,18 @@ impl Stream {
     /// Takes note of a segment that the PVM produced; gives its incarnation.
     #[inline]
     pub(crate) fn produced(&mut self, tcp: &Tcp) -> u32 {
-        if tcp.has(SYN) && self.get(Mark::PvmIsn) != Some(tcp.seq) {
+        self.produced_after(tcp, false)
+    }
+
+    /// The same when the connection before may be over, `has_closed`: then a SYN begins another one although it has
+    /// the same number, unless there is nothing that the old numbers could cover.
+    #[inline]
+    pub(crate) fn produced_after(&mut self, tcp: &Tcp, has_closed: bool) -> u32 {
+        let is_repeated = || {
+            let is_bare = self.get(Mark::PvmHigh) == Some(tcp.seq.wrapping_add(1));
+            self.get(Mark::PvmIsn) == Some(tcp.seq) && (is_bare || !has_closed)
+        };
+        if tcp.has(SYN) && !is_repeated() {
             self.pvm_incarnation += 1;
             self.set(Mark::PvmIsn, Some(tcp.seq));
             self.set(Mark::PvmHigh, None);
