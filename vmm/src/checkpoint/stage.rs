@@ -4,11 +4,14 @@
 //! touches the machine before the whole of it was received and accepted (rule 13); an apply that has begun is
 //! finished or fatal.
 //!
-//! Does not decide: the control thread orders the apply.
+//! Does not decide: the control thread orders the apply (`orders`). What a checkpoint must have is in `accept`.
+
+mod accept;
+mod orders;
 
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,17 +23,19 @@ use colo_fastpath::worker::Edge;
 use super::ahead;
 use super::ahead::area::{Area, AreaCounters, AreaError};
 use super::audit::{AuditError, Image, StateRecords, Summary};
-use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
+use super::channel::{ChannelError, Event, Kind, PageChannel, Settings};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
-use super::pending;
 use super::staging::{LiveMemory, Staging, StagingError};
-use super::states::{StateKind, of_kind};
 use super::stop::StopNumber;
 use crate::machine::record::RecordError;
-use crate::machine::{ClockJump, Machine, MachineError, VcpuState};
+use crate::machine::{ClockJump, Machine, MachineError};
 use crate::testpoint::{Point, reached};
+
+use accept::Accepted;
+
+pub use orders::{StageCommand, StageOrders};
 
 /// How long one wait lasts; a wake-up ends it.
 const LOOK: Duration = Duration::from_secs(1);
@@ -48,51 +53,6 @@ pub struct StageSettings {
     pub stage_mib: usize,
     /// Memory for pages that come ahead of a checkpoint.
     pub ahead_mib: usize,
-}
-
-/// What the control thread orders.
-#[derive(Debug)]
-pub enum StageCommand {
-    /// The SVM stands still: send the digests of these pages.
-    Digests {
-        /// The epoch that ends.
-        epoch: u64,
-        /// For the records (rule 18).
-        generation: u64,
-        /// Which stop it is.
-        stop: StopNumber,
-        /// What it has written since the last commit.
-        dirty: Box<PageBitmap>,
-    },
-    /// Apply what was [staged](StageEvent::Staged) and let the SVM run, or stand still there (`halt`).
-    Apply {
-        /// Remus mode.
-        halt: bool,
-    },
-    /// Forget it.
-    Discard,
-}
-
-/// Gives orders to the thread; dropped, it ends the thread.
-#[derive(Debug)]
-pub struct StageOrders {
-    commands: Sender<StageCommand>,
-    waker: Waker,
-}
-
-impl StageOrders {
-    /// False if the thread has ended.
-    pub fn give(&self, command: StageCommand) -> bool {
-        let given = self.commands.send(command).is_ok();
-        self.waker.wake();
-        given
-    }
-}
-
-impl Drop for StageOrders {
-    fn drop(&mut self) {
-        self.waker.shut_down();
-    }
 }
 
 /// What the thread reports.
@@ -209,26 +169,6 @@ impl StageError {
             _ => false,
         }
     }
-}
-
-/// A checkpoint that was accepted: everything that can be refused has been parsed.
-#[derive(Debug)]
-struct Accepted {
-    epoch: u64,
-    vcpus: Vec<VcpuState>,
-    platform: Vec<u8>,
-    devices: Vec<u8>,
-    /// What the primary captured, in digests.
-    audit: Option<Summary>,
-    /// What each shard gets.
-    shards: Vec<ShardState>,
-}
-
-/// The packet side of a checkpoint, of one shard.
-#[derive(Debug, Clone)]
-struct ShardState {
-    translations: Vec<u8>,
-    pending: Vec<Vec<u8>>,
 }
 
 /// A checkpoint that comes in.
@@ -537,83 +477,6 @@ impl StageThread {
                 Err(Over::Quietly)
             }
         }
-    }
-
-    /// Parses and checks everything that can be refused (rule 13).
-    fn accept(&mut self, epoch: u64) -> Result<Accepted, StageError> {
-        if let Some(&number) = self
-            .area
-            .named()
-            .iter()
-            .find(|&&n| self.staging.has(n.into()))
-        {
-            let number = number.into();
-            return Err(StagingError::Twice { number }.into());
-        }
-        let states = self.staging.take_states()?;
-        let known = [
-            StateKind::Vcpu,
-            StateKind::Devices,
-            StateKind::Translations,
-            StateKind::Pending,
-            StateKind::Platform,
-            StateKind::Audit,
-        ];
-        if let Some(odd) = states
-            .iter()
-            .find(|s| !known.iter().any(|&k| k as u16 == s.kind))
-        {
-            return Err(StageError::UnknownKind(odd.kind));
-        }
-        let exactly = |what, kind, expected: usize| {
-            let records: Vec<_> = of_kind(&states, kind).collect();
-            match records.len() {
-                found if found == expected => Ok(records),
-                found => Err(StageError::Count {
-                    what,
-                    found,
-                    expected,
-                }),
-            }
-        };
-        let vcpus = exactly("vCPU", StateKind::Vcpu, self.machine.vcpu_count())?;
-        let vcpus = vcpus
-            .into_iter()
-            .map(VcpuState::from_bytes)
-            .collect::<Result<Vec<_>, _>>();
-        let vcpus = vcpus.map_err(MachineError::from)?;
-        self.machine.check_vcpus(&vcpus)?;
-        let platform = exactly("platform", StateKind::Platform, 1)?[0].to_vec();
-        self.machine.check_platform(&platform)?;
-        let devices = exactly("device", StateKind::Devices, 1)?[0].to_vec();
-        self.machine.check_devices(&devices)?;
-        let shards = self.machine.workers().len();
-        let translations = exactly("translation", StateKind::Translations, shards)?;
-        let pending = exactly("pending output", StateKind::Pending, shards)?;
-        let shards = translations
-            .into_iter()
-            .zip(pending)
-            .map(|(translations, pending)| {
-                Ok(ShardState {
-                    translations: translations.to_vec(),
-                    pending: pending::from_bytes(pending)?,
-                })
-            })
-            .collect::<Result<Vec<_>, RecordError>>()
-            .map_err(MachineError::from)?;
-        on_each(&self.machine, shards.clone(), |role, edge, shard| {
-            role.check(edge, &shard.pending, &shard.translations)
-        })?;
-        let audit = of_kind(&states, StateKind::Audit).next();
-        let audit = audit.map(Summary::from_bytes).transpose();
-        Ok(Accepted {
-            audit: audit.map_err(MachineError::from)?,
-            epoch,
-            vcpus,
-            platform,
-            devices,
-            shards,
-        })
     }
 
     /// All of guest memory, in digests, before the worker may write to it.
