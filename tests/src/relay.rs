@@ -1,6 +1,6 @@
-//! A link that passes what the primary sends through the test, to be watched, damaged or cut.
+//! A link that passes what one host sends, or both, through the test, to be watched, damaged or cut.
 //!
-//! Invariants: what the secondary sends is passed on as it is; a channel ends on both sides when it ends on one.
+//! Invariants: what the test did not ask for is passed on as it is; a channel ends on both sides when it ends on one.
 //! It knows the preamble of a connection and the head of a chunk of pages, and no more of the link's protocol.
 //!
 //! Functions panic with what went wrong, as tests do.
@@ -35,6 +35,8 @@ const HEAD: usize = 64;
 pub enum Kind {
     /// Pages of a checkpoint.
     Pages,
+    /// Digests of the stopped SVM's pages.
+    Digests,
     /// Pages that travel ahead of their checkpoint.
     Ahead,
     /// Anything else.
@@ -65,6 +67,7 @@ impl Chunk {
     pub fn kind(&self) -> Kind {
         match self.head[6] {
             4 => Kind::Pages,
+            5 => Kind::Digests,
             8 => Kind::Ahead,
             _ => Kind::Other,
         }
@@ -77,7 +80,7 @@ impl Chunk {
     }
 }
 
-/// Passes on what the primary sends over the channel with this number, until either side ends.
+/// Passes on what one host sends over the channel with this number, until either side ends.
 pub type Pass = dyn Fn(u8, &mut TcpStream, &mut TcpStream) -> io::Result<()> + Send + Sync;
 
 /// Passes a channel on as it is.
@@ -85,12 +88,27 @@ pub fn plainly(from: &mut TcpStream, to: &mut TcpStream) -> io::Result<()> {
     io::copy(from, to).map(drop)
 }
 
-/// A pair whose secondary joins through a relay of so many connections.
+/// A pair whose secondary joins through a relay of so many connections; `pass` gets what the primary sends.
 pub fn pair_through(
     bench: &Bench,
     settings: &Settings,
     connections: usize,
     pass: Arc<Pass>,
+) -> Pair {
+    pair_between(
+        bench,
+        settings,
+        connections,
+        [pass, Arc::new(|_, from, to| plainly(from, to))],
+    )
+}
+
+/// The same with what each host sends: the primary, then the secondary.
+pub fn pair_between(
+    bench: &Bench,
+    settings: &Settings,
+    connections: usize,
+    passes: [Arc<Pass>; 2],
 ) -> Pair {
     let mut pair = Pair::start(settings, bench.dir()).unwrap();
     pair.secondary.kill().unwrap();
@@ -100,7 +118,7 @@ pub fn pair_through(
     let listener = host.run(bind).unwrap();
     host.spawn("relay", move || {
         for near in listener.incoming().take(connections) {
-            forward(near.unwrap(), &pass).unwrap();
+            forward(near.unwrap(), &passes).unwrap();
         }
     })
     .unwrap();
@@ -120,7 +138,7 @@ pub fn pair_through(
 }
 
 /// Connects to the primary, in host b's namespace, and passes both directions on.
-fn forward(mut near: TcpStream, pass: &Arc<Pass>) -> io::Result<()> {
+fn forward(mut near: TcpStream, passes: &[Arc<Pass>; 2]) -> io::Result<()> {
     let mut preamble = [0; PREAMBLE];
     near.read_exact(&mut preamble)?;
     let mut far = TcpStream::connect((Host::A.link_address(), LINK_PORT))?;
@@ -128,18 +146,17 @@ fn forward(mut near: TcpStream, pass: &Arc<Pass>) -> io::Result<()> {
     for stream in [&near, &far] {
         stream.set_nodelay(true)?;
     }
-    let (mut up_from, mut up_to) = (near.try_clone()?, far.try_clone()?);
-    thread::spawn(move || {
-        let _ = io::copy(&mut up_from, &mut up_to);
-        let _ = up_to.shutdown(Shutdown::Both);
-    });
-    let (channel, pass) = (preamble[10], Arc::clone(pass));
-    thread::spawn(move || {
-        let _ = match channel {
-            QUESTION => plainly(&mut far, &mut near),
-            channel => pass(channel, &mut far, &mut near),
-        };
-        let _ = near.shutdown(Shutdown::Both);
-    });
+    let channel = preamble[10];
+    let pairs = [(far.try_clone()?, near.try_clone()?), (near, far)];
+    for ((mut from, mut to), pass) in pairs.into_iter().zip(passes) {
+        let pass = Arc::clone(pass);
+        thread::spawn(move || {
+            let _ = match channel {
+                QUESTION => plainly(&mut from, &mut to),
+                channel => pass(channel, &mut from, &mut to),
+            };
+            let _ = to.shutdown(Shutdown::Both);
+        });
+    }
     Ok(())
 }

@@ -28,6 +28,8 @@ enum Damage {
     Head,
     /// A bit in a page that travels ahead of its checkpoint.
     Ahead,
+    /// A bit in the SVM's digests, on their way to the primary.
+    Digests,
     /// The packet channel turns into noise.
     Packets,
 }
@@ -59,6 +61,7 @@ fn chunks(
 ) -> io::Result<()> {
     let kind = match damage {
         Damage::Ahead => Kind::Ahead,
+        Damage::Digests => Kind::Digests,
         _ => Kind::Pages,
     };
     loop {
@@ -89,22 +92,24 @@ fn noise(from: &mut TcpStream, to: &mut TcpStream, trigger: &Trigger) -> io::Res
     }
 }
 
-/// A pair whose link damages what the primary sends.
+/// A pair whose link damages what one of the hosts sends.
 fn pair_through(bench: &Bench, settings: &Settings, damage: Damage) -> (Pair, Trigger) {
     let trigger = Trigger::default();
     let inner = trigger.clone();
-    let pass = move |channel, from: &mut TcpStream, to: &mut TcpStream| match (channel, damage) {
-        (PACKETS, Damage::Packets) => noise(from, to, &inner),
-        (PAGES, Damage::Page | Damage::Record | Damage::Head | Damage::Ahead) => {
-            chunks(from, to, damage, &inner)
-        }
+    let pass = move |channel, from: &mut TcpStream, to: &mut TcpStream| match channel {
+        PACKETS if damage == Damage::Packets => noise(from, to, &inner),
+        PAGES if damage != Damage::Packets => chunks(from, to, damage, &inner),
         _ => relay::plainly(from, to),
     };
+    let damaged: Arc<relay::Pass> = Arc::new(pass);
+    let plain: Arc<relay::Pass> = Arc::new(|_, from, to| relay::plainly(from, to));
+    let passes = match damage {
+        Damage::Digests => [plain, damaged],
+        _ => [damaged, plain],
+    };
     // Control, packets and pages.
-    (
-        relay::pair_through(bench, settings, 3, Arc::new(pass)),
-        trigger,
-    )
+    let pair = relay::pair_between(bench, settings, 3, passes);
+    (pair, trigger)
 }
 
 fn load(pair: &Pair) -> Load {
@@ -126,7 +131,7 @@ fn finish(load: Load) {
 
 #[test]
 fn rule_14_a_damaged_checkpoint_is_taken_again_and_the_pair_goes_on() {
-    for damage in [Damage::Page, Damage::Record] {
+    for damage in [Damage::Page, Damage::Record, Damage::Digests] {
         damaged_checkpoint(damage);
     }
 }
@@ -142,9 +147,9 @@ fn damaged_checkpoint(damage: Damage) {
     assert_eq!(status["state"], "paired");
     let before = status["checkpoints"].as_u64().unwrap();
     let more = |status: &serde_json::Value| status["checkpoints"].as_u64() > Some(before + 3);
-    pair.primary
-        .wait_status("more checkpoints", WAIT, more)
-        .unwrap();
+    let waited = pair.primary.wait_status("more checkpoints", WAIT, more);
+    let status = waited.unwrap();
+    assert_eq!(status["checkpoints_aborted"], 1, "{damage:?}");
     // What came after the damage is as good as what came before.
     load.mark_kill();
     pair.primary.kill().unwrap();

@@ -10,6 +10,7 @@
 //! Does not decide when there is a checkpoint, and does not touch the guest: pages come from a capture that is kept.
 
 mod ahead;
+mod list;
 
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -18,20 +19,22 @@ use colo_fastpath::ring::{GuestRam, MemoryError};
 
 use super::ahead::AheadCounters;
 use super::ahead::primary::Ahead;
-use super::channel::{ChannelError, Chunk, Event, Kind, PageChannel, Settings, Step};
+use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Step};
 use super::codec::digest::KEY_BYTES;
 use super::codec::digest_list::DigestListError;
 use super::codec::record::{EncodeError, RECORD_MAX_BYTES};
 use super::codec::zero::is_zero;
 use super::codec::{
     Choice, Chooser, Encoder, Known, Link, Page, PageCache, PageCounters, PageDigest, PageKey,
-    Payload, SvmDigests, SvmPage,
+    Payload, SvmPage,
 };
 use super::digester::Digester;
 use super::pages::{PAGE_BYTES, PageBitmap};
 use super::stabilise::{Kept, StabiliseError, Stable};
 use super::states::{PART_HEAD_BYTES, State};
 use super::stop::StopNumber;
+
+use list::DigestList;
 
 pub use ahead::{AheadError, AheadStep};
 
@@ -134,6 +137,8 @@ pub struct SvmStop {
 pub struct Outbound {
     channel: PageChannel,
     chunk_bytes: usize,
+    /// How long the secondary may say nothing.
+    timeout: Duration,
     lends: bool,
     /// Of the chunk being filled: where its whole pages lie.
     lent: Vec<u32>,
@@ -151,19 +156,6 @@ pub struct Outbound {
     began: Instant,
 }
 
-/// The SVM's digests, as they come in.
-#[derive(Debug)]
-struct DigestList {
-    pages: SvmDigests,
-    /// Whose digests are awaited.
-    awaited: Option<StopNumber>,
-    /// The list that comes at present is that one.
-    is_it: bool,
-    /// All of it has come.
-    is_over: bool,
-    bytes: u64,
-}
-
 impl Outbound {
     /// Over connected sockets, for a guest of so many pages.
     pub fn new(
@@ -178,19 +170,14 @@ impl Outbound {
         Ok(Self {
             channel: PageChannel::new(streams, channel)?,
             chunk_bytes: channel.chunk_bytes,
+            timeout: channel.timeout,
             lends: settings.lends,
             lent: Vec::with_capacity(channel.chunk_bytes / PAGE_BYTES),
             key,
             chooser: Chooser::new(PageKey::new(key), settings.verify_one_in),
             cache: PageCache::new(settings.cache_mib, pages),
             digester: Digester::new(key),
-            list: DigestList {
-                pages: SvmDigests::new(pages),
-                awaited: None,
-                is_it: false,
-                is_over: true,
-                bytes: 0,
-            },
+            list: DigestList::new(pages),
             link: Link {
                 bytes_per_s: LINK_BYTES_PER_S,
                 is_bottleneck: false,
@@ -266,8 +253,7 @@ impl Outbound {
             self.chooser.counters(),
             self.digester.found(),
         );
-        self.list.pages.begin(&stop.dirty.words)?;
-        self.list.begin(stop.number);
+        self.list.begin(epoch, stop.number, &stop.dirty)?;
         self.link.is_bottleneck = false;
         self.names = Names::default();
         self.channel.begin(epoch, &self.key)?;
@@ -283,11 +269,7 @@ impl Outbound {
             Err(e) => {
                 self.cache.abort();
                 if e.spares_channel() {
-                    self.channel.abort()?;
-                    // Half a list would count as a peer that stands still later.
-                    self.await_end_of_list(&mut || false)?;
-                    self.channel.flush()?;
-                    self.channel.settle()?;
+                    self.give_up()?;
                 }
                 return Err(e);
             }
@@ -303,7 +285,7 @@ impl Outbound {
             transfer_us: transfer.as_micros() as u64,
             digest_wait_us: digest_wait.as_micros() as u64,
             sent_bytes,
-            digest_bytes: self.list.bytes,
+            digest_bytes: self.list.bytes(),
             channel_bytes,
             pages: self.chooser.counters().since(&before.1),
             digested_pages: self.digester.found() - before.2,
@@ -314,6 +296,38 @@ impl Outbound {
                 .map(Ahead::take_counters)
                 .unwrap_or_default(),
         })
+    }
+
+    /// Ends a checkpoint that failed, whatever else is wrong with it: the channel is fit for the next one, and the kernel
+    /// reads nothing of the capture any more (rule 15).
+    fn give_up(&mut self) -> Result<(), SendError> {
+        self.channel.abort()?;
+        // Half a list would count as a peer that stands still later.
+        let mut last = (self.channel.counters().received_bytes, Instant::now());
+        while !self.list.is_over() {
+            match self.look(&mut || false) {
+                Err(e) if !e.spares_channel() => return Err(e),
+                // It spoils nothing more.
+                Ok(()) | Err(_) => {}
+            }
+            let received = self.channel.counters().received_bytes;
+            let waited = last.1.elapsed();
+            if received != last.0 {
+                last = (received, Instant::now());
+            } else if waited > self.timeout {
+                let after_ms = waited.as_millis() as u64;
+                let (stream, step) = (0, Step::ReceiveCheckpoint);
+                return Err(ChannelError::TimedOut {
+                    stream,
+                    step,
+                    after_ms,
+                }
+                .into());
+            }
+        }
+        self.channel.flush()?;
+        self.channel.settle()?;
+        Ok(())
     }
 
     /// The checkpoint sent last is committed.
@@ -381,7 +395,7 @@ impl Outbound {
             };
             self.lent.clear();
             while let Some(Kept { number, page, slot }) = next {
-                let svm = self.list.pages.at(number);
+                let svm = self.list.at(number);
                 if svm == SvmPage::Pending || chunk.room() < RECORD_MAX_BYTES {
                     break;
                 }
@@ -433,7 +447,7 @@ impl Outbound {
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         let begun = Instant::now();
-        while self.list.pages.at(number) == SvmPage::Pending {
+        while self.list.at(number) == SvmPage::Pending {
             self.look(is_off)?;
         }
         Ok(begun.elapsed())
@@ -445,7 +459,7 @@ impl Outbound {
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         let begun = Instant::now();
-        while !self.list.is_over {
+        while !self.list.is_over() {
             self.look(is_off)?;
         }
         Ok(begun.elapsed())
@@ -467,11 +481,9 @@ impl Outbound {
         let list = &mut self.list;
         match self.channel.poll(LOOK)? {
             Event::Chunk(chunk) => list.take(&chunk),
-            Event::Complete { .. } => {
-                list.is_over |= std::mem::take(&mut list.is_it);
-                Ok(())
-            }
-            Event::Damaged { reason, .. } if list.is_it => Err(SendError::DamagedDigests(reason)),
+            Event::Complete { .. } => list.complete(),
+            Event::Damaged { epoch, reason } => list.spoil(epoch, reason),
+            Event::Aborted { epoch } => list.spoil(epoch, "given up by the secondary".to_owned()),
             Event::Closed => Err(ChannelError::Cut {
                 stream: 0,
                 step: Step::SendChunk,
@@ -490,27 +502,6 @@ impl Outbound {
     }
 }
 
-impl DigestList {
-    fn begin(&mut self, awaited: Option<StopNumber>) {
-        self.awaited = awaited;
-        self.is_it = false;
-        self.is_over = awaited.is_none();
-        self.bytes = 0;
-    }
-
-    fn take(&mut self, chunk: &Chunk<'_>) -> Result<(), SendError> {
-        match chunk.kind {
-            // One of an SVM that has run on since says nothing of it.
-            Kind::Begin => {
-                let number = StopNumber::from_bytes(chunk.payload);
-                self.is_it = number.is_some() && number == self.awaited;
-            }
-            Kind::Digests if self.is_it => {
-                self.pages.accept(chunk.payload)?;
-                self.bytes += chunk.payload.len() as u64;
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-}
+#[cfg(test)]
+#[path = "outbound/tests.rs"]
+mod tests;

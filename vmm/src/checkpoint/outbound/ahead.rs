@@ -157,7 +157,7 @@ impl Outbound {
     /// the same.
     fn svm_has(&mut self, number: u64, digest: PageDigest) -> bool {
         let base = self.cache.get(number).map(|base| base.digest);
-        let has = match self.list.pages.at(number) {
+        let has = match self.list.at(number) {
             SvmPage::Dirty(svm) => svm == digest,
             SvmPage::Clean => base == Some(digest),
             SvmPage::Pending => false,
