@@ -237,7 +237,10 @@ impl Worker {
     fn handle(&mut self, command: Command) {
         let edge = &mut self.edge;
         match command {
-            Command::Activate(queues) => edge.port.activate(queues),
+            Command::Activate(queues) => {
+                edge.port.activate(queues);
+                self.poll_mode();
+            }
             Command::Deactivate(reply) => {
                 edge.deactivate();
                 let _ = reply.send(());
@@ -273,6 +276,7 @@ impl Worker {
                 if let Some(queues) = queues {
                     edge.port.activate(queues);
                 }
+                self.poll_mode();
                 let _ = reply.send(());
             }
             Command::SetRole(role) => {
@@ -296,12 +300,12 @@ impl Worker {
             let wants_nic = self.role.wants_nic_frames(&mut self.edge);
             let wants_frames = wants_nic && self.edge.reads_nic();
             let reads_guest = wants_guest && self.edge.reads_guest();
-            if self.edge.port.sleep_mode(reads_guest)
-                || !self
-                    .edge
-                    .may_sleep(wants_nic, wants_guest, self.role.serves_guest())
+            // To ask for a ring is a write to the guest's memory.
+            let serves = self.role.serves_guest();
+            if serves && self.edge.port.sleep_mode(reads_guest)
+                || !self.edge.may_sleep(wants_nic, wants_guest, serves)
             {
-                self.edge.port.poll_mode();
+                self.poll_mode();
                 return;
             }
             self.fds.extend(self.edge.port.kick_fds().map(readable));
@@ -318,10 +322,17 @@ impl Worker {
             self.edge.get_up();
             // Quiesced, guest memory stands still; the first step after it looks at everything.
             self.edge.port.drain_kicks();
-            self.edge.port.poll_mode();
+            self.poll_mode();
         }
         self.idle
             .slept(crate::clock::now_us().saturating_sub(now_us));
+    }
+
+    /// Asks the guest for no ring, unless its memory is to stand still; then who puts it to sleep asks again.
+    fn poll_mode(&mut self) {
+        if self.role.serves_guest() {
+            self.edge.port.poll_mode();
+        }
     }
 }
 

@@ -262,6 +262,20 @@ fn rule_5_much_input_is_acknowledged_at_once() {
     assert_eq!(host.said(1), [format!("ack {MANY}")]);
 }
 
+#[test]
+fn rule_11_the_memory_of_a_stopped_guest_is_written_to_before_the_stop_is_told() {
+    let mut host = secondary();
+    host.send(&output(1));
+    let (ram, used) = (host.ram.clone(), host.guest_tx.queue_state().used);
+    let told = SecondaryRole::on_worker(&host.worker, move |role, edge| {
+        role.stop(edge);
+        let mut index = [0; 2];
+        ram.read(used + 2, &mut index).unwrap();
+        u16::from_le_bytes(index)
+    });
+    assert_eq!(told, Some(1), "the used index");
+}
+
 impl Host {
     fn stored(&self) -> u64 {
         SecondaryRole::on_worker(&self.worker, |role, _| role.report().stats.sent).unwrap()

@@ -81,6 +81,8 @@ impl SecondaryRole {
     /// The SVM has stopped for a checkpoint: its last output goes to the link.
     pub fn stop(&mut self, edge: &mut Edge) {
         self.take_rest(edge);
+        // The last write to its memory: what comes later is in no dirty set and in no digest.
+        edge.flush();
         self.caught_up = None;
         if let Some(path) = &mut self.path {
             path.stop();

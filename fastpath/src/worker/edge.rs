@@ -326,7 +326,7 @@ impl Edge {
     }
 
     /// Ends a batch: the NIC is told, the guest gets its buffers back and is called.
-    pub(super) fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         if self.nic.flush(&mut self.frames).is_err() {
             self.stats.nic_tx_errors.add(1);
         }

@@ -107,6 +107,7 @@ impl GuestPort {
         let call = Arc::new(Call::of_queues(rings.calls, rings.errors));
         self.wires = Some(Wires::per_queue(rings.ram, call, rings.kicks));
         self.activate(rings.queues);
+        self.poll_mode();
     }
 
     /// Lets go of such a guest and of its memory. Gives how far its queues had come.
@@ -116,7 +117,7 @@ impl GuestPort {
         state
     }
 
-    /// Starts to serve the queues.
+    /// Starts to serve the queues. Nothing is written to the guest's memory yet: [`Self::poll_mode`] does that.
     pub fn activate(&mut self, state: PortState) {
         let [guest_rx, guest_tx] = state;
         self.life = self.life.wrapping_add(1);
@@ -135,10 +136,7 @@ impl GuestPort {
             })
         });
         match queues {
-            Ok(queues) => {
-                self.service = Some(Service { ram, queues });
-                self.poll_mode();
-            }
+            Ok(queues) => self.service = Some(Service { ram, queues }),
             Err(e) => self.fault(&e),
         }
     }

@@ -49,7 +49,7 @@ pub trait Role: Any + Send {
     }
 
     /// Whether the guest's queues may be touched at present; other workers' frames for the guest wait
-    /// as long.
+    /// as long. If not, the worker writes nothing to the guest's memory.
     fn serves_guest(&self) -> bool {
         true
     }

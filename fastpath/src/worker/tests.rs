@@ -32,14 +32,22 @@ impl Drop for Bench {
 }
 
 fn bench(poll: PollMode) -> Bench {
+    bench_of(poll, true)
+}
+
+fn bench_of(poll: PollMode, event_idx: bool) -> Bench {
     let (nic, wire) = SocketNic::pair(1500).unwrap();
-    bench_with(poll, Box::new(nic), wire)
+    bench_between(poll, event_idx, Box::new(nic), wire)
 }
 
 fn bench_with(poll: PollMode, nic: Box<dyn Nic>, wire: UnixDatagram) -> Bench {
+    bench_between(poll, true, nic, wire)
+}
+
+fn bench_between(poll: PollMode, event_idx: bool, nic: Box<dyn Nic>, wire: UnixDatagram) -> Bench {
     let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
-    let guest_rx = DriverMock::new(ram.clone(), 0x4000, 16, true);
-    let guest_tx = DriverMock::new(ram.clone(), 0x8000, 16, true);
+    let guest_rx = DriverMock::new(ram.clone(), 0x4000, 16, event_idx);
+    let guest_tx = DriverMock::new(ram.clone(), 0x8000, 16, event_idx);
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     let kick = EventFd::new(EFD_NONBLOCK).unwrap();
     let call = Arc::new(Call::new(line.try_clone().unwrap()));
@@ -464,6 +472,60 @@ fn roles_can_be_exchanged_and_reached() {
         bench.worker.execute(move |_, role| dropped(role)).unwrap(),
         1
     );
+}
+
+/// Leaves the guest alone.
+struct Still;
+
+impl Role for Still {
+    fn name(&self) -> &'static str {
+        "still"
+    }
+    fn step(&mut self, _edge: &mut Edge, _now_us: u64) -> bool {
+        false
+    }
+    fn serves_guest(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn rule_11_the_memory_of_a_guest_that_is_not_served_stands_still() {
+    for event_idx in [true, false] {
+        let mut bench = bench_of(PollMode::Interrupt, event_idx);
+        bench.worker.set_role(Box::new(Still)).unwrap();
+        bench.worker.deactivate().unwrap();
+        // Whatever is asked for, and how, it says something else.
+        let queues = [bench.guest_rx.queue_state(), bench.guest_tx.queue_state()];
+        for queue in &queues {
+            let avail_event = queue.used + 4 + 8 * u64::from(queue.size);
+            bench.ram.write(queue.used, &[0x10, 0]).unwrap();
+            bench.ram.write(avail_event, &[77, 0]).unwrap();
+        }
+        let rings = |bench: &Bench| {
+            let mut bytes = vec![0; 0x8000];
+            bench.ram.read(0x4000, &mut bytes).unwrap();
+            bytes
+        };
+        let before = rings(&bench);
+        // It has no room, which a guest that is served is asked for.
+        bench.worker.activate(queues).unwrap();
+        for _ in 0..2 {
+            let sleeps = bench.worker.stats().sleeps;
+            bench.worker.execute(|_, _| ()).unwrap();
+            bench.wait_for(|s| s.sleeps > sleeps);
+        }
+        bench.worker.execute(|_, _| ()).unwrap();
+        assert!(rings(&bench) == before, "event_idx: {event_idx}");
+        // It is asked again as soon as it is served.
+        bench.worker.set_role(Box::new(Solo::default())).unwrap();
+        bench.wire.send(&[7; 60]).unwrap();
+        while rings(&bench) == before {
+            std::thread::yield_now();
+        }
+        bench.offer_room(&[(0x30000, 2000)]);
+        assert_eq!(bench.receive(), 72);
+    }
 }
 
 #[test]

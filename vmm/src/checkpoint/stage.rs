@@ -520,6 +520,10 @@ impl StageThread {
         machine.release_queues()?;
         self.staging.write_pages(machine.ram())?;
         self.area.write_named(machine.ram())?;
+        // What the apply wrote is what the primary has, so the SVM's dirty set starts empty here; whatever is written from
+        // now on is not, and belongs to it.
+        let mut forget = vec![0; machine.ram().bitmap_words()];
+        machine.take_dirty(&mut forget)?;
         let write_us = start.elapsed().as_micros() as u64;
         let memory = accepted.audit.as_ref().map(|_| self.memory_image());
         let memory = memory.transpose()?;
@@ -533,9 +537,6 @@ impl StageThread {
         on_each(machine, accepted.shards, move |role, edge, shard| {
             role.commit(edge, epoch, &shard.pending, &shard.translations)
         })?;
-        // What the apply wrote is what the primary has: the SVM's dirty set starts empty.
-        let mut forget = vec![0; machine.ram().bitmap_words()];
-        machine.take_dirty(&mut forget)?;
         reached(Point::Applied);
         let all = vec![(); machine.workers().len()];
         on_each(machine, all, move |role, _, ()| {
