@@ -199,7 +199,12 @@ fn a_copy_of_a_guest_with_two_pairs_goes_on() {
     }
     second
         .machine
-        .restore_vcpus(&states, ClockJump::SinceStopped)
+        .restore_vcpus(
+            &states,
+            ClockJump::SinceCapture {
+                begun: std::time::Instant::now(),
+            },
+        )
         .unwrap();
     second.machine.check_devices(&devices).unwrap();
     second.machine.restore_devices(&devices).unwrap();

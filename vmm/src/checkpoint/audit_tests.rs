@@ -64,7 +64,12 @@ fn copy(from: &Lab, to: &Lab) {
         .iter()
         .map(|record| VcpuState::from_bytes(record).unwrap())
         .collect();
-    let (machine, jump) = (&to.machine, ClockJump::SinceStopped);
+    let (machine, jump) = (
+        &to.machine,
+        ClockJump::SinceCapture {
+            begun: std::time::Instant::now(),
+        },
+    );
     machine.restore_vcpus(&states, jump).unwrap();
     machine.restore_platform(&records.platform, jump).unwrap();
     machine.restore_devices(&records.devices).unwrap();

@@ -428,7 +428,7 @@ impl StageThread {
             return Ok(());
         };
         let accepted = match open.refusal {
-            None => self.accept(epoch),
+            None => self.accept(epoch, open.since),
             Some(refusal) => Err(refusal),
         };
         let accepted = match accepted {
@@ -527,8 +527,11 @@ impl StageThread {
         let write_us = start.elapsed().as_micros() as u64;
         let memory = accepted.audit.as_ref().map(|_| self.memory_image());
         let memory = memory.transpose()?;
-        machine.restore_vcpus(&accepted.vcpus, ClockJump::SinceStopped)?;
-        machine.restore_platform(&accepted.platform, ClockJump::SinceStopped)?;
+        let jump = ClockJump::SinceCapture {
+            begun: accepted.begun,
+        };
+        machine.restore_vcpus(&accepted.vcpus, jump)?;
+        machine.restore_platform(&accepted.platform, jump)?;
         machine.restore_devices(&accepted.devices)?;
         if let (Some(captured), Some(memory)) = (&accepted.audit, memory) {
             self.audit(captured, memory)?;

@@ -5,8 +5,8 @@
 //! behind what this machine has shown already. All vCPUs are moved by one and the same shift, so that
 //! they stay as equal as they were.
 //!
-//! Invariants: no clock goes back; how far one jumps is bounded by what the caller knows to have
-//! passed at most, so that hosts whose wall clocks differ do no harm to a running pair.
+//! Invariants: no clock goes back; how far one jumps is bounded on both sides by what the caller knows to
+//! have passed ([`Passed`]), so that hosts whose wall clocks differ do no harm to a running pair.
 //!
 //! Does not scale: hosts whose TSC frequencies differ by more than [`TSC_TOLERANCE_PPM`] are refused.
 
@@ -48,13 +48,27 @@ pub(super) fn realtime_ns() -> u64 {
     since.unwrap_or(Duration::ZERO).as_nanos() as u64
 }
 
-/// Nanoseconds from a reading of the wall clock until now: at least 0, at most `bound`.
-pub(super) fn elapsed_ns(since_realtime_ns: u64, bound: Option<Duration>) -> u64 {
-    let elapsed = realtime_ns().saturating_sub(since_realtime_ns);
-    let bound_ns = bound.map_or(u64::MAX, |bound| {
-        u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX)
-    });
-    elapsed.min(bound_ns)
+/// What is known of the time since a capture, whatever wall clocks say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Passed {
+    pub(super) at_least: Duration,
+    /// `None`: nobody knows.
+    pub(super) at_most: Option<Duration>,
+}
+
+impl Passed {
+    /// Nanoseconds from a reading of one host's wall clock until one of another's, as far as these can be believed.
+    fn between_ns(self, then_ns: u64, now_ns: u64) -> u64 {
+        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let at_most = self.at_most.map_or(u64::MAX, ns);
+        let elapsed = now_ns.saturating_sub(then_ns);
+        elapsed.clamp(ns(self.at_least).min(at_most), at_most)
+    }
+
+    /// The same until now.
+    pub(super) fn since_ns(self, then_ns: u64) -> u64 {
+        self.between_ns(then_ns, realtime_ns())
+    }
 }
 
 fn ticks(khz: u32, ns: u64) -> u64 {
@@ -94,10 +108,10 @@ impl TscState {
 pub(super) fn offsets(
     records: &[TscState],
     present: &[Option<u64>],
-    bound: Option<Duration>,
+    passed: Passed,
 ) -> Vec<Option<u64>> {
     offsets_at(host_tsc(), records, present, |tsc| {
-        elapsed_ns(tsc.realtime_ns, bound)
+        passed.since_ns(tsc.realtime_ns)
     })
 }
 
@@ -168,11 +182,33 @@ mod tests {
     }
 
     #[test]
-    fn what_has_passed_is_bounded_and_never_negative() {
-        let now = realtime_ns();
-        assert_eq!(elapsed_ns(now + 60_000_000_000, None), 0);
-        assert_eq!(elapsed_ns(0, Some(Duration::from_millis(5))), 5_000_000);
-        assert!(elapsed_ns(now - 1_000_000, None) >= 1_000_000);
+    fn rule_16_wall_clocks_are_believed_between_what_has_passed_at_least_and_at_most() {
+        const MS: u64 = 1_000_000;
+        let passed = |least: u64, most: u64| Passed {
+            at_least: Duration::from_millis(least),
+            at_most: Some(Duration::from_millis(most)),
+        };
+        let then_ns = 1_000_000 * MS;
+        // What the other host's clock shows 3 ms later, if it is ahead by so much.
+        let ahead = |by_ms: i64| (then_ns + 3 * MS).saturating_add_signed(by_ms * MS as i64);
+        for (by_ms, found_ms) in [
+            (0, 3),
+            (1, 4),
+            (900, 5),
+            (3_600_000, 5),
+            (-2, 2),
+            (-900, 2),
+            (-3_600_000, 2),
+        ] {
+            let found_ns = passed(2, 5).between_ns(then_ns, ahead(by_ms));
+            assert_eq!(found_ns, found_ms * MS, "{by_ms} ms ahead");
+        }
+        // Without a stop before the capture, the time since then is all that is known.
+        assert_eq!(passed(2, 2).between_ns(then_ns, ahead(900)), 2 * MS);
+        let unknown = Passed::default();
+        assert_eq!(unknown.between_ns(then_ns, ahead(60_000)), 60_003 * MS);
+        assert_eq!(unknown.between_ns(then_ns, ahead(-60_000)), 0);
+        assert!(unknown.since_ns(realtime_ns() - MS) >= MS);
     }
 
     #[test]

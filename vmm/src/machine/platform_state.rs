@@ -12,8 +12,6 @@
 //!
 //! Does not know the local APICs; each is part of its vCPU.
 
-use std::time::Duration;
-
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     kvm_clock_data, kvm_irqchip, kvm_pit_state2,
@@ -21,7 +19,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VmFd};
 use zerocopy::IntoBytes;
 
-use super::clock::{elapsed_ns, realtime_ns};
+use super::clock::{Passed, realtime_ns};
 use super::kvm::KvmError;
 use super::record::{Kind, Reader, RecordError, Writer};
 
@@ -95,12 +93,12 @@ impl PlatformState {
         })
     }
 
-    /// Writes it; what has passed since it was read is at most `bound`. All vCPUs stand still.
+    /// Writes it; so much has passed since it was read. All vCPUs stand still.
     pub(super) fn write(
         &self,
         vm: &VmFd,
         shape: PlatformShape,
-        bound: Option<Duration>,
+        passed: Passed,
     ) -> Result<(), KvmError> {
         for chip in self.chips.iter().flatten() {
             vm.set_irqchip(chip)
@@ -110,7 +108,7 @@ impl PlatformState {
             vm.set_pit2(pit)
                 .map_err(KvmError::refused("write the PIT"))?;
         }
-        let wanted_ns = self.clock_after(elapsed_ns(self.realtime_ns, bound));
+        let wanted_ns = self.clock_after(passed.since_ns(self.realtime_ns));
         let present = vm
             .get_clock()
             .map_err(KvmError::refused("read the kvmclock"))?;
@@ -206,6 +204,12 @@ impl PlatformState {
             }
         }
         Ok(())
+    }
+
+    /// The kvmclock.
+    #[cfg(test)]
+    pub(super) fn clock_ns(&self) -> u64 {
+        self.clock.clock
     }
 
     /// Moves the reading's wall clock, as if another host's had been read.

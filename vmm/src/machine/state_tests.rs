@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use colo_fastpath::ring::{GuestRam, Pages};
 
+use super::clock::Passed;
 use super::cpuid;
 use super::platform_state::{PlatformShape, PlatformState};
 use super::record::{RecordError, seal};
@@ -326,7 +327,8 @@ fn interrupt_controllers_and_timer_come_back_in_another_machine() {
     let record = state.write_record(Vec::new());
     let read = PlatformState::from_bytes(&record).unwrap();
     read.check(shape).unwrap();
-    read.write(second.vm.fd(), shape, None).unwrap();
+    read.write(second.vm.fd(), shape, Passed::default())
+        .unwrap();
     let back = PlatformState::read(second.vm.fd(), shape).unwrap();
     assert_eq!(back.parts(), state.parts());
 
@@ -349,7 +351,7 @@ fn rule_16_kvmclock_goes_forward_by_what_has_passed_and_never_back() {
     let captured_ns = clock();
     // Captured five seconds ago.
     state.shift_realtime(-5_000_000_000);
-    state.write(bare.vm.fd(), shape, None).unwrap();
+    state.write(bare.vm.fd(), shape, Passed::default()).unwrap();
     let now_ns = clock();
     assert!(
         now_ns >= captured_ns + 5_000_000_000,
@@ -357,13 +359,16 @@ fn rule_16_kvmclock_goes_forward_by_what_has_passed_and_never_back() {
     );
     // Captured just now, by a clock that is behind: this machine has shown more.
     state.shift_realtime(5_000_000_000);
-    state.write(bare.vm.fd(), shape, None).unwrap();
+    state.write(bare.vm.fd(), shape, Passed::default()).unwrap();
     assert!(clock() >= now_ns);
     // A bound holds whatever the wall clocks say.
     let (other, shape) = platform(false);
     state.shift_realtime(-3_600_000_000_000);
-    let bound = std::time::Duration::from_millis(1);
-    state.write(other.vm.fd(), shape, Some(bound)).unwrap();
+    let passed = Passed {
+        at_most: Some(std::time::Duration::from_millis(1)),
+        ..Passed::default()
+    };
+    state.write(other.vm.fd(), shape, passed).unwrap();
     let there_ns = other.vm.fd().get_clock().unwrap().clock;
     assert!(there_ns < captured_ns + 60_000_000_000, "{there_ns}");
 }

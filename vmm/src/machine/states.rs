@@ -7,10 +7,10 @@
 //! Does not know devices, and not who asks.
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::build::{Machine, MachineError};
-use super::clock::{TscControl, elapsed_ns, offsets};
+use super::clock::{Passed, TscControl, offsets};
 use super::exits::lock;
 use super::platform_state::{PlatformShape, PlatformState};
 use super::record::RecordError;
@@ -20,16 +20,17 @@ use super::vcpu_ioctl::get_tsc_offset;
 use super::vcpu_state::{TscTarget, VcpuState};
 use super::vm::Vm;
 
-/// What a machine that has never run takes as passed since a checkpoint, at most: its host's wall clock
-/// may differ from the other's.
-const FIRST_JUMP_MAX: Duration = Duration::from_secs(1);
-
 /// How far a restored machine's clocks may go forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClockJump {
-    /// By the wall clock, but not by more than has passed since this machine was stopped: the capture
-    /// came later (rule 11).
-    SinceStopped,
+    /// By the wall clock, but not by less than has passed since the checkpoint began to come in, which was after the capture,
+    /// and not by more than has passed since this machine was stopped for it, which was before (rule 11). One that was
+    /// not, because it has never run or stood still at the commit before (Remus), takes the former: who is ahead once
+    /// stays so.
+    SinceCapture {
+        /// When the checkpoint began to come in.
+        begun: Instant,
+    },
     /// By the wall clock. For snapshots.
     WallClock,
 }
@@ -150,16 +151,16 @@ impl Machine {
     /// Replaces the states of all paused vCPUs.
     pub fn restore_vcpus(&self, states: &[VcpuState], jump: ClockJump) -> Result<(), MachineError> {
         self.check_count(states)?;
-        let bound = self.jump_bound(jump);
+        let passed = self.passed(jump);
         let present = self.tsc_offsets()?;
         let clocks: Vec<_> = states.iter().map(|state| state.tsc).collect();
-        let offsets = offsets(&clocks, &present, bound);
+        let offsets = offsets(&clocks, &present, passed);
         for ((vcpu, state), offset) in self.vcpus.iter().zip(states).zip(offsets) {
             vcpu.discard_record();
             let target = match (vcpu.shape().tsc, offset) {
                 (TscControl::Offset, Some(offset)) => TscTarget::Offset(offset),
                 (TscControl::Msr, _) => {
-                    TscTarget::Value(state.tsc.after(elapsed_ns(state.tsc.realtime_ns, bound)))
+                    TscTarget::Value(state.tsc.after(passed.since_ns(state.tsc.realtime_ns)))
                 }
                 _ => TscTarget::Leave,
             };
@@ -178,13 +179,16 @@ impl Machine {
         })
     }
 
-    fn jump_bound(&self, jump: ClockJump) -> Option<Duration> {
+    fn passed(&self, jump: ClockJump) -> Passed {
+        let ClockJump::SinceCapture { begun } = jump else {
+            return Passed::default();
+        };
         let stopped_at = *lock(&self.states.stopped_at);
-        match jump {
-            ClockJump::WallClock => None,
-            ClockJump::SinceStopped => {
-                Some(stopped_at.map_or(FIRST_JUMP_MAX, |stopped_at| stopped_at.elapsed()))
-            }
+        let stopped_at = stopped_at.filter(|&at| at <= begun);
+        let now = Instant::now();
+        Passed {
+            at_least: now.saturating_duration_since(begun),
+            at_most: Some(now.saturating_duration_since(stopped_at.unwrap_or(begun))),
         }
     }
 
@@ -209,10 +213,64 @@ impl Machine {
         Ok(PlatformState::from_bytes(record)?.check(self.states.platform)?)
     }
 
-    /// Replaces what is in KVM once a machine. All vCPUs are paused; they have been restored.
+    /// Replaces what is in KVM once a machine. All vCPUs are paused; they have been restored. Ends what counts as this
+    /// stop: should the machine not run before the next restore, the capture of that one is far from here.
     pub fn restore_platform(&self, record: &[u8], jump: ClockJump) -> Result<(), MachineError> {
         let state = PlatformState::from_bytes(record)?;
-        state.write(self.vm.fd(), self.states.platform, self.jump_bound(jump))?;
+        state.write(self.vm.fd(), self.states.platform, self.passed(jump))?;
+        *lock(&self.states.stopped_at) = None;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::machine::tests::{COUNT_AND_SLEEP, lab, running};
+
+    /// A machine's platform, as if a host had captured it whose wall clock is behind by so much.
+    fn captured(machine: &Machine, behind: Duration) -> Vec<u8> {
+        let mut record = Vec::new();
+        machine.save_platform(&mut record).unwrap();
+        let mut state = PlatformState::from_bytes(&record).unwrap();
+        state.shift_realtime(-(behind.as_nanos() as i64));
+        state.write_record(Vec::new())
+    }
+
+    fn clock_ns(record: &[u8]) -> u64 {
+        PlatformState::from_bytes(record).unwrap().clock_ns()
+    }
+
+    #[test]
+    fn rule_16_a_wall_clock_that_is_ahead_moves_no_clock_unless_a_stop_for_the_capture_allows_it() {
+        const AHEAD: Duration = Duration::from_millis(900);
+        let primary = running(COUNT_AND_SLEEP);
+        primary.machine.pause_vcpus().unwrap();
+        // Younger, so its clock has shown less.
+        let secondary = lab();
+        let restore = |ahead: Duration| {
+            let since = Instant::now();
+            let record = captured(&primary.machine, ahead);
+            let jump = ClockJump::SinceCapture {
+                begun: Instant::now(),
+            };
+            secondary.machine.restore_platform(&record, jump).unwrap();
+            let after = captured(&secondary.machine, Duration::ZERO);
+            let jumped_ns = clock_ns(&after).saturating_sub(clock_ns(&record));
+            let passed = since.elapsed() + Duration::from_millis(1);
+            assert!(
+                u128::from(jumped_ns) <= passed.as_nanos(),
+                "{jumped_ns} ns in {passed:?}"
+            );
+        };
+        // It has never run.
+        restore(AHEAD);
+        // It was stopped long ago for a commit, and stands still at that one when the next comes (Remus).
+        let long_ago = Instant::now().checked_sub(Duration::from_secs(100));
+        *lock(&secondary.machine.states.stopped_at) = long_ago;
+        restore(Duration::ZERO);
+        restore(AHEAD);
     }
 }

@@ -71,7 +71,7 @@ pub(crate) fn config() -> Config {
     Config::parse(Path::new("test.toml"), text).unwrap()
 }
 
-fn lab() -> Lab {
+pub(crate) fn lab() -> Lab {
     let ram = GuestRam::new(8 << 20, Pages::Small).unwrap();
     lab_around(Arc::new(ram))
 }
@@ -285,7 +285,12 @@ fn copy_into(from: &Lab, to: &Lab) {
         .collect();
     to.machine.check_vcpus(&states).unwrap();
     to.machine
-        .restore_vcpus(&states, ClockJump::SinceStopped)
+        .restore_vcpus(
+            &states,
+            ClockJump::SinceCapture {
+                begun: std::time::Instant::now(),
+            },
+        )
         .unwrap();
     to.machine.check_devices(&devices).unwrap();
     to.machine.restore_devices(&devices).unwrap();
@@ -421,7 +426,12 @@ fn records_are_checked() {
             .contains("device_id")
     );
     assert!(matches!(
-        lab.machine.restore_vcpus(&[], ClockJump::SinceStopped),
+        lab.machine.restore_vcpus(
+            &[],
+            ClockJump::SinceCapture {
+                begun: std::time::Instant::now()
+            }
+        ),
         Err(MachineError::Shape { .. })
     ));
 }

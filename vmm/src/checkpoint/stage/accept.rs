@@ -5,6 +5,8 @@
 //!
 //! Does not apply.
 
+use std::time::Instant;
+
 use super::{StageError, StageThread, on_each};
 use crate::checkpoint::audit::Summary;
 use crate::checkpoint::pending;
@@ -17,6 +19,8 @@ use crate::machine::{MachineError, VcpuState};
 #[derive(Debug)]
 pub(super) struct Accepted {
     pub(super) epoch: u64,
+    /// When it began to come in: the capture was before that.
+    pub(super) begun: Instant,
     pub(super) vcpus: Vec<VcpuState>,
     pub(super) platform: Vec<u8>,
     pub(super) devices: Vec<u8>,
@@ -35,7 +39,7 @@ pub(super) struct ShardState {
 
 impl StageThread {
     /// Parses and checks everything that can be refused (rule 13).
-    pub(super) fn accept(&mut self, epoch: u64) -> Result<Accepted, StageError> {
+    pub(super) fn accept(&mut self, epoch: u64, begun: Instant) -> Result<Accepted, StageError> {
         if let Some(&number) = self
             .area
             .named()
@@ -104,6 +108,7 @@ impl StageThread {
         Ok(Accepted {
             audit: audit.map_err(MachineError::from)?,
             epoch,
+            begun,
             vcpus,
             platform,
             devices,
