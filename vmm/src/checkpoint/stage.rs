@@ -34,6 +34,7 @@ use crate::machine::{ClockJump, Machine, MachineError};
 use crate::testpoint::{Point, reached};
 
 use accept::Accepted;
+use orders::{Word, await_word};
 
 pub use orders::{StageCommand, StageOrders};
 
@@ -186,6 +187,8 @@ struct StageThread {
     post: Post<StageEvent>,
     channel: PageChannel,
     commands: Receiver<StageCommand>,
+    /// Came while a checkpoint waited for the word of the control thread.
+    ordered: Option<StageCommand>,
     key: Option<PageKey>,
     staging: Staging,
     /// What has come ahead of the next checkpoint.
@@ -239,6 +242,7 @@ pub fn spawn(
             post,
             channel,
             commands,
+            ordered: None,
             key: None,
             open: None,
             live: false,
@@ -284,7 +288,7 @@ impl StageThread {
     }
 
     fn turn(&mut self) -> Result<(), Over> {
-        while let Ok(command) = self.commands.try_recv() {
+        while let Some(command) = self.next_command() {
             if let StageCommand::Digests {
                 epoch,
                 generation,
@@ -381,6 +385,11 @@ impl StageThread {
         }
     }
 
+    fn next_command(&mut self) -> Option<StageCommand> {
+        let ordered = self.ordered.take();
+        ordered.or_else(|| self.commands.try_recv().ok())
+    }
+
     /// Sends what stands for the SVM's dirty pages. It stands still; should an abort let it go on meanwhile, the primary
     /// has given this stop up.
     fn send_digests(
@@ -455,14 +464,13 @@ impl StageThread {
     /// Waits for the word of the control thread, and acts on it.
     fn decided(&mut self, accepted: Accepted, stage_us: u64) -> Result<(), Over> {
         let epoch = accepted.epoch;
-        let halt = loop {
-            match self.commands.recv() {
-                Err(_) => return Err(Over::Quietly),
-                Ok(StageCommand::Discard) => return Ok(()),
-                // Of a stop that this checkpoint has overtaken.
-                Ok(StageCommand::Digests { .. }) => {}
-                Ok(StageCommand::Apply { halt }) => break halt,
+        let halt = match await_word(&self.commands) {
+            Word::Apply { halt } => halt,
+            Word::Discard { then } => {
+                self.ordered = then;
+                return Ok(());
             }
+            Word::None => return Err(Over::Quietly),
         };
         match self.apply(accepted, halt) {
             Ok(cost) => {

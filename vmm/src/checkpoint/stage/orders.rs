@@ -1,10 +1,11 @@
 //! The control thread's orders to the secondary's checkpoint thread.
 //!
-//! Invariant: an order wakes the thread.
+//! Invariants: an order wakes the thread; an order for digests outlives the checkpoint that was waiting for its word when
+//! it came, unless that checkpoint is applied: the primary waits for these digests.
 //!
 //! Does not carry orders out.
 
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
 
 use crate::checkpoint::channel::Waker;
 use crate::checkpoint::pages::PageBitmap;
@@ -52,5 +53,76 @@ impl StageOrders {
 impl Drop for StageOrders {
     fn drop(&mut self) {
         self.waker.shut_down();
+    }
+}
+
+/// What becomes of a checkpoint that is whole and accepted.
+#[derive(Debug)]
+pub(super) enum Word {
+    /// See [`StageCommand::Apply`].
+    Apply { halt: bool },
+    /// It was aborted meanwhile.
+    Discard {
+        /// The SVM has stopped anew: to be done then.
+        then: Option<StageCommand>,
+    },
+    /// Nobody gives orders any more.
+    None,
+}
+
+/// Waits for the control thread's word on a checkpoint.
+pub(super) fn await_word(commands: &Receiver<StageCommand>) -> Word {
+    let mut later = None;
+    loop {
+        match commands.recv() {
+            Err(_) => return Word::None,
+            // Only the last stop of an SVM has a list that somebody waits for.
+            Ok(digests @ StageCommand::Digests { .. }) => later = Some(digests),
+            Ok(StageCommand::Discard) => return Word::Discard { then: later },
+            // The stop of which the list would be is over.
+            Ok(StageCommand::Apply { halt }) => return Word::Apply { halt },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    fn digests(stop: StopNumber) -> StageCommand {
+        StageCommand::Digests {
+            epoch: 1,
+            generation: 1,
+            stop,
+            dirty: Box::default(),
+        }
+    }
+
+    #[test]
+    fn rule_14_a_stop_that_overtakes_the_word_on_an_aborted_checkpoint_gets_its_digests() {
+        let (orders, commands) = channel();
+        let mut number = StopNumber::default();
+        for _ in 0..2 {
+            orders.send(digests(number.advance())).unwrap();
+        }
+        orders.send(StageCommand::Discard).unwrap();
+        let word = await_word(&commands);
+        assert!(
+            matches!(word, Word::Discard { then: Some(StageCommand::Digests { stop, .. }) } if stop == number),
+            "{word:?}"
+        );
+        // The next checkpoint's word says nothing of it.
+        orders.send(StageCommand::Discard).unwrap();
+        let word = await_word(&commands);
+        assert!(matches!(word, Word::Discard { then: None }), "{word:?}");
+        // An SVM that goes on from a commit has no stop before it.
+        orders.send(digests(number.advance())).unwrap();
+        orders.send(StageCommand::Apply { halt: true }).unwrap();
+        let word = await_word(&commands);
+        assert!(matches!(word, Word::Apply { halt: true }), "{word:?}");
+        drop(orders);
+        assert!(matches!(await_word(&commands), Word::None));
     }
 }
