@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 pub(super) const PART_HEAD_BYTES: usize = 12;
 /// Bytes of all records of a checkpoint together: a million connections have 100 MiB of translations.
 const TOTAL_MAX: usize = 512 << 20;
+/// Parts of all records of a checkpoint together: a sender cuts nothing shorter than 4 KiB off, but for the ends.
+const PARTS_MAX: usize = TOTAL_MAX / 4096;
 
 /// What a state record describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -102,6 +104,9 @@ pub enum StateError {
     /// More than a checkpoint can have.
     #[error("the state records are larger than {TOTAL_MAX} bytes together")]
     TooLarge,
+    /// Cut into more than anybody would.
+    #[error("the state records come in more than {PARTS_MAX} parts")]
+    TooMany,
 }
 
 #[derive(Debug)]
@@ -126,6 +131,7 @@ pub(super) struct StateAssembly {
     /// By kind and index, in which order they are given.
     records: BTreeMap<(u16, u16), Partial>,
     total: usize,
+    parts: usize,
 }
 
 impl StateAssembly {
@@ -138,6 +144,11 @@ impl StateAssembly {
         let u32_at = |at| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let (kind, index) = (u16_at(0), u16_at(2));
         let (total, offset) = (u32_at(4) as usize, u32_at(8));
+        // What is kept of a part and of a record takes memory, too, also of ones without bytes.
+        self.parts += 1;
+        if self.parts > PARTS_MAX {
+            return Err(StateError::TooMany);
+        }
         let misfit = StateError::Part { kind };
         let record = match self.records.entry((kind, index)) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -234,6 +245,16 @@ mod tests {
         for len in 0..PART_HEAD_BYTES {
             let cut = StateAssembly::default().add(&all[0][..len]);
             assert_eq!(cut, Err(StateError::Cut));
+        }
+        // Nothing, again and again, or in a record of its own each time.
+        for is_new in [0, 1] {
+            let mut assembly = StateAssembly::default();
+            let refused = (0..=PARTS_MAX as u32).find_map(|n| {
+                let mut head = [0; PART_HEAD_BYTES];
+                head[..4].copy_from_slice(&(n * is_new).to_le_bytes());
+                assembly.add(&head).err().map(|e| (n as usize, e))
+            });
+            assert_eq!(refused, Some((PARTS_MAX, StateError::TooMany)));
         }
         let mut huge = all[0].clone();
         huge[4..8].fill(0xff);

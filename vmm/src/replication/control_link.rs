@@ -1,4 +1,6 @@
 //! The control channel as a socket: whole messages in and out, never blocking.
+//!
+//! Invariant: of what has come, one message and one turn's reads are kept at most, however fast the peer sends.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -9,6 +11,8 @@ use colo_control::{Msg, MsgError};
 /// Unsent bytes above which the peer counts as stuck.
 const OUT_MAX: usize = 256 << 20;
 const READ_BYTES: usize = 64 << 10;
+/// Reads of one turn; what is left makes the descriptor readable again.
+const READS_MAX: usize = 16;
 
 /// Why the control channel is unusable.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +127,7 @@ impl ControlLink {
     }
 
     fn read(&mut self) -> Result<(), ControlLinkError> {
-        loop {
+        for _ in 0..READS_MAX {
             match self.stream.read(&mut self.buffer) {
                 Ok(0) => return Err(ControlLinkError::Closed),
                 Ok(n) if n < READ_BYTES => {
@@ -137,6 +141,7 @@ impl ControlLink {
                 Err(e) => return Err(e.into()),
             }
         }
+        Ok(())
     }
 }
 
@@ -169,6 +174,28 @@ mod tests {
         peer.write_all(&bytes).unwrap();
         drop(peer);
         assert_eq!(next(&mut link).unwrap(), [Msg::Paired { generation: 2 }]);
+        assert!(matches!(next(&mut link), Err(ControlLinkError::Closed)));
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_is_read_in_turns() {
+        const MESSAGES: usize = 1 << 20;
+        let (mut link, mut peer) = pair();
+        let mut one = Vec::new();
+        Msg::Paired { generation: 2 }.encode(&mut one);
+        let many = one.repeat(MESSAGES);
+        let sender = std::thread::spawn(move || peer.write_all(&many).map(|()| peer));
+        let mut came = 0;
+        while came < MESSAGES {
+            let messages = next(&mut link).unwrap().len();
+            let bytes = messages * one.len() + link.input.len();
+            assert!(
+                bytes <= READS_MAX * READ_BYTES + one.len(),
+                "{bytes} bytes in one turn"
+            );
+            came += messages;
+        }
+        drop(sender.join().unwrap().unwrap());
         assert!(matches!(next(&mut link), Err(ControlLinkError::Closed)));
     }
 

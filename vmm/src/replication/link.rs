@@ -25,6 +25,8 @@ const LINK_VERSION: u16 = 1;
 const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Half-open connections kept at a time.
 const WAITING_MAX: usize = 32;
+/// Sessions that are put together at a time: one joins, others may have failed half-way just before.
+const SESSIONS_MAX: usize = 8;
 /// Shards of a VM at most.
 pub const SHARDS_MAX: usize = 8;
 /// Streams of a session's pages at most.
@@ -247,6 +249,14 @@ impl Listener {
 
     fn put_together(&mut self, preamble: Preamble, stream: TcpStream) {
         let more = preamble.more;
+        let is_new = !self.sessions.contains_key(&preamble.session);
+        if is_new && self.sessions.len() >= SESSIONS_MAX {
+            self.refused += 1;
+            tracing::warn!(
+                "{SESSIONS_MAX} sessions are being put together at replication.link_listen; another one is refused"
+            );
+            return;
+        }
         let entry = self.sessions.entry(preamble.session);
         let session = entry.or_insert_with(|| Session {
             since: Instant::now(),
@@ -458,6 +468,31 @@ mod tests {
             assert!(listener.poll().is_none());
             (listener.refused == 4).then_some(())
         });
+    }
+
+    #[test]
+    fn sessions_that_are_never_whole_are_not_kept_without_bound() {
+        let (mut listener, address) = listener();
+        let mut begin = |session: u64, channel: usize| {
+            let (shards, page_streams) = (0, 0);
+            let more = More {
+                shards,
+                page_streams,
+            };
+            let preamble = Preamble {
+                channel,
+                more,
+                session,
+            };
+            listener.put_together(preamble, TcpStream::connect(address).unwrap());
+            (listener.sessions.len(), listener.refused)
+        };
+        for session in 0..SESSIONS_MAX as u64 {
+            assert_eq!(begin(session, 0), (session as usize + 1, 0));
+        }
+        assert_eq!(begin(99, 0), (SESSIONS_MAX, 1));
+        // Those that began before go on.
+        assert_eq!(begin(0, 1), (SESSIONS_MAX, 1));
     }
 
     #[test]

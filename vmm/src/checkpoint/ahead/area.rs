@@ -56,6 +56,12 @@ pub enum AreaError {
     /// The host has no memory.
     #[error("no memory for pages that come ahead of a checkpoint; free some on this host")]
     NoMemory,
+    /// A checkpoint names a page again.
+    #[error("page {number} is named twice in one checkpoint")]
+    Twice {
+        /// Which.
+        number: u32,
+    },
     /// A checkpoint names what is not there.
     #[error(
         "page {number} was not sent ahead as the checkpoint says; the checkpoint has to be taken again"
@@ -92,8 +98,9 @@ pub struct Area {
     index: Vec<u32>,
     held: PageBitmap,
     fill: u64,
-    /// What the checkpoint that comes in has named.
+    /// What the checkpoint that comes in has named, in that order and as a set.
     named: Vec<u32>,
+    is_named: PageBitmap,
     counters: AreaCounters,
 }
 
@@ -115,6 +122,7 @@ impl Area {
             held: PageBitmap::new(page_count),
             fill: 0,
             named: Vec::new(),
+            is_named: PageBitmap::new(page_count),
             counters: AreaCounters::default(),
         }
     }
@@ -225,7 +233,9 @@ impl Area {
 
     /// Another checkpoint comes in: nothing is named yet.
     pub fn begin(&mut self) {
-        self.named.clear();
+        for number in self.named.drain(..) {
+            self.is_named.words[number as usize / 64] = 0;
+        }
     }
 
     /// Takes the names of a checkpoint.
@@ -239,6 +249,15 @@ impl Area {
             if found != Some(digest) {
                 return Err(AreaError::Missing { number });
             }
+            // Of the guest's: it was found.
+            let (word, bit) = (
+                &mut self.is_named.words[number as usize / 64],
+                1 << (number % 64),
+            );
+            if *word & bit != 0 {
+                return Err(AreaError::Twice { number });
+            }
+            *word |= bit;
             self.named.push(number);
         }
         Ok(())
@@ -263,7 +282,7 @@ impl Area {
 
     /// Forgets everything; the memory stays for what comes next.
     pub fn clear(&mut self) {
-        self.named.clear();
+        self.begin();
         for number in self.held.iter() {
             self.index[number as usize] = ABSENT;
         }
@@ -344,6 +363,8 @@ mod tests {
         area.begin();
         area.name(&list(&[(5, key.of(&two)), (7, key.of_zeros())]), &key)
             .unwrap();
+        let again = area.name(&list(&[(7, key.of_zeros())]), &key);
+        assert!(matches!(again, Err(AreaError::Twice { number: 7 })));
         let read = |number| {
             let mut page = filled(0xaa);
             ram.copy_page_out(number, &mut page).unwrap();
@@ -355,6 +376,9 @@ mod tests {
         area.clear();
         let gone = area.name(&list(&[(5, key.of(&two))]), &key);
         assert!(matches!(gone, Err(AreaError::Missing { number: 5 })));
+        // Another checkpoint may name it again.
+        area.take(&chunk(2, &[], &second), &key).unwrap();
+        area.name(&list(&[(7, key.of_zeros())]), &key).unwrap();
     }
 
     #[test]
