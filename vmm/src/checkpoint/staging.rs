@@ -38,6 +38,12 @@ pub enum StagingError {
         /// Which.
         number: u64,
     },
+    /// Nothing says what a page is to be.
+    #[error("page {number} came without its digest; the checkpoint has to be sent again")]
+    NoDigest {
+        /// Which.
+        number: u64,
+    },
     /// More than may be staged.
     #[error("checkpoint.stage_mib = {limit_mib}: the checkpoint is larger; raise it")]
     TooLarge {
@@ -164,6 +170,9 @@ impl Staging {
         key: &PageKey,
     ) -> Result<(), StagingError> {
         let number = record.number;
+        if record.digest.is_none() && record.kind != Kind::Zero {
+            return Err(StagingError::NoDigest { number });
+        }
         // Below the guest's number of pages, says the decoder.
         let word = &mut self.seen.words[number as usize / 64];
         if *word >> (number % 64) & 1 == 1 {
@@ -381,6 +390,16 @@ mod tests {
         staging
             .add_pages((&apart[..length], &page), &ram, &key)
             .unwrap();
+
+        let mut bare = vec![0; 8192];
+        let mut encoder = Encoder::new(&mut bare, false).unwrap();
+        encoder.push(9, &raw, PageDigest::default()).unwrap();
+        let length = encoder.finish();
+        let refused = staging.add_pages((&bare[..length], &[]), &ram, &key);
+        assert!(
+            matches!(refused, Err(StagingError::NoDigest { number: 9 })),
+            "rule 13: {refused:?}"
+        );
 
         let beyond = chunk(&[(PAGES as u64, raw)], &|_| right(5));
         let refused = staging.add_pages((&beyond, &[]), &ram, &key).unwrap_err();
