@@ -1,14 +1,16 @@
 //! Audit (rule 16): is the image that the secondary applied the one that the primary captured?
 //!
 //! Both sides digest their whole RAM and every part of every state while their guest stands still. The
-//! secondary compares its own [`Image`] with the primary's [`Summary`]; where a chunk of RAM differs, the
-//! digests of the chunk's pages name the pages.
+//! secondary compares its own [`Image`] with the primary's [`Summary`]; where a chunk of RAM differs, marks of
+//! its pages name those.
 //!
 //! RAM is a tree: the digests of 256 pages (1 MiB) are a page themselves, whose digest stands for the
-//! chunk. A summary has 16 bytes for each MiB.
+//! chunk. A page's mark is a quarter of its digest: enough to find it in a chunk that is known to differ. A
+//! summary has 16 bytes and the marks, another 1024, for each MiB.
 //!
-//! Invariants: states are compared in a form without clocks, which differ between hosts; what is
-//! compared has a name; a summary of another shape is a difference, never an agreement.
+//! Invariants: chunks alone decide whether memory is the same; states are compared in a form without clocks,
+//! which differ between hosts; what is compared has a name; a summary of another shape is a difference, never
+//! an agreement.
 //!
 //! Does not stop a guest, and does not say what to do about a difference.
 
@@ -31,6 +33,8 @@ const KIND: Kind = Kind {
 const HEAD: u16 = 1;
 const CHUNKS: u16 = 2;
 const STATES: u16 = 3;
+/// A secondary that does not know it names chunks.
+const MARKS: u16 = 4;
 const NAME_BYTES_MAX: usize = 256;
 
 /// The state records of a machine, as in a checkpoint.
@@ -59,6 +63,8 @@ pub struct Summary {
     pub epoch: u64,
     page_count: u64,
     chunks: Vec<PageDigest>,
+    /// Of all pages; a primary of the version before sends none.
+    marks: Vec<u32>,
     states: Vec<(String, PageDigest)>,
 }
 
@@ -72,7 +78,7 @@ pub enum Difference {
         /// Epoch and pages of the secondary.
         secondary: (u64, u64),
     },
-    /// A chunk of [`CHUNK_PAGES`] pages.
+    /// A chunk of [`CHUNK_PAGES`] pages, of which nothing says more.
     Chunk(usize),
     /// A page, by its number.
     Page(u64),
@@ -120,12 +126,10 @@ impl Image {
         ram: &GuestRam,
         states: StateRecords<'_>,
     ) -> Result<Self, AuditError> {
-        let states = digest_states(key, states)?;
-        let memory = Self::of_memory(epoch, key, ram)?;
-        Ok(Self { states, ..memory })
+        Self::of_memory(epoch, key, ram)?.with_states(key, states)
     }
 
-    /// Digests all of `ram`; [`Self::update`] adds the states.
+    /// Digests all of `ram`; [`Self::with_states`] adds the states.
     pub fn of_memory(epoch: u64, key: &PageKey, ram: &GuestRam) -> Result<Self, AuditError> {
         let mut page: Page = [0; PAGE_BYTES];
         let zeros = key.of(&page);
@@ -146,26 +150,10 @@ impl Image {
         })
     }
 
-    /// The pages changed since this image was made, digested again: what an audit of every checkpoint
-    /// costs if the rest is trusted.
-    pub fn update(
-        &mut self,
-        epoch: u64,
-        key: &PageKey,
-        ram: &GuestRam,
-        changed: impl Iterator<Item = u64>,
-        states: StateRecords<'_>,
-    ) -> Result<(), AuditError> {
-        let mut page: Page = [0; PAGE_BYTES];
-        for number in changed {
-            let Some(digest) = self.pages.get_mut(number as usize) else {
-                break;
-            };
-            *digest = key.of_copy(&mut page, |page| ram.copy_page_out(number as usize, page))?;
-        }
-        self.epoch = epoch;
-        self.states = digest_states(key, states)?;
-        Ok(())
+    /// The same with the states of the machine.
+    pub fn with_states(self, key: &PageKey, states: StateRecords<'_>) -> Result<Self, AuditError> {
+        let states = digest_states(key, states)?;
+        Ok(Self { states, ..self })
     }
 
     /// What travels.
@@ -175,14 +163,9 @@ impl Image {
             epoch: self.epoch,
             page_count: self.pages.len() as u64,
             chunks: self.pages.chunks(CHUNK_PAGES).map(chunk).collect(),
+            marks: self.pages.iter().map(mark).collect(),
             states: self.states.clone(),
         }
-    }
-
-    /// The digests of a chunk's pages, as they travel; none for a chunk that is not there.
-    pub fn chunk(&self, chunk: usize) -> Vec<u8> {
-        let pages = self.pages.chunks(CHUNK_PAGES).nth(chunk).unwrap_or(&[]);
-        pages.iter().flat_map(|digest| digest.to_bytes()).collect()
     }
 
     /// What differs from the other side's summary, at most `limit` of them. `self` is the secondary's.
@@ -199,24 +182,9 @@ impl Image {
         let chunks = chunks.filter(|(_, (a, b))| a != b);
         let states = differing_names(&primary.states, &ours.states);
         let all = states.into_iter().map(Difference::State);
-        all.chain(chunks.map(|(chunk, _)| Difference::Chunk(chunk)))
-            .take(limit)
-            .collect()
-    }
-
-    /// The pages that differ from the other side's digests of a chunk.
-    pub fn compare_chunk(&self, chunk: usize, primary: &[u8]) -> Vec<Difference> {
-        let first = (chunk * CHUNK_PAGES) as u64;
-        let ours = self.chunk(chunk);
-        let pages = ours.len().max(primary.len()).div_ceil(DIGEST_BYTES);
-        let digest = |list: &[u8], page: usize| {
-            let at = page * DIGEST_BYTES;
-            list.get(at..at + DIGEST_BYTES).map(<[u8]>::to_vec)
-        };
-        (0..pages)
-            .filter(|&page| digest(&ours, page) != digest(primary, page))
-            .map(|page| Difference::Page(first + page as u64))
-            .collect()
+        let in_memory =
+            chunks.flat_map(|(chunk, _)| differing_pages(chunk, &primary.marks, &ours.marks));
+        all.chain(in_memory).take(limit).collect()
     }
 }
 
@@ -230,6 +198,9 @@ impl Summary {
         });
         writer.section(CHUNKS, |w| {
             self.chunks.iter().for_each(|c| w.bytes(&c.to_bytes()));
+        });
+        writer.skippable_section(MARKS, |w| {
+            self.marks.iter().for_each(|&mark| w.u32(mark));
         });
         writer.section(STATES, |w| {
             for (name, digest) in &self.states {
@@ -246,7 +217,7 @@ impl Summary {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
         let mut reader = Reader::new(KIND, bytes)?;
         let mut head = None;
-        let (mut chunks, mut states) = (Vec::new(), Vec::new());
+        let (mut chunks, mut marks, mut states) = (Vec::new(), Vec::new(), Vec::new());
         while let Some(mut section) = reader.section()? {
             let body = &mut section.body;
             match section.tag {
@@ -254,6 +225,11 @@ impl Summary {
                 CHUNKS => {
                     while !body.is_empty() {
                         chunks.push(read_digest(body)?);
+                    }
+                }
+                MARKS => {
+                    while !body.is_empty() {
+                        marks.push(body.u32()?);
                     }
                 }
                 STATES => {
@@ -275,6 +251,7 @@ impl Summary {
             epoch,
             page_count,
             chunks,
+            marks,
             states,
         })
     }
@@ -282,6 +259,27 @@ impl Summary {
 
 fn read_digest(body: &mut Reader<'_>) -> Result<PageDigest, RecordError> {
     Ok(PageDigest::from_bytes(body.plain()?))
+}
+
+/// What finds a page in a chunk that differs.
+fn mark(digest: &PageDigest) -> u32 {
+    let [a, b, c, d, ..] = digest.to_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
+/// The pages of a chunk that differ, by their marks; the chunk if these say nothing.
+fn differing_pages(chunk: usize, primary: &[u32], ours: &[u32]) -> Vec<Difference> {
+    let first = chunk * CHUNK_PAGES;
+    let pages = primary.iter().zip(ours).enumerate();
+    let pages = pages.skip(first).take(CHUNK_PAGES);
+    let differing = pages.filter(|(_, (a, b))| a != b);
+    let named: Vec<_> = differing
+        .map(|(page, _)| Difference::Page(page as u64))
+        .collect();
+    match named.is_empty() {
+        true => vec![Difference::Chunk(chunk)],
+        false => named,
+    }
 }
 
 /// Digests as a page; the rest of it is zeroes.

@@ -494,7 +494,7 @@ impl StageThread {
     }
 
     /// Whether the machine is what the primary captured (rule 16).
-    fn audit(&self, captured: &Summary, mut image: Image) -> Result<(), StageError> {
+    fn audit(&self, captured: &Summary, memory: Image) -> Result<(), StageError> {
         let key = self.key.as_ref().ok_or(StageError::NoKey)?;
         let machine = &self.machine;
         let (mut vcpus, mut platform) = (Vec::new(), Vec::new());
@@ -507,7 +507,7 @@ impl StageThread {
             platform: &platform,
             devices: &devices,
         };
-        image.update(0, key, machine.ram(), std::iter::empty(), records)?;
+        let image = memory.with_states(key, records)?;
         let differences = image.compare(key, captured, DIFFERENCES_MAX);
         if differences.is_empty() {
             return Ok(());

@@ -141,8 +141,7 @@ impl Writer {
         self.section_with(tag, 0, write);
     }
 
-    /// A section that a reader may skip: for a later version of this program.
-    #[cfg(test)]
+    /// A section that a reader who does not know it skips (rule 22).
     pub(crate) fn skippable_section(&mut self, tag: u16, write: impl FnOnce(&mut Self)) {
         self.section_with(tag, SKIPPABLE, write);
     }

@@ -313,11 +313,6 @@ impl PageChannel {
         Ok(())
     }
 
-    /// Everything is handed to the kernel.
-    pub fn is_flushed(&self) -> bool {
-        self.outgoing.is_drained()
-    }
-
     /// What comes next, within `timeout`; sends go on meanwhile. A chunk that was given before is gone.
     pub fn poll(&mut self, timeout: Duration) -> Result<Event<'_>, ChannelError> {
         self.incoming.release();
