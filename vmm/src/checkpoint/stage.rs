@@ -25,7 +25,7 @@ use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
 use super::pending;
-use super::staging::{LiveMemory, Staging, StagingError};
+use super::staging::{LiveMemory, StagedPages, Staging, StagingError};
 use super::states::{StateKind, of_kind};
 use super::stop::StopNumber;
 use crate::machine::record::RecordError;
@@ -144,6 +144,8 @@ pub struct ApplyCost {
     pub pages: u64,
     /// What had come ahead, since the start.
     pub area: AreaCounters,
+    /// How pages were staged, since the start.
+    pub staged: StagedPages,
 }
 
 /// Why a stage is refused or an apply failed.
@@ -268,14 +270,16 @@ pub fn spawn(
     let run = move || {
         // A channel belongs to the thread that makes it.
         let made = PageChannel::new(streams, settings.channel);
-        let channel = match made {
+        let mut channel = match made {
             Ok(channel) => channel,
             Err(e) => return drop(ready.send(Err(e))),
         };
         let _ = ready.send(Ok(channel.waker()));
         let pages = machine.ram().page_count();
+        let staging = Staging::new(pages, settings.stage_mib);
+        channel.land_in(staging.landings());
         let thread = StageThread {
-            staging: Staging::new(pages, settings.stage_mib),
+            staging,
             area: Area::new(pages, settings.ahead_mib),
             memory: LiveMemory::new(pages),
             machine,
@@ -670,6 +674,7 @@ impl StageThread {
             load_us: apply_us - write_us,
             pages: (self.staging.page_count() + self.area.named().len()) as u64,
             area: self.area.counters(),
+            staged: self.staging.counters(),
         })
     }
 }

@@ -19,6 +19,7 @@ use crate::checkpoint::capture::CaptureCost;
 use crate::checkpoint::codec::PageCounters;
 use crate::checkpoint::outbound::Sent;
 use crate::checkpoint::stage::ApplyCost;
+use crate::checkpoint::staging::StagedPages;
 
 /// Percentiles of a distribution.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -256,6 +257,7 @@ pub struct ApplyTimes {
     write_us: Spread,
     load_us: Spread,
     area: AreaCounters,
+    staged: StagedPages,
     /// Checkpoints applied.
     pub count: u64,
 }
@@ -268,6 +270,7 @@ impl ApplyTimes {
         self.write_us.record(cost.write_us);
         self.load_us.record(cost.load_us);
         self.area = cost.area;
+        self.staged = cost.staged;
         self.count += 1;
     }
 }
@@ -357,6 +360,8 @@ pub struct PairStatus {
     pub ahead: AheadCounters,
     /// The same on the secondary, as of the last commit.
     pub ahead_area: AreaCounters,
+    /// How pages of checkpoints were staged on the secondary, as of the last commit.
+    pub staged_pages: StagedPages,
     pub last_checkpoint: Option<CheckpointReport>,
     pub mirrored: u64,
     pub redelivered: u64,
@@ -434,6 +439,7 @@ impl PairStatus {
             write_us: times.write_us.percentiles(),
             load_us: times.load_us.percentiles(),
             ahead_area: times.area,
+            staged_pages: times.staged,
             checkpoint_causes: by_cause(&report.stats.requests),
             link_bytes: report.link.sent_bytes + report.link.received_bytes,
             link: report.link,
