@@ -13,7 +13,7 @@ use hdrhistogram::Histogram;
 
 use super::delayed::Delayed;
 use super::hold::HoldWatch;
-use super::{Lease, PairEvent, RESERVED_SLOTS, begin_on_role, on_role, on_roles};
+use super::{Lease, PairEvent, RESERVED_SLOTS, begin_on_role, on_quiesced, on_role, on_roles};
 use crate::clock::now_us;
 use crate::hint::use_huge_pages;
 use crate::link::{
@@ -21,7 +21,7 @@ use crate::link::{
     PacketLinkError, PacketMsg,
 };
 use crate::mailbox::Post;
-use crate::worker::{BATCH, Delivery, Edge, Handed, Role, WorkerHandle};
+use crate::worker::{BATCH, Delivery, Edge, Handed, PortState, Role, WorkerGone, WorkerHandle};
 
 /// Longest time recorded.
 const HOLD_MAX_US: u64 = 600_000_000;
@@ -175,6 +175,15 @@ impl PrimaryRole {
     ) -> Option<Vec<T>> {
         let no_items = std::iter::repeat(());
         on_roles(workers, no_items, move |role, edge, ()| task(role, edge))
+    }
+
+    /// Stops all workers at one cut across them and runs `task` there, all in one order to each. Gives the states of the
+    /// queues, and what `task` gave where a worker is in this role.
+    pub fn on_quiesced<T: Send + 'static>(
+        workers: &[WorkerHandle],
+        task: impl Fn(&mut Self, &mut Edge) -> T + Clone + Send + 'static,
+    ) -> Result<Vec<(Option<PortState>, Option<T>)>, WorkerGone> {
+        on_quiesced(workers, task)
     }
 
     /// As [`Self::on_workers`], with an item for each.

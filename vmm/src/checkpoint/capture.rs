@@ -20,6 +20,7 @@ use std::time::Instant;
 
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::{CutState, PrimaryRole};
+use colo_fastpath::worker::PortState;
 
 use super::ahead::{AheadCounters, AheadSettings};
 use super::audit::{AuditError, Image, StateRecords};
@@ -444,13 +445,13 @@ impl CaptureThread {
             let now_us = start.elapsed().as_micros() as u64;
             now_us - std::mem::replace(&mut until, now_us)
         };
-        machine.quiesce_workers()?;
-        let cuts = cut_all(&machine, order.first, order.buffer).ok_or(CaptureError::Role)?;
+        let cut = cut_all(&machine, order.first, order.buffer)?;
+        let (ports, cuts) = cut.ok_or(CaptureError::Role)?;
         self.is_cut = true;
         cost.quiesce_us = lap_us();
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
-        let mut states = self.states(cuts)?;
+        let mut states = self.states(ports, cuts)?;
         cost.state_us = lap_us();
 
         let taken = machine.take_dirty(&mut self.written.words);
@@ -477,7 +478,11 @@ impl CaptureThread {
         Ok((states, stable))
     }
 
-    fn states(&self, cuts: Vec<CutState>) -> Result<Vec<State>, CaptureError> {
+    fn states(
+        &self,
+        ports: Vec<Option<PortState>>,
+        cuts: Vec<CutState>,
+    ) -> Result<Vec<State>, CaptureError> {
         let mut states = Vec::new();
         let mut vcpus = Vec::new();
         self.machine.save_vcpu_records(&mut vcpus)?;
@@ -487,11 +492,8 @@ impl CaptureThread {
         let mut platform = Vec::new();
         self.machine.save_platform(&mut platform)?;
         states.push(State::new(StateKind::Platform, 0, platform));
-        states.push(State::new(
-            StateKind::Devices,
-            0,
-            self.machine.save_devices()?,
-        ));
+        let devices = self.machine.save_devices_at(ports);
+        states.push(State::new(StateKind::Devices, 0, devices));
         for (shard, cut) in cuts.into_iter().enumerate() {
             let pending = pending::to_bytes(&cut.pending);
             states.push(State::new(StateKind::Pending, shard, pending));
@@ -517,16 +519,22 @@ fn audit_of(machine: &Machine, key: &PageKey, states: &[State]) -> Result<State,
     Ok(State::new(StateKind::Audit, 0, bytes))
 }
 
-/// Ends the epoch in all shards, or in none (rule 4). `buffer`: the next one is not compared. All in one order to each
-/// worker, while the guest stands still: each costs a wake-up.
-fn cut_all(machine: &Machine, first: bool, buffer: bool) -> Option<Vec<CutState>> {
+/// What the workers of a machine give at a cut.
+type Cut = (Vec<Option<PortState>>, Vec<CutState>);
+
+/// Stops the workers and ends the epoch in all shards, or in none (rule 4). `buffer`: the next one is not compared. All in
+/// one order to each worker, while the guest stands still: each costs a wake-up.
+fn cut_all(machine: &Machine, first: bool, buffer: bool) -> Result<Option<Cut>, MachineError> {
     let workers = machine.workers();
-    let cuts = PrimaryRole::on_workers(workers, move |role, edge| {
+    let quiesced = PrimaryRole::on_quiesced(workers, move |role, edge| {
         let cut = role.cut(edge, first)?;
         Some((cut, role.buffer(buffer)))
     })?;
+    let (ports, cuts): (Vec<_>, Vec<_>) = quiesced.into_iter().unzip();
+    let cuts: Vec<_> = cuts.into_iter().map(Option::flatten).collect();
     if cuts.iter().all(Option::is_some) {
-        return Some(cuts.into_iter().flatten().map(|(cut, _)| cut).collect());
+        let cuts = cuts.into_iter().flatten().map(|(cut, _)| cut).collect();
+        return Ok(Some((ports, cuts)));
     }
     let before = cuts
         .into_iter()
@@ -537,5 +545,5 @@ fn cut_all(machine: &Machine, first: bool, buffer: bool) -> Option<Vec<CutState>
             role.buffer(was_buffering);
         }
     });
-    None
+    Ok(None)
 }
