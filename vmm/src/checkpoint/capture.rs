@@ -412,14 +412,16 @@ impl CaptureThread {
         self.in_flight.merge(&self.carry.words);
         self.carry.clear();
         self.written.clear();
-        let start = Instant::now();
         let machine = self.machine.clone();
+        let urgency = machine.hurry();
+        let start = Instant::now();
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
         let outcome = self.capture_stopped(order, start, &mut cost);
         let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
+        drop(urgency);
         let parts =
             cost.quiesce_us + cost.state_us + cost.collect_us + cost.stabilise_us + cost.audit_us;
         cost.resume_us = cost.pause_us.saturating_sub(parts);
