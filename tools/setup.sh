@@ -1,7 +1,7 @@
 # Sourced by tools/demo and tools/test: Debian packages and the Rust toolchain.
 # Installs only what is missing, so a second run spends no time here.
 
-rust_needed=1.88
+rust_needed=1.89
 
 as_root() {
     if [[ $(id -u) -eq 0 ]]; then

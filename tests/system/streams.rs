@@ -95,6 +95,15 @@ fn audited_checkpoints_and_a_takeover_over_two_and_four_streams() {
             assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
             assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
         }
+        // Each has at least as many pages as the guest was asked to write.
+        let staged = |status: &Value| number(&status["staged_pages"], "in_place") >= 9_000;
+        let status = pair.secondary.wait_status("staged", WAIT, staged).unwrap();
+        let staged = &status["staged_pages"];
+        assert_eq!(
+            number(staged, "copied"),
+            0,
+            "pages stay where they were received"
+        );
         kill_primary(pair);
     }
 }

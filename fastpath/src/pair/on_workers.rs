@@ -5,7 +5,10 @@
 use std::any::Any;
 use std::sync::mpsc::Receiver;
 
-use crate::worker::{Edge, Role, WorkerHandle};
+use crate::worker::{Edge, PortState, Role, WorkerGone, WorkerHandle, quiesce_all_and};
+
+/// A worker that stands still: the state of its queues, and what a task gave if it is in the role.
+pub type AtCut<T> = (Option<PortState>, Option<T>);
 
 /// Runs tasks on the threads of workers whose role is `Self`.
 pub trait OnWorkers: Role + Sized {
@@ -43,6 +46,18 @@ pub trait OnWorkers: Role + Sized {
             .map(|answer| answer?.recv().ok().flatten())
             .collect();
         results.into_iter().collect()
+    }
+
+    /// Stops all workers at one cut across them and runs `task` there, all in one order to each. Gives the states of the
+    /// queues, and what `task` gave where a worker is in this role.
+    fn on_quiesced<T: Send + 'static>(
+        workers: &[WorkerHandle],
+        task: impl Fn(&mut Self, &mut Edge) -> T + Clone + Send + 'static,
+    ) -> Result<Vec<AtCut<T>>, WorkerGone> {
+        quiesce_all_and(workers, move |edge, role| {
+            let role: &mut dyn Any = role;
+            role.downcast_mut::<Self>().map(|role| task(role, edge))
+        })
     }
 }
 

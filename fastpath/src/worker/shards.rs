@@ -7,7 +7,7 @@
 //! Does not know what the roles make of the cut.
 
 use std::io;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
 
 use crate::nic::Nic;
 use crate::shard::{SHARDS_MAX, ShardGroup, crossing_frames, seats};
@@ -15,7 +15,7 @@ use crate::shard::{SHARDS_MAX, ShardGroup, crossing_frames, seats};
 use super::command::{Command, WorkerGone, WorkerHandle};
 use super::port::PortState;
 use super::wires::PortWiring;
-use super::{Prepared, WorkerConfig};
+use super::{Edge, Prepared, Role, WorkerConfig};
 
 /// Starts one worker per shard, all in the role [`Solo`](super::Solo) and without a driver yet: worker
 /// n has NIC n and serves the queue pair of wiring n, all of one guest. Each pool gets as many slots
@@ -70,11 +70,37 @@ pub fn spawn_shards(
 /// epoch. Whoever replaces the guest's state by another forgets it with
 /// [`Edge::forget_crossed`](super::Edge::forget_crossed).
 pub fn quiesce_all(workers: &[WorkerHandle]) -> Result<Vec<Option<PortState>>, WorkerGone> {
+    gather(workers)?;
+    all(workers, Command::Quiesce)
+}
+
+/// The same; each worker runs `task` as soon as it stands still, and only then is it waited for: where many threads share a
+/// processor, every wait costs a turn of all of them.
+pub fn quiesce_all_and<T: Send + 'static>(
+    workers: &[WorkerHandle],
+    task: impl Fn(&mut Edge, &mut dyn Role) -> T + Clone + Send + 'static,
+) -> Result<Vec<(Option<PortState>, T)>, WorkerGone> {
+    gather(workers)?;
+    let begin = |worker: &WorkerHandle| {
+        let state = worker.begin_ask(Command::Quiesce)?;
+        Ok((state, worker.begin(task.clone())?))
+    };
+    let answers: Vec<_> = workers.iter().map(begin).collect::<Result<_, _>>()?;
+    let finish = |(state, done): (Receiver<_>, Receiver<T>)| {
+        // The later one first: then the other is there.
+        let done = done.recv().map_err(|_| WorkerGone)?;
+        Ok((state.recv().map_err(|_| WorkerGone)?, done))
+    };
+    answers.into_iter().map(finish).collect()
+}
+
+/// Brings what is between several workers to its owners; they halt.
+fn gather(workers: &[WorkerHandle]) -> Result<(), WorkerGone> {
     if workers.len() > 1 {
         all(workers, Command::Halt)?;
         all(workers, Command::Absorb)?;
     }
-    all(workers, Command::Quiesce)
+    Ok(())
 }
 
 /// Lets all go on.

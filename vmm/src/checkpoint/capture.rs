@@ -21,6 +21,7 @@ use std::time::Instant;
 
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::CutState;
+use colo_fastpath::worker::PortState;
 
 use super::ahead::{AheadCounters, AheadSettings};
 use super::audit::{AuditError, Image, StateRecords};
@@ -424,14 +425,16 @@ impl CaptureThread {
         self.in_flight.merge(&self.carry.words);
         self.carry.clear();
         self.written.clear();
-        let start = Instant::now();
         let machine = self.machine.clone();
+        let urgency = machine.hurry();
+        let start = Instant::now();
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
         let outcome = self.capture_stopped(order, start, &mut cost);
         let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
+        drop(urgency);
         let parts =
             cost.quiesce_us + cost.state_us + cost.collect_us + cost.stabilise_us + cost.audit_us;
         cost.resume_us = cost.pause_us.saturating_sub(parts);
@@ -457,13 +460,12 @@ impl CaptureThread {
             let now_us = start.elapsed().as_micros() as u64;
             now_us - std::mem::replace(&mut until, now_us)
         };
-        machine.quiesce_workers()?;
-        let cuts = cut_all(machine.workers(), order.first, order.buffer)?;
+        let (ports, cuts) = cut_all(machine.workers(), order.first, order.buffer)?;
         self.is_cut = true;
         cost.quiesce_us = lap_us();
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
-        let mut states = self.states(cuts)?;
+        let mut states = self.states(ports, cuts)?;
         cost.state_us = lap_us();
 
         let taken = machine.take_dirty(&mut self.written.words);
@@ -490,7 +492,11 @@ impl CaptureThread {
         Ok((states, stable))
     }
 
-    fn states(&self, cuts: Vec<CutState>) -> Result<Vec<State>, CaptureError> {
+    fn states(
+        &self,
+        ports: Vec<Option<PortState>>,
+        cuts: Vec<CutState>,
+    ) -> Result<Vec<State>, CaptureError> {
         let mut states = Vec::new();
         let mut vcpus = Vec::new();
         self.machine.save_vcpu_records(&mut vcpus)?;
@@ -500,11 +506,8 @@ impl CaptureThread {
         let mut platform = Vec::new();
         self.machine.save_platform(&mut platform)?;
         states.push(State::new(StateKind::Platform, 0, platform));
-        states.push(State::new(
-            StateKind::Devices,
-            0,
-            self.machine.save_devices()?,
-        ));
+        let devices = self.machine.save_devices_at(ports);
+        states.push(State::new(StateKind::Devices, 0, devices));
         for (shard, cut) in cuts.into_iter().enumerate() {
             let pending = pending::to_bytes(&cut.pending);
             states.push(State::new(StateKind::Pending, shard, pending));

@@ -27,7 +27,7 @@ use super::channel::{ChannelError, Counters, Event, Kind, PageChannel, Settings}
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
-use super::staging::{LiveMemory, Staging, StagingError};
+use super::staging::{LiveMemory, StagedPages, Staging, StagingError};
 use super::stop::StopNumber;
 use crate::machine::record::RecordError;
 use crate::machine::{ClockJump, Machine, MachineError};
@@ -78,7 +78,7 @@ pub enum StageEvent {
         /// Its epoch.
         epoch: u64,
         /// What it cost.
-        cost: ApplyCost,
+        cost: Box<ApplyCost>,
     },
     /// The machine is in no usable state (rule 13).
     ApplyFailed {
@@ -109,6 +109,8 @@ pub struct ApplyCost {
     pub area: AreaCounters,
     /// And what the page channel has counted.
     pub channel: Counters,
+    /// How pages were staged, since the start.
+    pub staged: StagedPages,
 }
 
 /// Why a stage is refused or an apply failed.
@@ -230,14 +232,16 @@ pub fn spawn(
     let run = move || {
         // A channel belongs to the thread that makes it.
         let made = PageChannel::new(streams, settings.channel);
-        let channel = match made {
+        let mut channel = match made {
             Ok(channel) => channel,
             Err(e) => return drop(ready.send(Err(e))),
         };
         let _ = ready.send(Ok(channel.waker()));
         let pages = machine.ram().page_count();
+        let staging = Staging::new(pages, settings.stage_mib);
+        channel.land_in(staging.landings());
         let thread = StageThread {
-            staging: Staging::new(pages, settings.stage_mib),
+            staging,
             area: Area::new(pages, settings.ahead_mib),
             memory: LiveMemory::new(pages),
             machine,
@@ -478,6 +482,7 @@ impl StageThread {
             Ok(cost) => {
                 self.area.clear();
                 let cost = ApplyCost { stage_us, ..cost };
+                let cost = Box::new(cost);
                 self.post.send(StageEvent::Applied { epoch, cost });
                 Ok(())
             }
@@ -571,6 +576,7 @@ impl StageThread {
             pages: (self.staging.page_count() + self.area.named().len()) as u64,
             area: self.area.counters(),
             channel: self.channel.counters(),
+            staged: self.staging.counters(),
         })
     }
 }

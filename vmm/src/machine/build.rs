@@ -14,7 +14,7 @@ use colo_fastpath::net_offer::NetOffer;
 use colo_fastpath::nic::Nic;
 use colo_fastpath::ring::{Call, GuestRam, MemoryError};
 use colo_fastpath::worker::{
-    PortWiring, WorkerConfig, WorkerGone, WorkerHandle, quiesce_all, spawn_shards,
+    PortState, PortWiring, WorkerConfig, WorkerGone, WorkerHandle, quiesce_all, spawn_shards,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -269,14 +269,20 @@ impl Machine {
     /// Reads all devices as one record. vCPUs are paused and the workers are quiesced, several of them at one cut
     /// ([`Machine::quiesce_workers`]); they stay so.
     pub fn save_devices(&self) -> Result<Vec<u8>, MachineError> {
+        Ok(self.save_devices_at(quiesce_all(&self.workers)?))
+    }
+
+    /// The same, when the workers have been stopped already and have told the states of their queues. The vCPUs stood still
+    /// before that.
+    pub fn save_devices_at(&self, ports: Vec<Option<PortState>>) -> Vec<u8> {
         let mut live = Vec::with_capacity(2 * self.workers.len());
-        for pair in quiesce_all(&self.workers)? {
+        for pair in ports {
             match pair {
                 Some(pair) => live.extend(pair.map(Some)),
                 None => live.extend([None; 2]),
             }
         }
-        Ok(lock(&self.net).save(&live).to_bytes())
+        lock(&self.net).save(&live).to_bytes()
     }
 
     /// Whether [`Machine::restore_devices`] would take this record, without doing it.

@@ -25,6 +25,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::duty::Duty;
 use super::exits::{ExitStats, Next, Platform, VmExit, lock};
 use super::kvm::KvmError;
+use super::urgent::Raised;
 use super::vcpu_shape::VcpuShape;
 use super::vcpu_state::{TscTarget, VcpuState};
 use crate::checkpoint::dirty::DirtyTracker;
@@ -78,6 +79,7 @@ pub struct VcpuHandle {
     shape: Arc<VcpuShape>,
     saves: Mutex<Saves>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    raised: Raised,
 }
 
 /// Records on their way from the thread.
@@ -138,6 +140,7 @@ impl VcpuHandle {
                 spare: Vec::with_capacity(RECORD_BYTES),
             }),
             thread: Mutex::new(Some(thread)),
+            raised: Raised::default(),
         })
     }
 
@@ -161,6 +164,13 @@ impl VcpuHandle {
     /// Lets it run this share of the time, in percent; 0: it stands still until told otherwise. Pauses go on as before.
     pub(super) fn throttle(&self, run_pct: u8) -> Result<(), VcpuError> {
         self.send(Command::Throttle(run_pct))
+    }
+
+    /// Lets its thread go before others, or no longer.
+    pub(super) fn hurry(&self, on: bool) {
+        if let Some(thread) = &*lock(&self.thread) {
+            self.raised.of(thread, on);
+        }
     }
 
     /// For how long it was kept standing so far.

@@ -20,6 +20,7 @@ use crate::checkpoint::capture::CaptureCost;
 use crate::checkpoint::codec::PageCounters;
 use crate::checkpoint::outbound::Sent;
 use crate::checkpoint::stage::ApplyCost;
+use crate::checkpoint::staging::StagedPages;
 
 /// Percentiles of a distribution.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -260,6 +261,7 @@ pub struct ApplyTimes {
     load_us: Spread,
     area: AreaCounters,
     engine: EngineCounters,
+    staged: StagedPages,
     /// Checkpoints applied.
     pub count: u64,
 }
@@ -273,6 +275,7 @@ impl ApplyTimes {
         self.load_us.record(cost.load_us);
         self.area = cost.area;
         self.engine = cost.into();
+        self.staged = cost.staged;
         self.count += 1;
     }
 }
@@ -390,6 +393,8 @@ pub struct PairStatus {
     pub ahead: AheadCounters,
     /// The same on the secondary, as of the last commit.
     pub ahead_area: AreaCounters,
+    /// How pages of checkpoints were staged on the secondary, as of the last commit.
+    pub staged_pages: StagedPages,
     pub last_checkpoint: Option<CheckpointReport>,
     pub mirrored: u64,
     pub redelivered: u64,
@@ -469,6 +474,7 @@ impl PairStatus {
             load_us: times.load_us.percentiles(),
             ahead_area: times.area,
             engine: times.engine,
+            staged_pages: times.staged,
             checkpoint_causes: by_cause(&report.stats.requests),
             link_bytes: report.link.sent_bytes + report.link.received_bytes,
             link: report.link,

@@ -2,32 +2,38 @@
 //!
 //! Invariants: all cuts are of one epoch; those of a cut that fails are taken back before a worker goes on.
 //!
-//! Does not stop workers: they are quiesced.
+//! Workers stand still afterwards, whatever comes of it, until somebody resumes them.
 
 use colo_fastpath::pair::{CutState, OnWorkers, PrimaryRole};
-use colo_fastpath::worker::WorkerHandle;
+use colo_fastpath::worker::{PortState, WorkerHandle};
 
 use super::CaptureError;
+use crate::machine::MachineError;
 
-/// Ends the epoch in all shards, or in none. `buffer`: the next one is not compared. All in one order to each worker, while
-/// the guest stands still: each costs a wake-up.
+/// What the workers of a machine give at a cut: the states of their queues, and what the packet side has.
+pub(super) type Cut = (Vec<Option<PortState>>, Vec<CutState>);
+
+/// Stops the workers and ends the epoch in all shards, or in none. `buffer`: the next one is not compared. All in one order
+/// to each worker, while the guest stands still: each costs a wake-up.
 pub(super) fn cut_all(
     workers: &[WorkerHandle],
     first: bool,
     buffer: bool,
-) -> Result<Vec<CutState>, CaptureError> {
-    let cuts = PrimaryRole::on_workers(workers, move |role, edge| {
+) -> Result<Cut, CaptureError> {
+    let quiesced = PrimaryRole::on_quiesced(workers, move |role, edge| {
         let cut = role.cut(edge, first)?;
         Some((cut, role.buffer(buffer)))
     });
-    let cuts = cuts.ok_or(CaptureError::Role)?;
+    let (ports, cuts): (Vec<_>, Vec<_>) = quiesced.map_err(MachineError::from)?.into_iter().unzip();
+    let cuts: Vec<_> = cuts.into_iter().map(Option::flatten).collect();
     let epochs: Option<Vec<_>> = cuts
         .iter()
         .map(|cut| cut.as_ref().map(|(cut, _)| cut.epoch))
         .collect();
     let failure = match epochs {
         Some(epochs) if epochs.iter().all(|&epoch| epoch == epochs[0]) => {
-            return Ok(cuts.into_iter().flatten().map(|(cut, _)| cut).collect());
+            let cuts = cuts.into_iter().flatten().map(|(cut, _)| cut);
+            return Ok((ports, cuts.collect()));
         }
         Some(_) => CaptureError::Epochs,
         None => CaptureError::Role,
@@ -113,7 +119,7 @@ mod tests {
         let workers = machine.workers();
         PrimaryRole::on_worker(&workers[1], |role, _| role.raise_epoch(4)).unwrap();
         assert_eq!(PrimaryRole::begin_in_one_epoch(workers), Some(4));
-        let cuts = cut_all(workers, true, false).unwrap();
+        let (_, cuts) = cut_all(workers, true, false).unwrap();
         assert_eq!(cuts.iter().map(|cut| cut.epoch).collect::<Vec<_>>(), [4, 4]);
         assert_eq!(epochs(&machine), [5, 5]);
     }

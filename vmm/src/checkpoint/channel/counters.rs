@@ -13,8 +13,10 @@ pub struct Counters {
     pub received_bytes: u64,
     /// Sends that took a part of what was asked for.
     pub short_sends: u64,
-    /// Bytes moved inside receive buffers, because a chunk did not fit behind the one before.
-    pub moved_bytes: u64,
+    /// Bytes of pages that the kernel put where they stay ([`Landings`](super::Landings)).
+    pub landed_bytes: u64,
+    /// Bytes of pages that came into a stream's buffer instead: there was no memory to land in, or nobody wants it.
+    pub unlanded_bytes: u64,
     /// Times that the sender waited for a free buffer.
     pub buffer_waits: u64,
     /// System calls (`io_uring_enter`).

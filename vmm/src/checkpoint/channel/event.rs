@@ -1,9 +1,32 @@
 //! What a page channel tells its owner.
 
+use std::ops::Deref;
+
 use super::frame::{Kind, Totals};
+use super::landing::Landing;
+
+/// Pages behind the checksummed bytes of a chunk, in a row.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Whole<'a> {
+    /// In the stream's buffer, until the next call of the channel.
+    Passing(&'a [u8]),
+    /// In memory that belongs to whoever has it.
+    Landed(Landing),
+}
+
+impl Deref for Whole<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Passing(bytes) => bytes,
+            Self::Landed(landing) => landing,
+        }
+    }
+}
 
 /// A chunk that has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Chunk<'a> {
     /// What it holds: Sync, Ahead, Begin (the first of them), State, Pages, Named or Digests.
     pub kind: Kind,
@@ -15,8 +38,8 @@ pub struct Chunk<'a> {
     pub items: u32,
     /// The bytes, intact, where they were received; for the last time at the next call of the channel.
     pub payload: &'a [u8],
-    /// Bytes behind them that no checksum covers: pages, to be checked by their digests.
-    pub bulk: &'a [u8],
+    /// What is behind them and under no checksum: pages, to be checked by their digests.
+    pub bulk: Whole<'a>,
 }
 
 /// What [`poll`](super::PageChannel::poll) gives.

@@ -195,11 +195,6 @@ impl Header {
     pub(super) fn summed_bytes(&self) -> usize {
         self.length.saturating_sub(self.bulk) as usize
     }
-
-    /// Header and payload.
-    pub(super) fn chunk_bytes(&self) -> usize {
-        HEADER_BYTES + self.length as usize
-    }
 }
 
 /// What a checkpoint has, on one stream or on all.

@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 
 /// Buffers begin on pages.
-const PAGE_BYTES: usize = 4096;
+pub(super) const PAGE_BYTES: usize = 4096;
 
 /// An anonymous mapping.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub(super) struct Mapping {
 }
 
 impl Mapping {
-    fn new(bytes: usize) -> io::Result<Self> {
+    pub(super) fn new(bytes: usize) -> io::Result<Self> {
         let (access, sort) = (
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
@@ -32,6 +32,13 @@ impl Mapping {
         // SAFETY: the range is the mapping just made.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
         Ok(Self { base, bytes })
+    }
+
+    /// Where a page begins; the last one if there are not so many.
+    pub(super) fn page(&self, index: usize) -> NonNull<u8> {
+        let last = self.bytes.saturating_sub(1) / PAGE_BYTES;
+        // SAFETY: the page is one of the mapping's.
+        unsafe { self.base.add(index.min(last) * PAGE_BYTES) }
     }
 }
 

@@ -2,12 +2,13 @@
 //!
 //! A checkpoint is begun, filled with chunks that spread over the streams, and ended; the receiver gets each chunk where
 //! the kernel has put it, and is told when the checkpoint is complete. `frame` is a chunk as bytes, `assembly` puts
-//! checkpoints together, `bulk` names memory that chunks leave from without being copied into buffers, `send` and `receive` queue and find chunks, `operations` lends buffers to the kernel, `ring` is
-//! the restricted ring, `wake` its bell.
+//! checkpoints together, `bulk` names memory that chunks leave from without being copied into buffers, `landing` is
+//! memory that pages are received into and stay in, `send` and `receive` queue and find chunks, `operations` lends buffers
+//! to the kernel, `ring` is the restricted ring, `wake` its bell.
 //!
-//! Invariants: memory is taken at the start and never grows; nothing waits longer for the peer than the timeout; a
-//! damaged chunk spoils its checkpoint, a damaged header ends the channel; chunks of an older generation are refused
-//! (rule 18); nothing is complete before all of it has come (rule 13).
+//! Invariants: memory is taken at the start and never grows, but for landings, which have a limit (rule 13); nothing waits
+//! longer for the peer than the timeout; a damaged chunk spoils its checkpoint, a damaged header ends the channel; chunks
+//! of an older generation are refused (rule 18); nothing is complete before all of it has come (rule 13).
 //!
 //! Does not know what is in a chunk, and does not decide when there is a checkpoint.
 //!
@@ -20,6 +21,7 @@ mod counters;
 mod error;
 mod event;
 mod frame;
+mod landing;
 mod memory;
 mod operations;
 mod receive;
@@ -45,13 +47,12 @@ use send::Outgoing;
 pub use bulk::Keeper;
 pub use counters::Counters;
 pub use error::{ChannelError, Step};
-pub use event::{Chunk, Event};
+pub use event::{Chunk, Event, Whole};
 pub use frame::{HEADER_BYTES, HeaderError, Kind, Totals};
+pub use landing::{Landing, LandingError, Landings};
 pub use settings::{CHUNK_BYTES, STREAMS_MAX, Settings};
 pub use wake::Waker;
 
-/// Full chunks that a stream's receive window takes.
-const WINDOW_CHUNKS: usize = 2;
 /// What is read from an eventfd.
 const WAKE_BYTES: usize = 8;
 
@@ -98,7 +99,8 @@ impl PageChannel {
         let streams = sockets.len();
         let sent = frame::HEADER_BYTES + settings.chunk_bytes;
         let mut sizes = vec![sent; settings.send_buffers];
-        sizes.extend(vec![WINDOW_CHUNKS * sent; streams]);
+        let received = receive::buffer_bytes(settings.chunk_bytes);
+        sizes.extend(vec![received; streams]);
         sizes.push(WAKE_BYTES);
         let carved = Buffer::carve(&sizes, settings.send_buffers);
         let (mut buffers, registered) = carved.map_err(|source| ChannelError::Memory {
@@ -135,6 +137,12 @@ impl PageChannel {
     /// For other threads: wakes this one, or ends the channel.
     pub fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    /// Pages that come behind their records are put where the kernel finds room in there, and belong to whoever gets the
+    /// chunk ([`Whole::Landed`]).
+    pub fn land_in(&mut self, landings: Landings) {
+        self.incoming.land_in(landings);
     }
 
     /// What was counted so far.
@@ -343,17 +351,22 @@ impl PageChannel {
         Ok(match found {
             Found::Event(event) => event,
             Found::Chunk(stream, header, kind) => {
-                let bytes = self.incoming.payload(stream, &header);
-                let (payload, bulk) = bytes
-                    .split_at_checked(header.summed_bytes())
-                    .unwrap_or((bytes, &[]));
+                let landing = self.incoming.take_landing(stream);
+                let counter = match &landing {
+                    Some(_) => &mut self.counters.landed_bytes,
+                    None => &mut self.counters.unlanded_bytes,
+                };
+                *counter += u64::from(header.bulk);
                 Event::Chunk(Chunk {
                     kind,
                     epoch: header.epoch,
                     generation: header.generation,
                     items: header.items,
-                    payload,
-                    bulk,
+                    payload: self.incoming.payload(stream, &header),
+                    bulk: match landing {
+                        Some(landing) => Whole::Landed(landing),
+                        None => Whole::Passing(self.incoming.passing(stream, &header)),
+                    },
                 })
             }
         })
@@ -382,18 +395,17 @@ impl PageChannel {
                 return Ok(Some(Found::Event(Event::Damaged { epoch, reason })));
             }
             let payload = self.incoming.payload(stream, &header);
-            let summed = payload.get(..header.summed_bytes()).unwrap_or_default();
-            let intact = header.may_have_bulk() && crc32fast::hash(summed) == header.payload_crc;
+            let intact = header.may_have_bulk() && crc32fast::hash(payload) == header.payload_crc;
             let now = Instant::now();
             self.counters.received_chunks += 1;
             let verdict =
                 self.assembly
                     .chunk(stream, &header, payload, intact, &mut self.counters, now)?;
             if let Verdict::Deliver(kind) = verdict {
-                self.incoming.give(stream, &header);
+                self.incoming.give(stream);
                 return Ok(Some(Found::Chunk(stream, header, kind)));
             }
-            self.incoming.skip(stream, &header);
+            self.incoming.skip(stream);
             let event = match verdict {
                 Verdict::Deliver(_) | Verdict::Absorb => continue,
                 Verdict::Complete { epoch, totals } => Event::Complete { epoch, totals },
@@ -439,12 +451,8 @@ impl PageChannel {
     /// Starts what can be started, lets the kernel work, waits at most so long for something, takes what is done.
     fn turn(&mut self, timeout: Duration) -> Result<(), ChannelError> {
         let counters = &mut self.counters;
-        self.incoming.start(
-            &mut self.operations,
-            &self.sockets,
-            counters,
-            Instant::now(),
-        )?;
+        self.incoming
+            .start(&mut self.operations, &self.sockets, Instant::now())?;
         self.outgoing.start(&mut self.operations, counters)?;
         let failed = |source| ChannelError::Ring {
             what: "enter io_uring",
@@ -473,8 +481,8 @@ impl PageChannel {
                 index,
                 result,
             } => {
-                let buffer = operations.take(index);
-                self.incoming.received(stream, buffer, result, counters)
+                let memory = (operations.take(index), operations.take_landing(index));
+                self.incoming.received(stream, memory, result, counters)
             }
             Completion::Done {
                 what: What::Wake, ..

@@ -5,6 +5,7 @@
 //! that the kernel does not let go of is never unmapped.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use io_uring::{cqueue, opcode, squeue};
 
 use super::bulk::{self, Bulk};
 use super::error::ChannelError;
+use super::landing::Landing;
 use super::memory::Buffer;
 use super::ring::Ring;
 use super::wake::Waker;
@@ -57,12 +59,27 @@ pub(super) enum Completion {
     },
 }
 
+/// Where received bytes go, in this order.
+#[derive(Debug)]
+pub(super) struct Places {
+    /// Into the buffer.
+    pub payload: Range<usize>,
+    /// Then into this, behind so many bytes that are there.
+    pub landing: Option<Landing>,
+    /// See there.
+    pub landed: usize,
+    /// At last into the buffer again.
+    pub header: Range<usize>,
+}
+
 /// A buffer inside operations.
 #[derive(Debug, Default)]
 struct Held {
     buffer: Option<Buffer>,
     /// What is sent behind the buffer's first bytes.
     bulk: Bulk,
+    /// What is received elsewhere than into the buffer.
+    landing: Option<Landing>,
     /// Of the buffer to be sent, if there is a bulk.
     head_bytes: usize,
     /// For the kernel to read at the next submission.
@@ -168,7 +185,7 @@ impl Operations {
         &mut self,
         stream: usize,
         index: u32,
-        range: std::ops::Range<usize>,
+        range: Range<usize>,
         zero_copy: bool,
     ) -> io::Result<()> {
         let held = &mut self.held[index as usize];
@@ -191,18 +208,27 @@ impl Operations {
         self.start(What::Send(stream), index, entry)
     }
 
-    /// Receives into a buffer, from `from` on.
+    /// Receives into parts of a buffer, and memory beside it.
     pub(super) fn receive(
         &mut self,
         stream: usize,
-        mut buffer: Buffer,
-        from: usize,
+        buffer: Buffer,
+        places: Places,
     ) -> io::Result<()> {
-        let space = &mut buffer[from..];
-        let (at, length) = (space.as_mut_ptr(), space.len() as u32);
         let index = self.hold(buffer);
-        let entry = opcode::Recv::new(Fixed(stream as u32), at, length).build();
+        let held = &mut self.held[index as usize];
+        held.landing = places.landing;
+        let entry = held.scatter(stream, (places.payload, places.landed, places.header))?;
         self.start(What::Receive(stream), index, entry)
+    }
+
+    /// The memory beside a buffer, unless the kernel may still write to it.
+    pub(super) fn take_landing(&mut self, index: u32) -> Option<Landing> {
+        let held = &mut self.held[index as usize];
+        match held.pending {
+            0 => held.landing.take(),
+            _ => None,
+        }
     }
 
     /// Waits for the eventfd, which is file number `file`.
@@ -215,8 +241,8 @@ impl Operations {
 
     fn start(&mut self, what: What, index: u32, entry: squeue::Entry) -> io::Result<()> {
         let entry = entry.user_data(pack(what, index));
-        // SAFETY: the memory is a part of the buffer in `held[index]`, which nobody reaches, or of its bulk, which the
-        // keeper there keeps, or its message and vectors; all of it stays where it is until `completion` has counted the
+        // SAFETY: the memory is a part of the buffer in `held[index]`, which nobody reaches, or of its landing, which
+        // nobody reaches either, or of its bulk, which the keeper there keeps, or its message and vectors; all of it stays where it is until `completion` has counted the
         // last completion and notification of it and `take` lets it go.
         unsafe { self.ring.push(&entry) }?;
         self.held[index as usize].pending += 1;
@@ -279,19 +305,48 @@ impl Held {
         let head = head.ok_or_else(|| io::Error::other("a send without its buffer"))?;
         let parts = std::iter::once(head).chain(self.bulk.parts());
         bulk::vectors(parts, sent, &mut self.vectors);
-        // SAFETY: a msghdr of zeros is one without address, parts and control data.
-        let message = self
-            .message
-            .get_or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
-        message.msg_iov = self.vectors.as_mut_ptr();
-        message.msg_iovlen = self.vectors.len();
-        let (file, message) = (Fixed(stream as u32), &raw const **message);
+        let (file, message) = (Fixed(stream as u32), self.message().cast_const());
         Ok(match zero_copy {
             true => opcode::SendMsgZc::new(file, message)
                 .ioprio(IORING_SEND_ZC_REPORT_USAGE)
                 .build(),
             false => opcode::SendMsg::new(file, message).build(),
         })
+    }
+
+    /// One receive into these parts: of the buffer, of what is beside it, of the buffer.
+    fn scatter(
+        &mut self,
+        stream: usize,
+        (payload, landed, header): (Range<usize>, usize, Range<usize>),
+    ) -> io::Result<squeue::Entry> {
+        let odd = || io::Error::other("a receive beyond its buffer");
+        let buffer = self.buffer.as_deref_mut().ok_or_else(odd)?;
+        let (head, behind) = buffer.split_at_mut_checked(payload.start).ok_or_else(odd)?;
+        let payload = behind.get_mut(..payload.len()).ok_or_else(odd)?;
+        let header = head.get_mut(header).ok_or_else(odd)?;
+        let landing = self.landing.as_deref_mut().unwrap_or_default();
+        let landing = landing.get_mut(landed..).unwrap_or_default();
+        self.vectors.clear();
+        let parts = [payload, landing, header].into_iter();
+        let vectors = parts.filter(|part| !part.is_empty());
+        self.vectors.extend(vectors.map(|part| libc::iovec {
+            iov_base: part.as_mut_ptr().cast(),
+            iov_len: part.len(),
+        }));
+        let message = self.message();
+        Ok(opcode::RecvMsg::new(Fixed(stream as u32), message).build())
+    }
+
+    /// Names the vectors to the kernel.
+    fn message(&mut self) -> *mut libc::msghdr {
+        // SAFETY: a msghdr of zeros is one without address, parts and control data.
+        let message = self
+            .message
+            .get_or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
+        message.msg_iov = self.vectors.as_mut_ptr();
+        message.msg_iovlen = self.vectors.len();
+        &raw mut **message
     }
 }
 
@@ -312,8 +367,10 @@ impl Drop for Operations {
                 "page channel: {} operations did not end, their memory stays",
                 self.under_way
             );
-            let buffers = self.held.iter_mut().filter_map(|held| held.buffer.take());
-            buffers.for_each(Buffer::leak);
+            for held in &mut self.held {
+                held.buffer.take().into_iter().for_each(Buffer::leak);
+                held.landing.take().into_iter().for_each(Landing::leak);
+            }
         }
     }
 }

@@ -1,8 +1,8 @@
-//! The receiving side: a window of bytes for each stream, in which chunks are found where they were received.
+//! The receiving side: what a chunk is, says its header, which came with the chunk before; so the kernel puts its bytes
+//! where they belong, and pages where they stay.
 //!
-//! Invariants: a receive is under way only while a window holds no whole chunk and its owner looks at none; a window
-//! takes no more than its buffer; bytes are moved only when a chunk does not fit behind the one before, which chunks of
-//! full size never cause.
+//! Invariants: nothing is received beyond the header of the next chunk; a receive is under way only while a stream has no
+//! whole chunk and its owner looks at none; no received byte is moved.
 
 use std::io;
 use std::net::TcpStream;
@@ -12,23 +12,32 @@ use std::time::{Duration, Instant};
 use super::counters::Counters;
 use super::error::{ChannelError, Step};
 use super::frame::{HEADER_BYTES, Header, HeaderError};
+use super::landing::{Landing, Landings};
 use super::memory::Buffer;
-use super::operations::Operations;
+use super::operations::{Operations, Places};
 
 /// A socket that has so much wakes us whatever is missing.
 const LOW_WATER_MAX: usize = 256 << 10;
 /// A link that brings so much does not stand still: what it brings within the timeout wakes us.
 const SLOWEST_BYTES_PER_MS: usize = 50;
 
-/// One stream's bytes.
+/// One stream's bytes. Its buffer holds a header, and behind it what has no other place.
 #[derive(Debug)]
 struct Window {
     /// None while a receive is under way.
     buffer: Option<Buffer>,
-    start: usize,
-    end: usize,
-    /// Bytes of the chunk that the owner looks at.
-    given: usize,
+    /// Of the chunk that comes in or is there.
+    header: Option<Header>,
+    /// Bytes of its payload that are there.
+    got: usize,
+    /// Where its pages come, if they do not come into the buffer.
+    landing: Option<Landing>,
+    /// A place for its pages was asked for.
+    is_placed: bool,
+    /// Bytes of the next header that are there.
+    next_got: usize,
+    /// The owner looks at the chunk.
+    is_given: bool,
     /// When the receive under way was asked for.
     since: Instant,
     /// The socket wakes us for so many bytes.
@@ -41,8 +50,14 @@ struct Window {
 pub(super) struct Incoming {
     windows: Vec<Window>,
     chunk_bytes: usize,
+    landings: Option<Landings>,
     low_water_max: usize,
     next: usize,
+}
+
+/// Bytes of a stream's buffer: a header and the largest payload.
+pub(super) fn buffer_bytes(chunk_bytes: usize) -> usize {
+    HEADER_BYTES + chunk_bytes
 }
 
 impl Incoming {
@@ -51,9 +66,12 @@ impl Incoming {
         let since = Instant::now();
         let window = |buffer| Window {
             buffer: Some(buffer),
-            start: 0,
-            end: 0,
-            given: 0,
+            header: None,
+            got: 0,
+            landing: None,
+            is_placed: false,
+            next_got: 0,
+            is_given: false,
             since,
             low_water: 1,
             closed: false,
@@ -63,15 +81,21 @@ impl Incoming {
         Self {
             windows,
             chunk_bytes,
+            landings: None,
             low_water_max: LOW_WATER_MAX.min(trickle),
             next: 0,
         }
     }
 
+    /// Where pages are to come from now on.
+    pub(super) fn land_in(&mut self, landings: Landings) {
+        self.landings = Some(landings);
+    }
+
     /// The owner looks at no chunk any more.
     pub(super) fn release(&mut self) {
-        for window in &mut self.windows {
-            window.start += std::mem::take(&mut window.given);
+        for window in self.windows.iter_mut().filter(|window| window.is_given) {
+            window.pass();
         }
     }
 
@@ -80,11 +104,11 @@ impl Incoming {
         &mut self,
         must_wait: impl Fn(usize, &Header) -> bool,
     ) -> Result<Option<(usize, Header)>, ChannelError> {
-        let count = self.windows.len();
-        for stream in (0..count).map(|i| (self.next + i) % count) {
+        let (count, next) = (self.windows.len(), self.next);
+        for stream in (0..count).map(|i| (next + i) % count) {
             let header = self.header(stream)?;
             let window = &self.windows[stream];
-            let whole = header.filter(|h| h.chunk_bytes() <= window.end - window.start);
+            let whole = header.filter(|h| window.got == h.length as usize);
             let Some(header) = whole.filter(|header| !must_wait(stream, header)) else {
                 continue;
             };
@@ -94,32 +118,46 @@ impl Incoming {
         Ok(None)
     }
 
-    /// The header of the first chunk in a window, if it is there and no receive is under way.
-    fn header(&self, stream: usize) -> Result<Option<Header>, ChannelError> {
-        let window = &self.windows[stream];
-        let bytes = window.bytes().first_chunk::<HEADER_BYTES>();
-        let header = bytes.map(|bytes| Header::from_bytes(bytes, stream, self.chunk_bytes));
-        header
-            .transpose()
-            .map_err(|source: HeaderError| ChannelError::Header { stream, source })
+    /// The header of the chunk that comes in or is there, if that much has come and no receive is under way.
+    fn header(&mut self, stream: usize) -> Result<Option<Header>, ChannelError> {
+        let window = &mut self.windows[stream];
+        let Some(buffer) = window.buffer.as_deref() else {
+            return Ok(None);
+        };
+        if window.header.is_none() && window.next_got == HEADER_BYTES {
+            let bytes = buffer.first_chunk::<HEADER_BYTES>();
+            let header = bytes.map(|bytes| Header::from_bytes(bytes, stream, self.chunk_bytes));
+            window.header = header
+                .transpose()
+                .map_err(|source: HeaderError| ChannelError::Header { stream, source })?;
+            window.next_got = 0;
+        }
+        Ok(window.header)
     }
 
-    /// The payload of the chunk that [`Self::whole_chunk`] has found.
+    /// The checksummed payload of the chunk that [`Self::whole_chunk`] has found.
     pub(super) fn payload(&self, stream: usize, header: &Header) -> &[u8] {
-        self.windows[stream]
-            .bytes()
-            .get(HEADER_BYTES..header.chunk_bytes())
-            .unwrap_or_default()
+        self.windows[stream].bytes(0, header.summed_bytes())
+    }
+
+    /// What is behind it, if that did not land elsewhere.
+    pub(super) fn passing(&self, stream: usize, header: &Header) -> &[u8] {
+        self.windows[stream].bytes(header.summed_bytes(), header.length as usize)
+    }
+
+    /// The memory that the pages of the chunk landed in.
+    pub(super) fn take_landing(&mut self, stream: usize) -> Option<Landing> {
+        self.windows[stream].landing.take()
     }
 
     /// Leaves the chunk to the owner, until [`Self::release`].
-    pub(super) fn give(&mut self, stream: usize, header: &Header) {
-        self.windows[stream].given = header.chunk_bytes();
+    pub(super) fn give(&mut self, stream: usize) {
+        self.windows[stream].is_given = true;
     }
 
     /// Passes over a chunk.
-    pub(super) fn skip(&mut self, stream: usize, header: &Header) {
-        self.windows[stream].start += header.chunk_bytes();
+    pub(super) fn skip(&mut self, stream: usize) {
+        self.windows[stream].pass();
     }
 
     /// Asks for more on each stream whose window holds no whole chunk.
@@ -127,53 +165,52 @@ impl Incoming {
         &mut self,
         operations: &mut Operations,
         sockets: &[TcpStream],
-        counters: &mut Counters,
         now: Instant,
     ) -> Result<(), ChannelError> {
         for (stream, socket) in sockets.iter().enumerate() {
-            let need = match self.header(stream)? {
-                Some(header) => header.chunk_bytes(),
-                None => HEADER_BYTES + self.chunk_bytes,
-            };
+            let header = self.header(stream)?;
             let window = &mut self.windows[stream];
-            let has = window.end - window.start;
-            if window.closed || window.given > 0 || has >= need {
+            let left = header.map_or(0, |header| header.length as usize - window.got);
+            if window.closed || window.is_given || (header.is_some() && left == 0) {
                 continue;
             }
-            let Some(mut buffer) = window.buffer.take() else {
+            if let Some(header) = &header {
+                window.place(header, self.landings.as_ref());
+            }
+            let Some(buffer) = window.buffer.take() else {
                 continue;
             };
-            if has == 0 {
-                (window.start, window.end) = (0, 0);
-            } else if buffer.len() - window.start < need {
-                buffer.copy_within(window.start..window.end, 0);
-                (window.start, window.end) = (0, has);
-                counters.moved_bytes += has as u64;
-            }
             window.since = now;
-            // Nothing of a header is there: anything may come.
-            let awaited = if has < HEADER_BYTES { 1 } else { need - has };
+            // Nothing of a chunk is there: anything may come.
+            let awaited = if header.is_none() { 1 } else { left };
             window.wake_for(socket, awaited.min(self.low_water_max));
-            let started = operations.receive(stream, buffer, window.end);
+            let places = window.places(header.as_ref());
+            let started = operations.receive(stream, buffer, places);
             started.map_err(|source| self.failed(stream, source))?;
         }
         Ok(())
     }
 
-    /// A receive has ended, its buffer is back.
+    /// A receive has ended, its memory is back.
     pub(super) fn received(
         &mut self,
         stream: usize,
-        buffer: Option<Buffer>,
+        (buffer, landing): (Option<Buffer>, Option<Landing>),
         result: io::Result<usize>,
         counters: &mut Counters,
     ) -> Result<(), ChannelError> {
         let window = &mut self.windows[stream];
         window.buffer = buffer;
+        window.landing = landing;
         match result {
             Ok(0) => window.closed = true,
             Ok(bytes) => {
-                window.end += bytes;
+                let left = window
+                    .header
+                    .map_or(0, |header| header.length as usize - window.got);
+                let payload = bytes.min(left);
+                window.got += payload;
+                window.next_got = (window.next_got + bytes - payload).min(HEADER_BYTES);
                 counters.received_bytes += bytes as u64;
             }
             Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
@@ -184,7 +221,7 @@ impl Incoming {
 
     fn failed(&self, stream: usize, source: io::Error) -> ChannelError {
         let window = &self.windows[stream];
-        let step = match window.end > window.start {
+        let step = match window.has_part() {
             true => Step::ReceiveChunk,
             false => Step::ReceiveCheckpoint,
         };
@@ -197,8 +234,7 @@ impl Incoming {
 
     /// A part of a chunk is there.
     pub(super) fn has_part(&self, stream: usize) -> bool {
-        let window = &self.windows[stream];
-        window.end > window.start
+        self.windows[stream].has_part()
     }
 
     /// Since when a receive is under way.
@@ -246,8 +282,50 @@ impl Window {
         }
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// Looks for memory that the pages of a chunk can stay in. Without it they come into the buffer, and what they are for
+    /// finds that there is none.
+    fn place(&mut self, header: &Header, landings: Option<&Landings>) {
+        if !std::mem::replace(&mut self.is_placed, true)
+            && header.bulk > 0
+            && header.may_have_bulk()
+        {
+            self.landing = landings.and_then(|landings| landings.take(header.bulk as usize).ok());
+        }
+    }
+
+    /// Where what is still to come goes: the rest of the payload, and the header behind it.
+    fn places(&mut self, header: Option<&Header>) -> Places {
+        let (got, landing) = (self.got, self.landing.take());
+        let length = header.map_or(0, |header| header.length as usize);
+        let here = match &landing {
+            Some(landing) => length - landing.len(),
+            None => length,
+        };
+        Places {
+            payload: HEADER_BYTES + got.min(here)..HEADER_BYTES + here,
+            landed: got.saturating_sub(here),
+            landing,
+            header: self.next_got..HEADER_BYTES,
+        }
+    }
+
+    /// The chunk is gone; the next one comes.
+    fn pass(&mut self) {
+        self.header = None;
+        self.landing = None;
+        self.got = 0;
+        (self.is_placed, self.is_given) = (false, false);
+    }
+
+    fn has_part(&self) -> bool {
+        self.header.is_some() || self.next_got > 0
+    }
+
+    /// A part of the payload that is in the buffer.
+    fn bytes(&self, from: usize, to: usize) -> &[u8] {
         let buffer = self.buffer.as_deref().unwrap_or_default();
-        buffer.get(self.start..self.end).unwrap_or_default()
+        buffer
+            .get(HEADER_BYTES + from..HEADER_BYTES + to)
+            .unwrap_or_default()
     }
 }

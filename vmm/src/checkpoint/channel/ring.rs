@@ -19,7 +19,7 @@ use super::error::ChannelError;
 const OPCODES: [u8; 4] = [
     opcode::Send::CODE,
     opcode::SendMsg::CODE,
-    opcode::Recv::CODE,
+    opcode::RecvMsg::CODE,
     opcode::Read::CODE,
 ];
 /// And where the kernel has both.

@@ -1,6 +1,7 @@
-//! Carry-less multiplication: PCLMULQDQ where the processor has it, integer multiplication elsewhere.
+//! Carry-less multiplication: as many products at once as the processor has instructions for (VPCLMULQDQ: four or two,
+//! PCLMULQDQ: one), integer multiplication elsewhere.
 //!
-//! Invariants: both give the same results; the hardware's functions are called only after the processor was asked.
+//! Invariants: all give the same results; the hardware's functions are called only after the processor was asked.
 //!
 //! Does not know what the products are for, see [`super::digest`].
 
@@ -21,24 +22,51 @@ pub(crate) struct Stretched(pub(crate) [u8; STRETCHED_BYTES]);
 pub(crate) enum Arithmetic {
     /// In integer registers.
     Portable,
-    /// By PCLMULQDQ. Made by [`Arithmetic::detect`] only.
+    /// By PCLMULQDQ and its like. Made by [`Arithmetic::all`] only.
     #[cfg(target_arch = "x86_64")]
     Pclmul(Detected),
 }
 
-/// Proof that the processor was asked.
+/// Proof that the processor was asked, and has PCLMULQDQ; and how many products it makes at once.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Detected(());
+pub(crate) struct Detected(Products);
+
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Products {
+    One,
+    /// VPCLMULQDQ with AVX2.
+    Two,
+    /// VPCLMULQDQ with AVX-512.
+    Four,
+}
 
 impl Arithmetic {
     /// The fastest that this processor has.
     pub(crate) fn detect() -> Self {
+        Self::all().next().unwrap_or(Self::Portable)
+    }
+
+    /// All that this processor has, the fastest first.
+    fn all() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("pclmulqdq") {
-            return Self::Pclmul(Detected(()));
-        }
-        Self::Portable
+        let hardware = {
+            let one = std::arch::is_x86_feature_detected!("pclmulqdq");
+            let more = one && std::arch::is_x86_feature_detected!("vpclmulqdq");
+            let two = more && std::arch::is_x86_feature_detected!("avx2");
+            let four = two && std::arch::is_x86_feature_detected!("avx512f");
+            let products = [
+                four.then_some(Products::Four),
+                two.then_some(Products::Two),
+                one.then_some(Products::One),
+            ];
+            let detected = products.into_iter().flatten();
+            detected.map(|products| Self::Pclmul(Detected(products)))
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let hardware = std::iter::empty();
+        hardware.chain([Self::Portable])
     }
 
     /// Both sums over the page's pairs of words `(m, m')` with the key's `(k, k')`: of `(m + k)(m' + k')`, with the key from
@@ -47,8 +75,14 @@ impl Arithmetic {
         match self {
             Self::Portable => sums(key, page),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a `Detected` exists only after the processor was found to have PCLMULQDQ.
-            Self::Pclmul(_) => unsafe { x86_64::sums(key, page) },
+            // SAFETY: a `Detected` with this number exists only after the processor was found to have what that takes.
+            Self::Pclmul(Detected(products)) => unsafe {
+                match products {
+                    Products::One => x86_64::sums(key, page),
+                    Products::Two => x86_64::sums_by_two(key, page),
+                    Products::Four => x86_64::sums_by_four(key, page),
+                }
+            },
         }
     }
 
@@ -126,8 +160,12 @@ fn reduce([low, high, middle]: [u128; 3]) -> u128 {
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use std::arch::x86_64::{
-        __m128i, _MM_HINT_T0, _mm_clmulepi64_si128, _mm_cvtsi128_si64, _mm_loadu_si128,
-        _mm_prefetch, _mm_set_epi64x, _mm_setzero_si128, _mm_unpackhi_epi64, _mm_xor_si128,
+        __m128i, __m256i, __m512i, _MM_HINT_T0, _mm_clmulepi64_si128, _mm_cvtsi128_si64,
+        _mm_loadu_si128, _mm_prefetch, _mm_set_epi64x, _mm_setzero_si128, _mm_unpackhi_epi64,
+        _mm_xor_si128, _mm256_castsi256_si128, _mm256_clmulepi64_epi128, _mm256_extracti128_si256,
+        _mm256_loadu_si256, _mm256_setzero_si256, _mm256_xor_si256, _mm512_castsi512_si256,
+        _mm512_clmulepi64_epi128, _mm512_extracti64x4_epi64, _mm512_loadu_si512,
+        _mm512_setzero_si512, _mm512_xor_si512,
     };
 
     use super::{PAIR_BYTES, Page, STRETCHED_BYTES, Stretched};
@@ -136,6 +174,8 @@ mod x86_64 {
     const LANES: usize = 4;
     /// How far ahead of the sums the page is fetched. Processors do it themselves within a page, but later.
     const AHEAD_BYTES: usize = 1024;
+    /// What one fetch brings.
+    const LINE_BYTES: usize = 64;
 
     #[target_feature(enable = "pclmulqdq")]
     pub(super) fn sums(key: &Stretched, page: &Page) -> [u128; 2] {
@@ -162,6 +202,60 @@ mod x86_64 {
         [fold(first), fold(second)]
     }
 
+    /// As [`sums`], two pairs in each lane.
+    #[target_feature(enable = "avx2,vpclmulqdq")]
+    pub(super) fn sums_by_two(key: &Stretched, page: &Page) -> [u128; 2] {
+        const BLOCK_BYTES: usize = 2 * LANES * PAIR_BYTES;
+        let mut first = [_mm256_setzero_si256(); LANES];
+        let mut second = [_mm256_setzero_si256(); LANES];
+        for at in (0..AHEAD_BYTES).step_by(LINE_BYTES) {
+            fetch(page, at);
+        }
+        for at in (0..page.len()).step_by(BLOCK_BYTES) {
+            for line in (0..BLOCK_BYTES).step_by(LINE_BYTES) {
+                fetch(page, (at + AHEAD_BYTES + line).min(page.len() - 1));
+            }
+            for lane in 0..LANES {
+                let at = at + 2 * PAIR_BYTES * lane;
+                let pairs = load_two(page, at);
+                let x = _mm256_xor_si256(pairs, load_two(&key.0, at));
+                let y = _mm256_xor_si256(pairs, load_two(&key.0, at + PAIR_BYTES));
+                let x = _mm256_clmulepi64_epi128::<0x10>(x, x);
+                let y = _mm256_clmulepi64_epi128::<0x10>(y, y);
+                first[lane] = _mm256_xor_si256(first[lane], x);
+                second[lane] = _mm256_xor_si256(second[lane], y);
+            }
+        }
+        [fold_two(first), fold_two(second)]
+    }
+
+    /// As [`sums`], four pairs in each lane.
+    #[target_feature(enable = "avx512f,avx2,vpclmulqdq")]
+    pub(super) fn sums_by_four(key: &Stretched, page: &Page) -> [u128; 2] {
+        const BLOCK_BYTES: usize = 4 * LANES * PAIR_BYTES;
+        let mut first = [_mm512_setzero_si512(); LANES];
+        let mut second = [_mm512_setzero_si512(); LANES];
+        for at in (0..AHEAD_BYTES).step_by(LINE_BYTES) {
+            fetch(page, at);
+        }
+        for at in (0..page.len()).step_by(BLOCK_BYTES) {
+            for line in (0..BLOCK_BYTES).step_by(LINE_BYTES) {
+                fetch(page, (at + AHEAD_BYTES + line).min(page.len() - 1));
+            }
+            for lane in 0..LANES {
+                let at = at + 4 * PAIR_BYTES * lane;
+                let pairs = load_four(page, at);
+                let x = _mm512_xor_si512(pairs, load_four(&key.0, at));
+                let y = _mm512_xor_si512(pairs, load_four(&key.0, at + PAIR_BYTES));
+                let x = _mm512_clmulepi64_epi128::<0x10>(x, x);
+                let y = _mm512_clmulepi64_epi128::<0x10>(y, y);
+                first[lane] = _mm512_xor_si512(first[lane], x);
+                second[lane] = _mm512_xor_si512(second[lane], y);
+            }
+        }
+        [fold_four(first), fold_four(second)]
+    }
+
     /// See [`super::products`].
     #[target_feature(enable = "pclmulqdq")]
     pub(super) fn products(x: u128, y: u128) -> [u128; 3] {
@@ -180,6 +274,29 @@ mod x86_64 {
     #[target_feature(enable = "sse2")]
     fn fold(lanes: [__m128i; LANES]) -> u128 {
         lanes.into_iter().fold(0, |sum, lane| sum ^ number(lane))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn fold_two([a, b, c, d]: [__m256i; LANES]) -> u128 {
+        let sum = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
+        let (low, high) = (
+            _mm256_castsi256_si128(sum),
+            _mm256_extracti128_si256::<1>(sum),
+        );
+        number(_mm_xor_si128(low, high))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx2")]
+    fn fold_four([a, b, c, d]: [__m512i; LANES]) -> u128 {
+        let sum = _mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d));
+        let (low, high) = (
+            _mm512_castsi512_si256(sum),
+            _mm512_extracti64x4_epi64::<1>(sum),
+        );
+        let zero = _mm256_setzero_si256();
+        fold_two([low, high, zero, zero])
     }
 
     #[inline]
@@ -206,6 +323,24 @@ mod x86_64 {
         unsafe { _mm_loadu_si128(pair.as_ptr().cast()) }
     }
 
+    /// Two pairs of words, from byte `at` on.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn load_two(bytes: &[u8], at: usize) -> __m256i {
+        let pairs = &bytes[at..at + 2 * PAIR_BYTES];
+        // SAFETY: as in `load`, with 32 bytes.
+        unsafe { _mm256_loadu_si256(pairs.as_ptr().cast()) }
+    }
+
+    /// Four pairs of words, from byte `at` on.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load_four(bytes: &[u8], at: usize) -> __m512i {
+        let pairs = &bytes[at..at + 4 * PAIR_BYTES];
+        // SAFETY: as in `load`, with 64 bytes.
+        unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) }
+    }
+
     #[inline(always)]
     fn fetch(page: &Page, at: usize) {
         let line = &raw const page[at];
@@ -214,6 +349,7 @@ mod x86_64 {
     }
 
     const _: () = assert!(STRETCHED_BYTES.is_multiple_of(PAIR_BYTES));
+    const _: () = assert!(size_of::<Page>().is_multiple_of(4 * LANES * PAIR_BYTES));
 }
 
 #[cfg(test)]
@@ -240,7 +376,7 @@ mod tests {
         for (x, y) in [(u64::MAX, u64::MAX), (u64::MAX, 1 << 63), (0, u64::MAX)] {
             assert_eq!(product(x, y), by_bits(x, y));
         }
-        for arithmetic in [Arithmetic::Portable, Arithmetic::detect()] {
+        for arithmetic in Arithmetic::all() {
             for (x, y) in [(u128::MAX, 1), (1 << 127, 2), (u128::MAX, u128::MAX)] {
                 assert_eq!(arithmetic.field_product(x, y), field_by_bits(x, y));
             }
@@ -251,28 +387,43 @@ mod tests {
         #[test]
         fn products_are_those_by_bits(x: u64, y: u64, a: u128, b: u128) {
             prop_assert_eq!(product(x, y), by_bits(x, y));
-            for arithmetic in [Arithmetic::Portable, Arithmetic::detect()] {
+            for arithmetic in Arithmetic::all() {
                 prop_assert_eq!(arithmetic.field_product(a, b), field_by_bits(a, b));
             }
         }
 
         #[test]
-        fn both_arithmetics_give_the_same_sums(seed: u64) {
+        fn all_arithmetics_give_the_same_sums(seed: u64) {
             let mut key = Stretched([0; STRETCHED_BYTES]);
             let mut page = [0; PAGE_BYTES];
             super::super::testing::fill(seed, &mut key.0);
             super::super::testing::fill(!seed, &mut page);
             let sums = Arithmetic::Portable.sums(&key, &page);
-            prop_assert_eq!(Arithmetic::detect().sums(&key, &page), sums);
+            for arithmetic in Arithmetic::all() {
+                prop_assert_eq!(arithmetic.sums(&key, &page), sums, "{:?}", arithmetic);
+            }
         }
     }
 
     #[test]
     fn the_hardware_is_used_where_it_is() {
         #[cfg(target_arch = "x86_64")]
-        assert_eq!(
-            Arithmetic::detect() != Arithmetic::Portable,
-            std::arch::is_x86_feature_detected!("pclmulqdq")
-        );
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let products = match Arithmetic::detect() {
+                Arithmetic::Portable => 0,
+                Arithmetic::Pclmul(Detected(Products::One)) => 1,
+                Arithmetic::Pclmul(Detected(Products::Two)) => 2,
+                Arithmetic::Pclmul(Detected(Products::Four)) => 4,
+            };
+            let expected = match (has!("pclmulqdq"), has!("vpclmulqdq"), has!("avx512f")) {
+                (false, ..) => 0,
+                (_, true, true) => 4,
+                (_, true, _) if has!("avx2") => 2,
+                _ => 1,
+            };
+            assert_eq!(products, expected);
+        }
+        assert_eq!(Arithmetic::all().last(), Some(Arithmetic::Portable));
     }
 }

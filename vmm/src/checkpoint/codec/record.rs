@@ -378,11 +378,29 @@ impl Record<'_> {
             }
             Kind::Raw | Kind::Same => out.copy_from_slice(self.data),
         }
-        if self.kind == Kind::Same && out != base {
+        self.check_page(out, base, key)
+    }
+
+    /// Checks a page that travels whole where it lies, as [`Self::apply`] checks what it has made.
+    pub fn check(&self, base: &Page, key: &PageKey) -> Result<(), ApplyError> {
+        let number = self.number;
+        let page = self.data.try_into();
+        let page = page.map_err(|_| ApplyError::Digest { number })?;
+        self.check_page(page, base, Some(key))
+    }
+
+    fn check_page(
+        &self,
+        page: &Page,
+        base: &Page,
+        key: Option<&PageKey>,
+    ) -> Result<(), ApplyError> {
+        let number = self.number;
+        if self.kind == Kind::Same && page != base {
             return Err(ApplyError::Same { number });
         }
         match (self.digest, key) {
-            (Some(digest), Some(key)) if key.of(out) != digest => {
+            (Some(digest), Some(key)) if key.of(page) != digest => {
                 Err(ApplyError::Digest { number })
             }
             _ => Ok(()),
