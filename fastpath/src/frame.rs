@@ -469,10 +469,10 @@ impl FramePool {
         self.host_bytes(token.slot())
     }
 
-    /// Whether the payload leaves without having been copied.
-    pub fn leaves_in_place(&self, token: &Token) -> bool {
+    /// Payload that was not copied so far.
+    pub fn in_place_bytes(&self, token: &Token) -> usize {
         let state = &self.slots[token.slot() as usize];
-        state.held() < state.len()
+        state.len() - state.held()
     }
 
     /// Binds payload that leaves from the guest's memory to what was compared: its checksum goes into

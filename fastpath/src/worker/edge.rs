@@ -158,15 +158,16 @@ impl Edge {
 
     /// Sends a frame. An error gives the token back: the NIC has no room, try again later.
     pub fn nic_send(&mut self, token: Token) -> Result<(), Token> {
-        let in_place_bytes = match self.frames.leaves_in_place(&token) {
-            true => self.frames.len(&token) as u64,
-            false => 0,
-        };
+        let in_place_bytes = self.frames.in_place_bytes(&token) as u64;
+        let gathered_bytes = self.stats.copied_gathered_bytes.get();
         let since_ns = self.frames.stamped_ns(&token);
         self.frames.set_with_nic(&token, true);
         match self.nic.send(&mut self.frames, token) {
             Sent::Done => {
                 self.stats.nic_tx_frames.add(1);
+                // A NIC that takes frames in one piece has copied it after all.
+                let gathered_bytes = self.stats.copied_gathered_bytes.get() - gathered_bytes;
+                let in_place_bytes = in_place_bytes.saturating_sub(gathered_bytes);
                 self.stats.tx_in_place_bytes.add(in_place_bytes);
                 self.record(Stage::CompareToNic, since_ns);
             }

@@ -370,6 +370,11 @@ fn a_kept_buffer_is_the_guests_again_once_it_is_sent() {
     while bench.guest_tx.take_used().unwrap().is_none() {
         std::thread::yield_now();
     }
+    // The socket takes frames in one piece only.
+    let stats = bench.worker.stats();
+    let copied = 1400 - colo_compare::HEADER_MAX as u64;
+    assert_eq!(stats.copied_gathered_bytes, copied);
+    assert_eq!(stats.tx_in_place_bytes, 0);
 }
 
 #[test]
