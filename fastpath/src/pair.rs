@@ -18,7 +18,7 @@ use std::sync::mpsc::Receiver;
 
 use colo_compare::Divergence;
 
-use crate::worker::{Edge, PortState, Role, WorkerGone, WorkerHandle, quiesce_all_and};
+use crate::worker::{Edge, Quiesced, Role, WorkerGone, WorkerHandle, quiesce_all_and};
 
 pub use lease::Lease;
 pub use local::{LocalPairRole, LocalReport, SvmSide};
@@ -84,7 +84,7 @@ fn on_roles<R: Role, I: Send + 'static, T: Send + 'static>(
 fn on_quiesced<R: Role, T: Send + 'static>(
     workers: &[WorkerHandle],
     task: impl Fn(&mut R, &mut Edge) -> T + Clone + Send + 'static,
-) -> Result<Vec<(Option<PortState>, Option<T>)>, WorkerGone> {
+) -> Result<Vec<Quiesced<Option<T>>>, WorkerGone> {
     quiesce_all_and(workers, move |edge, role| {
         let role: &mut dyn Any = role;
         role.downcast_mut::<R>().map(|role| task(role, edge))

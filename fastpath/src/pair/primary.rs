@@ -21,7 +21,7 @@ use crate::link::{
     PacketLinkError, PacketMsg,
 };
 use crate::mailbox::Post;
-use crate::worker::{BATCH, Delivery, Edge, Handed, PortState, Role, WorkerGone, WorkerHandle};
+use crate::worker::{BATCH, Delivery, Edge, Handed, Quiesced, Role, WorkerGone, WorkerHandle};
 
 /// Longest time recorded.
 const HOLD_MAX_US: u64 = 600_000_000;
@@ -182,7 +182,7 @@ impl PrimaryRole {
     pub fn on_quiesced<T: Send + 'static>(
         workers: &[WorkerHandle],
         task: impl Fn(&mut Self, &mut Edge) -> T + Clone + Send + 'static,
-    ) -> Result<Vec<(Option<PortState>, Option<T>)>, WorkerGone> {
+    ) -> Result<Vec<Quiesced<Option<T>>>, WorkerGone> {
         on_quiesced(workers, task)
     }
 

@@ -368,8 +368,8 @@ impl Drop for Operations {
                 self.under_way
             );
             for held in &mut self.held {
-                held.buffer.take().map(Buffer::leak);
-                held.landing.take().map(Landing::leak);
+                held.buffer.take().into_iter().for_each(Buffer::leak);
+                held.landing.take().into_iter().for_each(Landing::leak);
             }
         }
     }
