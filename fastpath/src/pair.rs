@@ -20,7 +20,7 @@ use colo_compare::Divergence;
 
 pub use lease::Lease;
 pub use local::{LocalPairRole, LocalReport, SvmSide};
-pub use on_workers::{AtCut, OnWorkers};
+pub use on_workers::OnWorkers;
 pub use parts::FrameParts;
 pub use primary::{CutState, PrimaryReport, PrimaryRole, PrimaryRoleConfig};
 pub use secondary::{SecondaryReport, SecondaryRole, SecondaryRoleConfig};

@@ -41,7 +41,9 @@ pub use edge::{Edge, Handed, NicReport};
 pub use idle::{PollMode, SPIN_MAX_US};
 pub use port::{Delivery, GuestPort, NET_HEADER_BYTES, PortState, Stays};
 pub use role::{BATCH, Role, Solo};
-pub use shards::{quiesce_all, quiesce_all_and, resume_all, set_active_pairs, spawn_shards};
+pub use shards::{
+    Quiesced, quiesce_all, quiesce_all_and, resume_all, set_active_pairs, spawn_shards,
+};
 pub use wires::PortWiring;
 
 pub(crate) use front::{FRONT_FRAMES, Front, Shown};

@@ -5,10 +5,7 @@
 use std::any::Any;
 use std::sync::mpsc::Receiver;
 
-use crate::worker::{Edge, PortState, Role, WorkerGone, WorkerHandle, quiesce_all_and};
-
-/// A worker that stands still: the state of its queues, and what a task gave if it is in the role.
-pub type AtCut<T> = (Option<PortState>, Option<T>);
+use crate::worker::{Edge, Quiesced, Role, WorkerGone, WorkerHandle, quiesce_all_and};
 
 /// Runs tasks on the threads of workers whose role is `Self`.
 pub trait OnWorkers: Role + Sized {
@@ -53,7 +50,7 @@ pub trait OnWorkers: Role + Sized {
     fn on_quiesced<T: Send + 'static>(
         workers: &[WorkerHandle],
         task: impl Fn(&mut Self, &mut Edge) -> T + Clone + Send + 'static,
-    ) -> Result<Vec<AtCut<T>>, WorkerGone> {
+    ) -> Result<Vec<Quiesced<Option<T>>>, WorkerGone> {
         quiesce_all_and(workers, move |edge, role| {
             let role: &mut dyn Any = role;
             role.downcast_mut::<Self>().map(|role| task(role, edge))

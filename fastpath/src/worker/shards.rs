@@ -74,12 +74,15 @@ pub fn quiesce_all(workers: &[WorkerHandle]) -> Result<Vec<Option<PortState>>, W
     all(workers, Command::Quiesce)
 }
 
+/// What a worker gives at a stop: the states of its queues, and what was asked for besides.
+pub type Quiesced<T> = (Option<PortState>, T);
+
 /// The same; each worker runs `task` as soon as it stands still, and only then is it waited for: where many threads share a
 /// processor, every wait costs a turn of all of them.
 pub fn quiesce_all_and<T: Send + 'static>(
     workers: &[WorkerHandle],
     task: impl Fn(&mut Edge, &mut dyn Role) -> T + Clone + Send + 'static,
-) -> Result<Vec<(Option<PortState>, T)>, WorkerGone> {
+) -> Result<Vec<Quiesced<T>>, WorkerGone> {
     gather(workers)?;
     let begin = |worker: &WorkerHandle| {
         let state = worker.begin_ask(Command::Quiesce)?;

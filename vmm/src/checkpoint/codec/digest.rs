@@ -14,7 +14,7 @@
 //! The key's 4128 bytes are the ChaCha20 key stream of the 16 that travel, so all of this also needs ChaCha20 to look random
 //! to a guest that cannot even see its output. A pair that compares 2^40 pages in a session (4 PiB) drops a page
 //! that it had to send with less than 2^-87. POLYVAL, which serves the packets' payload, has 2^-120 for a page and needs three
-//! times as long as this with one product at a time (see [`super::clmul`]); BLAKE3 six times (`colo bench pages`).
+//! times as long as this with one product at a time (see `clmul`); BLAKE3 six times (`colo bench pages`).
 //!
 //! Does not authenticate anything. Does not hide pages: a digest may only go where pages go in the clear.
 
