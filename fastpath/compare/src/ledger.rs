@@ -12,7 +12,6 @@ use crate::digest::DigestKey;
 use crate::frames::{Frames, Token};
 use crate::limits::Limits;
 use crate::list::{Ends, Lists};
-use crate::past::PastLog;
 use crate::stats::PrimaryStats;
 use crate::wire::Layout;
 
@@ -115,15 +114,11 @@ pub(crate) struct Ledger {
     checkpoint: Option<Divergence>,
     pub(crate) stats: PrimaryStats,
     pub(crate) svm: Lists<SvmFrame>,
-    /// Short segments that have left.
-    pub(crate) past: PastLog,
     /// Compares with digests; without it bytes are asked for.
     pub(crate) digest_key: Option<DigestKey>,
     /// What this epoch has asked the bytes of and not got, in order.
     asked: Vec<u64>,
     max_asked: usize,
-    /// History of one flow.
-    pub(crate) max_history_bytes: u32,
 }
 
 impl Ledger {
@@ -137,11 +132,9 @@ impl Ledger {
             checkpoint: None,
             stats: PrimaryStats::default(),
             svm: Lists::with_capacity(limits.max_svm_frames),
-            past: PastLog::new(limits.max_svm_frames),
             digest_key: None,
             asked: Vec::with_capacity(limits.max_svm_frames),
             max_asked: limits.max_svm_frames,
-            max_history_bytes: limits.history_bytes(),
         }
     }
 
@@ -347,7 +340,7 @@ impl Ledger {
         }
     }
 
-    /// Forgets all history, and output of the SVM; the lists that it was in are to be forgotten too.
+    /// Forgets all output of the SVM; the lists that it was in are to be forgotten too.
     pub(crate) fn drop_svm<F: Frames + ?Sized>(
         &mut self,
         frames: &mut F,
@@ -355,7 +348,6 @@ impl Ledger {
     ) {
         // What was asked of an epoch that is over is answered to nobody.
         self.asked.clear();
-        self.past.clear();
         for at in 0..self.svm.nodes() {
             if self.svm.get(at).is_some_and(&mut is_dropped)
                 && let Some(frame) = self.svm.take(at)

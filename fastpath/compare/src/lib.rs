@@ -23,7 +23,6 @@ mod frames;
 mod ledger;
 mod limits;
 mod list;
-mod past;
 mod policy;
 mod primary;
 mod recent;

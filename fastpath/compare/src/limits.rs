@@ -25,11 +25,10 @@ pub struct Limits {
     /// `max_stored_output`: those on their way from one shard to another. As many bytes each as those.
     /// 0 means that there is one shard; with several, fragments of TCP are held until a commit.
     pub crossing_frames: usize,
-    /// SVM frames kept by the comparator, history included; beside them as many short segments are copied as
-    /// history. 361 bytes each on the primary.
+    /// SVM frames kept by the comparator, history included. 136 bytes each on the primary.
     pub max_svm_frames: usize,
     /// Bytes of one flow's released SVM segments that are kept until the client's ACK. They stay in
-    /// their frames, of which there are `max_svm_frames` at most, or are copied. 1 GiB at most.
+    /// their frames, of which there are `max_svm_frames` at most. 1 GiB at most.
     pub max_history_bytes: usize,
     /// Mirrored frames that the secondary has not acknowledged. 184 bytes each on the secondary,
     /// which may have to keep that many above `max_input_frames`.

@@ -469,7 +469,6 @@ impl Flows {
         let Some(mut ends) = self.get_mut(id).map(|flow| flow.svm) else {
             return;
         };
-        ledger.past.forget(id);
         while !ends.is_empty() {
             let first = ends.head;
             ledger.recycle_svm(&mut ends, first, frames);

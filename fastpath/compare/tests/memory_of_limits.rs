@@ -79,7 +79,7 @@ fn limits_cost_what_their_documentation_says() {
         (
             "max_svm_frames",
             |limits, n| limits.max_svm_frames = n,
-            [361., 0.],
+            [136., 0.],
         ),
         (
             "max_unacked_inputs",

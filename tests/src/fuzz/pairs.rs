@@ -7,7 +7,7 @@
 //! counted the same, in the same order, and hold as many frames. At the end a commit releases all that is held.
 //!
 //! Not alike, and so the end of a program: the SVM's output has taken all room, where a pair still leaves if it was
-//! unmatched, and what is not kept needs none if it was history; two flows are late at one look, of which either
+//! unmatched, and datagrams by twos need none if it was history; two flows are late at one look, of which either
 //! may be named.
 
 use std::ops::Range;
@@ -65,8 +65,6 @@ struct Life {
     input_seq: u64,
     svm_source: SvmSource,
     done: Vec<Done>,
-    /// The SVM's frame of the last pair was kept.
-    kept: bool,
 }
 
 impl Life {
@@ -90,7 +88,6 @@ impl Life {
             input_seq: 0,
             svm_source: SvmSource::default(),
             done: Vec::new(),
-            kept: false,
         };
         if c & 2 != 0 {
             life.svm_source = SvmSource::digesting(&mut life.path);
@@ -147,9 +144,8 @@ impl Life {
         };
         match passed {
             Passed::Neither => return false,
-            Passed::Both => self.kept = false,
+            Passed::Both => {}
             Passed::BothAndKeep(history) => {
-                self.kept = true;
                 let token = self.frames.insert(svm).expect("bounded");
                 pairs.keep(&mut self.frames, history, svm_seq, token);
             }
@@ -376,8 +372,8 @@ impl Lives {
         if has_room && self.by_twos.by_twos(pvm, svm, is_split) {
             trace(format_args!("  by twos: {pvm:02x?}"));
             self.taken += 1;
-            let of_twos = self.by_twos.path.stats().history_dropped;
-            if !self.by_twos.kept && after.history_dropped > of_twos {
+            let is_datagram = pvm[23] == 17;
+            if is_datagram && after.history_dropped > before.history_dropped {
                 return false;
             }
         } else {

@@ -14,7 +14,6 @@ use colo_compare::{Action, Divergence, Frames, Limits, Passed, Policy, PrimaryPa
 use crate::address::Socket;
 use crate::error::SocketsError;
 use crate::input::{BATCH, Input};
-use crate::intake::Message;
 use crate::notify::Notify;
 use crate::outlet::Outlet;
 use crate::ready::{Interest, wait};
@@ -215,41 +214,23 @@ impl Engine {
             return false;
         };
         let mut svm_seq = self.svm_seq;
-        let vnet_hdr = primary.vnet_hdr();
         let mut next = [primary.next(), secondary.next()];
-        loop {
-            let whole = [
-                primary.read_from(next[0], slab),
-                secondary.read_from(next[1], slab),
-            ];
-            let mut rest = whole;
-            let kept = loop {
-                let (Some(one), Some(other)) = (
-                    Message::first(rest[0], vnet_hdr),
-                    Message::first(rest[1], vnet_hdr),
-                ) else {
-                    break None;
-                };
-                let passed = pairs.take(one.frame, other.frame);
-                if matches!(passed, Passed::Neither) {
-                    break None;
+        while let (Some(one), Some(other)) =
+            (primary.peek(next[0], slab), secondary.peek(next[1], slab))
+        {
+            let ends = [one.end, other.end];
+            match pairs.take(one.frame, other.frame) {
+                Passed::Neither => break,
+                Passed::Both => {}
+                Passed::BothAndKeep(history) => {
+                    let (range, lead) = (other.range(), other.lead);
+                    if let Some(token) = slab.insert(Side::Secondary, range, lead) {
+                        pairs.keep(slab, history, svm_seq + 1, token);
+                    }
                 }
-                svm_seq += 1;
-                rest = [one.rest, other.rest];
-                if let Passed::BothAndKeep(history) = passed {
-                    break Some((history, other.lead, other.lead + other.frame.len()));
-                }
-            };
-            for side in 0..2 {
-                next[side] += whole[side].len() - rest[side].len();
             }
-            let Some((history, lead, len)) = kept else {
-                break;
-            };
-            let range = next[1] - len..next[1];
-            if let Some(token) = slab.insert(Side::Secondary, range, lead) {
-                pairs.keep(slab, history, svm_seq, token);
-            }
+            svm_seq += 1;
+            next = ends;
         }
         let passed = svm_seq - self.svm_seq;
         (self.svm_seq, self.svm_settled) = (svm_seq, self.svm_settled + passed);
@@ -287,7 +268,8 @@ impl Engine {
                 .intake
                 .unparsed()
                 .saturating_sub(other.intake.unparsed());
-            more > BEHIND_BYTES && !other.intake.has_message(&self.slab)
+            let next = other.intake.next();
+            more > BEHIND_BYTES && other.intake.peek(next, &self.slab).is_none()
         };
         let input = match () {
             () if ahead(&self.primary, &self.secondary) => &mut self.secondary,

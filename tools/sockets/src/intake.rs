@@ -48,34 +48,20 @@ pub(crate) enum Taken {
     NoSlot,
 }
 
-/// A message, and what follows it.
+/// A message where the socket put it.
 #[derive(Debug)]
 pub(crate) struct Message<'a> {
+    start: usize,
     /// Bytes before the frame.
     pub(crate) lead: usize,
+    pub(crate) end: usize,
     pub(crate) frame: &'a [u8],
-    pub(crate) rest: &'a [u8],
 }
 
-impl<'a> Message<'a> {
-    /// The first message of `bytes`, when it is whole and right.
+impl Message<'_> {
     #[inline(always)]
-    pub(crate) fn first(bytes: &'a [u8], vnet_hdr: bool) -> Option<Self> {
-        let (length, rest) = bytes.split_first_chunk::<4>()?;
-        let length = u32::from_be_bytes(*length) as usize;
-        let (lead, len) = match vnet_hdr {
-            false => (4, 4 + length),
-            true => {
-                let header = u32::from_be_bytes(*rest.first_chunk()?) as usize;
-                (8 + header, 8 + length)
-            }
-        };
-        if length > MESSAGE_MAX {
-            return None;
-        }
-        let (message, rest) = bytes.split_at_checked(len)?;
-        let frame = message.get(lead..).filter(|frame| !frame.is_empty())?;
-        Some(Self { lead, frame, rest })
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.start..self.end
     }
 }
 
@@ -192,21 +178,28 @@ impl Intake {
         self.parsed
     }
 
-    /// What has been read from `at` on.
+    /// The message that begins at `at`, when it is whole and right.
     #[inline(always)]
-    pub(crate) fn read_from<'a>(&self, at: usize, slab: &'a Slab) -> &'a [u8] {
-        slab.bytes(at..self.filled)
-    }
-
-    /// Whether there is a whole message that is not dealt with.
-    pub(crate) fn has_message(&self, slab: &Slab) -> bool {
-        Message::first(self.read_from(self.parsed, slab), self.vnet_hdr).is_some()
-    }
-
-    /// Messages begin with a virtio-net header.
-    #[inline(always)]
-    pub(crate) fn vnet_hdr(&self) -> bool {
-        self.vnet_hdr
+    pub(crate) fn peek<'a>(&self, at: usize, slab: &'a Slab) -> Option<Message<'a>> {
+        let bytes = slab.bytes(at..self.filled);
+        let (length, rest) = bytes.split_first_chunk::<4>()?;
+        let length = u32::from_be_bytes(*length) as usize;
+        let (lead, len) = match self.vnet_hdr {
+            false => (4, 4 + length),
+            true => {
+                let header = u32::from_be_bytes(*rest.first_chunk()?) as usize;
+                (8 + header, 8 + length)
+            }
+        };
+        if lead >= len || length > MESSAGE_MAX {
+            return None;
+        }
+        Some(Message {
+            start: at,
+            lead,
+            end: at + len,
+            frame: bytes.get(lead..len)?,
+        })
     }
 
     /// The messages that were looked at are dealt with, up to the one that begins at `next`. Gives where they lie.

@@ -9,7 +9,6 @@ use super::judge::may_acknowledge_elsewhere;
 use crate::datagram::{ByDigest, by_digest, difference};
 use crate::frames::{Frames, Token};
 use crate::ledger::{Payload, SvmFrame};
-use crate::past::SHORT_BYTES;
 use crate::table::{FlowId, Wait, seen};
 use crate::wire::{Packet, Tcp, header_difference};
 
@@ -88,54 +87,31 @@ impl PrimaryPath {
         flow.wait = Wait::Peer;
         flow.use_now(now_us, seen::SVM);
         flow.stream.left_exactly(tcp);
-        let has_waited = flow.is_waiting();
-        let max_bytes = self.limits.history_bytes();
-        if digest.is_none() && usize::from(packet.end) <= SHORT_BYTES {
-            let len = tcp.payload_len;
-            let room_bytes = max_bytes.saturating_sub(len.into());
-            flow.limit_history(room_bytes, &mut self.ledger, frames);
-            flow.keeps_copy(len, max_bytes, &mut self.ledger.stats);
-            let name = (id, flow.stream.incarnation(), tcp.seq);
-            let copied = &frames.header(token)[..usize::from(packet.end)];
-            self.keep_copy(name, copied, tcp.payload_at);
-            frames.release(token.take());
-        } else {
-            flow.stream.keeps(tcp.payload_len);
-            let mut history = SvmFrame {
-                packet: packet.layout,
-                token: token.take(),
-                epoch: self.comparing,
-                svm_seq,
-                at_us: now_us,
-                flow: id,
-                incarnation: flow.stream.incarnation(),
-                reported: true,
-                payload: digest.map_or(Payload::Bytes, Payload::digest_of),
-            };
-            if let Some(copy) = copy {
-                frames.release(core::mem::replace(&mut history.token, copy));
-                (history.packet, history.payload) = (pvm_packet, Payload::Bytes);
-            }
-            self.ledger.svm.push_back(&mut flow.svm, history);
-            flow.limit_history(max_bytes, &mut self.ledger, frames);
+        flow.stream.keeps(tcp.payload_len);
+        let mut history = SvmFrame {
+            packet: packet.layout,
+            token: token.take(),
+            epoch: self.comparing,
+            svm_seq,
+            at_us: now_us,
+            flow: id,
+            incarnation: flow.stream.incarnation(),
+            reported: true,
+            payload: digest.map_or(Payload::Bytes, Payload::digest_of),
+        };
+        if let Some(copy) = copy {
+            frames.release(core::mem::replace(&mut history.token, copy));
+            (history.packet, history.payload) = (pvm_packet, Payload::Bytes);
         }
+        self.ledger.svm.push_back(&mut flow.svm, history);
+        let max_bytes = self.limits.history_bytes();
+        flow.limit_history(max_bytes, &mut self.ledger, frames);
+        let has_waited = flow.is_waiting();
         if has_waited {
             self.flows.set_waiting(id, false);
         }
         self.judge_rest(now_us, frames, id, has_waited);
         true
-    }
-
-    /// Copies a short segment that has left exactly, as history of its flow.
-    #[inline(always)]
-    pub(super) fn keep_copy(&mut self, name: (FlowId, u32, u32), packet: &[u8], payload_at: u16) {
-        if let Some(oldest) = self.ledger.past.overwritten()
-            && let Some(flow) = self.flows.history_mut(oldest.flow)
-            && flow.gives_up(oldest, self.ledger.max_history_bytes)
-        {
-            self.ledger.stats.history_dropped += 1;
-        }
-        self.ledger.past.push(name, packet, payload_at);
     }
 
     #[inline]

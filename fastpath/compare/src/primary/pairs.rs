@@ -3,8 +3,7 @@
 //! Invariants: what leaves here would have left by [`PrimaryPath::handle_guest_tx`] and then
 //! [`PrimaryPath::handle_svm_output`] as well, with the same counters, and the same state is left behind
 //! but for timers, which may be early anyway; two frames that take more than a look change
-//! nothing. One thing is better: where the SVM's output has taken all room, a pair still leaves, and gives no history
-//! up unless the SVM's frame is kept.
+//! nothing. One thing is better: where the SVM's unmatched output has taken all room, a pair still leaves.
 //!
 //! Does not look for counterparts: who has frames of both guests offers them in the order in which
 //! they came, and most often the guests send in the same order.
@@ -15,7 +14,6 @@ use super::PrimaryPath;
 use crate::flow::FlowKey;
 use crate::frames::{Frames, HEADER_MAX, Token};
 use crate::ledger::{Payload, SvmFrame};
-use crate::past::SHORT_BYTES;
 use crate::stats::PrimaryStats;
 use crate::table::{Flow, FlowId, Flows, seen};
 use crate::wire::{SvmSegment, TCP_PROTOCOL, Tcp, Twins, UDP_PROTOCOL};
@@ -81,7 +79,7 @@ pub enum Passed {
     BothAndKeep(History),
 }
 
-/// A longer segment of the SVM that retransmissions will be compared with.
+/// A segment of the SVM that retransmissions will be compared with.
 #[derive(Debug)]
 pub struct History {
     segment: SvmSegment,
@@ -128,30 +126,23 @@ impl Pairs<'_> {
         let twins = Twins::segments(pvm, svm)?;
         let path = &mut *self.path;
         let (payload, name) = (twins.payload(), twins.name());
-        let len = payload.len() as u16;
-        let end = twins.seq().wrapping_add(len.into());
-        let max_bytes = self.max_history_bytes;
-        // Short ones are copied as history.
-        let short = pvm.0.get(..payload.end);
-        let short = short.filter(|short| short.len() <= SHORT_BYTES);
+        let end = twins.seq().wrapping_add(payload.len() as u32);
         let goes_on = |flow: &Flow| flow.stream.may_go_on(twins.seq(), end);
-        let has_room = |flow: &Flow| short.is_none() || flow.has_room_for_copy(len, max_bytes);
-        let (id, flow) = match path.flows.steady_mut(&name) {
+        let id = match path.flows.steady_mut(&name) {
             Some((id, flow)) if self.has_all_input && goes_on(flow) => {
-                if !has_room(flow) || !equal(payload) {
+                if !equal(payload) {
                     return None;
                 }
                 flow.use_again(self.used_s);
                 flow.stream.goes_on(end);
-                (id, flow)
+                id
             }
             _ => {
                 let packet = twins.packet(pvm.0)?;
                 let tcp = packet.tcp.as_ref()?;
                 let input = (path.input_seq, path.input_ack);
-                let id = next_segment(&mut path.flows, &packet.key, tcp, input)?;
-                let flow = path.flows.history_mut(id)?;
-                if !has_room(flow) || !equal(payload) {
+                let (id, flow) = next_segment(&mut path.flows, &packet.key, tcp, input)?;
+                if !equal(payload) {
                     return None;
                 }
                 flow.use_again(self.used_s);
@@ -159,19 +150,12 @@ impl Pairs<'_> {
                     flow.seen |= seen::STEADY;
                     path.flows.remember(name, id);
                 }
-                (id, path.flows.history_mut(id)?)
+                id
             }
         };
-        let Some(copied) = short else {
-            self.count(&twins, pvm.0);
-            let segment = twins.svm_segment();
-            return Some(Passed::BothAndKeep(History { segment, flow: id }));
-        };
-        flow.keeps_copy(len, max_bytes, &mut path.ledger.stats);
-        let name = (id, flow.stream.incarnation(), twins.seq());
-        path.keep_copy(name, copied, twins.payload().start as u16);
         self.count(&twins, pvm.0);
-        Some(Passed::Both)
+        let segment = twins.svm_segment();
+        Some(Passed::BothAndKeep(History { segment, flow: id }))
     }
 
     #[inline(always)]
@@ -264,12 +248,12 @@ impl Pairs<'_> {
 /// The flow that a segment is the next one of, when nothing else is open there. `input`: the last input, and the
 /// last that the secondary has acknowledged.
 #[inline(never)]
-fn next_segment(
-    flows: &mut Flows,
+fn next_segment<'a>(
+    flows: &'a mut Flows,
     key: &FlowKey,
     tcp: &Tcp,
     (input_seq, input_ack): (u64, u64),
-) -> Option<FlowId> {
+) -> Option<(FlowId, &'a mut Flow)> {
     let (id, flow) = flows.present_mut(key)?;
     // A flow without known input may have had some before it was known (rule 5).
     let stamp = match flow.last_input_seq {
@@ -277,7 +261,7 @@ fn next_segment(
         seq => seq,
     };
     let is_next = flow.must_wait(flow.stream.pvm_incarnation(), tcp) && flow.is_at_rest();
-    (is_next && stamp <= input_ack).then_some(id)
+    (is_next && stamp <= input_ack).then_some((id, flow))
 }
 
 /// The flow that a datagram is the next one of, when nothing else is open there.

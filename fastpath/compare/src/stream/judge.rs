@@ -3,8 +3,8 @@
 //! Invariant: nothing here changes what is kept of the SVM, but for entering a new connection.
 
 use super::segments::{
-    compare_bytes, compare_past, different_flags, different_headers, headers_at, judge_digest,
-    same_message, unlike_past, unseen,
+    compare_bytes, different_flags, different_headers, headers_at, judge_digest, same_message,
+    unseen,
 };
 use super::{Content, IgnoredBytes, Mark, holds, tcp_of};
 use crate::cause::{Cause, Divergence};
@@ -156,17 +156,8 @@ impl Flow {
                 return Content::Differs(self.too_long(head, tcp, at, frames));
             }
             let Some((node, other)) = self.holder(head.incarnation, at, &ledger.svm) else {
-                match self.judge_past(head, tcp, (at, svm_end), ignored, ledger, frames) {
-                    Some(Ok(end)) => {
-                        at = end;
-                        continue;
-                    }
-                    Some(Err(divergence)) => return Content::Differs(divergence),
-                    None => {
-                        head.matched_to = Some(at);
-                        return self.wait_unless_reset(head, ledger, frames);
-                    }
-                }
+                head.matched_to = Some(at);
+                return self.wait_unless_reset(head, ledger, frames);
             };
             if let Some(divergence) = different_headers(head, tcp, other, frames) {
                 return Content::Differs(divergence);
@@ -222,34 +213,6 @@ impl Flow {
         } else {
             Content::Matched
         }
-    }
-
-    /// Compares what begins at `at` with the copy of a segment that left. Gives up to where it is the same; `None`
-    /// when there is no such copy.
-    fn judge_past<F: Frames + ?Sized>(
-        &self,
-        head: &Held,
-        tcp: &Tcp,
-        (at, svm_end): (u32, Option<u32>),
-        ignored: Option<IgnoredBytes>,
-        ledger: &Ledger,
-        frames: &F,
-    ) -> Option<Result<u32, Divergence>> {
-        if !self.stream.has_left(at.wrapping_add(1)) {
-            return None;
-        }
-        let mut all = self.past(head.flow, head.incarnation, ledger);
-        let past = all.find(|past| past.holds(at))?;
-        if let Some(divergence) = unlike_past(head, &past, frames) {
-            return Some(Err(divergence));
-        }
-        let n = past.common(at, tcp);
-        let n = svm_end.map_or(n, |svm_end| n.min(svm_end.wrapping_sub(at) as usize));
-        let other = compare_past((&head.token, tcp), &past, (at, n), ignored, frames);
-        Some(match other {
-            Some(divergence) => Err(divergence),
-            None => Ok(at.wrapping_add(n as u32)),
-        })
     }
 
     /// The SVM's segment that has the byte at `at`.

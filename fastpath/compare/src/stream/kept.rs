@@ -4,16 +4,14 @@
 //! Invariants: `svm` is sorted by connection, then place; `mark` is its first segment that is not
 //! reported, so nothing before it is looked at for bytes that have not left.
 
-use super::segments::{same_as_past, same_overlap};
+use super::segments::same_overlap;
 use super::{Mark, size, tcp_of};
 use crate::cause::Divergence;
 use crate::frames::Frames;
 use crate::ledger::{Ledger, Payload, SvmFrame};
 use crate::list::{Lists, NIL};
-use crate::past::{Past, PastSegment};
 use crate::seq;
-use crate::stats::PrimaryStats;
-use crate::table::{Flow, FlowId, Held, seen};
+use crate::table::{Flow, Held, seen};
 use crate::wire::tcp::{ACK, FIN, RST, SYN, Tcp};
 
 impl Flow {
@@ -31,10 +29,6 @@ impl Flow {
         if is_new && stream.has_left(ack) {
             stream.set(Mark::Una, Some(ack));
             self.prune(u32::MAX, ledger, frames);
-            // Of what was copied nothing is taken out: no more can be owed than has left.
-            let stream = &mut self.stream;
-            let left = stream.get(Mark::LeftHigh).unwrap_or(ack);
-            stream.history_bytes = stream.history_bytes.min(left.wrapping_sub(ack));
         }
     }
 
@@ -129,62 +123,6 @@ impl Flow {
         }
     }
 
-    /// Whether one more copy can be kept without a look at what is kept in frames.
-    #[inline(always)]
-    pub(crate) fn has_room_for_copy(&self, payload_len: u16, max_history_bytes: u32) -> bool {
-        let bytes = self.stream.history_bytes.wrapping_add(payload_len.into());
-        bytes <= max_history_bytes || self.svm.is_empty()
-    }
-
-    /// A short segment that has left exactly is copied as history; what is kept in frames has made room. Above the
-    /// limit the oldest copy is not looked for any more: see [`Flow::past`].
-    #[inline(always)]
-    pub(crate) fn keeps_copy(
-        &mut self,
-        payload_len: u16,
-        max_history_bytes: u32,
-        stats: &mut PrimaryStats,
-    ) {
-        self.stream.keeps(payload_len);
-        if self.stream.history_bytes > max_history_bytes {
-            self.stream.history_bytes -= u32::from(payload_len);
-            stats.history_dropped += 1;
-        }
-    }
-
-    /// A copy is about to be overwritten. Gives whether it was still of use.
-    #[inline(always)]
-    pub(crate) fn gives_up(&mut self, past: &Past, max_history_bytes: u32) -> bool {
-        let stream = &mut self.stream;
-        let end = past.seq.wrapping_add(u32::from(past.payload_len()));
-        let is_covered = |mark: Mark| stream.get(mark).is_some_and(|number| seq::le(end, number));
-        let is_owed = past.incarnation == stream.incarnation
-            && stream.is_within(past.seq, max_history_bytes)
-            && !is_covered(Mark::Una)
-            && !is_covered(Mark::Base);
-        if is_owed {
-            let len = u32::from(past.payload_len());
-            stream.history_bytes = stream.history_bytes.saturating_sub(len);
-        }
-        is_owed
-    }
-
-    /// The copies of a connection's segments that are within its limit, the latest first.
-    pub(crate) fn past<'a>(
-        &self,
-        id: FlowId,
-        incarnation: u32,
-        ledger: &'a Ledger,
-    ) -> impl Iterator<Item = PastSegment<'a>> {
-        let of_this = incarnation == self.stream.incarnation;
-        let high = self.stream.get(Mark::LeftHigh).filter(|_| of_this);
-        let max_bytes = ledger.max_history_bytes;
-        let all = high.map(|high| (high, ledger.past.of(id, incarnation)));
-        all.into_iter().flat_map(move |(high, segments)| {
-            segments.take_while(move |past| high.wrapping_sub(past.seq) <= max_bytes)
-        })
-    }
-
     /// Whether the segment, the flow's next one, has to wait: it is plain new data, and the SVM has
     /// sent nothing beyond what has left.
     #[inline(always)]
@@ -265,8 +203,7 @@ impl Flow {
             let next = ledger.svm.next(at);
             let is_covered = below(tcp.end());
             if is_covered || is_surplus {
-                let bytes = self.stream.history_bytes;
-                self.stream.history_bytes = bytes.saturating_sub(size(tcp));
+                self.stream.history_bytes -= size(tcp);
                 ledger.stats.history_dropped += u64::from(!is_covered);
                 ledger.recycle_svm(&mut self.svm, at, frames);
             }
@@ -283,8 +220,7 @@ impl Flow {
         frames: &mut F,
     ) {
         if let Some(frame) = ledger.svm.get(at).filter(|frame| frame.reported) {
-            let bytes = self.stream.history_bytes;
-            self.stream.history_bytes = bytes.saturating_sub(size(tcp_of(frame)));
+            self.stream.history_bytes -= size(tcp_of(frame));
             ledger.stats.history_dropped += 1;
             ledger.recycle_svm(&mut self.svm, at, frames);
         }
@@ -430,19 +366,6 @@ impl Flow {
         ledger: &mut Ledger,
         frames: &F,
     ) -> Option<Divergence> {
-        if let Some(new) = ledger.svm.get(new_at) {
-            let mut all = self.past(new.flow, new.incarnation, ledger);
-            let compared = all.find_map(|old| match same_as_past(new, &old, ledger, frames) {
-                Some(Ok(())) => None,
-                other => Some(other),
-            });
-            drop(all);
-            match compared {
-                Some(Some(Err(divergence))) => return Some(divergence),
-                Some(_) => ledger.fetch(new_at),
-                None => {}
-            }
-        }
         let mut at = self.svm.head;
         while let (Some(old), Some(new)) = (ledger.svm.get(at), ledger.svm.get(new_at)) {
             let next = ledger.svm.next(at);

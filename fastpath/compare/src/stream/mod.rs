@@ -253,12 +253,6 @@ impl Stream {
         }
     }
 
-    /// Whether history of so many bytes reaches from what has left last to `at`.
-    fn is_within(&self, at: u32, max_history_bytes: u32) -> bool {
-        let high = self.get(Mark::LeftHigh);
-        high.is_some_and(|high| high.wrapping_sub(at) <= max_history_bytes)
-    }
-
     /// A segment that has left exactly is kept as history.
     #[inline]
     pub(crate) fn keeps(&mut self, payload_len: u16) {

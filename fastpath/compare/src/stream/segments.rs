@@ -4,13 +4,11 @@
 
 use super::{Content, IgnoredBytes, tcp_of};
 use crate::cause::{Cause, Divergence, Shown};
-use crate::flow::Direction;
 use crate::frames::{Frames, Token};
 use crate::ledger::{Ledger, SvmFrame};
-use crate::past::{PastSegment, SHORT_BYTES};
 use crate::table::Held;
+use crate::wire::header_difference;
 use crate::wire::tcp::{Tcp, URG};
-use crate::wire::{self, header_difference};
 
 /// Compares headers and payload of two frames that stand for each other one to one.
 pub(super) fn same_message<F: Frames + ?Sized>(
@@ -90,32 +88,6 @@ pub(super) fn different_headers<F: Frames + ?Sized>(
     (urgent(tcp) != urgent(tcp_of(other))).then(|| different_flags(head, other, frames))
 }
 
-/// How the headers of a segment differ from those of one that left before.
-pub(super) fn unlike_past<F: Frames + ?Sized>(
-    head: &Held,
-    past: &PastSegment<'_>,
-    frames: &F,
-) -> Option<Divergence> {
-    let is_urgent = head.packet.tcp.is_some_and(|tcp| tcp.has(URG));
-    if is_urgent {
-        let at = usize::from(head.packet.l4) + 13;
-        let primary = (&head.token, head.packet.end, at);
-        return Some(Divergence::plain(Cause::Flags, None).showing(
-            frames,
-            at,
-            Some(primary),
-            None,
-        ));
-    }
-    let header = frames.header(&head.token);
-    let other = wire::parse(past.packet, past.packet.len(), Direction::FromGuest).layout;
-    let at = header_difference(header, &head.packet, past.packet, &other)? as usize;
-    let plain = Divergence::plain(Cause::Header, None);
-    let shown = plain.showing(frames, at, Some((&head.token, head.packet.end, at)), None);
-    let secondary = past.packet.get(at..).map(self::shown).unwrap_or_default();
-    Some(Divergence { secondary, ..shown })
-}
-
 /// Whether the part of a segment that another one covers has that one's digest. `None` when the
 /// other one is not all within, or without a key.
 pub(super) fn judge_digest<F: Frames + ?Sized>(
@@ -179,94 +151,6 @@ pub(super) fn same_overlap<F: Frames + ?Sized>(
         true => Ok(()),
         false => Err(Divergence::plain(Cause::Payload, None)),
     })
-}
-
-/// Whether a segment of the SVM says what left before; `None` when only bytes tell that are not at hand.
-pub(super) fn same_as_past<F: Frames + ?Sized>(
-    new: &SvmFrame,
-    past: &PastSegment<'_>,
-    ledger: &Ledger,
-    frames: &F,
-) -> Option<Result<(), Divergence>> {
-    let tcp = tcp_of(new);
-    let Some((from, n)) = past.overlap(tcp) else {
-        return Some(Ok(()));
-    };
-    if let Some(digest) = new.payload.digest() {
-        let at = tcp.payload_seq().wrapping_sub(past.seq) as usize;
-        let all = past.payload.get(at..at + usize::from(tcp.payload_len))?;
-        let is_same = ledger.digest_key.as_ref()?.of(all) == digest;
-        let divergence = Divergence::plain(Cause::Payload, None);
-        return Some(if is_same { Ok(()) } else { Err(divergence) });
-    }
-    let divergence = compare_past((&new.token, tcp), past, (from, n), None, frames);
-    // What left is the PVM's.
-    let swapped = divergence.map(|divergence| Divergence {
-        primary: divergence.secondary,
-        secondary: divergence.primary,
-        ..divergence
-    });
-    Some(swapped.map_or(Ok(()), Err))
-}
-
-/// Compares `n` bytes of the stream from `from` on in a segment and in one that left before.
-pub(super) fn compare_past<F: Frames + ?Sized>(
-    (token, tcp): (&Token, &Tcp),
-    past: &PastSegment<'_>,
-    (from, n): (u32, usize),
-    ignored: Option<IgnoredBytes>,
-    frames: &F,
-) -> Option<Divergence> {
-    let mut copy = [0; SHORT_BYTES];
-    let ours = copy.get_mut(..n)?;
-    let offset = tcp.payload_offset(from) as usize;
-    let at = usize::from(tcp.payload_at) + offset;
-    frames.copy_out(token, at, ours);
-    let theirs = &past.payload[from.wrapping_sub(past.seq) as usize..];
-    let difference = |at: usize, n: usize| {
-        let mut pairs = ours.iter().zip(theirs).skip(at).take(n);
-        pairs.position(|(a, b)| a != b)
-    };
-    let found = match ignored.and_then(|ignored| Some((ignored.span, ignored.place_of(from)?))) {
-        Some((span, place)) => span.first_counted(place, n, difference)?,
-        None => difference(0, n)?,
-    };
-    Some(Divergence {
-        cause: Cause::Payload,
-        flow: None,
-        offset: (offset + found) as u32,
-        primary: shown(&ours[found..]),
-        secondary: shown(&theirs[found..]),
-    })
-}
-
-fn shown(bytes: &[u8]) -> Shown {
-    Shown::read(bytes.len(), |out| out.copy_from_slice(&bytes[..out.len()]))
-}
-
-impl PastSegment<'_> {
-    /// Where this segment and another one overlap: the first byte, and how many.
-    fn overlap(&self, tcp: &Tcp) -> Option<(u32, usize)> {
-        let len = self.payload.len() as u32;
-        let from = match self.seq.wrapping_sub(tcp.payload_seq()) {
-            ahead if ahead < u32::from(tcp.payload_len) => self.seq,
-            _ if tcp.payload_seq().wrapping_sub(self.seq) < len => tcp.payload_seq(),
-            _ => return None,
-        };
-        Some((from, self.common(from, tcp)))
-    }
-
-    /// Whether this segment has the byte.
-    pub(super) fn holds(&self, at: u32) -> bool {
-        (at.wrapping_sub(self.seq) as usize) < self.payload.len()
-    }
-
-    /// How many bytes from `from` on both have, which both hold that one.
-    pub(super) fn common(&self, from: u32, tcp: &Tcp) -> usize {
-        let ours = self.payload.len() - from.wrapping_sub(self.seq) as usize;
-        let theirs = u32::from(tcp.payload_len) - tcp.payload_offset(from);
-        ours.min(theirs as usize)
-    }
 }
 
 /// Compares the bytes `from..end` of the stream in two segments that both hold them.
