@@ -25,7 +25,7 @@ pub enum StageCommand {
         /// What it has written since the last commit.
         dirty: Box<PageBitmap>,
     },
-    /// Apply what was [staged](StageEvent::Staged) and let the SVM run, or stand still there (`halt`).
+    /// Apply what was [staged](super::StageEvent::Staged) and let the SVM run, or stand still there (`halt`).
     Apply {
         /// Remus mode.
         halt: bool,
