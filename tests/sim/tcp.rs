@@ -293,6 +293,10 @@ impl End {
             self.ack_now = true; // RFC 9293 section 3.10.7.4: of something not yet sent
             return false;
         }
+        if self.state == State::SynReceived && ahead <= 0 {
+            // Of an earlier connection, by way of repeated packets: before its handshake is over nothing of it counts.
+            return false;
+        }
         self.check_sack(seg);
         if let Some((_, tsecr)) = seg.timestamps
             && ahead >= 0
