@@ -32,7 +32,7 @@ use super::stabilise::{StabiliseError, StabilisePolicy, Stabiliser, Stable};
 use super::states::{State, StateKind, of_kind};
 use super::{pending, stop};
 use crate::config::Config;
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, Urgency};
 use crate::requests::Request;
 use crate::snapshot;
 use crate::testpoint::{Point, reached};
@@ -430,11 +430,10 @@ impl CaptureThread {
         let start = Instant::now();
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
-        let outcome = self.capture_stopped(order, start, &mut cost);
+        let outcome = self.capture_stopped(order, urgency, start, &mut cost);
         let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;
-        drop(urgency);
         let parts =
             cost.quiesce_us + cost.state_us + cost.collect_us + cost.stabilise_us + cost.audit_us;
         cost.resume_us = cost.pause_us.saturating_sub(parts);
@@ -451,6 +450,7 @@ impl CaptureThread {
     fn capture_stopped(
         &mut self,
         order: Order<'_>,
+        urgency: Urgency<'_>,
         start: Instant,
         cost: &mut CaptureCost,
     ) -> Result<(Vec<State>, Stable), CaptureError> {
@@ -462,6 +462,8 @@ impl CaptureThread {
         };
         let (ports, cuts) = cut_all(machine.workers(), order.first, order.buffer)?;
         self.is_cut = true;
+        // From here on nobody is waited for, and a copy can take longer than others may be kept from a processor.
+        drop(urgency);
         cost.quiesce_us = lap_us();
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();

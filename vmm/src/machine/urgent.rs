@@ -1,4 +1,5 @@
-//! A pause goes before everything else: who takes it, and the vCPUs that it waits for, get a processor at once.
+//! A pause goes before everything else until all stand still: who takes it, and the vCPUs that it waits for, get a processor
+//! at once.
 //!
 //! Each hand-over between threads waits for a processor, which on a busy host is most of a pause: Linux lets whoever runs
 //! use up its slice. Only who has CAP_SYS_NICE may ask for that; without it a pause takes what the scheduler makes of it.
@@ -25,7 +26,8 @@ pub struct Urgency<'a> {
 }
 
 impl Machine {
-    /// Before a pause; its end comes after the vCPUs run again.
+    /// Before a pause; it ends when everybody stands still. What comes then is not waited for, but can take long, and a thread
+    /// that waits behind a real-time one may be the one that says this host lives.
     pub fn hurry(&self) -> Urgency<'_> {
         let own = Raised::default();
         if own.raise(own_thread()) {
