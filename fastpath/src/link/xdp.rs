@@ -309,6 +309,16 @@ impl XdpPort {
     }
 }
 
+/// A datagram of the link as a frame of just that length, `to` and `from` these addresses.
+fn write_frame(frame: &mut [u8], [to, from]: [&Mac; 2], head: &[u8], payload: &[u8]) {
+    let body = ETHERNET_BYTES + head.len();
+    frame[..6].copy_from_slice(to);
+    frame[6..12].copy_from_slice(from);
+    frame[12..ETHERNET_BYTES].copy_from_slice(&LINK_ETHERTYPE.to_be_bytes());
+    frame[ETHERNET_BYTES..body].copy_from_slice(head);
+    frame[body..].copy_from_slice(payload);
+}
+
 impl DatagramPort for XdpPort {
     fn address(&self) -> PortAddress {
         PortAddress::Xdp(self.mac)
@@ -329,8 +339,7 @@ impl DatagramPort for XdpPort {
     }
 
     fn send(&mut self, head: &[u8], payload: &[u8]) -> bool {
-        let body = ETHERNET_BYTES + head.len();
-        let len = body + payload.len();
+        let len = ETHERNET_BYTES + head.len() + payload.len();
         if len > self.mtu + ETHERNET_BYTES {
             return false;
         }
@@ -339,11 +348,7 @@ impl DatagramPort for XdpPort {
         };
         let offset = self.chunks.offset_of(chunk as usize);
         let frame = self.chunks.get_mut(offset, len);
-        frame[..6].copy_from_slice(&self.peer);
-        frame[6..12].copy_from_slice(&self.mac);
-        frame[12..ETHERNET_BYTES].copy_from_slice(&LINK_ETHERTYPE.to_be_bytes());
-        frame[ETHERNET_BYTES..body].copy_from_slice(head);
-        frame[body..].copy_from_slice(payload);
+        write_frame(frame, [&self.peer, &self.mac], head, payload);
         let piece = Descriptor {
             offset,
             len: len as u32,

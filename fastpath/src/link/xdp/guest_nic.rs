@@ -8,11 +8,11 @@
 
 use std::collections::VecDeque;
 
-use colo_bpf::{LINK_ETHERTYPE, Mac};
+use colo_bpf::Mac;
 use colo_compare::{Frames, Token};
 
 use super::chunks::{Chunks, PoolMemory};
-use super::{ETHERNET_BYTES, SEND_CHUNKS, XDP_SLOTS_MAX};
+use super::{ETHERNET_BYTES, SEND_CHUNKS, XDP_SLOTS_MAX, write_frame};
 use crate::frame::FramePool;
 use crate::link::port::{DatagramPort, PortAddress, Slot};
 use crate::nic::{LinkFrame, LinkShare, Nic, Sent};
@@ -127,8 +127,7 @@ impl DatagramPort for GuestNicPort {
     }
 
     fn send(&mut self, head: &[u8], payload: &[u8]) -> bool {
-        let body = ETHERNET_BYTES + head.len();
-        let len = body + payload.len();
+        let len = ETHERNET_BYTES + head.len() + payload.len();
         if len > self.mtu + ETHERNET_BYTES {
             return false;
         }
@@ -137,11 +136,7 @@ impl DatagramPort for GuestNicPort {
         };
         let offset = self.chunks.offset_of(slot as usize);
         let frame = self.chunks.get_mut(offset, len);
-        frame[..6].copy_from_slice(&self.peer);
-        frame[6..12].copy_from_slice(&self.share.mac);
-        frame[12..ETHERNET_BYTES].copy_from_slice(&LINK_ETHERTYPE.to_be_bytes());
-        frame[ETHERNET_BYTES..body].copy_from_slice(head);
-        frame[body..].copy_from_slice(payload);
+        write_frame(frame, [&self.peer, &self.share.mac], head, payload);
         self.written.push_back((slot, len));
         true
     }
