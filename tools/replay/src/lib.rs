@@ -39,8 +39,9 @@
 //! frames whose checksums the NIC fills in.
 //!
 //! After a divergence a replay guesses how the SVM goes on. It guesses well for answers to requests;
-//! a stream that differs in every message may count a few divergences more or fewer than a pair
-//! would. The first divergence of each flow is exact.
+//! a stream that differs in every message, or a message of which only a part is missing, may count a
+//! few divergences more or fewer than a pair would, and where all messages have one length, a missing
+//! one is taken for a difference in each that follows. The first divergence of each flow is exact.
 //!
 //! Memory does not grow with the captures: they are mapped, times are sorted within a window of
 //! [`capture::SORT_WINDOW`] frames, and everything else has a limit. Flows beyond [`FLOWS_MAX`] at

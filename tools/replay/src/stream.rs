@@ -15,7 +15,7 @@ use colo_compare::wire::tcp::{ACK, RST, SYN};
 use colo_compare::{Offsets, seq};
 
 use crate::capture::Record;
-use crate::resync::{Bytes, Resync};
+use crate::resync::{Bytes, Found, Resync};
 
 /// Connections of the PVM between the same ports that the SVM may lag behind.
 const OPENINGS_MAX: usize = 16;
@@ -57,12 +57,15 @@ struct Opening {
 }
 
 /// What is to be done with a segment of the SVM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fate {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Fate<'a> {
     /// It goes to the comparator, translated.
     Forward(Offsets),
     /// It waits for the PVM.
     Wait,
+    /// It is known again where the stream goes on: these, the segment among them, are to be decided
+    /// about before any other.
+    GoOn(Vec<Record<'a>>),
     /// A checkpoint covers what it stands for.
     Covered,
 }
@@ -116,11 +119,9 @@ impl<'a> Stream<'a> {
             false => Vec::new(),
         };
         if let Some(resync) = self.resync.as_mut().filter(|_| is_data(tcp))
-            && let Some((shift, early)) = resync.pvm_sends(Bytes::of(record, tcp, 0))
+            && let Some(found) = resync.pvm_sends(Bytes::of(record, tcp, 0))
         {
-            self.resync = None;
-            self.offset = self.offset.wrapping_add(shift);
-            awaited.extend(early);
+            awaited.extend(self.is_found(found));
         }
         awaited
     }
@@ -136,7 +137,7 @@ impl<'a> Stream<'a> {
     }
 
     /// Decides about a segment that the SVM sends, or that has waited.
-    pub(crate) fn svm_sends(&mut self, record: &Record<'a>, tcp: &Tcp, epoch: u64) -> Fate {
+    pub(crate) fn svm_sends(&mut self, record: &Record<'a>, tcp: &Tcp, epoch: u64) -> Fate<'a> {
         if self.svm.note(tcp) {
             self.svm_opens(tcp);
         }
@@ -153,13 +154,19 @@ impl<'a> Stream<'a> {
             return Fate::Wait;
         }
         if let Some(resync) = self.resync.as_mut().filter(|_| is_data(tcp)) {
-            let Some(shift) = resync.svm_sends(record, Bytes::of(record, tcp, self.offset)) else {
-                return Fate::Wait;
+            return match resync.svm_sends(record, Bytes::of(record, tcp, self.offset)) {
+                Some(found) => Fate::GoOn(self.is_found(found)),
+                None => Fate::Wait,
             };
-            self.resync = None;
-            self.offset = self.offset.wrapping_add(shift);
         }
         Fate::Forward(self.offsets())
+    }
+
+    /// It is known where the SVM's stream goes on. Gives what of it goes on.
+    fn is_found(&mut self, found: Found<'a>) -> Vec<Record<'a>> {
+        self.resync = None;
+        self.offset = self.offset.wrapping_add(found.shift);
+        found.early
     }
 
     fn svm_opens(&mut self, tcp: &Tcp) {
@@ -238,29 +245,32 @@ impl<'a> Stream<'a> {
         self.resets_covered += 1;
     }
 
-    /// A divergence of this flow made a checkpoint necessary, by which `pvm` left. Of what the SVM
-    /// had sent, `svm` is not matched. Gives what of it goes on after the checkpoint.
+    /// A divergence of this flow made a checkpoint necessary, by which `pvm` left; the SVM's
+    /// counterpart of what comes after the first `over` segments may still come. Of what the SVM had
+    /// sent, `svm` is not matched. Gives what of it goes on after the checkpoint.
     pub(crate) fn diverged(
         &mut self,
-        pvm: Vec<Bytes<'a>>,
-        svm: Vec<(Record<'a>, Tcp)>,
+        pvm: &[Bytes<'a>],
+        over: usize,
+        svm: &[(Record<'a>, Tcp)],
     ) -> Vec<Record<'a>> {
-        let records = |svm: &[(Record<'a>, Tcp)]| svm.iter().map(|(record, _)| *record).collect();
         let next = (self.is_same(), self.pvm.next, self.svm.next);
         let (true, Some(pvm_next), Some(svm_next)) = next else {
             // The SVM is in the next connection between these ports.
-            return records(&svm);
+            return svm.iter().map(|(record, _)| *record).collect();
         };
         let svm_next = svm_next.wrapping_add(self.offset);
-        let Some(mut resync) = Resync::after(pvm_next, svm_next, pvm) else {
+        let of = |(record, tcp): &(Record<'a>, Tcp)| (*record, Bytes::of(record, tcp, self.offset));
+        let svm: Vec<_> = svm.iter().map(of).collect();
+        // Other messages can add up to the same length.
+        let is_same_place = || svm.is_empty() || svm.iter().any(|(_, bytes)| bytes.is_in(pvm));
+        if pvm_next == svm_next && is_same_place() {
             return Vec::new();
-        };
-        for (n, (record, tcp)) in svm.iter().enumerate() {
-            let bytes = Bytes::of(record, tcp, self.offset);
-            if let Some(shift) = resync.svm_had_sent(record, bytes) {
-                self.offset = self.offset.wrapping_add(shift);
-                return records(&svm[n..]);
-            }
+        }
+        let pvm = pvm.get(over..).unwrap_or_default();
+        let resync = Resync::after((pvm_next, svm_next), pvm, svm);
+        if let Some(found) = resync.covered() {
+            return self.is_found(found);
         }
         self.resync = Some(Box::new(resync));
         Vec::new()

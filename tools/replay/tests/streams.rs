@@ -135,6 +135,38 @@ fn messages_of_different_lengths_diverge_once_each() {
 }
 
 #[test]
+fn other_messages_of_the_same_length_do_not_end_at_the_same_place() {
+    // The SVM has said two messages when the PVM says its first, and they add up to it.
+    let [mut pvm, mut svm] = pair(Side::V4);
+    svm.at(1000).send(b"another", 1448).at(2000);
+    svm.send(b"the second answer", 1448).at(8000);
+    pvm.at(4000)
+        .send(b"the first answer, longer", 1448)
+        .at(9000);
+    pvm.send(b"the second answer", 1448).at(10_000);
+    for connection in [&mut pvm, &mut svm] {
+        connection.send(b"the third answer", 1448).fin();
+    }
+    let report = compare(&pvm.frames, &svm.frames);
+    assert_eq!(causes(&report), ["payload"], "{report:#?}");
+}
+
+#[test]
+fn a_byte_that_occurs_elsewhere_does_not_tell_where_a_stream_goes_on() {
+    let [mut pvm, mut svm] = pair(Side::V4);
+    // In segments of five; a whole one of the SVM's is the beginning of one of the PVM's.
+    svm.at(1000).send(b"12345e", 5).at(2000);
+    svm.send(b"the second answer", 1448).at(8000);
+    pvm.at(4000).send(b"abcd-efgh-ijkl", 5).at(9000);
+    pvm.send(b"the second answer", 1448).at(10_000);
+    for connection in [&mut pvm, &mut svm] {
+        connection.send(b"the third answer", 1448).fin();
+    }
+    let report = compare(&pvm.frames, &svm.frames);
+    assert_eq!(causes(&report), ["payload"], "{report:#?}");
+}
+
+#[test]
 fn a_late_answer_is_a_checkpoint_and_then_both_go_on() {
     let [mut pvm, mut svm] = pair(Side::V4);
     pvm.at(1000)

@@ -123,12 +123,10 @@ impl<'a> Replay<'a> {
         let place = head
             .and_then(view::tcp_of)
             .map(|tcp| tcp.payload_seq().wrapping_add(offset));
-        // The message that differs is over; one that is late may still come.
+        // The message that differs is over, but not what begins within the PVM's; one that is late
+        // may still come.
         let is_late = cause == Cause::Deadline;
-        let pvm = match is_late {
-            true => &checkpoint.pvm[..],
-            false => checkpoint.pvm.get(1..).unwrap_or_default(),
-        };
+        let over = usize::from(!is_late);
         let Some(flow) = flow.and_then(|key| self.flows.get(&key)) else {
             return Vec::new();
         };
@@ -136,7 +134,8 @@ impl<'a> Replay<'a> {
         let mut svm = Vec::new();
         for output in ours {
             let tcp = view::tcp_of(&output.record).filter(|tcp| {
-                let is_over = |place| seq::le(tcp.payload_seq().wrapping_add(moved), place);
+                let begins = tcp.payload_seq().wrapping_add(moved);
+                let is_over = |place| seq::lt(begins, place) || (begins == place && offset == 0);
                 let is_new = is_late || place.is_some_and(|place| !is_over(place));
                 flow.stream.goes_on(tcp, output.incarnation, true) && is_new
             });
@@ -150,7 +149,7 @@ impl<'a> Replay<'a> {
             .into_iter()
             .filter_map(|record| Some((record, view::tcp_of(&record)?)));
         svm.extend(waiting);
-        flow.stream.diverged(pvm.to_vec(), svm)
+        flow.stream.diverged(&checkpoint.pvm, over, &svm)
     }
 
     /// The same for datagrams.

@@ -208,8 +208,14 @@ impl<'a> Replay<'a> {
             None => Fate::Forward(Offsets::default()),
         };
         let incarnation = flow.stream.svm_incarnation();
-        let Fate::Forward(offsets) = fate else {
-            return;
+        let offsets = match fate {
+            Fate::Forward(offsets) => offsets,
+            Fate::GoOn(records) => {
+                let records = records.into_iter().rev();
+                records.for_each(|record| self.unjudged.push_front((record, again)));
+                return;
+            }
+            Fate::Wait | Fate::Covered => return,
         };
         let token = self.frames.insert(record);
         let header = self.frames.header_mut(&token);
