@@ -76,6 +76,11 @@ impl FileArbiter {
         }
     }
 
+    /// The file, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The record; `None` if there has never been one.
     pub fn read(&self) -> Result<Option<Record>, ArbiterError> {
         let text = match fs::read_to_string(&self.path) {

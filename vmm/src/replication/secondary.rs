@@ -65,6 +65,7 @@ pub struct SecondaryShell {
     applied_epoch: u64,
     path_epoch: u64,
     end: Option<End>,
+    says_that_it_waits: bool,
 }
 
 enum End {
@@ -123,6 +124,7 @@ impl SecondaryShell {
             applied_epoch: 0,
             path_epoch: 1,
             end: None,
+            says_that_it_waits: false,
             replica,
         })
     }
@@ -200,13 +202,25 @@ impl SecondaryShell {
         if self.note_svm_end() {
             self.on_first_role(SecondaryRole::want_checkpoint);
         }
-        // The answer may make this host the one that holds the VM.
-        if self.replica.wants_stop() && !self.asking.is_open() {
-            tracing::info!("stopping; the primary goes on alone");
-            self.end = Some(End::Ended(Outcome::Off));
+        if self.replica.wants_stop() {
+            self.stop_when_answered();
         }
         self.replica.answer_status(|| self.status());
         self.replica.refuse_requests();
+    }
+
+    /// The answer to an open question may make this host the one that holds the VM.
+    fn stop_when_answered(&mut self) {
+        if !self.asking.is_open() {
+            tracing::info!("stopping; the primary goes on alone");
+            self.end = Some(End::Ended(Outcome::Off));
+        } else if !std::mem::replace(&mut self.says_that_it_waits, true) {
+            tracing::warn!(
+                "asked to stop, but the arbiter has not answered yet whether this host holds the VM; waiting for it \
+                 (look at what holds up {})",
+                self.replica.arbiter.path().display()
+            );
+        }
     }
 
     fn stage_event(&mut self, event: StageEvent) {

@@ -237,8 +237,8 @@ impl Stream {
         self.get(Mark::PvmHigh) == Some(end)
     }
 
-    /// Takes note of plain data that both sides have sent, and that has left, where all numbers have come to.
-    /// False, and nothing is changed, when more has to be looked at.
+    /// Whether plain data from `seq` to `end`, which both sides have sent, is where all numbers have come to; otherwise
+    /// more has to be looked at.
     #[inline(always)]
     pub(crate) fn may_go_on(&self, seq: u32, end: u32) -> bool {
         let is_near = |mark: Mark| end.wrapping_sub(self.marks[mark as usize]) < FAR_BEHIND;
