@@ -5,33 +5,29 @@
 //!
 //! Does not touch the host: what exists is found out when it is used.
 
+mod check;
 mod checkpoint;
+mod replication;
 mod vhost;
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use colo_compare::Policy;
-use colo_control::Storm;
 use colo_fastpath::Mac;
 use colo_fastpath::frame::TxMode;
-use colo_fastpath::link::Packets;
 use colo_fastpath::nic::XdpNicMode;
-use colo_fastpath::pair::FrameParts;
 use colo_fastpath::policy::{self, PolicyError};
 use colo_fastpath::ring::Pages;
-use colo_fastpath::shard::{SHARDS_MAX, crossing_frames};
 use colo_fastpath::worker::PollMode;
 use serde::{Deserialize, Deserializer};
 
+use check::Check;
 pub use checkpoint::CheckpointConfig;
+pub use replication::{Alone, Mode, ReplicationConfig};
 pub use vhost::VhostConfig;
 
 /// Prefix of images that are part of the program.
 const BUILTIN: &str = "builtin:";
-const RAM_MIB_MIN: u64 = 4;
-/// What the page tables of a user-mode guest reach.
-const RAM_MIB_MAX: u64 = 128 << 10;
 
 /// A configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -255,111 +251,11 @@ impl Default for HostConfig {
     }
 }
 
-/// What a primary does without a secondary.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Alone {
-    /// Go on, unprotected, once the arbiter agrees.
-    #[default]
-    Continue,
-    /// Hold all output until a secondary is there.
-    Block,
-}
-
-/// How output is protected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Output is compared; checkpoints on divergence.
-    #[default]
-    Colo,
-    /// The secondary's VM stands still; output waits for periodic checkpoints.
-    Remus,
-}
-
-impl From<Mode> for colo_control::Mode {
-    fn from(mode: Mode) -> Self {
-        match mode {
-            Mode::Colo => Self::Colo,
-            Mode::Remus => Self::Remus,
-        }
-    }
-}
-
-/// `[replication]`
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ReplicationConfig {
-    /// Where this host accepts its peer.
-    pub link_listen: SocketAddr,
-    /// Where the peer accepts.
-    pub link_peer: SocketAddr,
-    /// `file:PATH`.
-    pub arbiter: String,
-    /// Interval of heartbeats.
-    #[serde(default = "default_heartbeat_ms")]
-    pub heartbeat_ms: u64,
-    /// Heartbeats missed until the peer counts as lost.
-    #[serde(default = "default_heartbeat_count")]
-    pub heartbeat_count: u32,
-    /// How long output waits for its counterpart.
-    #[serde(default = "default_compare_deadline_ms")]
-    pub compare_deadline_ms: u64,
-    /// How long an acknowledgement waits for the secondary (rule 6).
-    #[serde(default = "default_ack_deadline_ms")]
-    pub ack_deadline_ms: u64,
-    /// Interval of periodic checkpoints; 0: none.
-    #[serde(default)]
-    pub checkpoint_interval_ms: u64,
-    /// How output is protected.
-    #[serde(default)]
-    pub mode: Mode,
-    /// Interval of checkpoints in Remus mode.
-    #[serde(default = "default_remus_interval_ms")]
-    pub remus_interval_ms: u64,
-    /// A larger share of the time spent in checkpoints on divergence leads to Remus mode for a while (rule 21); 0: never.
-    #[serde(default = "default_storm_share_pct")]
-    pub storm_share_pct: u8,
-    /// Over how long that share is measured.
-    #[serde(default = "default_storm_window_ms")]
-    pub storm_window_ms: u64,
-    /// What a primary does without a secondary.
-    #[serde(default)]
-    pub alone: Alone,
-    /// Frames that may be held, by each shard; 0: as many as the pool has room for.
-    #[serde(default)]
-    pub hold_frames: u32,
-    /// What may carry mirrored input and SVM output beside TCP.
-    #[serde(default)]
-    pub packets: Packets,
-}
-
 const fn one() -> u8 {
     1
 }
 const fn default_mtu() -> u16 {
     1500
-}
-const fn default_heartbeat_ms() -> u64 {
-    20
-}
-const fn default_heartbeat_count() -> u32 {
-    10
-}
-const fn default_compare_deadline_ms() -> u64 {
-    20
-}
-const fn default_ack_deadline_ms() -> u64 {
-    100
-}
-const fn default_remus_interval_ms() -> u64 {
-    50
-}
-const fn default_storm_share_pct() -> u8 {
-    Storm::DEFAULT.share_pct
-}
-const fn default_storm_window_ms() -> u64 {
-    5000
 }
 
 /// Where the guest image is.
@@ -466,213 +362,6 @@ fn fields_of<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<
         path: path.to_owned(),
         source,
     })
-}
-
-struct Check<'a> {
-    path: &'a Path,
-}
-
-impl Check<'_> {
-    fn vm(&self, vm: &VmConfig) -> Result<(), ConfigError> {
-        self.that(
-            !vm.name.is_empty(),
-            "vm.name",
-            &vm.name,
-            "give the machine a name",
-        )?;
-        self.that(
-            !vm.kernel.is_empty(),
-            "vm.kernel",
-            &vm.kernel,
-            "name an image file",
-        )?;
-        let fits = (RAM_MIB_MIN..=RAM_MIB_MAX).contains(&vm.ram_mib);
-        self.that(
-            fits,
-            "vm.ram_mib",
-            vm.ram_mib,
-            "choose between 4 and 131072",
-        )?;
-        let advice = "a user-mode guest has exactly 1 vCPU";
-        self.that(vm.vcpus == 1, "vm.vcpus", vm.vcpus, advice)?;
-        let plain = vm
-            .cmdline
-            .bytes()
-            .all(|b| b.is_ascii_graphic() || b == b' ');
-        self.that(
-            plain,
-            "vm.cmdline",
-            &vm.cmdline,
-            "use printable ASCII on one line",
-        )
-    }
-
-    fn net(&self, net: &NetConfig) -> Result<(), ConfigError> {
-        let (field, name) = match (&net.tap, &net.interface) {
-            (Some(tap), None) => ("net.tap", tap.as_str()),
-            (None, Some(interface)) => ("net.interface", interface.as_str()),
-            (Some(_), Some(name)) => {
-                let advice = "there is net.tap as well; choose one of them";
-                return self.that(false, "net.interface", name, advice);
-            }
-            (None, None) => {
-                let advice = "name a TAP device, or an interface for AF_XDP as net.interface";
-                return self.that(false, "net.tap", "none", advice);
-            }
-        };
-        let good = !name.is_empty() && name.len() < 16;
-        self.that(
-            good,
-            field,
-            name,
-            "an interface name has 1 to 15 characters",
-        )?;
-        let unicast = net.mac[0] & 1 == 0 && net.mac != [0; 6];
-        let advice = "the guest needs a unicast address (even first byte, not all zero)";
-        self.that(unicast, "net.mac", format!("{:02x?}", net.mac), advice)?;
-        // 1280 is what IPv6 asks for, 68 what IPv4 can live with.
-        self.that(
-            (68..=9216).contains(&net.mtu),
-            "net.mtu",
-            net.mtu,
-            "choose between 68 and 9216",
-        )
-    }
-
-    /// The guest is this file's machine.
-    fn own_guest(&self, net: &NetConfig) -> Result<(), ConfigError> {
-        let socket = net.vhost_user.as_deref().unwrap_or(Path::new(""));
-        let advice = "leave it out, or start `colo vhost` with a file without [vm]";
-        let none = net.vhost_user.is_none();
-        self.that(none, "net.vhost_user", socket.display(), advice)
-    }
-
-    fn host(&self, host: &HostConfig) -> Result<(), ConfigError> {
-        let cpus = std::thread::available_parallelism()
-            .map_or(1, usize::from)
-            .max(host_cpus());
-        let good = (1..=SHARDS_MAX).contains(&host.shards);
-        self.that(good, "host.shards", host.shards, "choose between 1 and 8")?;
-        let missing = host.cpu.iter().find(|&&cpu| cpu >= cpus);
-        self.that(
-            missing.is_none(),
-            "host.cpu",
-            missing.unwrap_or(&0),
-            "this host has no such CPU; they count from 0",
-        )?;
-        let named = [0, host.shards].contains(&host.cpu.len());
-        let advice = "name one CPU for each of host.shards, or none";
-        self.that(named, "host.cpu", format!("{:?}", host.cpu), advice)?;
-        let good = (64..=1 << 20).contains(&host.frame_slots);
-        self.that(
-            good,
-            "host.frame_slots",
-            host.frame_slots,
-            "choose between 64 and 1048576",
-        )
-    }
-
-    fn replication(&self, r: &ReplicationConfig, host: &HostConfig) -> Result<(), ConfigError> {
-        let at_least_one = "must be at least 1";
-        self.that(
-            r.heartbeat_ms > 0,
-            "replication.heartbeat_ms",
-            r.heartbeat_ms,
-            at_least_one,
-        )?;
-        let count = r.heartbeat_count;
-        self.that(
-            count > 0,
-            "replication.heartbeat_count",
-            count,
-            at_least_one,
-        )?;
-        let deadline = r.compare_deadline_ms;
-        self.that(
-            deadline > 0,
-            "replication.compare_deadline_ms",
-            deadline,
-            at_least_one,
-        )?;
-        let advice = "must exceed the guest's delayed ACK of 40 ms (rule 6)";
-        let deadline = r.ack_deadline_ms;
-        self.that(
-            deadline > 40,
-            "replication.ack_deadline_ms",
-            deadline,
-            advice,
-        )?;
-        let (interval, window) = (r.remus_interval_ms, r.storm_window_ms);
-        self.that(
-            interval > 0,
-            "replication.remus_interval_ms",
-            interval,
-            at_least_one,
-        )?;
-        self.that(
-            window > 0,
-            "replication.storm_window_ms",
-            window,
-            at_least_one,
-        )?;
-        // What a host listens at is its name at the arbiter (rule 18).
-        for (field, address) in [
-            ("replication.link_listen", r.link_listen),
-            ("replication.link_peer", r.link_peer),
-        ] {
-            let specified = !address.ip().to_canonical().is_unspecified();
-            let advice = "name an address of that host alone, which the other one reaches";
-            self.that(specified, field, address, advice)?;
-        }
-        self.that(
-            r.storm_share_pct <= 100,
-            "replication.storm_share_pct",
-            r.storm_share_pct,
-            "must be from 0 to 100; 0 switches it off",
-        )?;
-        let other = r.link_listen != r.link_peer;
-        let advice = "must be the other host's address, not link_listen";
-        self.that(other, "replication.link_peer", r.link_peer, advice)?;
-        let file = r
-            .arbiter
-            .strip_prefix("file:")
-            .is_some_and(|path| !path.is_empty());
-        let advice = "write \"file:\" and a path that both hosts reach";
-        self.that(file, "replication.arbiter", &r.arbiter, advice)?;
-        let advice = format!("a pair needs at least {}", FrameParts::SLOTS_MIN);
-        let enough = host.frame_slots >= FrameParts::SLOTS_MIN;
-        self.that(enough, "host.frame_slots", host.frame_slots, advice)?;
-        let most = FrameParts::of(host.frame_slots, crossing_frames(host.shards)).each;
-        let fits = r.hold_frames as usize <= most;
-        let advice = format!("host.frame_slots leaves room for {most} at most");
-        self.that(fits, "replication.hold_frames", r.hold_frames, advice)
-    }
-
-    fn that(
-        &self,
-        good: bool,
-        field: &'static str,
-        value: impl ToString,
-        advice: impl Into<String>,
-    ) -> Result<(), ConfigError> {
-        if good {
-            return Ok(());
-        }
-        let path = self.path.to_owned();
-        Err(ConfigError::Value {
-            path,
-            field,
-            value: value.to_string(),
-            advice: advice.into(),
-        })
-    }
-}
-
-/// CPUs of the host, whatever this process may use.
-fn host_cpus() -> usize {
-    // SAFETY: sysconf takes no pointers.
-    let count = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
-    usize::try_from(count).unwrap_or(1)
 }
 
 fn mac<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Mac, D::Error> {
