@@ -1,8 +1,8 @@
 //! Replication: the link, the arbiter, and the control threads of the two roles.
 //!
 //! `primary` and `secondary` carry out what the cores of `colo-control` decide; `link` and `control_link` are the
-//! channels, `opening` opens those for packets, `arbiter` is the generation file (`asking` its thread), `report` what
-//! `colo status` shows.
+//! channels, `opening` opens those for packets, `arbiter` is the generation file (`asking` its thread, `name` this host's
+//! name there), `report` what `colo status` shows.
 
 pub mod arbiter;
 mod asking;
@@ -11,6 +11,7 @@ mod engine;
 mod guest_end;
 mod host;
 pub mod link;
+mod name;
 mod opening;
 mod primary;
 mod report;

@@ -494,9 +494,7 @@ impl Primary {
 fn same_name(ours: &str, theirs: &Geometry) -> Option<String> {
     let is_ours = |(name, value): &(String, String)| name == HOLDER && value == ours;
     theirs.iter().any(is_ours).then(|| {
-        format!(
-            "{HOLDER} is {ours} on both hosts, and names them at the arbiter: give each its own"
-        )
+        format!("{HOLDER} makes {ours} the name of both hosts at the arbiter: give each its own")
     })
 }
 

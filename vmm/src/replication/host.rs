@@ -24,6 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::arbiter::{ArbiterError, FileArbiter};
 use super::guest_end::GuestEnd;
 use super::link::{self, LinkError, Listener};
+use super::name;
 use super::opening::LinkOpening;
 use super::report::PairStatus;
 use super::wait::Waiter;
@@ -179,7 +180,7 @@ impl Replica {
         let console = Box::new(Console::default());
         let (machine, events) = Machine::create_stopped(config, nics, console)?;
         Ok(Self {
-            host: replication.link_listen.to_string(),
+            host: name::of_host(replication.link_listen),
             limits: Limits {
                 hash_seed: random_number()?,
                 canary_equal: config.test.always_equal,

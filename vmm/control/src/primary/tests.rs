@@ -732,7 +732,7 @@ fn rule_18_a_secondary_of_the_same_name_is_refused() {
         };
         b.event(PrimaryEvent::Msg(hello))
     };
-    let refused = |a: &Action| matches!(a, Action::Send(Msg::Refuse { reason }) if reason.contains("link_listen is a"));
+    let refused = |a: &Action| matches!(a, Action::Send(Msg::Refuse { reason }) if reason.contains("link_listen makes a"));
     // "a" is the primary's.
     assert!(named("a").iter().any(refused));
     assert!(matches!(named("b")[0], Action::Send(Msg::Welcome { .. })));
