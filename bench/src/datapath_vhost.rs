@@ -68,7 +68,7 @@ pub(crate) fn run(
         // Short frames are copied in any case.
         let modes = match usize::from(payload) < IN_PLACE_MIN {
             true => &[TxMode::Twin][..],
-            false => &[TxMode::Twin, TxMode::InPlace],
+            false => &[TxMode::Twin, TxMode::InPlace, TxMode::Exact],
         };
         let (mut ours, mut peer) = (vec![Vec::new(); modes.len()], Vec::new());
         for _ in 0..rounds {
@@ -112,7 +112,8 @@ fn text(rows: &[Row]) -> String {
             row.payload.to_string(),
             match row.tx {
                 TxMode::InPlace => "in-place",
-                TxMode::Twin | TxMode::Exact => "twin",
+                TxMode::Exact => "exact",
+                TxMode::Twin => "twin",
             }
             .to_owned(),
             format!("{:.0}", row.pairs_per_s),

@@ -600,6 +600,31 @@ impl FramePool {
         Some(true)
     }
 
+    /// Settles the frame and compares it in the same pass: what is compared is what was copied.
+    fn copy_in_pass(&self, pvm: u32, at: usize, svm: &[u8]) -> Option<bool> {
+        let state = &self.slots[pvm as usize];
+        let (place, guest) = (self.place_of(pvm)?, self.guest.as_ref()?);
+        let held = self.host_bytes(pvm);
+        if at > held.len() || state.len() - at != svm.len() {
+            return None;
+        }
+        let (front, mut rest) = svm.split_at(held.len() - at);
+        let mut is_same = held[at..] == *front;
+        let (mut to, copied) = (state.start() + held.len(), rest.len() as u64);
+        for segment in place.rest() {
+            let (bytes, behind) = rest.split_at(segment.len as usize);
+            is_same &= self
+                .memory
+                .append_guest_if(pvm, to, (guest, *segment), bytes);
+            to += bytes.len();
+            rest = behind;
+        }
+        state.hold_all();
+        self.drop_place(pvm);
+        self.stats.count_copied(CopyCause::Compared, copied);
+        Some(is_same)
+    }
+
     /// Compares what lies in the guest with host bytes: whole segments, in order.
     fn equals_in_place(&self, pvm: u32, at: usize, svm: &[u8]) -> Option<bool> {
         let state = &self.slots[pvm as usize];
@@ -678,21 +703,18 @@ impl Frames for FramePool {
             return self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none();
         }
         let bytes = &self.host_bytes(svm.slot())[svm_at..svm_at + n];
-        if self.tx != TxMode::Twin {
-            let summed = match self.tx {
-                TxMode::InPlace => self.sum_in_place(pvm.slot(), pvm_at, bytes),
-                TxMode::Twin | TxMode::Exact => None,
-            };
-            return summed
-                .unwrap_or_else(|| self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none());
-        }
-        match self.equals_in_place(pvm.slot(), pvm_at, bytes) {
-            Some(true) => {
+        let matched = match self.tx {
+            TxMode::InPlace => self.sum_in_place(pvm.slot(), pvm_at, bytes),
+            TxMode::Exact => self.copy_in_pass(pvm.slot(), pvm_at, bytes),
+            TxMode::Twin => self.equals_in_place(pvm.slot(), pvm_at, bytes),
+        };
+        match matched {
+            Some(true) if self.tx == TxMode::Twin => {
                 self.pair(pvm.slot(), pvm_at, svm.slot(), svm_at, n);
                 // Layouts that do not fit: bind the bytes by a copy, and compare that.
                 !state.is_in_place() || self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none()
             }
-            Some(false) => false,
+            Some(matched) => matched,
             None => self.first_difference(pvm, pvm_at, svm, svm_at, n).is_none(),
         }
     }

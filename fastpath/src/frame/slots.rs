@@ -319,15 +319,36 @@ impl SlotMemory {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address, bytes.len()) };
     }
 
-    /// Reads `n` bytes of the guest behind what a slot holds so far. Bytes that are not in RAM are
-    /// zeroes.
+    /// Reads a segment of the guest behind what a slot holds so far. Bytes that are not in RAM are zeroes.
     pub(super) fn append_guest(&self, slot: u32, start: usize, guest: &GuestRam, segment: Segment) {
-        let n = segment.len as usize;
-        let address = self.address(slot, start, n);
-        // SAFETY: as in `append`: nothing refers to this part of the slot.
-        let out = unsafe { std::slice::from_raw_parts_mut(address, n) };
+        let out = self.behind(slot, start, segment);
         if guest.read(segment.gpa, out).is_err() {
             out.fill(0);
         }
+    }
+
+    /// The same; whether what was read is `bytes`, which lie in another slot and are as long.
+    pub(super) fn append_guest_if(
+        &self,
+        slot: u32,
+        start: usize,
+        (guest, segment): (&GuestRam, Segment),
+        bytes: &[u8],
+    ) -> bool {
+        let out = self.behind(slot, start, segment);
+        let same = guest.copy_and_compare(segment.gpa, bytes, out);
+        same.unwrap_or_else(|_| {
+            out.fill(0);
+            bytes == &*out
+        })
+    }
+
+    /// Room for a segment behind what a slot holds so far.
+    #[expect(clippy::mut_from_ref, reason = "see SAFETY")]
+    fn behind(&self, slot: u32, start: usize, segment: Segment) -> &mut [u8] {
+        let n = segment.len as usize;
+        let address = self.address(slot, start, n);
+        // SAFETY: as in `append`: nothing refers to this part of the slot, and its callers keep no slice of it.
+        unsafe { std::slice::from_raw_parts_mut(address, n) }
     }
 }

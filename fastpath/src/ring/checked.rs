@@ -1,7 +1,7 @@
-//! Guest bytes compared with others, of the host or of another guest, and summed in one pass (rule 10).
+//! Guest bytes compared with others, of the host or of another guest, and summed or copied in one pass (rule 10).
 //!
 //! Invariant: each guest byte is read exactly once, by an instruction that the compiler can neither
-//! repeat nor leave out, so what was compared is what was summed, whatever the guest writes
+//! repeat nor leave out, so what was compared is what was summed or copied, whatever the guest writes
 //! meanwhile.
 //!
 //! Does not check ranges.
@@ -9,7 +9,8 @@
 use core::arch::asm;
 use core::arch::x86_64::{
     __m128i, _mm_add_epi64, _mm_and_si128, _mm_cmpeq_epi8, _mm_cvtsi128_si64, _mm_movemask_epi8,
-    _mm_sad_epu8, _mm_set1_epi16, _mm_setzero_si128, _mm_srli_epi16, _mm_srli_si128,
+    _mm_sad_epu8, _mm_set1_epi8, _mm_set1_epi16, _mm_setzero_si128, _mm_srli_epi16, _mm_srli_si128,
+    _mm_storeu_si128,
 };
 
 const LANE: usize = size_of::<__m128i>();
@@ -62,6 +63,41 @@ pub(super) unsafe fn compare_and_sum(
     Some(fold(sum))
 }
 
+/// Copies the guest's bytes to `to`; whether the `len` others are the same. All are copied, also when they are not.
+///
+/// # Safety
+///
+/// `len` bytes at `guest`, at `others` and at `to` are mapped; those at `to` are nobody else's.
+#[target_feature(enable = "sse2")]
+pub(super) unsafe fn compare_and_copy(
+    guest: *const u8,
+    others: *const u8,
+    to: *mut u8,
+    len: usize,
+) -> bool {
+    let mut same = _mm_set1_epi8(-1);
+    let whole = len / LANE * LANE;
+    for at in (0..whole).step_by(LANE) {
+        // SAFETY: 16 bytes from `at` on are inside the ranges; the guest may write its own, and reading bytes that
+        // change gives some bytes.
+        unsafe {
+            let (ours, theirs) = (load_once(guest.add(at)), load_once(others.add(at)));
+            _mm_storeu_si128(to.add(at).cast(), ours);
+            same = _mm_and_si128(same, _mm_cmpeq_epi8(ours, theirs));
+        }
+    }
+    let mut is_same = _mm_movemask_epi8(same) == 0xffff;
+    for at in whole..len {
+        // SAFETY: inside the ranges; a volatile read happens once.
+        unsafe {
+            let ours = guest.add(at).read_volatile();
+            to.add(at).write(ours);
+            is_same &= ours == others.add(at).read_volatile();
+        }
+    }
+    is_same
+}
+
 /// Loads 16 bytes with one instruction.
 ///
 /// # Safety
@@ -109,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_bytes_give_their_sum_and_others_none() {
+    fn equal_bytes_give_their_sum_and_others_none_and_all_are_copied() {
         let bytes: Vec<u8> = (0..3000_u32).map(|n| (n * 31 + n / 7) as u8).collect();
         for len in [0, 1, 2, 15, 16, 17, 31, 64, 65, 1459, 1460, 2999] {
             for from in [0, 1, 7] {
@@ -119,12 +155,21 @@ mod tests {
                     // SAFETY: both are as long as `host`.
                     unsafe { compare_and_sum(guest.as_ptr(), host.as_ptr(), host.len()) }
                 };
+                let copy_of = |guest: &[u8]| {
+                    let mut copy = vec![0; host.len()];
+                    let (ours, to) = (guest.as_ptr(), copy.as_mut_ptr());
+                    // SAFETY: all three are as long as `host`.
+                    let same = unsafe { compare_and_copy(ours, host.as_ptr(), to, host.len()) };
+                    (same, copy)
+                };
+                assert_eq!(copy_of(&guest), (true, guest.clone()));
                 let sum = sum_of(&guest);
                 assert_eq!(sum, Some(plain_sum(host)), "{len} bytes from {from}");
                 for at in [0, len / 2, len.saturating_sub(1)] {
                     if at < guest.len() {
                         guest[at] ^= 0x10;
                         assert_eq!(sum_of(&guest), None);
+                        assert_eq!(copy_of(&guest), (false, guest.clone()));
                         guest[at] ^= 0x10;
                     }
                 }

@@ -376,6 +376,21 @@ impl GuestRam {
         Ok(unsafe { checked::compare_and_sum(guest, bytes.as_ptr(), bytes.len()) })
     }
 
+    /// Copies the bytes at `gpa` to `out`, as many as `bytes` has; whether they are the same (rule 10). They are read once.
+    pub fn copy_and_compare(
+        &self,
+        gpa: u64,
+        bytes: &[u8],
+        out: &mut [u8],
+    ) -> Result<bool, MemoryError> {
+        assert_eq!(bytes.len(), out.len());
+        let guest = self.host_range(gpa, bytes.len())?;
+        // SAFETY: `host_range` has checked the range, and `self` keeps it mapped; the others are slices of the same length.
+        Ok(unsafe {
+            checked::compare_and_copy(guest, bytes.as_ptr(), out.as_mut_ptr(), bytes.len())
+        })
+    }
+
     /// Reads a ring index or flag word in one access.
     pub fn load_u16(&self, gpa: u64, order: Ordering) -> Result<u16, MemoryError> {
         Ok(u16::from_le(self.atomic_u16(gpa)?.load(order)))
