@@ -392,3 +392,36 @@ fn rule_18_an_arbiter_that_does_not_answer_holds_up_no_heartbeat() {
     pair.wait_protected(Host::A).unwrap();
     assert_eq!(pair.primary.status().unwrap()["takeovers"], 0);
 }
+
+/// Told to stop, it waits for the answer, which makes the VM its own: then it ends as the VM's host, so that either host may
+/// start it again.
+#[test]
+fn rule_20_a_secondary_that_asks_for_the_vm_while_it_is_told_to_stop_notes_the_end() {
+    let Some(bench) = bench() else { return };
+    // A question is given up after a second, and who has none open just ends; so it may take more than one attempt.
+    let won = (0..5).any(|_| {
+        let _ = std::fs::remove_file(bench.dir().join("generation"));
+        let mut pair = pair(&bench.settings(), &bench);
+        let arbiter = locked(&bench.dir().join("generation"));
+        pair.primary.kill().unwrap();
+        let asks = |status: &Value| status["state"] == "taking over";
+        let secondary = &mut pair.secondary;
+        secondary
+            .wait_status("asks the arbiter", AFTERWARDS_TIMEOUT, asks)
+            .unwrap();
+        secondary.terminate().unwrap();
+        while !secondary.log().contains("asked to stop, but the arbiter")
+            && secondary.poll_exit().unwrap().is_none()
+        {
+            thread::yield_now();
+        }
+        drop(arbiter);
+        let status = secondary.wait_exit(AFTERWARDS_TIMEOUT).unwrap();
+        assert!(status.success(), "{}", secondary.log_tail());
+        let record = std::fs::read_to_string(bench.dir().join("generation")).unwrap();
+        let has_won = secondary.log().contains(": Won(");
+        assert_eq!(record.contains("standing = \"off\""), has_won, "{record}");
+        has_won
+    });
+    assert!(won, "no answer came in time");
+}

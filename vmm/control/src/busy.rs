@@ -1,6 +1,6 @@
 //! How much of the latest time was spent in something, in slices of a window.
 //!
-//! Invariants: memory is fixed; one span counts for a quarter of the window at most, so a single long one is never most of it.
+//! Invariants: memory is fixed; a span counts when it ends, for the whole window at most.
 //!
 //! Does not look back further than the window; how far it does is one slice coarse.
 
@@ -35,7 +35,7 @@ impl Busy {
     /// A span of so long has ended.
     pub(crate) fn add(&mut self, now_us: u64, took_us: u64) {
         let at = self.forget_old(now_us);
-        self.busy_us[at] += took_us.min(self.window_us / 4);
+        self.busy_us[at] += took_us.min(self.window_us);
         self.spans[at] += 1;
     }
 
@@ -102,10 +102,10 @@ mod tests {
     }
 
     #[test]
-    fn a_single_span_is_a_quarter_at_most() {
-        let mut busy = Busy::new(1_000);
-        busy.add(500_000, 400_000);
-        assert_eq!(busy.share(500_000), (25, 1));
+    fn a_span_is_the_window_at_most() {
+        let mut busy = Busy::new(1_600);
+        busy.add(500_000, 750);
+        assert_eq!(busy.share(500_000), (50, 1));
         (0..9).for_each(|_| busy.add(500_000, u64::MAX));
         assert_eq!(busy.share(500_000), (100, 10));
     }

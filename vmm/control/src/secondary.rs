@@ -547,6 +547,12 @@ impl Secondary {
         }
     }
 
+    /// Whether the arbiter has said that this host has the VM now: it is not left before somebody who can note its end
+    /// runs it (rule 20).
+    pub const fn has_won(&self) -> bool {
+        self.won.is_some()
+    }
+
     fn finish_takeover(&mut self) {
         let Some(generation) = self.won else { return };
         match self.phase {

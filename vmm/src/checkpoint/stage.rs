@@ -168,7 +168,8 @@ impl StageError {
             Self::Count { .. } | Self::UnknownKind(_) | Self::Translations(_) => true,
             Self::Machine(e) => match e {
                 MachineError::Record(e) => !matches!(e, RecordError::Damaged(_)),
-                MachineError::Kvm(_) | MachineError::Shape { .. } => true,
+                MachineError::Kvm(e) => !e.is_passing(),
+                MachineError::Shape { .. } => true,
                 _ => false,
             },
             _ => false,

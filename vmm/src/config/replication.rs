@@ -159,7 +159,7 @@ impl Check<'_> {
             window,
             at_least_one,
         )?;
-        // What a host listens at is its name at the arbiter (rule 18).
+        // What a host listens at is a part of its name at the arbiter (rule 18).
         for (field, address) in [
             ("replication.link_listen", r.link_listen),
             ("replication.link_peer", r.link_peer),

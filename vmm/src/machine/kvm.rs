@@ -41,6 +41,18 @@ pub enum KvmError {
 }
 
 impl KvmError {
+    /// Whether it may go better the next time: the host lacks memory or descriptors, or was interrupted.
+    pub(crate) fn is_passing(&self) -> bool {
+        const PASSING: [i32; 5] = [
+            libc::ENOMEM,
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::EINTR,
+            libc::EAGAIN,
+        ];
+        matches!(self, Self::Refused { source, .. } if PASSING.contains(&source.errno()))
+    }
+
     /// For `map_err`.
     pub(crate) fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |source| Self::Refused { action, source }

@@ -114,13 +114,19 @@ impl FileArbiter {
         }
     }
 
-    /// Takes the VM for `holder` at start. Without a record, or where `holder` has it or the VM was shut
-    /// down, that raises the generation; `Err(record)` inside when another host has it.
-    pub fn claim(&self, holder: &str) -> Result<Result<Record, Record>, ArbiterError> {
+    /// Takes the VM for `holder`, which earlier versions called `before`, at start. Without a record, or where `holder`
+    /// has it or the VM was shut down, that raises the generation; `Err(record)` inside when another host has it.
+    pub fn claim(
+        &self,
+        holder: &str,
+        before: &str,
+    ) -> Result<Result<Record, Record>, ArbiterError> {
         let _lock = self.lock()?;
         let generation = match self.read()? {
             None => 0,
-            Some(r) if r.holder == holder || r.standing == Standing::Off => r.generation,
+            Some(r) if [holder, before].contains(&&*r.holder) || r.standing == Standing::Off => {
+                r.generation
+            }
             Some(r) => return Ok(Err(r)),
         };
         let record = Record {
@@ -253,7 +259,7 @@ mod tests {
     #[test]
     fn rule_18_of_many_concurrent_proposals_exactly_one_wins_each_generation() {
         let (_dir, arbiter) = arbiter();
-        let mut record = arbiter.claim("a").unwrap().unwrap();
+        let mut record = arbiter.claim("a", "").unwrap().unwrap();
         for _ in 0..20 {
             let swap = |holder: &str| Cas::Swap {
                 expect: Expect::Exactly(record.clone()),
@@ -281,7 +287,7 @@ mod tests {
     #[test]
     fn rule_18_no_answer_is_no_change() {
         let (dir, arbiter) = arbiter();
-        let record = arbiter.claim("a").unwrap().unwrap();
+        let record = arbiter.claim("a", "").unwrap().unwrap();
         let cas = Cas::Confirm(record);
         std::fs::write(dir.path().join("generation"), "generation = what").unwrap();
         assert!(matches!(arbiter.ask(&cas), Reply::Unavailable(m) if m.contains("generation")));
@@ -292,9 +298,15 @@ mod tests {
     #[test]
     fn a_returning_primary_does_not_take_what_another_host_holds() {
         let (_dir, arbiter) = arbiter();
-        arbiter.claim("a").unwrap().unwrap();
-        assert_eq!(arbiter.claim("b").unwrap().unwrap_err().holder, "a");
-        assert_eq!(arbiter.claim("a").unwrap().unwrap().generation, 2);
+        arbiter.claim("a", "").unwrap().unwrap();
+        assert_eq!(arbiter.claim("b", "").unwrap().unwrap_err().holder, "a");
+        assert_eq!(arbiter.claim("a", "").unwrap().unwrap().generation, 2);
+        // A record of before hosts had longer names.
+        assert_eq!(arbiter.claim("a on b", "a").unwrap().unwrap().generation, 3);
+        assert_eq!(
+            arbiter.claim("a on c", "a").unwrap().unwrap_err().holder,
+            "a on b"
+        );
     }
 
     #[test]

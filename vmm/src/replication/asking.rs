@@ -77,7 +77,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let spec = format!("file:{}", dir.path().join("generation").display());
         let arbiter = FileArbiter::from_spec(&spec).unwrap();
-        let record = arbiter.claim("a").unwrap().unwrap();
+        let record = arbiter.claim("a", "").unwrap().unwrap();
         let mut asking = Asking::start(arbiter.clone()).unwrap();
         let locked = arbiter.lock().unwrap();
         asking.ask(Cas::Confirm(record.clone()));

@@ -58,10 +58,12 @@ pub enum ReplicaError {
     Arbiter(#[from] ArbiterError),
     /// Another host holds the VM.
     #[error(
-        "replication.arbiter: host {holder} holds the VM (generation {generation}); \
+        "replication.arbiter: host {holder} holds the VM (generation {generation}), and this one is {host}; \
          start `colo secondary` here to join it"
     )]
     Held {
+        /// Who asked.
+        host: String,
         /// Who.
         holder: String,
         /// Since which generation.
@@ -128,6 +130,7 @@ pub struct Replica {
     pub(super) lease: Lease,
     pub(super) heard: PeerHeard,
     stop: Arc<StopRequest>,
+    has_told_of_wait: bool,
 }
 
 /// Where a host is asked: how it is, and to do something.
@@ -201,12 +204,18 @@ impl Replica {
             lease: Lease::default(),
             heard: PeerHeard::default(),
             stop,
+            has_told_of_wait: false,
         })
     }
 
     /// Where secondaries join.
     fn listen(&self) -> Result<Listener, LinkError> {
         Listener::bind(self.replication.link_listen, self.config.checkpoint.streams)
+    }
+
+    /// The same for who runs the VM already.
+    fn listen_when_free(&self) -> Listener {
+        Listener::bind_when_free(self.replication.link_listen, self.config.checkpoint.streams)
     }
 
     pub(super) fn timing(&self) -> Timing {
@@ -330,6 +339,17 @@ impl Replica {
         self.guest.is_powered_off() || self.stop.flag.load(Ordering::Relaxed)
     }
 
+    /// Says once that the end waits for the arbiter, and for what to look.
+    pub(super) fn tell_of_wait(&mut self) {
+        if !std::mem::replace(&mut self.has_told_of_wait, true) {
+            tracing::warn!(
+                "asked to stop, but the arbiter has not answered yet who holds the VM; waiting for it \
+                 (look at what holds up {})",
+                self.arbiter.path().display()
+            );
+        }
+    }
+
     /// The next request of an operator.
     pub(super) fn next_request(&self) -> Option<Request> {
         self.status.sockets.as_ref()?.requests.next()
@@ -405,12 +425,17 @@ pub fn run_primary(
     replica.machine.load(image)?;
     // Whoever cannot be a primary must not raise the generation.
     let listener = replica.listen()?;
-    let record = match replica.arbiter.claim(&replica.host)? {
+    let before = replica.replication.link_listen.to_string();
+    let record = match replica.arbiter.claim(&replica.host, &before)? {
         Ok(record) => record,
         Err(Record {
             holder, generation, ..
         }) => {
-            return Err(ReplicaError::Held { holder, generation });
+            return Err(ReplicaError::Held {
+                holder,
+                generation,
+                host: replica.host,
+            });
         }
     };
     let (post, pair_events) = Mailbox::new().map_err(ReplicaError::System)?;
@@ -445,7 +470,7 @@ pub fn run_secondary(config: &Config, stop: &Arc<StopRequest>) -> Result<End, Re
                 pair_events,
                 replica,
             } => {
-                let listener = replica.listen()?;
+                let listener = replica.listen_when_free();
                 let shell =
                     PrimaryShell::new(*replica, listener, geometry, record, epoch, 1, pair_events)?;
                 return Ok(end(shell.run()));

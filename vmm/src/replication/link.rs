@@ -23,6 +23,8 @@ const PREAMBLE_LEN: usize = 8 + 2 + 1 + 1 + 8;
 const LINK_VERSION: u16 = 1;
 /// A peer that has not sent its preamble and all channels by then is dropped.
 const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often an address that is not free is tried.
+const LISTEN_RETRY: Duration = Duration::from_secs(1);
 /// Half-open connections kept at a time.
 const WAITING_MAX: usize = 32;
 /// Sessions that are put together at a time: one joins, others may have failed half-way just before.
@@ -160,7 +162,10 @@ impl Channels {
 /// The primary's side: accepts channels and puts sessions together.
 #[derive(Debug)]
 pub struct Listener {
-    socket: TcpListener,
+    address: SocketAddr,
+    /// `None` while somebody else has the address.
+    socket: Option<TcpListener>,
+    tried: Instant,
     waiting: Vec<Waiting>,
     sessions: HashMap<u64, Session>,
     /// Streams of pages that a session has at most.
@@ -187,32 +192,62 @@ struct Waiting {
 impl Listener {
     /// Listens, without blocking, for sessions of at most so many streams of pages.
     pub fn bind(address: SocketAddr, page_streams: usize) -> Result<Self, LinkError> {
-        let named = |source| LinkError::Listen { address, source };
-        let socket = TcpListener::bind(address).map_err(named)?;
-        socket.set_nonblocking(true).map_err(named)?;
-        Ok(Self {
-            socket,
+        let mut listener = Self::idle(address, page_streams);
+        listener.listen()?;
+        Ok(listener)
+    }
+
+    /// The same for who runs a VM already: when the address is not free it is told, and tried again until it is.
+    pub fn bind_when_free(address: SocketAddr, page_streams: usize) -> Self {
+        let mut listener = Self::idle(address, page_streams);
+        if let Err(e) = listener.listen() {
+            tracing::error!("{e}; no secondary can join until then");
+        }
+        listener
+    }
+
+    fn idle(address: SocketAddr, page_streams: usize) -> Self {
+        Self {
+            address,
+            socket: None,
+            tried: Instant::now(),
             waiting: Vec::new(),
             sessions: HashMap::new(),
             page_streams: page_streams.clamp(1, PAGE_STREAMS_MAX),
             refused: 0,
-        })
+        }
+    }
+
+    fn listen(&mut self) -> Result<(), LinkError> {
+        self.tried = Instant::now();
+        let address = self.address;
+        let named = |source| LinkError::Listen { address, source };
+        let socket = TcpListener::bind(address).map_err(named)?;
+        socket.set_nonblocking(true).map_err(named)?;
+        self.socket = Some(socket);
+        Ok(())
     }
 
     /// Descriptors that become readable when [`Self::poll`] has work.
     pub fn fds(&self) -> impl Iterator<Item = RawFd> + '_ {
         let waiting = self.waiting.iter().map(|w| w.stream.as_raw_fd());
-        std::iter::once(self.socket.as_raw_fd()).chain(waiting)
+        let socket = self.socket.iter().map(AsRawFd::as_raw_fd);
+        socket.chain(waiting)
     }
 
-    /// True while a peer has connected some of its channels.
+    /// True while a peer has connected some of its channels, or the address is not free.
     pub fn is_busy(&self) -> bool {
-        !self.waiting.is_empty() || !self.sessions.is_empty()
+        self.socket.is_none() || !self.waiting.is_empty() || !self.sessions.is_empty()
     }
 
     /// Accepts and reads what there is; a session that is complete.
     pub fn poll(&mut self) -> Option<Channels> {
-        while let Ok((stream, _)) = self.socket.accept() {
+        if self.socket.is_none() && self.tried.elapsed() >= LISTEN_RETRY && self.listen().is_ok() {
+            tracing::info!("replication.link_listen {} is free now", self.address);
+        }
+        while let Some(socket) = &self.socket
+            && let Ok((stream, _)) = socket.accept()
+        {
             let usable = stream.set_nonblocking(true).is_ok() && stream.set_nodelay(true).is_ok();
             if usable && self.waiting.len() < WAITING_MAX {
                 self.waiting.push(Waiting {
@@ -336,7 +371,7 @@ mod tests {
 
     fn listener() -> (Listener, SocketAddr) {
         let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), 4).unwrap();
-        let address = listener.socket.local_addr().unwrap();
+        let address = listener.socket.as_ref().unwrap().local_addr().unwrap();
         (listener, address)
     }
 
@@ -349,6 +384,21 @@ mod tests {
             assert!(start.elapsed() < Duration::from_secs(20), "gave up waiting");
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn an_address_that_is_not_free_is_tried_until_it_is() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        assert!(Listener::bind(address, 4).is_err());
+        let mut listener = Listener::bind_when_free(address, 4);
+        assert!(listener.poll().is_none());
+        assert!(listener.is_busy() && listener.fds().next().is_none());
+        drop(taken);
+        listener.tried = Instant::now().checked_sub(LISTEN_RETRY).unwrap();
+        assert!(listener.poll().is_none());
+        assert!(!listener.is_busy());
+        TcpStream::connect(address).unwrap();
     }
 
     #[test]
@@ -416,7 +466,7 @@ mod tests {
     fn pages_have_as_many_streams_as_both_hosts_take() {
         for (theirs, ours, both) in [(4, 4, 4), (4, 2, 2), (2, 8, 2), (1, 3, 1), (8, 1, 1)] {
             let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), theirs).unwrap();
-            let address = listener.socket.local_addr().unwrap();
+            let address = listener.socket.as_ref().unwrap().local_addr().unwrap();
             let found = joined(listener, address, ours);
             assert_eq!(found, both, "{theirs} and {ours}");
         }

@@ -206,6 +206,9 @@ impl PrimaryShell {
         }
         if self.replica.wants_stop() {
             self.core.handle(now_us(), PrimaryEvent::ShutDown);
+            if self.asking.is_open() {
+                self.replica.tell_of_wait();
+            }
         }
         if !is_asked {
             return;

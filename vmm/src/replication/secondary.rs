@@ -65,7 +65,6 @@ pub struct SecondaryShell {
     applied_epoch: u64,
     path_epoch: u64,
     end: Option<End>,
-    says_that_it_waits: bool,
 }
 
 enum End {
@@ -124,7 +123,6 @@ impl SecondaryShell {
             applied_epoch: 0,
             path_epoch: 1,
             end: None,
-            says_that_it_waits: false,
             replica,
         })
     }
@@ -209,17 +207,17 @@ impl SecondaryShell {
         self.replica.refuse_requests();
     }
 
-    /// The answer to an open question may make this host the one that holds the VM.
+    /// The answer to an open question may make this host the one that holds the VM. Then it takes over, and who runs the
+    /// VM ends it.
     fn stop_when_answered(&mut self) {
+        if self.core.has_won() {
+            return;
+        }
         if !self.asking.is_open() {
             tracing::info!("stopping; the primary goes on alone");
             self.end = Some(End::Ended(Outcome::Off));
-        } else if !std::mem::replace(&mut self.says_that_it_waits, true) {
-            tracing::warn!(
-                "asked to stop, but the arbiter has not answered yet whether this host holds the VM; waiting for it \
-                 (look at what holds up {})",
-                self.replica.arbiter.path().display()
-            );
+        } else {
+            self.replica.tell_of_wait();
         }
     }
 
