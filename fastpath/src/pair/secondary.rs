@@ -146,11 +146,11 @@ impl SecondaryRole {
         }
         let (bytes, max) = (
             pending.iter().map(Vec::len).max().unwrap_or(0),
-            edge.frames.slot_bytes(),
+            edge.frames.frame_bytes_max(),
         );
         if bytes > max {
             return Err(format!(
-                "a frame of {bytes} bytes is longer than this host's slots of {max}; \
+                "a frame of {bytes} bytes is longer than this host's slots hold, {max}; \
                  make net.mtu the same on both"
             ));
         }

@@ -257,7 +257,13 @@ fn each_queue_has_its_line_and_a_broken_one_is_reported() {
     bench.port.drain_kicks();
     assert_eq!(bench.stats.guest_kicks.get(), 3);
 
+    assert!(!bench.port.has_room());
     bench.offer_room(&[2000]);
+    assert!(
+        bench.port.sleep_mode(true),
+        "room that came after the look rings for nobody"
+    );
+    assert!(!bench.port.sleep_mode(true));
     assert_eq!(bench.port.deliver(&pattern(60)), Delivery::Done);
     bench.port.flush();
     assert_eq!(calls[0].read().unwrap(), 1);

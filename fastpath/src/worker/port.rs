@@ -92,6 +92,8 @@ pub struct GuestPort {
     merge: Merge,
     /// Longest frame for the guest.
     frame_max: usize,
+    /// What [`Self::has_room`] said last.
+    lacked_room: bool,
     stats: Arc<WorkerStats>,
 }
 
@@ -105,6 +107,7 @@ impl GuestPort {
             chain: Chain::default(),
             merge: Merge::default(),
             frame_max: 0,
+            lacked_room: false,
             stats,
         }
     }
@@ -184,10 +187,12 @@ impl GuestPort {
                 .has_room(&mut service.queues.guest_rx, &mut self.chain, need),
             false => service.queues.guest_rx.has_available(),
         };
-        room.unwrap_or_else(|e| {
+        let has_room = room.unwrap_or_else(|e| {
             self.fault(&e);
             false
-        })
+        });
+        self.lacked_room = !has_room;
+        has_room
     }
 
     /// Whether the guest has something to send.
@@ -336,7 +341,11 @@ impl GuestPort {
     /// Asks for notifications of output if that is wanted, and of receive buffers when there are
     /// none. Gives whether there is work already, or may be that nobody rings for.
     pub fn sleep_mode(&mut self, wants_output: bool) -> bool {
-        let has_room = self.has_room();
+        let (lacked_room, has_room) = (self.lacked_room, self.has_room());
+        if lacked_room && has_room {
+            // It came after the role had looked, and nobody was asked to ring for it.
+            return true;
+        }
         let asked = self.on_queues(|q, _, _| {
             let refilled = !has_room && q.guest_rx.notify_of_more()?;
             let output = wants_output && q.guest_tx.enable_notifications()?;

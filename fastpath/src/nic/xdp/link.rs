@@ -24,7 +24,7 @@ use crate::ring::xsk::XskReceiver;
 
 const ETHERNET_BYTES: usize = 14;
 /// Of the slots, so many parts are for the link, divided by the queues; in chunks for one queue at least and at most.
-const SHARE: usize = 8;
+pub(super) const SHARE: usize = 8;
 const CHUNKS_MIN: usize = 8;
 const CHUNKS_MAX: usize = 512;
 
@@ -101,7 +101,8 @@ impl XdpNic {
             let link = queue.link.insert(link);
             let program = &mut self.common.control().program;
             program.set_link_socket(number, link.as_fd())?;
-            queue.link_chunks = entries;
+            // A ring that was made for fewer queues keeps its size, and its part.
+            queue.link_chunks = link.entries();
         }
         Ok(())
     }
@@ -161,8 +162,13 @@ impl XdpNic {
     }
 
     fn lend_to_link(&mut self, frames: &mut FramePool, spare: usize) {
-        for queue in &mut self.queues {
+        // All that comes for the link may come by one queue, whose ring the others must not be filled from.
+        let emptiest = self.queues.iter_mut().min_by_key(|queue| queue.lent());
+        if let Some(queue) = emptiest {
             // What the kernel does not hear of now it hears of with the next flush.
+            let _ = queue.refill(frames, &mut self.uses, spare);
+        }
+        for queue in &mut self.queues {
             let _ = queue.refill(frames, &mut self.uses, spare);
         }
     }

@@ -213,8 +213,9 @@ impl XdpNic {
         let Some((umem, base)) = self.memory_for(frames, queue)? else {
             return Ok(());
         };
-        // Half of the slots are for what comes, the others for what goes.
-        let target = self.uses.len() / 2 / queues.max(1) as usize;
+        // Half of the slots are for what comes, what the link may have among it, the others for what goes.
+        let coming = self.uses.len() / 2 - self.uses.len() / super::link::SHARE;
+        let target = coming / queues.max(1) as usize;
         if target == 0 {
             return Err(XdpNicError::FewSlots {
                 interface: self.config.interface.clone(),

@@ -87,6 +87,11 @@ impl Queue {
         self.in_flight
     }
 
+    /// Slots that the kernel has to receive into.
+    pub(super) fn lent(&self) -> u32 {
+        self.lent
+    }
+
     /// Lends slots to the kernel up to the target; `spare` stay with the pool.
     pub(super) fn refill(
         &mut self,
@@ -170,11 +175,13 @@ impl Queue {
                     stats.link_frames.add(1);
                     out.push_back(LinkFrame { slot, start, len });
                 }
-                Some((slot, ..)) => {
-                    stats.link_spoilt_frames.add(1);
-                    frames.give_back(slot);
+                dropped => {
+                    // Once for all pieces of a frame.
+                    stats.link_spoilt_frames.add(u64::from(!more));
+                    if let Some((slot, ..)) = dropped {
+                        frames.give_back(slot);
+                    }
                 }
-                None => stats.link_spoilt_frames.add(1),
             }
         }
         link.release_rx();

@@ -17,9 +17,9 @@ counters! {
         tx_without_link,
         /// System calls to send.
         tx_kicks,
-        /// Frames that were received for the link.
+        /// Whole frames that were received for the link.
         link_frames,
-        /// Those of them that were dropped: in several pieces, or outside the memory.
+        /// Frames for the link that were dropped: in several pieces, or outside the memory.
         link_spoilt_frames,
         /// Completions of nothing that was sent.
         strange_completions,

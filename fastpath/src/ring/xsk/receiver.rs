@@ -18,6 +18,7 @@ use super::umem::Umem;
 #[derive(Debug)]
 pub struct XskReceiver {
     rx: Consumer<libc::xdp_desc>,
+    entries: u32,
     umem: Umem,
     fd: OwnedFd,
 }
@@ -46,9 +47,15 @@ impl XskReceiver {
             .map_err(|e| refused("bind a second AF_XDP socket (Linux 5.10 or later does)", e))?;
         Ok(Self {
             rx,
+            entries,
             umem: first.umem().clone(),
             fd,
         })
+    }
+
+    /// Pieces that its ring holds.
+    pub fn entries(&self) -> u32 {
+        self.entries
     }
 
     /// Readable when a frame is waiting.
