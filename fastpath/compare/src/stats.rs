@@ -98,6 +98,12 @@ pub struct PrimaryStats {
 }
 
 impl PrimaryStats {
+    /// PVM frames that have left, for whatever reason.
+    pub fn released(&self) -> u64 {
+        let in_pair = self.released_by_match + self.released_by_checkpoint + self.released_free;
+        in_pair + self.released_by_policy + self.released_alone
+    }
+
     /// A frame has left; `is_data` when it carries TCP payload or is a datagram.
     pub(crate) fn count_release(&mut self, right: Right, is_data: bool) {
         match right {
