@@ -567,8 +567,8 @@ fn log(divergence: &Divergence) {
         cause = cause.name(),
         flow,
         offset,
-        primary = format_args!("{:02x?}", primary.bytes()),
-        secondary = format_args!("{:02x?}", secondary.bytes()),
+        %primary,
+        %secondary,
         "diverged: a checkpoint is due"
     );
 }
