@@ -88,6 +88,8 @@ pub struct PrimaryStats {
     pub flows_evicted: u64,
     /// Flows forgotten because they were idle or closed for long.
     pub flows_expired: u64,
+    /// Flows looked at for that: only when a new flow comes.
+    pub flow_expiry_looks: u64,
     /// Translations forgotten to make room: connections lost.
     pub translations_evicted: u64,
     /// Segments that lost their payload because their translation is not learnt yet.

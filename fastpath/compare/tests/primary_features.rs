@@ -128,6 +128,22 @@ fn idle_and_closed_flows_are_forgotten_when_their_time_is_over() {
 }
 
 #[test]
+fn packets_of_known_flows_pay_nothing_for_expiry() {
+    let mut pair = Pair::new();
+    (0..100).for_each(|n| both_send(&mut pair, &of_flow(n)));
+    let looks = |pair: &Pair| pair.path.stats().flow_expiry_looks;
+    let before = looks(&pair);
+    assert!(before > 0, "new flows do");
+    for packet in 0..10_000 {
+        pair.now_us += 1_000;
+        both_send(&mut pair, &of_flow(packet % 100));
+    }
+    assert_eq!(pair.rights().len(), 10_100);
+    assert_eq!(looks(&pair), before);
+    pair.close();
+}
+
+#[test]
 fn neither_time_nor_need_for_room_forgets_a_flow_with_held_frames_or_unmatched_output() {
     let limits = Limits {
         flow_idle_s: 1,
