@@ -474,6 +474,11 @@ fn l4(side: Side) -> usize {
     if side == Side::V4 { 34 } else { 54 }
 }
 
+/// Not ECN-capable becomes ECT(0), and the other way round.
+fn ecn_capable(bytes: &mut [u8], side: Side) {
+    bytes[15] ^= if side == Side::V4 { 2 } else { 0x20 };
+}
+
 #[test]
 fn fields_that_may_rightly_differ_do_not_count() {
     for side in SIDES {
@@ -501,7 +506,13 @@ fn fields_that_may_rightly_differ_do_not_count() {
         for (n, change) in changes.into_iter().enumerate() {
             assert!(agree(&segment, side, change), "{side:?} change {n}");
         }
+        // A segment that is sent again is not ECN-capable.
+        assert!(agree(&segment, side, ecn_capable), "{side:?}");
         let datagram = udp(side, false, 7, 9000, b"payload");
+        let congestion: Change = |bytes, side| bytes[15] ^= if side == Side::V4 { 1 } else { 0x10 };
+        let mut capable = datagram.clone();
+        ecn_capable(&mut capable, side);
+        assert!(agree(&capable, side, congestion), "{side:?}");
         let udp_checksum: Change = |bytes, side| bytes[l4(side) + 6] ^= 0x55;
         assert!(agree(&datagram, side, identity) && agree(&datagram, side, udp_checksum));
         let pong = echo(side, false, 7, b"payload");
@@ -540,6 +551,9 @@ fn everything_else_in_the_headers_counts() {
                 side == Side::V6 || !agree(frame, side, dont_fragment),
                 "frame {n}"
             );
+        }
+        for (n, frame) in others.iter().enumerate() {
+            assert!(!agree(frame, side, ecn_capable), "{side:?} datagram {n}");
         }
         let flags = [URG | ACK, URG | FIN | ACK];
         for flags in flags {
