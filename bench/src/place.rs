@@ -125,11 +125,16 @@ impl Place {
         )
     }
 
-    /// Writes a benchmark's document, with the machine added.
+    /// Writes a benchmark's document, with the machine added: to each row of a list, which has no other place for it.
     pub(crate) fn write_json(&self, file: &Path, mut document: Value) -> Result<(), BenchError> {
-        // A list has no place for it.
-        if let Value::Object(fields) = &mut document {
-            fields.insert("machine".to_owned(), self.machine.clone());
+        let parts = match &mut document {
+            Value::Array(rows) => rows.as_mut_slice(),
+            whole => std::slice::from_mut(whole),
+        };
+        for part in parts {
+            if let Value::Object(fields) = part {
+                fields.insert("machine".to_owned(), self.machine.clone());
+            }
         }
         let what = format!("write {}", file.display());
         std::fs::write(file, format!("{document:#}\n")).map_err(BenchError::io(what))

@@ -11,9 +11,21 @@ use serde_json::Value;
 
 /// Runs `colo-bench` with these arguments, split at spaces. Gives its rows.
 fn rows(bench: &Bench, arguments: &str, more: &[&Path]) -> Vec<Value> {
+    let mut command = Command::new(bench.colo().with_file_name("colo-bench"));
+    command.args(["--colo".as_ref(), bench.colo().as_os_str()]);
+    rows_of(command, bench, arguments, more)
+}
+
+/// The same by `colo bench`.
+fn rows_by_colo(bench: &Bench, arguments: &str) -> Vec<Value> {
+    let mut command = Command::new(bench.colo());
+    command.arg("bench");
+    rows_of(command, bench, arguments, &[])
+}
+
+fn rows_of(mut command: Command, bench: &Bench, arguments: &str, more: &[&Path]) -> Vec<Value> {
     let file = bench.dir().join("rows.json");
-    let output = Command::new(bench.colo().with_file_name("colo-bench"))
-        .args(["--colo".as_ref(), bench.colo().as_os_str()])
+    let output = command
         .args(arguments.split(' '))
         .args(more)
         .arg("--json")
@@ -22,7 +34,11 @@ fn rows(bench: &Bench, arguments: &str, more: &[&Path]) -> Vec<Value> {
         .expect("build it with `cargo build --release -p colo-bench`");
     assert!(output.status.success(), "{output:?}");
     let rows: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
-    rows.as_array().unwrap().clone()
+    let rows = rows.as_array().unwrap().clone();
+    for row in &rows {
+        positive(&row["machine"], &["cores"]);
+    }
+    rows
 }
 
 fn positive(row: &Value, keys: &[&str]) {
@@ -135,13 +151,95 @@ fn qemu_migration_sends_the_known_set_while_the_guest_stands_still() {
     let sent = rows[0]["pages_sent"].as_f64().unwrap();
     assert!((1000.0..1100.0).contains(&sent), "{:#}", rows[0]);
     assert!(rows[1]["bytes_sent"].is_null(), "{:#}", rows[1]);
+    // A row of `checkpoint`.
+    assert_eq!(rows[2]["same_pct"], 50, "{:#}", rows[2]);
     positive(
         &rows[2],
         &[
+            "bytes_sent",
+            "memcpy_us",
+            "link_bytes_per_s",
+            "raw_link_bytes_per_s",
             "pause_us_p99",
             "stolen_us_p50",
             "hold_us_p50",
             "commit_us_p50",
         ],
     );
+}
+
+#[test]
+fn compare_gives_a_row_for_each_kind_with_what_the_peer_took() {
+    let Some(bench) = Bench::new(&["qemu-system-x86_64"]) else {
+        return;
+    };
+    let arguments =
+        "compare --kind core,path --peer qemu --protocol tcp --payload 64 --flows 64 --rounds 1";
+    let rows = rows_by_colo(&bench, arguments);
+    let kinds: Vec<&str> = rows
+        .iter()
+        .map(|row| row["kind"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["core", "memcmp", "path", "floor"]);
+    for row in &rows {
+        let shape = (&row["protocol"], &row["payload"], &row["flows"]);
+        assert_eq!(shape, (&"tcp".into(), &64.into(), &64.into()), "{row:#}");
+        positive(row, &["ns_per_pair", "pairs_per_s", "gbit_s"]);
+        let number = |key: &str| row[key].as_f64().unwrap();
+        // Of the primary's frames: headers with the payload, less than twice as much as both.
+        let bytes_per_pair = number("gbit_s") * 1e9 / 8.0 / number("pairs_per_s");
+        assert!((64.0 + 54.0..256.0).contains(&bytes_per_pair), "{row:#}");
+        let has_peer = row["kind"] == "path";
+        assert_eq!(row["peer_cpu_ns_per_pair"].is_number(), has_peer, "{row:#}");
+        if has_peer {
+            positive(row, &["peer_cpu_ns_per_pair", "ratio"]);
+            let ratio = number("peer_cpu_ns_per_pair") / number("ns_per_pair");
+            assert!((number("ratio") / ratio - 1.0).abs() < 1e-6, "{row:#}");
+        }
+    }
+    // In memory nothing else comes in between.
+    let product =
+        |row: &Value| row["ns_per_pair"].as_f64().unwrap() * row["pairs_per_s"].as_f64().unwrap();
+    assert!(
+        (product(&rows[0]) / 1e9 - 1.0).abs() < 1e-6,
+        "{:#}",
+        rows[0]
+    );
+}
+
+#[test]
+fn datapath_gives_a_row_for_each_kind_and_process() {
+    let Some(bench) = Bench::new(&[]) else {
+        return;
+    };
+    let arguments = "datapath --kind idle,forward --payload 64 --rounds 1 --seconds 1";
+    let rows = rows_by_colo(&bench, arguments);
+    let kinds: Vec<&str> = rows
+        .iter()
+        .map(|row| row["kind"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["idle", "idle", "forward"]);
+    for (row, process) in rows.iter().zip(["primary", "secondary"]) {
+        assert_eq!(
+            (&row["process"], &row["payload"]),
+            (&process.into(), &Value::Null),
+            "{row:#}"
+        );
+        positive(row, &["cpu_percent", "peer_cpu_percent"]);
+        for key in [
+            "worker_cpu_percent",
+            "worker_sleeps_per_s",
+            "colo_cpu_percent",
+        ] {
+            assert!(row[key].as_f64() >= Some(0.0), "{key} in {row:#}");
+        }
+    }
+    let forward = &rows[2];
+    assert_eq!(forward["payload"], 64, "{forward:#}");
+    for key in ["packets_per_s", "packets_per_cpu_s", "cpu_ns_per_packet"] {
+        positive(forward, &[key, &format!("peer_{key}")]);
+    }
+    let rate = |key: &str| forward[key].as_f64().unwrap();
+    let ratio = rate("packets_per_cpu_s") / rate("peer_packets_per_cpu_s");
+    assert!((rate("ratio") / ratio - 1.0).abs() < 1e-6, "{forward:#}");
 }

@@ -255,11 +255,27 @@ fn what_does_not_diverge_is_released_by_match() {
     assert_paired(&mut pair);
 }
 
+/// A line of the log that says where two answers differ, with the bytes of both guests.
+fn shows_a_divergence(line: &str) -> bool {
+    let bytes = |name: &str| -> Option<String> {
+        let hex = line.split_once(name)?.1.chars();
+        Some(hex.take_while(char::is_ascii_hexdigit).collect())
+    };
+    let (primary, secondary) = (bytes(": primary "), bytes(", secondary "));
+    line.contains("checkpoint wanted: payload in Tcp ")
+        && line.contains(" at byte ")
+        && primary.as_ref().is_some_and(|bytes| !bytes.is_empty())
+        && primary != secondary
+}
+
 #[test]
 fn what_diverges_is_released_by_checkpoint() {
-    let Some((_bench, mut pair)) = pair() else {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
+    let mut settings = bench.settings();
+    settings.environment[0].push(("COLO_LOG".to_owned(), "debug".to_owned()));
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
     let load = Load::start(&pair.topology.client, LoadConfig::new(16, 2)).unwrap();
     assert!(load.wait_answers(10_000, Duration::from_secs(60)));
     let report = load.finish().unwrap();
@@ -272,6 +288,11 @@ fn what_diverges_is_released_by_checkpoint() {
     let status = pair.primary.status().unwrap();
     assert!(number(&status, "checkpoints") > 0, "{status:#}");
     assert!(number(&status, "released_by_checkpoint") > 0, "{status:#}");
+    assert!(
+        pair.primary.log().lines().any(shows_a_divergence),
+        "no divergence in {}",
+        pair.primary.log_tail()
+    );
     assert_paired(&mut pair);
 }
 

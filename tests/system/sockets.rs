@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use colo_compare::testing::{Segment, Side};
+use colo_compare::testing::{Segment, Side, udp};
 use colo_lab::comparator::{Comparator, ComparatorOptions, Kind, message};
 use colo_tests::bench::colo;
 use serde_json::Value;
@@ -15,9 +15,13 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn start() -> (TempDir, Comparator) {
-    let dir = tempfile::tempdir().unwrap();
+    start_with(tempfile::tempdir().unwrap(), &[])
+}
+
+fn start_with(dir: TempDir, arguments: &[&str]) -> (TempDir, Comparator) {
+    let arguments = [&["--json"], arguments].concat();
     let options = ComparatorOptions {
-        arguments: vec!["--json".to_owned()],
+        arguments: arguments.into_iter().map(str::to_owned).collect(),
         ..ComparatorOptions::default()
     };
     let comparator = Comparator::start(Kind::Colo(colo()), &options, dir.path()).unwrap();
@@ -62,6 +66,34 @@ fn guests_that_sent_the_same_end_with_0() {
         (&0.into(), &0.into())
     );
     assert_eq!(document["divergences"], Value::Array(Vec::new()));
+    assert_eq!(document["flows"], 1);
+}
+
+#[test]
+fn what_a_policy_lets_go_counts_as_released() {
+    let dir = tempfile::tempdir().unwrap();
+    let policy = dir.path().join("policy.toml");
+    let rule = "[[rule]]\nprotocol = \"udp\"\naction = \"release\"\n";
+    std::fs::write(&policy, rule).unwrap();
+    let arguments = ["--policy", policy.to_str().unwrap()];
+    let (_dir, mut comparator) = start_with(dir, &arguments);
+    let free = udp(Side::V4, false, 53, 9, b"differs always");
+    comparator.primary_sends(&free).unwrap();
+    assert_eq!(comparator.released().unwrap(), free);
+    comparator.primary_sends(&segment(b"abc")).unwrap();
+    comparator.secondary_sends(&segment(b"abc")).unwrap();
+    assert_eq!(comparator.released().unwrap(), segment(b"abc"));
+    let (code, log) = end(comparator);
+    let document = document(&log);
+    assert_eq!(code, Some(0), "{log}");
+    assert_eq!(
+        (&document["released"], &document["flows"]),
+        (&2.into(), &2.into())
+    );
+    assert_eq!(
+        (&document["pairs"], &document["held"]),
+        (&1.into(), &0.into())
+    );
 }
 
 #[test]
@@ -78,6 +110,11 @@ fn guests_that_diverged_end_with_1() {
     assert_eq!(document["checkpoints"], 1);
     assert_eq!(document["divergences"][0]["cause"], "payload");
     assert_eq!(document["divergences"][0]["offset"], 2);
+    // The primary's left by the checkpoint, the secondary's stood for nothing.
+    assert_eq!(
+        (&document["released"], &document["dropped"]),
+        (&1.into(), &1.into())
+    );
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //!
 //! Invariant: the names are stable; they appear in logs, counters and reports.
 
+use core::fmt;
+
 use crate::flow::FlowKey;
 use crate::frames::{Frames, Token};
 
@@ -130,6 +132,18 @@ impl Shown {
     }
 }
 
+/// In hexadecimal; `-` where a side has none.
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.len == 0 {
+            return f.write_str("-");
+        }
+        self.bytes()
+            .iter()
+            .try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
 /// A reason for a checkpoint, with what is known about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Divergence {
@@ -144,6 +158,29 @@ pub struct Divergence {
     pub primary: Shown,
     /// The SVM's bytes there.
     pub secondary: Shown,
+}
+
+/// Cause, flow, offset and the bytes of both sides, as far as they are known: one line for a log.
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.cause.name())?;
+        if let Some(flow) = &self.flow {
+            write!(f, " in {flow}")?;
+        }
+        if self.offset == 0 && self.primary.len == 0 && self.secondary.len == 0 {
+            return Ok(());
+        }
+        let Self {
+            offset,
+            primary,
+            secondary,
+            ..
+        } = self;
+        write!(
+            f,
+            " at byte {offset}: primary {primary}, secondary {secondary}"
+        )
+    }
 }
 
 impl Divergence {
@@ -189,7 +226,37 @@ pub(crate) type Place<'a> = (&'a Token, u16, usize);
 
 #[cfg(test)]
 mod tests {
+    use alloc::format;
+    use alloc::string::ToString;
+
     use super::*;
+    use crate::flow::Direction;
+    use crate::testing::{Side, VecFrames, udp};
+    use crate::wire;
+
+    #[test]
+    fn a_divergence_reads_as_one_line_with_bytes_in_hexadecimal() {
+        let bytes = udp(Side::V4, false, 53, 9, &[0xab, 0x01]);
+        let key = wire::parse(&bytes, bytes.len(), Direction::FromGuest).key;
+        let mut frames = VecFrames::new(1);
+        let token = frames.insert(&bytes).unwrap();
+        let plain = Divergence::plain(Cause::Payload, Some(key));
+        assert_eq!(plain.to_string(), format!("payload in {key}"));
+        let end = bytes.len() as u16;
+        let shown = plain.showing(
+            &frames,
+            42,
+            Some((&token, end, 42)),
+            Some((&token, end, 42 + 9)),
+        );
+        let line = format!("payload in {key} at byte 42: primary ab01, secondary -");
+        assert_eq!(shown.to_string(), line);
+        frames.take(token);
+        assert_eq!(
+            Divergence::plain(Cause::HoldFull, None).to_string(),
+            "hold_full"
+        );
+    }
 
     #[test]
     fn every_cause_has_its_own_counter() {

@@ -88,6 +88,8 @@ pub struct PrimaryStats {
     pub flows_evicted: u64,
     /// Flows forgotten because they were idle or closed for long.
     pub flows_expired: u64,
+    /// Flows looked at for that: only when a new flow comes.
+    pub flow_expiry_looks: u64,
     /// Translations forgotten to make room: connections lost.
     pub translations_evicted: u64,
     /// Segments that lost their payload because their translation is not learnt yet.
@@ -98,6 +100,12 @@ pub struct PrimaryStats {
 }
 
 impl PrimaryStats {
+    /// PVM frames that have left, for whatever reason.
+    pub fn released(&self) -> u64 {
+        let in_pair = self.released_by_match + self.released_by_checkpoint + self.released_free;
+        in_pair + self.released_by_policy + self.released_alone
+    }
+
     /// A frame has left; `is_data` when it carries TCP payload or is a datagram.
     pub(crate) fn count_release(&mut self, right: Right, is_data: bool) {
         match right {

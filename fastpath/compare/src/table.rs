@@ -428,6 +428,7 @@ impl Flows {
         let Some(flow) = self.table.at(id) else {
             return;
         };
+        ledger.stats.flow_expiry_looks += 1;
         let has_closed = flow.has_seen(seen::GUEST_CLOSED | seen::PEER_CLOSED);
         let limit_s = if has_closed {
             self.time_wait_s

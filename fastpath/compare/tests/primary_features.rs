@@ -128,6 +128,22 @@ fn idle_and_closed_flows_are_forgotten_when_their_time_is_over() {
 }
 
 #[test]
+fn packets_of_known_flows_pay_nothing_for_expiry() {
+    let mut pair = Pair::new();
+    (0..100).for_each(|n| both_send(&mut pair, &of_flow(n)));
+    let looks = |pair: &Pair| pair.path.stats().flow_expiry_looks;
+    let before = looks(&pair);
+    assert!(before > 0, "new flows do");
+    for packet in 0..10_000 {
+        pair.now_us += 1_000;
+        both_send(&mut pair, &of_flow(packet % 100));
+    }
+    assert_eq!(pair.rights().len(), 10_100);
+    assert_eq!(looks(&pair), before);
+    pair.close();
+}
+
+#[test]
 fn neither_time_nor_need_for_room_forgets_a_flow_with_held_frames_or_unmatched_output() {
     let limits = Limits {
         flow_idle_s: 1,
@@ -458,6 +474,11 @@ fn l4(side: Side) -> usize {
     if side == Side::V4 { 34 } else { 54 }
 }
 
+/// Not ECN-capable becomes ECT(0), and the other way round.
+fn ecn_capable(bytes: &mut [u8], side: Side) {
+    bytes[15] ^= if side == Side::V4 { 2 } else { 0x20 };
+}
+
 #[test]
 fn fields_that_may_rightly_differ_do_not_count() {
     for side in SIDES {
@@ -485,7 +506,13 @@ fn fields_that_may_rightly_differ_do_not_count() {
         for (n, change) in changes.into_iter().enumerate() {
             assert!(agree(&segment, side, change), "{side:?} change {n}");
         }
+        // A segment that is sent again is not ECN-capable.
+        assert!(agree(&segment, side, ecn_capable), "{side:?}");
         let datagram = udp(side, false, 7, 9000, b"payload");
+        let congestion: Change = |bytes, side| bytes[15] ^= if side == Side::V4 { 1 } else { 0x10 };
+        let mut capable = datagram.clone();
+        ecn_capable(&mut capable, side);
+        assert!(agree(&capable, side, congestion), "{side:?}");
         let udp_checksum: Change = |bytes, side| bytes[l4(side) + 6] ^= 0x55;
         assert!(agree(&datagram, side, identity) && agree(&datagram, side, udp_checksum));
         let pong = echo(side, false, 7, b"payload");
@@ -524,6 +551,9 @@ fn everything_else_in_the_headers_counts() {
                 side == Side::V6 || !agree(frame, side, dont_fragment),
                 "frame {n}"
             );
+        }
+        for (n, frame) in others.iter().enumerate() {
+            assert!(!agree(frame, side, ecn_capable), "{side:?} datagram {n}");
         }
         let flags = [URG | ACK, URG | FIN | ACK];
         for flags in flags {

@@ -99,6 +99,40 @@ fn pieces_that_are_cut_alike_match_one_by_one() {
 }
 
 #[test]
+fn the_ecn_codepoint_of_a_datagram_counts_in_its_pieces_but_not_that_one_met_congestion() {
+    let message = message(LEN);
+    let with_codepoint = |side: Side, mut frames: Vec<Vec<u8>>, codepoint: u8| {
+        for frame in &mut frames {
+            frame[15] |= if side == Side::V4 {
+                codepoint
+            } else {
+                codepoint << 4
+            };
+        }
+        frames
+    };
+    let cuts: [&[(usize, usize)]; 2] = [&[(0, 3), (3, ALL)], &[(0, 5), (5, ALL)]];
+    for (side, cut) in SIDES
+        .into_iter()
+        .flat_map(|side| cuts.map(|cut| (side, cut)))
+    {
+        for (codepoint, other, agree) in [(2, 3, true), (3, 2, true), (2, 0, false), (0, 2, false)]
+        {
+            let pvm = with_codepoint(side, pieces(side, 7, &message, cuts[0]), codepoint);
+            let svm = with_codepoint(side, pieces(side, 9, &message, cut), other);
+            let mut pair = exchange(&pvm, &svm, false);
+            if agree {
+                assert_all_left(pair, &pvm, svm.len());
+                continue;
+            }
+            pair.advance(Limits::default().compare_deadline_us);
+            assert_eq!((pair.rights(), pair.causes.len()), (vec![], 1));
+            pair.close();
+        }
+    }
+}
+
+#[test]
 fn pieces_that_are_cut_differently_match_as_a_whole() {
     let message = message(LEN);
     // The last are out of order.

@@ -19,6 +19,8 @@ struct Cut {
     flag: u8,
     /// Routers on the way that the other side's segments did not pass.
     hops: u8,
+    /// It contradicts the stream.
+    is_lie: bool,
 }
 
 /// In-order cuts of a stream with repetitions and overlaps in between.
@@ -54,6 +56,37 @@ fn cuts(dice: &mut Dice, stream: &[u8], fin: bool) -> Vec<Cut> {
     cuts
 }
 
+/// Puts one more segment among the cuts of a stream, which repeats what was sent, most often with what is new behind it,
+/// and lies about a byte or the end. Gives where it is.
+fn insert_lie(dice: &mut Dice, cuts: &mut Vec<Cut>, stream: &[u8]) -> usize {
+    let at = 1 + dice.below(cuts.len());
+    let ends = cuts[..at].iter().map(|cut| cut.from + cut.data.len());
+    let sent = ends.max().unwrap_or(0);
+    let from = sent - 1 - dice.below(sent.min(300));
+    let end = (sent + dice.below(200)).clamp(from + 1, stream.len());
+    let mut lie = Cut {
+        from,
+        data: stream[from..end].to_vec(),
+        is_lie: true,
+        ..Cut::default()
+    };
+    // Anywhere, or among the bytes around what is new.
+    let new = (sent - from).saturating_sub(dice.below(4));
+    let place = [dice.below(end - from), new.min(end - from - 1)][dice.below(2)];
+    match dice.below(4) {
+        0 => lie.data[place] ^= 1 << dice.below(8),
+        1 => lie.data.insert(place, dice.below(4) as u8),
+        2 if lie.data.len() > 1 => drop(lie.data.remove(place)),
+        2 => lie.data[place] ^= 1,
+        _ => {
+            lie.data.truncate(place + 1);
+            lie.fin = from + lie.data.len() < stream.len();
+        }
+    }
+    cuts.insert(at, lie);
+    at
+}
+
 /// The SVM's output may come in any order within a window (it does not, over TCP, but the
 /// comparator must not care).
 fn shuffle(dice: &mut Dice, cuts: &mut [Cut]) {
@@ -75,6 +108,12 @@ struct Run {
     /// How far the released bytes reach without a hole.
     high: usize,
     released: Vec<(usize, Vec<u8>, bool, Right)>,
+    /// What the client had acknowledged.
+    acked: usize,
+    /// How much had left, and the client had acknowledged, when each segment left.
+    had: Vec<(usize, usize)>,
+    /// How many segments, and how much, had left before the SVM lied.
+    before_lie: Option<(usize, usize)>,
     checkpoints: usize,
     reports: Vec<u64>,
     svm_source: SvmSource,
@@ -104,6 +143,9 @@ impl Run {
             epoch: first + 1,
             high: 0,
             released: Vec::new(),
+            acked: 0,
+            had: Vec::new(),
+            before_lie: None,
             checkpoints: 0,
             reports: Vec::new(),
             svm_source: SvmSource::default(),
@@ -199,6 +241,7 @@ impl Run {
         let place = self.place(up_to);
         let ack = Segment::new(self.side).to_guest().seq(8).ack(place).bytes();
         self.collect();
+        self.acked = self.acked.max(up_to);
         self.input(&ack);
     }
 
@@ -223,6 +266,7 @@ impl Run {
                     let from = tcp.seq.wrapping_sub(self.place(0)) as usize;
                     assert!(from <= self.high, "a hole was released");
                     let data = bytes[usize::from(tcp.payload_at)..].to_vec();
+                    self.had.push((self.high, self.acked));
                     self.high = self.high.max(from + data.len());
                     self.released.push((from, data, tcp.has(FIN), right));
                 }
@@ -258,6 +302,10 @@ impl Run {
                 next_pvm += 1;
             } else {
                 let bytes = self.segment(&svm[next_svm]);
+                if svm[next_svm].is_lie {
+                    self.collect();
+                    self.before_lie = Some((self.released.len(), self.high));
+                }
                 self.svm(&bytes);
                 next_svm += 1;
             }
@@ -437,6 +485,46 @@ proptest! {
         run.now_us += 1_000_000;
         run.path.handle_timeout(run.now_us, &mut run.frames);
         run.collect_any();
+        let epoch = run.path.cut(run.now_us).unwrap();
+        run.path.commit(run.now_us, &mut run.frames, epoch).unwrap();
+        prop_assert_eq!(run.path.held_frames(), 0);
+        run.collect_any();
+        run.finish();
+    }
+
+    #[test]
+    fn what_one_repetition_lies_about_never_leaves(seed in 1u64..) {
+        let mut dice = Dice(seed);
+        let stream = stream(&mut dice);
+        let mut run = Run::new(&mut dice);
+        let mut pvm = cuts(&mut dice, &stream, false);
+        let mut svm = cuts(&mut dice, &stream, false);
+        let is_of_svm = dice.chance(50);
+        let liar = if is_of_svm { &mut svm } else { &mut pvm };
+        let at = insert_lie(&mut dice, liar, &stream);
+        let lie = liar[at].clone();
+        shuffle(&mut dice, &mut svm);
+        run.play(&mut dice, &pvm, &svm, true);
+        run.now_us += 1_000_000;
+        run.path.handle_timeout(run.now_us, &mut run.frames);
+        run.collect();
+        for ((from, data, fin, right), (_, acked)) in run.released.iter().zip(&run.had) {
+            prop_assert!(matches!(right, Right::Match | Right::Free));
+            for (byte, place) in data.iter().zip(*from..) {
+                // What the client has acknowledged it does not take again.
+                prop_assert!(place < *acked || stream.get(place) == Some(byte), "{place} of {lie:?}");
+            }
+            prop_assert!(!fin || from + data.len() < *acked, "the end in {lie:?}");
+        }
+        // A byte about which the SVM has lied is not the PVM's any more, unless it has left before. A digest does not say
+        // which bytes are lies: there the SVM has sent what leaves, and may have sent other bytes besides.
+        if let (Some((segments, high)), false) = (run.before_lie, env!("CARGO_CRATE_NAME") == "digests") {
+            let differs = |place: &usize| lie.data.get(place - lie.from) != stream.get(*place);
+            let lies = (lie.from.max(high)..lie.from + lie.data.len() + usize::from(lie.fin)).find(differs);
+            let ends = run.released[segments..].iter().map(|(from, data, ..)| from + data.len());
+            let reach = ends.max().unwrap_or(0);
+            prop_assert!(lies.is_none_or(|place| reach <= place), "{lies:?} of {lie:?}");
+        }
         let epoch = run.path.cut(run.now_us).unwrap();
         run.path.commit(run.now_us, &mut run.frames, epoch).unwrap();
         prop_assert_eq!(run.path.held_frames(), 0);

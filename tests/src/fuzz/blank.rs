@@ -62,17 +62,18 @@ pub fn header_signature(frame: &[u8], packet: &Packet) -> (Vec<u8>, Option<u32>)
     let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
     let mut bytes = frame[..l4].to_vec();
     blank_network(&mut bytes, packet);
+    // ECN differs with segments that are sent again, the length with segmentation; fragments have the ECN of their datagram.
+    let ecn: u8 = if packet.tcp.is_some() { 3 } else { 0 };
     match packet.network {
-        // ECN differs with segmentation, like the length.
         Network::V4 => {
-            bytes[l3 + 1] &= 0xfc;
+            bytes[l3 + 1] &= !ecn;
             zero(&mut bytes, l3 + 2, 2);
             if packet.key.protocol() == Protocol::Fragment {
                 zero(&mut bytes, l3 + 6, 2);
             }
         }
         Network::V6 => {
-            bytes[l3 + 1] &= 0xcf;
+            bytes[l3 + 1] &= !(ecn << 4);
             zero(&mut bytes, l3 + 4, 2);
             if packet.fragment_header != 0 {
                 // Place and flag, and the reserved byte before them, which receivers ignore.

@@ -64,16 +64,11 @@ pub(crate) fn run(
     Ok(Some(summary.is_same()))
 }
 
-fn released(summary: &Summary) -> u64 {
-    let stats = &summary.stats;
-    stats.released_by_match + stats.released_by_checkpoint + stats.released_free
-}
-
 fn line(summary: &Summary) -> String {
     format!(
         "{} pairs compared, {} frames released, {} still held; {} checkpoints due, {} taken",
         summary.stats.compared,
-        released(summary),
+        summary.stats.released(),
         summary.held,
         summary.requests,
         summary.checkpoints
@@ -90,11 +85,12 @@ fn document(summary: &Summary) -> Value {
     };
     json!({
         "pairs": summary.stats.compared,
-        "released": released(summary),
+        "released": summary.stats.released(),
         "held": summary.held,
-        "dropped": 0,
+        "dropped": summary.dropped,
         "divergences": summary.divergences.iter().map(divergence).collect::<Vec<_>>(),
         "requests": summary.requests,
         "checkpoints": summary.checkpoints,
+        "flows": summary.flows,
     })
 }

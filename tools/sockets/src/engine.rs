@@ -86,6 +86,8 @@ pub(crate) struct Engine {
     requests: u64,
     divergences: Vec<Divergence>,
     checkpoints: u64,
+    /// Frames of the secondary that a checkpoint made void before they stood for anything.
+    voided: u64,
 }
 
 impl Engine {
@@ -124,6 +126,7 @@ impl Engine {
             requests: 0,
             divergences: Vec::with_capacity(DIVERGENCES_KEPT),
             checkpoints: 0,
+            voided: 0,
         }
     }
 
@@ -321,9 +324,11 @@ impl Engine {
                 Action::Checkpoint(divergence) => self.request(now_us, &divergence)?,
                 // Nobody is told what was released, and there is no input that could be mirrored.
                 Action::Mirror { token, .. } => self.slab.release(token),
-                Action::SvmReleased { svm_seq } => {
-                    self.svm_settled += u64::from(svm_seq > self.svm_forgotten);
+                Action::SvmReleased { svm_seq } if svm_seq > self.svm_forgotten => {
+                    self.svm_settled += 1
                 }
+                // It had done its duty before the checkpoint, only the word comes after it.
+                Action::SvmReleased { .. } => self.voided -= 1,
                 Action::PendingReleased { .. } | Action::Fetch { .. } => {}
             }
         }
@@ -384,6 +389,7 @@ impl Engine {
         self.path.commit(now_us, &mut self.slab, epoch)?;
         self.path.caught_up(now_us, self.path.epoch());
         // A commit forgets all output of the secondary.
+        self.voided += self.svm_unmatched();
         (self.svm_forgotten, self.svm_settled) = (self.svm_seq, 0);
         Ok(())
     }
@@ -493,9 +499,12 @@ impl Engine {
         }
         self.await_last_checkpoint(now_us)?;
         self.write_the_rest()?;
+        let stats = *self.path.stats();
         let summary = Summary {
-            stats: *self.path.stats(),
+            stats,
             held: self.path.held_frames() as u64,
+            dropped: self.voided + self.svm_unmatched() + stats.svm_surplus,
+            flows: self.path.flows() as u64 + stats.flows_evicted + stats.flows_expired,
             requests: self.requests,
             divergences: self.divergences,
             checkpoints: self.checkpoints,
@@ -558,8 +567,8 @@ fn log(divergence: &Divergence) {
         cause = cause.name(),
         flow,
         offset,
-        primary = format_args!("{:02x?}", primary.bytes()),
-        secondary = format_args!("{:02x?}", secondary.bytes()),
+        %primary,
+        %secondary,
         "diverged: a checkpoint is due"
     );
 }

@@ -73,6 +73,10 @@ pub struct Summary {
     pub stats: PrimaryStats,
     /// Frames of the primary that never left.
     pub held: u64,
+    /// Frames of the secondary that stood for nothing that left; the primary's are never dropped.
+    pub dropped: u64,
+    /// Flows that were known; one that was forgotten and came back counts twice.
+    pub flows: u64,
     /// Checkpoints that were asked for.
     pub requests: u64,
     /// The first [`DIVERGENCES_KEPT`] reasons for that.

@@ -284,7 +284,7 @@ impl PrimaryShell {
     fn pair_event(&mut self, event: PairEvent) {
         match event {
             PairEvent::CheckpointWanted(divergence) => {
-                tracing::debug!("checkpoint wanted: {divergence:?}");
+                tracing::debug!("checkpoint wanted: {divergence}");
                 self.cause.get_or_insert(divergence.cause.name());
                 self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
             }

@@ -1,7 +1,7 @@
 //! Which header bytes may rightly differ between two equal outputs.
 //!
 //! Ignored: IPv4 identification and header checksum, IPv6 flow label and fragment identification,
-//! transport checksums, the ECN mark "congestion experienced". Everything else counts.
+//! transport checksums, the ECN mark "congestion experienced", of TCP segments the ECN codepoint. Everything else counts.
 
 use super::{Layout, Network};
 
@@ -69,8 +69,9 @@ fn plain_headers_agree(a: &[u8], b: &[u8]) -> bool {
 }
 
 /// Compares what counts of the network headers of two TCP segments, or of two fragments, that need
-/// not have the same length: addresses and ports are equal already, lengths and ECN differ with
-/// segmentation, places and identifications with fragmentation.
+/// not have the same length: addresses and ports are equal already, lengths differ with segmentation,
+/// places and identifications with fragmentation. The ECN codepoint of segments does not count, because
+/// retransmissions have none (RFC 3168, 6.1.5); a fragment has that of its datagram.
 #[inline(always)]
 pub(crate) fn header_difference(
     a: &[u8],
@@ -106,6 +107,17 @@ fn header_difference_of_any(
         // Traffic class without ECN, hop limit.
         _ => [(l3, 0x0f), (l3 + 1, 0xc0), (l3 + 7, 0xff)],
     };
+    let codepoint = |bytes: &[u8]| {
+        let shift = if a_packet.network == Network::V4 {
+            0
+        } else {
+            4
+        };
+        let mut byte = [bytes[l3 + 1]];
+        mask_ecn(&mut byte, 0, shift);
+        byte[0] >> shift & 3
+    };
+    let is_marked = a_packet.fragment.is_some() && codepoint(a) != codepoint(b);
     let options_at = if a_packet.network == Network::V4 {
         l3 + 20
     } else {
@@ -123,6 +135,7 @@ fn header_difference_of_any(
                 .find(|(at, mask)| differs(*at, *mask))
                 .map(|(at, _)| at)
         })
+        .or(is_marked.then_some(l3 + 1))
         .or_else(|| (options_at..options_end).find(|at| differs(*at, 0xff)));
     place.map(|at| at as u32)
 }
