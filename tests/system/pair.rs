@@ -297,6 +297,20 @@ fn checkpoints_come_periodically_when_asked_for_and_cover_what_was_written() {
     let last = &status["last_checkpoint"];
     assert!(number(last, "audit_us") > 0, "audited: {last:#}");
     assert_eq!(last["cause"], "periodic");
+    let sum = |document: &Value, parts: &[&str]| -> u64 {
+        parts.iter().map(|part| number(document, part)).sum()
+    };
+    let parts = ["quiesce_us", "state_us", "collect_us", "stabilise_us"];
+    let parts = sum(last, &parts) + sum(last, &["audit_us", "resume_us"]);
+    assert_eq!(parts, number(last, "pause_us"), "{last:#}");
+    let applied = pair.secondary.status().unwrap()["last_checkpoint"].take();
+    let parts = ["write_us", "load_us", "audit_us", "resume_us"];
+    assert_eq!(sum(&applied, &parts), number(&applied, "apply_us"));
+    assert!(
+        parts.iter().all(|part| number(&applied, part) > 0),
+        "{applied:#}"
+    );
+    assert!(number(&applied, "stage_us") > 0, "{applied:#}");
     let pages = &status["pages"];
     let sent: u64 = ["zero", "delta", "lz4", "raw"]
         .iter()

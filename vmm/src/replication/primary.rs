@@ -556,11 +556,15 @@ impl PrimaryShell {
         if first {
             self.times.sync_us = since_us;
             tracing::info!("protected: the secondary has the state");
-        } else {
-            self.times.committed(since_us);
         }
-        self.on_role(move |role, edge| role.commit(edge, epoch));
+        let workers = self.replica.machine.workers();
+        let held = PrimaryRole::on_workers(workers, move |role, edge| role.commit(edge, epoch));
         reached(Point::CommitReleased);
+        if !first {
+            let hold_us = held.iter().flatten().copied().max().unwrap_or(0);
+            self.times.committed(since_us, hold_us);
+        }
+        told(held);
     }
 
     fn order(&self, command: CaptureCommand) {

@@ -19,11 +19,12 @@ use colo_fastpath::pair::{
 };
 use colo_fastpath::worker::Edge;
 
+use super::applied::ApplyTimes;
 use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
-use super::report::{ApplyTimes, PairStatus, Standing, mode_name};
+use super::report::{PairStatus, Standing, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::pages::PageBitmap;
 use crate::checkpoint::stage::{self, StageCommand, StageEvent, StageOrders};
@@ -249,7 +250,7 @@ impl SecondaryShell {
             StageEvent::Applied { epoch, cost } => {
                 tracing::debug!("epoch {epoch} applied: {cost:?}");
                 self.dirty.clear();
-                self.times.applied(&cost);
+                self.times.applied(epoch, &cost);
                 self.applied_epoch = epoch;
                 self.core.handle(now, SecondaryEvent::Applied { epoch });
             }
