@@ -315,6 +315,8 @@ pub struct Standing {
     pub late_aborts: u64,
     /// Checkpoints that came whole when nobody wanted them any more.
     pub discarded_stages: u64,
+    /// Requests for a checkpoint that another one covered.
+    pub coalesced_requests: u64,
     /// Connections to `link_listen` that were no colo link, or too many.
     pub refused_connections: u64,
 }
@@ -329,6 +331,7 @@ impl Standing {
             aborts: counters.aborts,
             late_aborts: counters.late_aborts,
             discarded_stages: counters.discarded,
+            coalesced_requests: counters.coalesced,
             ..self
         }
     }
@@ -535,6 +538,7 @@ mod tests {
             late_aborts: 2,
             discarded: 3,
             storms: 4,
+            coalesced: 9,
             ..Counters::default()
         };
         let standing = Standing {
@@ -562,6 +566,7 @@ mod tests {
             "/page_channel/zero_copy_off",
             "/page_cache/evicted",
             "/stabilise/fallbacks",
+            "/coalesced_requests",
         ]) {
             has(&primary, place, n);
         }

@@ -213,9 +213,11 @@ fn rule_7_one_checkpoint_is_in_flight_at_most() {
     assert!(b.event(PrimaryEvent::CheckpointWanted).is_empty());
     b.svm_stopped(8);
     assert!(b.event(PrimaryEvent::CheckpointWanted).is_empty());
+    assert_eq!(b.core.counters().coalesced, 1, "the second begins the next");
     b.event(PrimaryEvent::Captured { epoch: 8 });
     b.event(PrimaryEvent::Sent { epoch: 8 });
     assert!(b.event(PrimaryEvent::CheckpointWanted).is_empty());
+    assert_eq!(b.core.counters().coalesced, 2);
     assert_eq!(b.committed(8)[0], Action::Commit { epoch: 8 });
 }
 
