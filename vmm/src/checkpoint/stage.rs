@@ -162,6 +162,8 @@ impl StageError {
 #[derive(Debug)]
 struct Open {
     since: Instant,
+    /// Nothing of it is staged.
+    is_empty: bool,
     /// Why it will be refused.
     refusal: Option<StageError>,
 }
@@ -320,6 +322,7 @@ impl StageThread {
                     self.key = key.map(PageKey::new);
                     self.open = Some(Open {
                         since: Instant::now(),
+                        is_empty: true,
                         refusal: None,
                     });
                 }
@@ -345,6 +348,9 @@ impl StageThread {
                         _ => Ok(()),
                     };
                     open.refusal = added.err();
+                    if std::mem::take(&mut open.is_empty) {
+                        reached(Point::MidStage);
+                    }
                 }
                 Ok(())
             }
@@ -517,6 +523,7 @@ impl StageThread {
         machine.release_queues()?;
         self.staging.write_pages(machine.ram())?;
         self.area.write_named(machine.ram())?;
+        reached(Point::PagesWritten);
         // What the apply wrote is what the primary has, so the SVM's dirty set starts empty here; whatever is written from
         // now on is not, and belongs to it.
         let mut forget = vec![0; machine.ram().bitmap_words()];

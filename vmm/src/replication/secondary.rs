@@ -29,6 +29,7 @@ use super::wait::Waiter;
 use crate::checkpoint::pages::PageBitmap;
 use crate::checkpoint::stage::{self, StageCommand, StageEvent, StageOrders};
 use crate::checkpoint::stop::{self, StopNumber};
+use crate::testpoint::{Point, reached};
 
 /// How a secondary's life ended.
 pub enum SecondaryEnd {
@@ -338,6 +339,7 @@ impl SecondaryShell {
             Action::Arbiter(cas) => self.asking.ask(cas),
             Action::StopSvm { epoch } => match self.stop_svm() {
                 Ok(()) => {
+                    reached(Point::Stopped);
                     let stop = self.stop.advance();
                     let dirty = Box::new(self.dirty.clone());
                     let generation = self.core.generation();
