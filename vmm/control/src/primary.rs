@@ -456,6 +456,7 @@ impl Primary {
                 self.end(Outcome::Off);
             }
             Msg::Refuse { reason } => {
+                self.counters.refusals += 1;
                 self.act(Action::Tell(Notice::Refused {
                     reason: reason.clone(),
                 }));

@@ -148,6 +148,10 @@ impl StageError {
     fn is_unfit(&self) -> bool {
         match self {
             Self::Count { .. } | Self::UnknownKind(_) | Self::Translations(_) => true,
+            // What was not committed is in the next one, too.
+            Self::Staging(e) => {
+                matches!(e, StagingError::TooLarge { .. } | StagingError::NoMemory(_))
+            }
             Self::Machine(e) => match e {
                 MachineError::Record(e) => !matches!(e, RecordError::Damaged(_)),
                 MachineError::Kvm(_) | MachineError::Shape { .. } => true,
@@ -608,6 +612,8 @@ mod tests {
         };
         assert!(unfit(differs.into()));
         assert!(!unfit(RecordError::Damaged("vCPU").into()));
+        let too_large = StageError::from(StagingError::TooLarge { limit_mib: 1 });
+        assert!(too_large.is_unfit() && too_large.to_string().contains("stage_mib = 1"));
         let twice = StagingError::Twice { number: 7 };
         assert!(!StageError::from(twice).is_unfit());
         assert!(StageError::UnknownKind(99).is_unfit());

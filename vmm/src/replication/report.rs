@@ -315,6 +315,8 @@ pub struct Standing {
     pub late_aborts: u64,
     /// Checkpoints that came whole when nobody wanted them any more.
     pub discarded_stages: u64,
+    /// Secondaries that could not have the first state.
+    pub refusals: u64,
     /// Requests for a checkpoint that another one covered.
     pub coalesced_requests: u64,
     /// Connections to `link_listen` that were no colo link, or too many.
@@ -331,6 +333,7 @@ impl Standing {
             aborts: counters.aborts,
             late_aborts: counters.late_aborts,
             discarded_stages: counters.discarded,
+            refusals: counters.refusals,
             coalesced_requests: counters.coalesced,
             ..self
         }
@@ -539,6 +542,7 @@ mod tests {
             discarded: 3,
             storms: 4,
             coalesced: 9,
+            refusals: 10,
             ..Counters::default()
         };
         let standing = Standing {
@@ -567,6 +571,7 @@ mod tests {
             "/page_cache/evicted",
             "/stabilise/fallbacks",
             "/coalesced_requests",
+            "/refusals",
         ]) {
             has(&primary, place, n);
         }

@@ -754,6 +754,7 @@ fn rule_22_a_secondary_that_cannot_have_the_state_says_why() {
         ]
     );
     assert_eq!(b.core.state(), PrimaryState::Alone);
+    assert_eq!(b.core.counters().refusals, 1);
 }
 
 #[test]
