@@ -255,12 +255,19 @@ fn rule_18_a_primary_that_was_deposed_in_a_checkpoint_is_silent_when_it_wakes() 
 fn the_primary_goes_on_without_its_secondary() {
     let Some(bench) = bench() else { return };
     let mut pair = pair(&bench.settings(), &bench);
+    assert_eq!(pair.primary.status().unwrap()["dirty_logging"], true);
     let load = load(&pair);
     until_a_random_moment();
     load.mark_kill();
     pair.secondary.kill().unwrap();
     let status = pair.wait_alone(Host::A).unwrap();
     assert_eq!(status["protected"], false);
+    // Nobody is there whom a log would be for.
+    let off = |status: &Value| status["dirty_logging"] == false;
+    let waited = pair
+        .primary
+        .wait_status("logs nothing", AFTERWARDS_TIMEOUT, off);
+    waited.unwrap();
     goes_on(&load);
     assert_clean(&load.finish().unwrap());
 }

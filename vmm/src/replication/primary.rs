@@ -603,6 +603,7 @@ impl PrimaryShell {
             role: "primary",
             state,
             protected: self.core.state() == PrimaryState::Paired,
+            dirty_logging: self.replica.machine.logs_dirty_pages(),
             page_streams: self.link.as_ref().map_or(0, |link| link.pages_end.len()),
             unprotected_reason: reason,
             unprotected_since: since,

@@ -286,6 +286,8 @@ pub struct Standing {
     pub unprotected_reason: String,
     /// Seconds since 1970.
     pub unprotected_since: u64,
+    /// Whether writes of the guest are logged: only while there is a peer that a checkpoint may be for.
+    pub dirty_logging: bool,
     /// TCP streams that checkpoints spread over; 0 without a peer.
     pub page_streams: usize,
     /// The arbiter's generation as last confirmed.

@@ -496,6 +496,7 @@ impl SecondaryShell {
             role: "secondary",
             state,
             protected: self.core.state() == SecondaryState::Standby,
+            dirty_logging: self.replica.machine.logs_dirty_pages(),
             page_streams: self.pages_end.len(),
             generation: self.core.generation(),
             epoch: self.applied_epoch + 1,
