@@ -63,8 +63,10 @@ struct Row {
     stolen_us_p50: f64,
     hold_us_p50: f64,
     commit_us_p50: f64,
-    /// Median of the bytes on the page channel.
+    /// Median of the bytes on the page channel, those of the digests that came the other way included.
     bytes_sent: f64,
+    /// Median of the latter alone.
+    digest_bytes: f64,
     /// Median of the bytes that had travelled ahead.
     ahead_bytes: f64,
     /// Median of the pages that the pause captured: the dirty ones without those that had.
@@ -147,7 +149,8 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         stolen_us_p50: median("stolen_us"),
         hold_us_p50: percentile(holds, 50),
         commit_us_p50: median("commit_us"),
-        bytes_sent: median("sent_bytes"),
+        bytes_sent: percentile(checkpoints.iter().map(channel_bytes), 50),
+        digest_bytes: median("digest_bytes"),
         ahead_bytes: percentile(ahead_bytes, 50),
         captured_pages,
         memcpy_us: memcpy_us(captured_pages as usize, settings.ram_mib as usize * MIB).median,
@@ -212,6 +215,11 @@ fn taken(status: &Value) -> u64 {
 
 fn number(checkpoint: &Value, key: &str) -> f64 {
     checkpoint[key].as_f64().unwrap_or(0.0)
+}
+
+/// What a checkpoint took of the page channel, both ways.
+fn channel_bytes(checkpoint: &Value) -> f64 {
+    number(checkpoint, "sent_bytes") + number(checkpoint, "digest_bytes")
 }
 
 /// Copies pages spread evenly over memory as large as the guest's into a buffer; both are as warm as
@@ -289,6 +297,12 @@ fn text(rows: &[Row]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn digests_count_as_bytes_of_their_checkpoint() {
+        let checkpoint = json!({"sent_bytes": 1000, "digest_bytes": 160});
+        assert_eq!(channel_bytes(&checkpoint), 1160.0);
+    }
 
     #[test]
     fn a_memcpy_takes_time_whatever_the_number_of_pages() {

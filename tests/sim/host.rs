@@ -17,7 +17,7 @@ use colo_compare::{
 };
 use colo_control::{
     Action, Cas, Msg, Primary, PrimaryEvent, PrimaryState, Record, Reply, Secondary,
-    SecondaryEvent, SecondaryState, Standing,
+    SecondaryEvent, SecondaryState, Standing, Step,
 };
 
 pub use ahead::AheadChunk;
@@ -105,6 +105,8 @@ pub struct SecondarySide {
     area: AreaSide,
     digest_at_stop: Option<u64>,
     link: Option<usize>,
+    /// The steps that both hosts were in when it first proposed to take over.
+    proposed_at: Option<[Option<Step>; 2]>,
 }
 
 pub enum Role {
@@ -171,6 +173,7 @@ impl Process {
             area: AreaSide::new(),
             digest_at_stop: None,
             link: None,
+            proposed_at: None,
         };
         Self::new(inc, Role::Secondary(Box::new(side)), None)
     }
@@ -373,10 +376,12 @@ impl Shell<'_> {
 
     fn primary_core(&mut self, event: PrimaryEvent) {
         let now = self.local_us();
-        if let Some(side) = self.primary() {
-            side.gaps_told += u64::from(event == PrimaryEvent::ClockGap);
-            side.core.handle(now, event);
-        }
+        let Some(side) = self.primary() else { return };
+        side.gaps_told += u64::from(event == PrimaryEvent::ClockGap);
+        let before = side.core.counters().coalesced;
+        side.core.handle(now, event);
+        let coalesced = side.core.counters().coalesced - before;
+        self.world.outcome.coalesced += coalesced;
     }
 
     fn secondary_core(&mut self, event: SecondaryEvent) {

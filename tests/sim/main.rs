@@ -108,6 +108,12 @@ fn every_seed_keeps_every_promise() {
         total.not_followed,
         timeouts.join(", ")
     );
+    let takeovers = Step::ALL.map(|step| format!("{step} {}", total.takeovers_at[step.index()]));
+    println!(
+        "{} requests coalesced; takeovers in the middle of: {}",
+        total.coalesced,
+        takeovers.join(", ")
+    );
     println!(
         "{} pages ahead, {} written again, {} named",
         total.ahead_sent, total.ahead_wasted, total.ahead_used
@@ -129,11 +135,15 @@ fn every_seed_keeps_every_promise() {
             total.stopped,
             total.ahead_wasted,
             total.ahead_used,
+            total.coalesced,
         ];
         assert!(!ways.contains(&0), "a way is never gone");
         for step in Step::ALL {
             let happens = total.timeouts[step.index()] > 0 || step == Step::Apply;
             assert!(happens, "step {step} never takes too long");
+            // Before a secondary holds a state it takes nothing over.
+            let happens = total.takeovers_at[step.index()] > 0 || step == Step::Sync;
+            assert!(happens, "no takeover in the middle of step {step}");
         }
     }
 }

@@ -15,10 +15,10 @@ use std::collections::BinaryHeap;
 
 use colo_compare::testing::GUEST_MAC;
 use colo_compare::{Direction, Protocol, wire};
-use colo_control::{Cas, PrimaryEvent, Record, Reply, Standing};
+use colo_control::{Cas, PrimaryEvent, Record, Reply, Standing, Step};
 
 use crate::client::{DatagramClient, Oracle, TcpClient, addressee};
-use crate::host::{Command, Process, Shell};
+use crate::host::{Command, Process, Role, Shell};
 use crate::link::{Channel, Link, LinkMsg};
 use crate::plan::{Fault, Mutation, Plan, Target, When};
 use crate::prng::Prng;
@@ -129,6 +129,8 @@ pub struct Host {
     pub gap_us: u64,
     may_start_us: u64,
     lost_holder_us: Option<u64>,
+    /// Of the checkpoint of its primary, as of the last event there; also of one that has died.
+    pub step: Option<Step>,
 }
 
 /// See the module.
@@ -183,6 +185,7 @@ impl World {
             gap_us: 0,
             may_start_us: 0,
             lost_holder_us: None,
+            step: None,
         });
         let passed = vec![0; plan.strikes.len()];
         let record = Record {
@@ -393,6 +396,9 @@ impl World {
             p: &mut process,
         }
         .handle(event);
+        if let Role::Primary(side) = &process.role {
+            self.hosts[host].step = side.core.step();
+        }
         if process.is_alive() {
             self.hosts[host].process = Some(process);
         }

@@ -16,6 +16,7 @@ use colo_lab::topology::{GUEST, GUEST_MAC, Host, pcap_frames};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
 use colo_tests::streams::Streams;
+use colo_vmm::testpoint::Point;
 use serde_json::Value;
 
 /// So many answers must come after a kill, and in what time.
@@ -169,23 +170,26 @@ fn full_streams_opened_after_the_last_checkpoint_survive_a_kill() {
 
 /// Runs a diverging load until host `at` stops at the named point, then lets `then` act, and expects the
 /// other host to go on with everything intact.
-fn stopped_at(point: &str, at: Host, then: impl FnOnce(&mut Pair)) {
+fn stopped_at(point: Point, at: Host, then: impl FnOnce(&mut Pair, &Bench)) {
     let Some(bench) = bench() else { return };
     let mut settings = bench.settings();
     // Time for the test to act before the other host acts by itself.
     settings.heartbeat_count = 50;
     // The first checkpoint is the one that makes the pair.
-    let variable = ("COLO_TEST_STOP_AT".to_owned(), format!("{point}:5"));
+    let variable = (
+        "COLO_TEST_STOP_AT".to_owned(),
+        format!("{}:5", point.name()),
+    );
     settings.environment[usize::from(at == Host::B)].push(variable);
     let mut pair = pair(&settings, &bench);
     let load = load(&pair);
     pair.process(at).wait_frozen(POINT_TIMEOUT).unwrap();
     load.mark_kill();
-    then(&mut pair);
+    then(&mut pair, &bench);
     goes_on(&load);
     let report = load.finish().unwrap();
     println!(
-        "{point}: outage {:?} us",
+        "{point:?}: outage {:?} us",
         report.probe.and_then(|probe| probe.outage_us)
     );
     assert_clean(&report);
@@ -193,16 +197,8 @@ fn stopped_at(point: &str, at: Host, then: impl FnOnce(&mut Pair)) {
 
 #[test]
 fn a_primary_may_die_at_any_point_of_a_checkpoint() {
-    let points = [
-        "svm-stopped",
-        "captured",
-        "mid-transfer",
-        "stage-sent",
-        "commit-received",
-        "commit-released",
-    ];
-    for point in points {
-        stopped_at(point, Host::A, |pair| {
+    for point in Point::PRIMARY {
+        stopped_at(point, Host::A, |pair, _| {
             pair.primary.kill().unwrap();
             pair.wait_alone(Host::B).unwrap();
         });
@@ -211,8 +207,8 @@ fn a_primary_may_die_at_any_point_of_a_checkpoint() {
 
 #[test]
 fn a_secondary_may_die_at_any_point_of_a_checkpoint() {
-    for point in ["staged", "commit-sent", "applied"] {
-        stopped_at(point, Host::B, |pair| {
+    for point in Point::SECONDARY {
+        stopped_at(point, Host::B, |pair, _| {
             pair.secondary.kill().unwrap();
             pair.wait_alone(Host::A).unwrap();
         });
@@ -221,11 +217,36 @@ fn a_secondary_may_die_at_any_point_of_a_checkpoint() {
 
 #[test]
 fn a_secondary_takes_over_from_any_point_of_a_checkpoint() {
-    for point in ["staged", "commit-sent", "applied"] {
-        stopped_at(point, Host::B, |pair| {
+    for point in Point::SECONDARY {
+        stopped_at(point, Host::B, |pair, _| {
             pair.primary.kill().unwrap();
             pair.secondary.resume().unwrap();
             pair.wait_alone(Host::B).unwrap();
+        });
+    }
+}
+
+/// Where a primary that wakes up has most to let go: a guest to run on, a commit to release, frames on their way to the NIC.
+const WAKES_AT: [Point; 3] = [Point::Paused, Point::CommitReceived, Point::CommitReleased];
+
+#[test]
+fn rule_18_a_primary_that_was_deposed_in_a_checkpoint_is_silent_when_it_wakes() {
+    for point in WAKES_AT {
+        stopped_at(point, Host::A, |pair, bench| {
+            // It stands still from here on.
+            let voices = Voices::listen(pair, bench);
+            pair.wait_alone(Host::B).unwrap();
+            pair.primary.resume().unwrap();
+            let awake = pair.primary.wait_exit(AFTERWARDS_TIMEOUT).unwrap();
+            assert_eq!(awake.code(), Some(DEPOSED), "{point:?}");
+            let [a, b] = voices.heard();
+            // A worker stopped between its look at the clock and the system call sends that one frame.
+            assert!(
+                a.len() <= 1,
+                "{point:?}: the primary sent {} frames",
+                a.len()
+            );
+            assert!(!b.is_empty(), "{point:?}: nobody speaks");
         });
     }
 }
@@ -234,12 +255,19 @@ fn a_secondary_takes_over_from_any_point_of_a_checkpoint() {
 fn the_primary_goes_on_without_its_secondary() {
     let Some(bench) = bench() else { return };
     let mut pair = pair(&bench.settings(), &bench);
+    assert_eq!(pair.primary.status().unwrap()["dirty_logging"], true);
     let load = load(&pair);
     until_a_random_moment();
     load.mark_kill();
     pair.secondary.kill().unwrap();
     let status = pair.wait_alone(Host::A).unwrap();
     assert_eq!(status["protected"], false);
+    // Nobody is there whom a log would be for.
+    let off = |status: &Value| status["dirty_logging"] == false;
+    let waited = pair
+        .primary
+        .wait_status("logs nothing", AFTERWARDS_TIMEOUT, off);
+    waited.unwrap();
     goes_on(&load);
     assert_clean(&load.finish().unwrap());
 }

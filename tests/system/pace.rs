@@ -296,3 +296,46 @@ fn rule_14_without_room_for_held_output_the_guest_stands_still_until_there_is() 
     let status = pair.wait_protected(Host::A).unwrap();
     assert_eq!(status["unprotected_reason"], "", "{status:#}");
 }
+
+/// What it was not given it will not have for the next checkpoint either: all that was dirty is dirty still.
+#[test]
+fn a_secondary_without_room_for_a_checkpoint_is_left_and_the_service_goes_on() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let mut settings = settings(&bench);
+    // Nothing travels before a checkpoint needs it.
+    settings.secondary_extra = "[checkpoint]\nstage_mib = 1\nahead_mib = 0\n".to_owned();
+    // Both write in their own time; that it differs takes a checkpoint.
+    settings.compare_deadline_ms = 5_000;
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    // Other contents on each.
+    let mut curl = pair.topology.client.command("curl");
+    curl.args(["-sS", "--fail", "--max-time", "60", "-X", "POST"]);
+    let output = curl
+        .arg(format!("http://{GUEST_V4}/dirty/2000/0/4096"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    // Whatever diverges.
+    let load = Load::start(&pair.topology.client, LoadConfig::new(4, 5)).unwrap();
+    let alone = |status: &Value| status["state"] == "alone";
+    let status = pair.primary.wait_status("alone", TIMEOUT, alone).unwrap();
+    let reason = status["unprotected_reason"].as_str().unwrap();
+    assert!(reason.contains("checkpoint.stage_mib = 1"), "{reason}");
+    assert!(number(&status, "aborts") > 0, "{status:#}");
+    // It does not come again with the same configuration.
+    let ended = pair.secondary.wait_exit(TIMEOUT).unwrap();
+    assert_eq!(ended.code(), Some(3), "{}", pair.secondary.log_tail());
+    assert!(
+        load.wait_answers(2_000, TIMEOUT),
+        "the service stands still"
+    );
+    let report = load.finish().unwrap();
+    assert_eq!(
+        (report.client_errors, report.wrong_responses),
+        (0, 0),
+        "{:#?}",
+        report.notes
+    );
+}

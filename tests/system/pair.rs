@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
-use colo_lab::pair::Pair;
+use colo_lab::pair::{Pair, Settings};
+use colo_lab::testpmd::HugePages;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
@@ -318,6 +319,20 @@ fn checkpoints_come_periodically_when_asked_for_and_cover_what_was_written() {
     let last = &status["last_checkpoint"];
     assert!(number(last, "audit_us") > 0, "audited: {last:#}");
     assert_eq!(last["cause"], "periodic");
+    let sum = |document: &Value, parts: &[&str]| -> u64 {
+        parts.iter().map(|part| number(document, part)).sum()
+    };
+    let parts = ["quiesce_us", "state_us", "collect_us", "stabilise_us"];
+    let parts = sum(last, &parts) + sum(last, &["audit_us", "resume_us"]);
+    assert_eq!(parts, number(last, "pause_us"), "{last:#}");
+    let applied = pair.secondary.status().unwrap()["last_checkpoint"].take();
+    let parts = ["write_us", "load_us", "audit_us", "resume_us"];
+    assert_eq!(sum(&applied, &parts), number(&applied, "apply_us"));
+    assert!(
+        parts.iter().all(|part| number(&applied, part) > 0),
+        "{applied:#}"
+    );
+    assert!(number(&applied, "stage_us") > 0, "{applied:#}");
     let pages = &status["pages"];
     let sent: u64 = ["zero", "delta", "lz4", "raw"]
         .iter()
@@ -325,4 +340,42 @@ fn checkpoints_come_periodically_when_asked_for_and_cover_what_was_written() {
         .sum();
     assert!(sent > 0 && number(pages, "equal") > 0, "{pages:#}");
     assert_paired(&mut pair);
+}
+
+/// Memory of huge pages that a process has, in KiB.
+fn huge_kib(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let of = |line: &str| -> Option<u64> {
+        let (name, value) = line.split_once(':')?;
+        let is_huge = matches!(name, "Shared_Hugetlb" | "Private_Hugetlb");
+        is_huge.then(|| value.trim().trim_end_matches(" kB").parse().unwrap())
+    };
+    text.lines().filter_map(of).sum()
+}
+
+#[test]
+fn memory_of_huge_pages_stays_so_when_dirty_logging_begins() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let settings = Settings {
+        huge_pages: true,
+        ..bench.settings()
+    };
+    // Of both guests.
+    let _reserved = HugePages::reserve(2 * settings.ram_mib as usize).unwrap();
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    clients::redis_cli(&pair.topology.client, GUEST[0]);
+    let status = pair.primary.status().unwrap();
+    assert_eq!(status["dirty_logging"], true, "{status:#}");
+    let kib = [&pair.primary, &pair.secondary].map(|host| huge_kib(host.pid()));
+    assert!(kib.iter().all(|kib| *kib > 0), "{kib:?}");
+    // What runs on alone has no less, and logs nothing.
+    pair.secondary.kill().unwrap();
+    let off = |status: &Value| status["dirty_logging"] == false;
+    let timeout = Duration::from_secs(30);
+    pair.primary
+        .wait_status("logs nothing", timeout, off)
+        .unwrap();
+    assert!(huge_kib(pair.primary.pid()) >= kib[0]);
 }

@@ -2,8 +2,9 @@
 //!
 //! `primary` and `secondary` carry out what the cores of `colo-control` decide; `link` and `control_link` are the
 //! channels, `opening` opens those for packets, `arbiter` is the generation file (`asking` its thread, `name` this host's
-//! name there), `report` what `colo status` shows.
+//! name there), `report` what `colo status` shows (`applied`: of a secondary's checkpoints).
 
+mod applied;
 pub mod arbiter;
 mod asking;
 mod control_link;

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub enum Point {
     /// Primary: the SVM has stopped, nothing is captured yet.
     SvmStopped,
+    /// Primary: captured, the PVM stands still yet.
+    Paused,
     /// Primary: captured, the guest runs on, nothing is sent.
     Captured,
     /// Primary: half of the stage is on the link.
@@ -21,18 +23,25 @@ pub enum Point {
     CommitReceived,
     /// Primary: the commit is handed to the worker for release.
     CommitReleased,
+    /// Secondary: the SVM stands still, nobody is told.
+    Stopped,
+    /// Secondary: a part of the stage has come.
+    MidStage,
     /// Secondary: the stage is whole, nobody is told.
     Staged,
     /// Secondary: the commit is sent, nothing is applied.
     CommitSent,
+    /// Secondary: the pages are those of the commit, the rest of the state is not.
+    PagesWritten,
     /// Secondary: applied, the SVM has not resumed.
     Applied,
 }
 
 impl Point {
     /// All points of a primary, in the order of a checkpoint.
-    pub const PRIMARY: [Self; 6] = [
+    pub const PRIMARY: [Self; 7] = [
         Self::SvmStopped,
+        Self::Paused,
         Self::Captured,
         Self::MidTransfer,
         Self::StageSent,
@@ -40,19 +49,30 @@ impl Point {
         Self::CommitReleased,
     ];
     /// All points of a secondary, in the order of a checkpoint.
-    pub const SECONDARY: [Self; 3] = [Self::Staged, Self::CommitSent, Self::Applied];
+    pub const SECONDARY: [Self; 6] = [
+        Self::Stopped,
+        Self::MidStage,
+        Self::Staged,
+        Self::CommitSent,
+        Self::PagesWritten,
+        Self::Applied,
+    ];
 
     /// The name in the variable.
     pub const fn name(self) -> &'static str {
         match self {
             Self::SvmStopped => "svm-stopped",
+            Self::Paused => "paused",
             Self::Captured => "captured",
             Self::MidTransfer => "mid-transfer",
             Self::StageSent => "stage-sent",
             Self::CommitReceived => "commit-received",
             Self::CommitReleased => "commit-released",
+            Self::Stopped => "stopped",
+            Self::MidStage => "mid-stage",
             Self::Staged => "staged",
             Self::CommitSent => "commit-sent",
+            Self::PagesWritten => "pages-written",
             Self::Applied => "applied",
         }
     }

@@ -94,6 +94,8 @@ pub struct PrimaryRole {
     batch: Vec<Token>,
     output_batch: Vec<(u64, u64, Token)>,
     hold_us: Histogram<u64>,
+    /// Of what was released since the last commit began to release.
+    longest_hold_us: u64,
     hold: HoldWatch,
     reports: Reports,
     digest_key: Option<[u8; 16]>,
@@ -139,6 +141,7 @@ impl PrimaryRole {
             batch: Vec::with_capacity(BATCH),
             output_batch: Vec::with_capacity(BATCH),
             hold_us: hold_us.expect("constant bounds"),
+            longest_hold_us: 0,
             hold: HoldWatch::new(config.limits.max_held_frames),
             reports: Reports::new(config.frame_slots as usize),
             digest_key: config.digest_key,
@@ -339,6 +342,7 @@ impl PrimaryRole {
             match action {
                 Action::Release { token, held_us, .. } => {
                     self.hold_us.saturating_record(held_us.max(1));
+                    self.longest_hold_us = self.longest_hold_us.max(held_us);
                     edge.may_leave(&token);
                     self.queue_for_nic(token);
                 }

@@ -390,6 +390,26 @@ fn primary() -> (Host, Lease) {
     (host, lease)
 }
 
+#[test]
+fn rule_17_a_commit_tells_how_long_what_it_releases_was_held() {
+    const HELD_US: u64 = 5_000;
+    let (mut host, _lease) = primary();
+    host.send(&output(1));
+    host.step(now_us() - HELD_US);
+    let commit = |host: &Host| {
+        PrimaryRole::on_worker(&host.worker, |role, edge| {
+            let cut = role.cut(edge, false).unwrap();
+            (cut.pending.len(), role.commit(edge, cut.epoch))
+        })
+        .unwrap()
+    };
+    let (pending, held_us) = commit(&host);
+    assert_eq!(pending, 1);
+    assert!(held_us >= HELD_US, "{held_us}");
+    // Nothing left by this one.
+    assert_eq!(commit(&host), (0, 0));
+}
+
 impl Host {
     /// Both guests send the same, and it leaves at that time.
     fn release(&mut self, now_us: u64, seq: u64) {

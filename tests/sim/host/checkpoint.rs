@@ -356,6 +356,9 @@ impl Shell<'_> {
         p.link = None;
         p.run_pct = 100;
         self.world.outcome.takeovers += 1;
+        for step in side.proposed_at.into_iter().flatten().flatten() {
+            self.world.outcome.takeovers_at[step.index()] += 1;
+        }
         self.pass("took_over");
     }
 }

@@ -142,6 +142,11 @@ impl Shell<'_> {
                 true => self.mutated(Mutation::GoAloneUnasked) && *standing == Standing::Alone,
                 false => self.mutated(Mutation::TakeOverUnasked),
             };
+            let primary_step = self.world.hosts[1 - host].step;
+            if let Some(side) = self.secondary() {
+                let steps = [primary_step, side.core.step()];
+                side.proposed_at.get_or_insert(steps);
+            }
             self.pass(if is_primary {
                 "paired_asked"
             } else {

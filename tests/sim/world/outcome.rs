@@ -9,6 +9,11 @@ pub struct Outcome {
     pub trace: Vec<String>,
     pub answers: u64,
     pub takeovers: u64,
+    /// By the step that the checkpoint was in: on the primary when it was last at work, and on the secondary when it proposed
+    /// to take over.
+    pub takeovers_at: [u64; Step::COUNT],
+    /// Requests for a checkpoint that another one covered.
+    pub coalesced: u64,
     pub commits: u64,
     pub matches: u64,
     pub digests: u64,
@@ -44,6 +49,7 @@ impl Outcome {
         let pairs = [
             (&mut self.answers, other.answers),
             (&mut self.takeovers, other.takeovers),
+            (&mut self.coalesced, other.coalesced),
             (&mut self.commits, other.commits),
             (&mut self.matches, other.matches),
             (&mut self.digests, other.digests),
@@ -62,7 +68,8 @@ impl Outcome {
             (&mut self.lost, other.lost + u64::from(other.vm_lost)),
         ];
         let steps = self.timeouts.iter_mut().zip(other.timeouts);
-        for (sum, n) in pairs.into_iter().chain(steps) {
+        let takeovers = self.takeovers_at.iter_mut().zip(other.takeovers_at);
+        for (sum, n) in pairs.into_iter().chain(steps).chain(takeovers) {
             *sum += n;
         }
     }

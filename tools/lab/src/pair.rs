@@ -57,6 +57,8 @@ pub struct Settings {
     pub colo: PathBuf,
     /// Guest memory.
     pub ram_mib: u32,
+    /// Whether it is of huge pages, where the host has reserved enough.
+    pub huge_pages: bool,
     /// How the worker waits: `adaptive` or another mode of `[host] poll`.
     pub poll: String,
     /// The mode of AF_XDP (`auto`, `driver`, `generic`) on the uplink; without it, a TAP device.
@@ -95,6 +97,7 @@ impl Settings {
         Self {
             colo: colo.into(),
             ram_mib: 128,
+            huge_pages: false,
             poll: "adaptive".to_owned(),
             xdp: None,
             shards: 1,
@@ -135,11 +138,12 @@ impl Settings {
 
     fn machine(&self, status: &Path) -> String {
         format!(
-            "[vm]\nname = \"demo\"\nkernel = \"builtin:demo\"\nram_mib = {}\nvcpus = 1\n\
+            "[vm]\nname = \"demo\"\nkernel = \"builtin:demo\"\nram_mib = {}\nhugepages = {}\nvcpus = 1\n\
              cmdline = \"ip={GUEST_V4}/24 ip6={GUEST_V6}/64\"\n\n\
              [net]\n{}\nmac = \"{GUEST_MAC}\"\nmtu = 1500\n\n\
              [host]\nshards = {}\npoll = \"{}\"\ntx = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
             self.ram_mib,
+            self.huge_pages,
             self.nic(),
             self.shards,
             self.poll,

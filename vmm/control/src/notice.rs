@@ -96,6 +96,11 @@ pub struct Counters {
     pub storms: u64,
     /// Stages that came whole when nobody wanted them any more.
     pub discarded: u64,
+    /// Secondaries that left because they could not have the first state (rule 22).
+    pub refusals: u64,
+    /// Requests for a checkpoint that another one covers: it is in flight and captures nothing yet, or it is asked for already
+    /// (rule 14).
+    pub coalesced: u64,
     /// Synchronisations given up because the guest dirties faster than the link carries.
     pub not_followed: u64,
 }

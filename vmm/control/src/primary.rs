@@ -233,6 +233,11 @@ impl Primary {
         self.epoch
     }
 
+    /// The step that the checkpoint in flight is in.
+    pub fn step(&self) -> Option<crate::Step> {
+        self.checkpoint.as_ref().map(|c| c.step)
+    }
+
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
@@ -451,6 +456,7 @@ impl Primary {
                 self.end(Outcome::Off);
             }
             Msg::Refuse { reason } => {
+                self.counters.refusals += 1;
                 self.act(Action::Tell(Notice::Refused {
                     reason: reason.clone(),
                 }));

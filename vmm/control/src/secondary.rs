@@ -187,6 +187,16 @@ impl Secondary {
         self.halted.is_some()
     }
 
+    /// The step that the checkpoint in flight is in.
+    pub fn step(&self) -> Option<Step> {
+        match self.phase {
+            Phase::Resting => None,
+            Phase::Stopping(_) => Some(Step::Stop),
+            Phase::Staging(_) => Some(Step::Stage),
+            Phase::Applying(_) => Some(Step::Apply),
+        }
+    }
+
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()

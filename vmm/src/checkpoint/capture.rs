@@ -431,6 +431,7 @@ impl CaptureThread {
         machine.pause_vcpus_for_capture()?;
         let mut cost = CaptureCost::default();
         let outcome = self.capture_stopped(order, urgency, start, &mut cost);
+        reached(Point::Paused);
         let resumed = machine.resume_workers();
         machine.resume_vcpus()?;
         cost.pause_us = start.elapsed().as_micros() as u64;

@@ -7,6 +7,7 @@
 //! Does not decide: the control thread orders the apply (`orders`). What a checkpoint must have is in `accept`.
 
 mod accept;
+mod cost;
 mod orders;
 
 use std::net::TcpStream;
@@ -21,21 +22,23 @@ use colo_fastpath::ring::MemoryError;
 use colo_fastpath::worker::Edge;
 
 use super::ahead;
-use super::ahead::area::{Area, AreaCounters, AreaError};
+use super::ahead::area::{Area, AreaError};
 use super::audit::{AuditError, Image, StateRecords, Summary};
-use super::channel::{ChannelError, Counters, Event, Kind, PageChannel, Settings};
+use super::channel::{ChannelError, Event, Kind, PageChannel, Settings};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
-use super::staging::{LiveMemory, StagedPages, Staging, StagingError};
+use super::staging::{LiveMemory, Staging, StagingError};
 use super::stop::StopNumber;
 use crate::machine::record::RecordError;
 use crate::machine::{ClockJump, Machine, MachineError};
 use crate::testpoint::{Point, reached};
 
 use accept::Accepted;
+use cost::Laps;
 use orders::{Word, await_word};
 
+pub use cost::ApplyCost;
 pub use orders::{StageCommand, StageOrders};
 
 /// How long one wait lasts; a wake-up ends it.
@@ -92,27 +95,6 @@ pub enum StageEvent {
     },
 }
 
-/// What a checkpoint cost the secondary.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ApplyCost {
-    /// From its first chunk until it was accepted.
-    pub stage_us: u64,
-    /// From the order until the SVM ran.
-    pub apply_us: u64,
-    /// Part of it: writing pages.
-    pub write_us: u64,
-    /// Part of it: registers, devices and the packet side.
-    pub load_us: u64,
-    /// Pages written.
-    pub pages: u64,
-    /// What had come ahead, since the start.
-    pub area: AreaCounters,
-    /// And what the page channel has counted.
-    pub channel: Counters,
-    /// How pages were staged, since the start.
-    pub staged: StagedPages,
-}
-
 /// Why a stage is refused or an apply failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StageError {
@@ -166,6 +148,10 @@ impl StageError {
     fn is_unfit(&self) -> bool {
         match self {
             Self::Count { .. } | Self::UnknownKind(_) | Self::Translations(_) => true,
+            // What was not committed is in the next one, too.
+            Self::Staging(e) => {
+                matches!(e, StagingError::TooLarge { .. } | StagingError::NoMemory(_))
+            }
             Self::Machine(e) => match e {
                 MachineError::Record(e) => !matches!(e, RecordError::Damaged(_)),
                 MachineError::Kvm(e) => !e.is_passing(),
@@ -181,6 +167,8 @@ impl StageError {
 #[derive(Debug)]
 struct Open {
     since: Instant,
+    /// Nothing of it is staged.
+    is_empty: bool,
     /// Why it will be refused.
     refusal: Option<StageError>,
 }
@@ -339,6 +327,7 @@ impl StageThread {
                     self.key = key.map(PageKey::new);
                     self.open = Some(Open {
                         since: Instant::now(),
+                        is_empty: true,
                         refusal: None,
                     });
                 }
@@ -364,6 +353,9 @@ impl StageThread {
                         _ => Ok(()),
                     };
                     open.refusal = added.err();
+                    if std::mem::take(&mut open.is_empty) {
+                        reached(Point::MidStage);
+                    }
                 }
                 Ok(())
             }
@@ -526,7 +518,7 @@ impl StageThread {
 
     fn apply(&mut self, accepted: Accepted, halt: bool) -> Result<ApplyCost, StageError> {
         reached(Point::CommitSent);
-        let start = Instant::now();
+        let mut laps = Laps::start();
         let machine = &self.machine;
         if !self.live {
             machine.set_dirty_logging(true)?;
@@ -536,26 +528,32 @@ impl StageThread {
         machine.release_queues()?;
         self.staging.write_pages(machine.ram())?;
         self.area.write_named(machine.ram())?;
+        reached(Point::PagesWritten);
         // What the apply wrote is what the primary has, so the SVM's dirty set starts empty here; whatever is written from
         // now on is not, and belongs to it.
         let mut forget = vec![0; machine.ram().bitmap_words()];
         machine.take_dirty(&mut forget)?;
-        let write_us = start.elapsed().as_micros() as u64;
+        let write_us = laps.next_us();
         let memory = accepted.audit.as_ref().map(|_| self.memory_image());
         let memory = memory.transpose()?;
+        let digest_us = laps.next_us();
         let jump = ClockJump::SinceCapture {
             begun: accepted.begun,
         };
         machine.restore_vcpus(&accepted.vcpus, jump)?;
         machine.restore_platform(&accepted.platform, jump)?;
         machine.restore_devices(&accepted.devices)?;
+        let mut load_us = laps.next_us();
+        let mut audit_us = 0;
         if let (Some(captured), Some(memory)) = (&accepted.audit, memory) {
             self.audit(captured, memory)?;
+            audit_us = digest_us + laps.next_us();
         }
         let epoch = accepted.epoch;
         on_each(machine, accepted.shards, move |role, edge, shard| {
             role.commit(edge, epoch, &shard.pending, &shard.translations)
         })?;
+        load_us += laps.next_us();
         reached(Point::Applied);
         let all = vec![(); machine.workers().len()];
         on_each(machine, all, move |role, _, ()| {
@@ -568,12 +566,14 @@ impl StageThread {
         if !halt {
             machine.resume_vcpus()?;
         }
-        let apply_us = start.elapsed().as_micros() as u64;
+        let resume_us = laps.next_us();
         Ok(ApplyCost {
             stage_us: 0,
-            apply_us,
+            apply_us: laps.all_us(),
             write_us,
-            load_us: apply_us - write_us,
+            load_us,
+            audit_us,
+            resume_us,
             pages: (self.staging.page_count() + self.area.named().len()) as u64,
             area: self.area.counters(),
             channel: self.channel.counters(),
@@ -613,6 +613,8 @@ mod tests {
         };
         assert!(unfit(differs.into()));
         assert!(!unfit(RecordError::Damaged("vCPU").into()));
+        let too_large = StageError::from(StagingError::TooLarge { limit_mib: 1 });
+        assert!(too_large.is_unfit() && too_large.to_string().contains("stage_mib = 1"));
         let twice = StagingError::Twice { number: 7 };
         assert!(!StageError::from(twice).is_unfit());
         assert!(StageError::UnknownKind(99).is_unfit());

@@ -302,6 +302,11 @@ impl Machine {
         Ok(self.vm.set_dirty_logging(on)?)
     }
 
+    /// Whether writes to guest memory are logged.
+    pub fn logs_dirty_pages(&self) -> bool {
+        self.vm.dirty().is_on()
+    }
+
     /// Adds the pages written since the last call to `bitmap`
     /// ([`GuestRam::bitmap_words`] words).
     pub fn take_dirty(&self, bitmap: &mut [u64]) -> Result<(), MachineError> {

@@ -559,11 +559,15 @@ impl PrimaryShell {
         if first {
             self.times.sync_us = since_us;
             tracing::info!("protected: the secondary has the state");
-        } else {
-            self.times.committed(since_us);
         }
-        self.on_role(move |role, edge| role.commit(edge, epoch));
+        let workers = self.replica.machine.workers();
+        let held = PrimaryRole::on_workers(workers, move |role, edge| role.commit(edge, epoch));
         reached(Point::CommitReleased);
+        if !first {
+            let hold_us = held.iter().flatten().copied().max().unwrap_or(0);
+            self.times.committed(since_us, hold_us);
+        }
+        told(held);
     }
 
     fn order(&self, command: CaptureCommand) {
@@ -602,6 +606,7 @@ impl PrimaryShell {
             role: "primary",
             state,
             protected: self.core.state() == PrimaryState::Paired,
+            dirty_logging: self.replica.machine.logs_dirty_pages(),
             page_streams: self.link.as_ref().map_or(0, |link| link.pages_end.len()),
             unprotected_reason: reason,
             unprotected_since: since,

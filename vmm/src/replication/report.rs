@@ -1,8 +1,7 @@
 //! What a replicated VM tells about itself: the document of `colo status`.
 //!
-//! Times are microseconds. `checkpoint_pause_us` is from the order to pause the PVM until its vCPUs ran again; it does
-//! not contain the transfer; `stolen_us` adds to it how long writes of the PVM waited for captured pages afterwards.
-//! `commit_us` is from the order to stop the SVM until the secondary's commit. `hold_us` is from the moment a frame was taken from the PVM's ring until it was released.
+//! Times are microseconds. What each of them contains, and what it does not, is in the table of README.md (rule 17).
+//! What a secondary measures is in `applied`.
 
 use std::collections::BTreeMap;
 
@@ -13,13 +12,13 @@ use colo_fastpath::pair::{PrimaryReport, SecondaryReport};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use super::applied::{AppliedReport, ApplyTimes};
 use super::engine::EngineCounters;
 use crate::checkpoint::ahead::AheadCounters;
 use crate::checkpoint::ahead::area::AreaCounters;
 use crate::checkpoint::capture::CaptureCost;
 use crate::checkpoint::codec::PageCounters;
 use crate::checkpoint::outbound::Sent;
-use crate::checkpoint::stage::ApplyCost;
 use crate::checkpoint::staging::StagedPages;
 
 /// Percentiles of a distribution.
@@ -71,6 +70,8 @@ pub struct CheckpointReport {
     pub digest_wait_us: u64,
     /// From the order to stop the SVM until the secondary's commit.
     pub commit_us: u64,
+    /// The longest time from the production of a frame until this commit released it; 0 if it released none.
+    pub hold_us: u64,
     pub dirty_pages: u64,
     /// Of these, sent ahead and not written since: not captured in the pause.
     pub ahead_pages: u64,
@@ -100,9 +101,19 @@ impl CheckpointReport {
     }
 }
 
+/// What there is to tell of the latest checkpoint.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub enum LastCheckpoint {
+    /// On the primary.
+    Committed(Box<CheckpointReport>),
+    /// On the secondary.
+    Applied(AppliedReport),
+}
+
 /// A distribution of times or sizes.
 #[derive(Debug)]
-struct Spread(Histogram<u64>);
+pub(super) struct Spread(Histogram<u64>);
 
 impl Default for Spread {
     fn default() -> Self {
@@ -111,11 +122,11 @@ impl Default for Spread {
 }
 
 impl Spread {
-    fn record(&mut self, value: u64) {
+    pub(super) fn record(&mut self, value: u64) {
         self.0.saturating_record(value.max(1));
     }
 
-    fn percentiles(&self) -> Percentiles {
+    pub(super) fn percentiles(&self) -> Percentiles {
         (&self.0).into()
     }
 }
@@ -130,7 +141,11 @@ pub struct CheckpointTimes {
     state_us: Spread,
     collect_us: Spread,
     stabilise_us: Spread,
+    audit_us: Spread,
+    resume_us: Spread,
+    stall_us: Spread,
     transfer_us: Spread,
+    digest_wait_us: Spread,
     commit_us: Spread,
     dirty_pages: Spread,
     pages: PageCounters,
@@ -217,11 +232,11 @@ impl CheckpointTimes {
         self.ahead_since.add(counted);
     }
 
-    /// The checkpoint was committed so long after it was begun.
-    pub fn committed(&mut self, commit_us: u64) {
+    /// The checkpoint was committed so long after it was begun, and what it released had been held for so long at most.
+    pub fn committed(&mut self, commit_us: u64, hold_us: u64) {
         self.finish_committed();
         let mut done = std::mem::take(&mut self.current);
-        done.commit_us = commit_us;
+        (done.commit_us, done.hold_us) = (commit_us, hold_us);
         self.committed = Some(done);
         if self.is_sent {
             self.finish_committed();
@@ -243,40 +258,18 @@ impl CheckpointTimes {
         self.state_us.record(done.state_us);
         self.collect_us.record(done.collect_us);
         self.stabilise_us.record(done.stabilise_us);
+        if done.audit_us > 0 {
+            self.audit_us.record(done.audit_us);
+        }
+        self.resume_us.record(done.resume_us);
+        self.stall_us.record(done.stall_us);
         self.transfer_us.record(done.transfer_us);
+        self.digest_wait_us.record(done.digest_wait_us);
         self.commit_us.record(done.commit_us);
         self.dirty_pages.record(done.dirty_pages);
         self.pages.add(&done.pages);
         self.count += 1;
         self.last = Some(done);
-    }
-}
-
-/// What checkpoints cost a secondary, owned by its control thread.
-#[derive(Debug, Default)]
-pub struct ApplyTimes {
-    stage_us: Spread,
-    apply_us: Spread,
-    write_us: Spread,
-    load_us: Spread,
-    area: AreaCounters,
-    engine: EngineCounters,
-    staged: StagedPages,
-    /// Checkpoints applied.
-    pub count: u64,
-}
-
-impl ApplyTimes {
-    /// One was applied.
-    pub fn applied(&mut self, cost: &ApplyCost) {
-        self.stage_us.record(cost.stage_us);
-        self.apply_us.record(cost.apply_us);
-        self.write_us.record(cost.write_us);
-        self.load_us.record(cost.load_us);
-        self.area = cost.area;
-        self.engine = cost.into();
-        self.staged = cost.staged;
-        self.count += 1;
     }
 }
 
@@ -293,6 +286,8 @@ pub struct Standing {
     pub unprotected_reason: String,
     /// Seconds since 1970.
     pub unprotected_since: u64,
+    /// Whether writes of the guest are logged: only while there is a peer that a checkpoint may be for.
+    pub dirty_logging: bool,
     /// TCP streams that checkpoints spread over; 0 without a peer.
     pub page_streams: usize,
     /// The arbiter's generation as last confirmed.
@@ -322,6 +317,10 @@ pub struct Standing {
     pub late_aborts: u64,
     /// Checkpoints that came whole when nobody wanted them any more.
     pub discarded_stages: u64,
+    /// Secondaries that could not have the first state.
+    pub refusals: u64,
+    /// Requests for a checkpoint that another one covered.
+    pub coalesced_requests: u64,
     /// Connections to `link_listen` that were no colo link, or too many.
     pub refused_connections: u64,
 }
@@ -336,6 +335,8 @@ impl Standing {
             aborts: counters.aborts,
             late_aborts: counters.late_aborts,
             discarded_stages: counters.discarded,
+            refusals: counters.refusals,
+            coalesced_requests: counters.coalesced,
             ..self
         }
     }
@@ -371,11 +372,16 @@ pub struct PairStatus {
     pub state_us: Percentiles,
     pub collect_us: Percentiles,
     pub stabilise_us: Percentiles,
+    /// Of a primary or a secondary, whichever this host is, as `resume_us`.
+    pub audit_us: Percentiles,
+    pub resume_us: Percentiles,
+    pub stall_us: Percentiles,
     pub stolen_us: Percentiles,
     pub svm_stop_us: Percentiles,
     pub transfer_us: Percentiles,
+    pub digest_wait_us: Percentiles,
     pub commit_us: Percentiles,
-    /// Of a secondary, from here.
+    /// Of a secondary, these four.
     pub stage_us: Percentiles,
     pub apply_us: Percentiles,
     pub write_us: Percentiles,
@@ -395,7 +401,7 @@ pub struct PairStatus {
     pub ahead_area: AreaCounters,
     /// How pages of checkpoints were staged on the secondary, as of the last commit.
     pub staged_pages: StagedPages,
-    pub last_checkpoint: Option<CheckpointReport>,
+    pub last_checkpoint: Option<LastCheckpoint>,
     pub mirrored: u64,
     pub redelivered: u64,
     pub digests: u64,
@@ -442,9 +448,13 @@ impl PairStatus {
             state_us: times.state_us.percentiles(),
             collect_us: times.collect_us.percentiles(),
             stabilise_us: times.stabilise_us.percentiles(),
+            audit_us: times.audit_us.percentiles(),
+            resume_us: times.resume_us.percentiles(),
+            stall_us: times.stall_us.percentiles(),
             stolen_us: times.stolen_us.percentiles(),
             svm_stop_us: times.svm_stop_us.percentiles(),
             transfer_us: times.transfer_us.percentiles(),
+            digest_wait_us: times.digest_wait_us.percentiles(),
             commit_us: times.commit_us.percentiles(),
             hold_us: (&report.hold_us).into(),
             dirty_pages: times.dirty_pages.percentiles(),
@@ -454,7 +464,10 @@ impl PairStatus {
             engine: times.engine,
             pages: times.pages,
             ahead: times.ahead,
-            last_checkpoint: times.last.clone(),
+            last_checkpoint: times
+                .last
+                .clone()
+                .map(|last| LastCheckpoint::Committed(Box::new(last))),
             mirrored: stats.mirrored,
             redelivered: stats.redelivered,
             digests: stats.digests,
@@ -472,6 +485,9 @@ impl PairStatus {
             apply_us: times.apply_us.percentiles(),
             write_us: times.write_us.percentiles(),
             load_us: times.load_us.percentiles(),
+            audit_us: times.audit_us.percentiles(),
+            resume_us: times.resume_us.percentiles(),
+            last_checkpoint: times.last.map(LastCheckpoint::Applied),
             ahead_area: times.area,
             engine: times.engine,
             staged_pages: times.staged,
@@ -508,6 +524,9 @@ fn by_cause(counts: &[u64; Cause::COUNT]) -> BTreeMap<&'static str, u64> {
 }
 
 #[cfg(test)]
+mod breakdown_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -524,6 +543,8 @@ mod tests {
             late_aborts: 2,
             discarded: 3,
             storms: 4,
+            coalesced: 9,
+            refusals: 10,
             ..Counters::default()
         };
         let standing = Standing {
@@ -551,14 +572,16 @@ mod tests {
             "/page_channel/zero_copy_off",
             "/page_cache/evicted",
             "/stabilise/fallbacks",
+            "/coalesced_requests",
+            "/refusals",
         ]) {
             has(&primary, place, n);
         }
 
-        let mut cost = ApplyCost::default();
+        let mut cost = crate::checkpoint::stage::ApplyCost::default();
         cost.channel.damaged_checkpoints = 9;
         let mut times = ApplyTimes::default();
-        times.applied(&cost);
+        times.applied(1, &cost);
         let report = SecondaryReport {
             stats: Default::default(),
             link: LinkStats::default(),
@@ -598,25 +621,25 @@ mod tests {
         captured(&mut times, 1);
         sent(&mut times, 1);
         assert_eq!(shown(&times), (None, 0, 0));
-        times.committed(9);
+        times.committed(9, 0);
         assert_eq!(shown(&times), (Some([1, 1000, 105, 9]), 1, 7));
 
         // The secondary's word is faster than the sender's.
         captured(&mut times, 2);
-        times.committed(8);
+        times.committed(8, 0);
         assert_eq!(shown(&times), (Some([1, 1000, 105, 9]), 1, 7));
         sent(&mut times, 2);
         assert_eq!(shown(&times), (Some([2, 2000, 205, 8]), 2, 14));
 
         // And the next one begins in between.
         captured(&mut times, 3);
-        times.committed(7);
+        times.committed(7, 0);
         times.begun(4, "payload");
         sent(&mut times, 3);
         assert_eq!(shown(&times), (Some([3, 3000, 305, 7]), 3, 21));
         times.captured(&CaptureCost::default());
         sent(&mut times, 4);
-        times.committed(6);
+        times.committed(6, 0);
         assert_eq!(shown(&times), (Some([4, 4000, 5, 6]), 4, 28));
     }
 
@@ -624,7 +647,7 @@ mod tests {
     fn a_checkpoint_whose_sender_was_cut_off_counts_before_the_next_one() {
         let mut times = CheckpointTimes::default();
         captured(&mut times, 1);
-        times.committed(9);
+        times.committed(9, 0);
         assert_eq!(shown(&times), (None, 0, 0));
         captured(&mut times, 2);
         assert_eq!(shown(&times), (Some([1, 0, 0, 9]), 1, 0));

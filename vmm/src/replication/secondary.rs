@@ -19,15 +19,17 @@ use colo_fastpath::pair::{
 };
 use colo_fastpath::worker::Edge;
 
+use super::applied::ApplyTimes;
 use super::asking::Asking;
 use super::control_link::ControlLink;
 use super::host::{Replica, ReplicaError};
 use super::link::Channels;
-use super::report::{ApplyTimes, PairStatus, Standing, mode_name};
+use super::report::{PairStatus, Standing, mode_name};
 use super::wait::Waiter;
 use crate::checkpoint::pages::PageBitmap;
 use crate::checkpoint::stage::{self, StageCommand, StageEvent, StageOrders};
 use crate::checkpoint::stop::{self, StopNumber};
+use crate::testpoint::{Point, reached};
 
 /// How a secondary's life ended.
 pub enum SecondaryEnd {
@@ -247,7 +249,7 @@ impl SecondaryShell {
             StageEvent::Applied { epoch, cost } => {
                 tracing::debug!("epoch {epoch} applied: {cost:?}");
                 self.dirty.clear();
-                self.times.applied(&cost);
+                self.times.applied(epoch, &cost);
                 self.applied_epoch = epoch;
                 self.core.handle(now, SecondaryEvent::Applied { epoch });
             }
@@ -335,6 +337,7 @@ impl SecondaryShell {
             Action::Arbiter(cas) => self.asking.ask(cas),
             Action::StopSvm { epoch } => match self.stop_svm() {
                 Ok(()) => {
+                    reached(Point::Stopped);
                     let stop = self.stop.advance();
                     let dirty = Box::new(self.dirty.clone());
                     let generation = self.core.generation();
@@ -491,6 +494,7 @@ impl SecondaryShell {
             role: "secondary",
             state,
             protected: self.core.state() == SecondaryState::Standby,
+            dirty_logging: self.replica.machine.logs_dirty_pages(),
             page_streams: self.pages_end.len(),
             generation: self.core.generation(),
             epoch: self.applied_epoch + 1,

@@ -81,13 +81,16 @@ impl PrimaryRole {
         }
     }
 
-    /// The checkpoint of `epoch` is committed.
-    pub fn commit(&mut self, edge: &mut Edge, epoch: u64) {
+    /// The checkpoint of `epoch` is committed. Gives the longest time that something which leaves by it was held, in
+    /// microseconds (rule 17); 0 if nothing does.
+    pub fn commit(&mut self, edge: &mut Edge, epoch: u64) -> u64 {
         self.diverging = false;
         if let Err(e) = self.path.commit(now_us(), &mut edge.frames, epoch) {
             tracing::error!("{e}");
         }
+        self.longest_hold_us = 0;
         self.act(edge);
+        self.longest_hold_us
     }
 
     /// The checkpoint of `epoch` failed (rule 14).

@@ -317,6 +317,8 @@ fn lockstep(text: &mut String, outcome: &Outcome, paint: Paint) {
     if figures.checkpoints > 0 {
         let pages = figures.dirty_pages;
         field(text, "pause", &spread(figures.pause_us));
+        field(text, "stolen", &spread(figures.stolen_us));
+        field(text, "commit", &spread(figures.commit_us));
         field(text, "hold", &spread(figures.hold_us));
         let shown = [pages.p50, pages.p99, pages.max].map(grouped);
         field(
@@ -512,6 +514,8 @@ mod tests {
             "released_by_checkpoint": 100, "released_data_by_match": 4000,
             "released_data_by_checkpoint": 90, "divergences": {"payload": 70, "deadline": 3},
             "checkpoints": 60, "checkpoint_pause_us": {"p50": 900, "p99": 2000, "max": 2100},
+            "stolen_us": {"p50": 901, "p99": 2001, "max": 2101},
+            "commit_us": {"p50": 3300, "p99": 14000, "max": 15000},
             "hold_us": {"p50": 1500, "p99": 20000, "max": 21000}, "link_bytes": 7_000_000,
         });
         Outcome {
@@ -599,13 +603,16 @@ mod tests {
         };
         let mut expected = "requests responses client_errors wrong_responses compared \
              released_by_match released_by_checkpoint divergences checkpoints \
-             checkpoint_pause_us hold_us failover latency_us"
+             checkpoint_pause_us stolen_us commit_us hold_us failover latency_us"
             .split_whitespace()
             .collect::<Vec<_>>();
         expected.sort();
         assert_eq!(keys(&value), expected);
         assert_eq!(keys(&value["checkpoint_pause_us"]), ["max", "p50", "p99"]);
-        assert_eq!(keys(&value["hold_us"]), ["max", "p50", "p99"]);
+        for (key, p50) in [("stolen_us", 901), ("commit_us", 3300), ("hold_us", 1500)] {
+            assert_eq!(keys(&value[key]), ["max", "p50", "p99"]);
+            assert_eq!(value[key]["p50"], p50, "{key}");
+        }
         let failover = ["connections_before", "connections_lost", "outage_ms"];
         assert_eq!(keys(&value["failover"]), failover);
         assert_eq!(keys(&value["latency_us"]), ["p50", "p99", "p999"]);

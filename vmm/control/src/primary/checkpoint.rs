@@ -143,6 +143,8 @@ impl Primary {
             self.state,
             PrimaryState::FirstCheckpoint | PrimaryState::Pairing | PrimaryState::Paired
         );
+        let waits = self.wanted && self.checkpoint.is_some();
+        self.counters.coalesced += u64::from(covered || waits);
         self.wanted |= pairs && !covered;
         self.begin_checkpoint(now_us);
     }

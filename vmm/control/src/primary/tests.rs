@@ -213,9 +213,11 @@ fn rule_7_one_checkpoint_is_in_flight_at_most() {
     assert!(b.event(PrimaryEvent::CheckpointWanted).is_empty());
     b.svm_stopped(8);
     assert!(b.event(PrimaryEvent::CheckpointWanted).is_empty());
+    assert_eq!(b.core.counters().coalesced, 1, "the second begins the next");
     b.event(PrimaryEvent::Captured { epoch: 8 });
     b.event(PrimaryEvent::Sent { epoch: 8 });
     assert!(b.event(PrimaryEvent::CheckpointWanted).is_empty());
+    assert_eq!(b.core.counters().coalesced, 2);
     assert_eq!(b.committed(8)[0], Action::Commit { epoch: 8 });
 }
 
@@ -752,6 +754,7 @@ fn rule_22_a_secondary_that_cannot_have_the_state_says_why() {
         ]
     );
     assert_eq!(b.core.state(), PrimaryState::Alone);
+    assert_eq!(b.core.counters().refusals, 1);
 }
 
 #[test]

@@ -230,6 +230,11 @@ impl DirtyTracker {
         }
     }
 
+    /// Whether writes are logged.
+    pub fn is_on(&self) -> bool {
+        self.lock().on
+    }
+
     /// The counters of this moment.
     pub fn snapshot(&self) -> DirtySnapshot {
         DirtySnapshot {
