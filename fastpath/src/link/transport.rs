@@ -14,6 +14,8 @@
 //!
 //! Does not interpret messages.
 
+pub(super) mod crossing;
+
 use std::ops::Range;
 
 use colo_compare::Token;
@@ -28,6 +30,7 @@ use super::stats::LinkStats;
 use super::stream::Stream;
 use crate::frame::FramePool;
 use crate::nic::Nic;
+use crossing::Crossing;
 
 /// Kinds of messages between the two link layers; unknown to earlier versions, which skip them.
 pub(super) mod kind {
@@ -108,6 +111,8 @@ pub(super) struct Datagrams {
     silenced: bool,
     /// Messages that found no room, in order.
     overflow: Vec<u8>,
+    /// With several shards.
+    pub(super) crossing: Option<Crossing>,
     pub(super) stats: LinkStats,
 }
 
@@ -140,6 +145,7 @@ impl Datagrams {
             control: None,
             silenced: false,
             overflow: Vec::with_capacity(OVERFLOW_BYTES),
+            crossing: None,
             stats: LinkStats::default(),
         }
     }
@@ -232,7 +238,14 @@ impl Datagrams {
     pub(super) fn fill(&mut self, now_us: u64) -> bool {
         let mut any = false;
         self.looks += 1;
+        while let Some((index, slot)) = self.next_arrived() {
+            any = true;
+            self.take_datagram(now_us, index, slot);
+        }
         for index in 0..self.ports.len() {
+            if self.is_sorted(index) {
+                continue;
+            }
             for _ in 0..RECEIVE_MAX {
                 let Some(slot) = self.ports[index].receive() else {
                     break;
@@ -310,9 +323,9 @@ impl Datagrams {
             .for_each(|port| port.take_in(nic, frames));
     }
 
-    /// Whether a transport has what has come only after [`Self::take_in`].
-    pub(super) fn shares_nic(&self) -> bool {
-        self.ports.iter().any(|port| port.shares_nic())
+    /// Whether a transport has what has come only after [`Self::take_in`], or [`Self::cross`].
+    pub(super) fn comes_in_parts(&self) -> bool {
+        self.crossing.is_some() || self.ports.iter().any(|port| port.shares_nic())
     }
 
     /// Whether what was flushed leaves with [`Self::hand_over`].
@@ -342,6 +355,7 @@ impl Datagrams {
 
     /// Gives all slots of the pool back. Nothing is sent or received any more.
     pub(super) fn leave(&mut self, frames: &mut FramePool) {
+        self.forget_arrived();
         self.ports.iter_mut().for_each(|port| port.leave(frames));
     }
 

@@ -38,7 +38,7 @@ impl SecondaryReport {
     pub fn sum(reports: Vec<Self>) -> Option<Self> {
         reports.into_iter().reduce(|mut sum, report| {
             sum.stats.add(&report.stats);
-            sum.link.add(&report.link);
+            sum.link.join(&report.link);
             sum
         })
     }
