@@ -59,6 +59,8 @@ const STREAM_IDLE_US: u64 = 50;
 const STREAM_BUSY_US: u64 = 500;
 /// Looks at the datagrams after the end of the connection; the receive window needs fewer.
 const DRAINS_MAX: usize = 8;
+/// So long a channel that is one of several shards' goes on after the end of its connection.
+const CROSSING_END_US: u64 = 5_000;
 
 /// Why the packet channel is unusable.
 #[derive(Debug, thiserror::Error)]
@@ -155,6 +157,7 @@ pub struct PacketLink {
     /// The connection has ended, and what had come as datagrams was taken.
     drained: bool,
     drains: usize,
+    ended_us: Option<u64>,
     frames: FrameCounts,
     transport_refusals: u64,
 }
@@ -206,6 +209,7 @@ impl PacketLink {
             transport_refusals: 0,
             drained: false,
             drains: 0,
+            ended_us: None,
         })
     }
 
@@ -321,9 +325,14 @@ impl PacketLink {
             // What was sent before the end of the connection has arrived by now; what comes later is not heard.
             let rest = (0..DRAINS_MAX).take_while(|_| datagrams.fill(now_us));
             any |= rest.count() > 0;
-            // From the guest's NIC, and from other shards, it comes in parts.
             self.drains += 1;
-            self.drained = !any || !datagrams.comes_in_parts() || self.drains == DRAINS_MAX;
+            self.drained = match datagrams.crossing {
+                // It may have come to another shard, whose worker is about to hand it on.
+                Some(_) => now_us >= *self.ended_us.get_or_insert(now_us) + CROSSING_END_US,
+                // From the guest's NIC it comes in parts.
+                None => !any || !datagrams.shares_nic() || self.drains == DRAINS_MAX,
+            };
+            any |= !self.drained;
         }
         match any {
             true => Ok(true),

@@ -10,7 +10,8 @@
 //!
 //! Invariants: units go as datagrams only after a datagram as long as any has been answered, and only while TCP is heard: a
 //! host that is cut off for the control channel is cut off for packets, too (rule 18). A transport is given up when nothing
-//! was heard through three timeouts while the peer answered a question over TCP.
+//! was heard through three timeouts while the peer answered a question over TCP; what may come by another shard, which
+//! another worker looks at, has longer.
 //!
 //! Does not interpret messages.
 
@@ -328,9 +329,9 @@ impl Datagrams {
             .for_each(|port| port.take_in(nic, frames));
     }
 
-    /// Whether a transport has what has come only after [`Self::take_in`], or [`Self::cross`].
-    pub(super) fn comes_in_parts(&self) -> bool {
-        self.crossing.is_some() || self.ports.iter().any(|port| port.shares_nic())
+    /// Whether a transport has what has come only after [`Self::take_in`].
+    pub(super) fn shares_nic(&self) -> bool {
+        self.ports.iter().any(|port| port.shares_nic())
     }
 
     /// Whether what was flushed leaves with [`Self::hand_over`].

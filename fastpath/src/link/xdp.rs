@@ -210,8 +210,9 @@ impl XdpPort {
         let sockets = ports.iter().flat_map(|port| &port.0.sockets);
         let (program, attached) = take_link_frames(&interface, sockets)?;
         let program = Arc::new(program);
-        let zero_copy = ports.iter().flat_map(|port| &port.0.sockets);
-        let zero_copy = zero_copy.fold(true, |all, socket| all && socket.is_zero_copy());
+        let zero_copy =
+            |(memory, _): &(Memory, u64)| memory.sockets.iter().all(XskSocket::is_zero_copy);
+        let zero_copy = ports.iter().all(zero_copy);
         let copying = if zero_copy { "zero-copy" } else { "copy" };
         let in_pool = ports.iter().all(|port| port.0.loan.is_some());
         let place = if in_pool { ", in the frame pool" } else { "" };

@@ -163,13 +163,17 @@ impl Hosts {
 
     /// A worker's batch.
     fn step_shard(&mut self, host: usize, shard: usize) {
+        self.try_step(host, shard).unwrap();
+    }
+
+    fn try_step(&mut self, host: usize, shard: usize) -> Result<(), PacketLinkError> {
         let at = &mut self.hosts[host];
         let (link, seat) = (&mut at.links[shard], &mut at.seats[shard]);
         let frames = &mut at.pools[shard].frames;
         seat.look();
         link.borrow_slots(frames);
         link.cross(seat, frames);
-        link.fill().unwrap();
+        link.fill()?;
         while let Some(incoming) = link.next(frames).unwrap() {
             let (Incoming::Input { seq, token, .. } | Incoming::Output { seq, token, .. }) =
                 incoming
@@ -184,6 +188,7 @@ impl Hosts {
         }
         link.flush().unwrap();
         seat.ring();
+        Ok(())
     }
 
     fn until(&mut self, done: impl Fn(&Self) -> bool) {
@@ -338,6 +343,30 @@ fn a_shard_whose_datagrams_nobody_hands_on_goes_back_to_tcp_and_returns() {
     hosts.until(|hosts| hosts.stats(1, 1).duplicates > 0);
     hosts.until_all_use_xdp();
     hosts.talk(50);
+}
+
+#[test]
+fn what_has_come_to_another_shard_before_the_end_of_the_connection_is_heard() {
+    let mut hosts = Hosts::new(&wires());
+    hosts.talk(50);
+    hosts.say(0, 1, 20);
+    let link = &mut hosts.hosts[0].links[1];
+    link.flush().unwrap();
+    assert!(!link.has_unsent());
+    link.shutdown(Shutdown::Both).unwrap();
+    // It sees the end before the other has looked.
+    for _ in 0..3 {
+        hosts.step_shard(1, 1);
+    }
+    assert_eq!(hosts.unheard[0][1].len(), 20);
+    hosts.step_shard(1, 0);
+    let ended = loop {
+        if let Err(e) = hosts.try_step(1, 1) {
+            break e;
+        }
+    };
+    assert!(matches!(ended, PacketLinkError::Closed), "{ended}");
+    assert!(hosts.unheard[0][1].is_empty());
 }
 
 /// Each host's sockets. Frames come by the queue that they left by, or by the first, as the kernel has it; for one shard of

@@ -83,6 +83,10 @@ impl Datagrams {
         frames: &mut FramePool,
     ) -> Option<bool> {
         let before = self.crossings();
+        let mut ports = self.ports.iter();
+        if !ports.any(|port| port.address().kind().crosses()) {
+            return None;
+        }
         self.hand_on(seat)?;
         self.take_crossed(seat, frames);
         Some(self.crossings() != before)

@@ -487,3 +487,7 @@ impl Edge {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "crossing_tests.rs"]
+mod tests;
