@@ -60,7 +60,7 @@ const REST_MIN_US: u64 = 1_000_000;
 const REST_MAX_US: u64 = 60_000_000;
 /// Questions over TCP while one answer is good.
 const PINGS_PER_PATIENCE: u64 = 3;
-/// So long datagrams that may come by another shard are not answered, at least, before TCP carries them.
+/// So long datagrams that may come by another shard are not answered though TCP is, before TCP carries them.
 const CROSSING_SILENCE_US: u64 = 50_000;
 /// Datagrams taken from a transport at a time.
 const RECEIVE_MAX: usize = 256;
@@ -112,8 +112,8 @@ pub(super) struct Datagrams {
     pub(super) control: Option<PeerHeard>,
     /// TCP was silent for too long: nothing was sent since.
     silenced: bool,
-    /// When the first acknowledgement was missed since the peer was heard.
-    silent_since_us: Option<u64>,
+    /// When that question was found answered, and datagrams were not.
+    answered_us: Option<u64>,
     /// Messages that found no room, in order.
     overflow: Vec<u8>,
     /// With several shards.
@@ -149,7 +149,7 @@ impl Datagrams {
             patience_us,
             control: None,
             silenced: false,
-            silent_since_us: None,
+            answered_us: None,
             overflow: Vec::with_capacity(OVERFLOW_BYTES),
             crossing: None,
             stats: LinkStats::default(),
@@ -481,13 +481,12 @@ impl Datagrams {
     fn move_back(&mut self, now_us: u64, stream: &mut Stream) {
         let Some(index) = self.carrier else { return };
         if self.core.sender.rounds() == 0 {
-            self.silent_since_us = None;
             return;
         }
-        let silent_since_us = *self.silent_since_us.get_or_insert(now_us);
         let Some(ping) = self.ping else {
             self.ping = Some(self.pings + 1);
             self.next_ping_us = now_us;
+            self.answered_us = None;
             return;
         };
         // The peer says the same over datagrams before it answers over TCP: that is looked for once more.
@@ -495,8 +494,9 @@ impl Datagrams {
         if self.pong < ping || !has_looked || !self.core.sender.is_stalled() {
             return;
         }
-        // With several shards that says only what this one's worker does; datagrams wait for others, too.
-        if self.crossing.is_some() && now_us < silent_since_us + CROSSING_SILENCE_US {
+        // With several shards that says only what the worker of one does; datagrams wait for others, too.
+        let answered_us = *self.answered_us.get_or_insert(now_us);
+        if self.crossing.is_some() && now_us < answered_us + CROSSING_SILENCE_US {
             return;
         }
         let name = self.ports[index].address().kind().name();
