@@ -36,17 +36,21 @@ mod tests;
 use crate::clock::now_us;
 use crate::frame::FramePool;
 use crate::nic::Nic;
+use crate::shard::Seat;
 use msg::{BODY_MAX, HEAD_BYTES, Head};
 use port::DatagramPort;
 use reliable::Held;
 use stream::Stream;
+use transport::crossing::Crossing;
 use transport::{Datagrams, kind, say};
 
 pub use digests::{BadEntry, DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, DigestWriter};
 pub use heard::PeerHeard;
 pub use msg::{Malformed, PacketMsg};
-pub use open::{Packets, Ports, open_ports};
+pub use open::{LinkEnd, Packets, Ports, open_all_ports, open_ports};
 pub use stats::LinkStats;
+pub(crate) use transport::crossing::DATAGRAM_BYTES_MAX;
+pub use transport::crossing::LinkKeys;
 pub use udp::UdpPort;
 pub use xdp::{GuestNicPort, PoolMemory, XDP_SLOTS_MAX, XdpPort, XdpPortError};
 
@@ -55,6 +59,8 @@ const STREAM_IDLE_US: u64 = 50;
 const STREAM_BUSY_US: u64 = 500;
 /// Looks at the datagrams after the end of the connection; the receive window needs fewer.
 const DRAINS_MAX: usize = 8;
+/// So long a channel that is one of several shards' goes on after the end of its connection.
+const CROSSING_END_US: u64 = 5_000;
 
 /// Why the packet channel is unusable.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +157,7 @@ pub struct PacketLink {
     /// The connection has ended, and what had come as datagrams was taken.
     drained: bool,
     drains: usize,
+    ended_us: Option<u64>,
     frames: FrameCounts,
     transport_refusals: u64,
 }
@@ -202,6 +209,7 @@ impl PacketLink {
             transport_refusals: 0,
             drained: false,
             drains: 0,
+            ended_us: None,
         })
     }
 
@@ -211,6 +219,15 @@ impl PacketLink {
     pub fn beside(mut self, control: PeerHeard) -> Self {
         if let Some(datagrams) = &mut self.datagrams {
             datagrams.control = Some(control);
+        }
+        self
+    }
+
+    /// It is the channel of one of several shards, made with its key of these: datagrams may come to any of them.
+    #[must_use]
+    pub fn among(mut self, keys: LinkKeys, shard: usize) -> Self {
+        if let Some(datagrams) = &mut self.datagrams {
+            datagrams.crossing = Some(Crossing::new(keys, shard));
         }
         self
     }
@@ -308,9 +325,14 @@ impl PacketLink {
             // What was sent before the end of the connection has arrived by now; what comes later is not heard.
             let rest = (0..DRAINS_MAX).take_while(|_| datagrams.fill(now_us));
             any |= rest.count() > 0;
-            // From the guest's NIC it comes in parts.
             self.drains += 1;
-            self.drained = !any || !datagrams.shares_nic() || self.drains == DRAINS_MAX;
+            self.drained = match datagrams.crossing {
+                // It may have come to another shard, whose worker is about to hand it on.
+                Some(_) => now_us >= *self.ended_us.get_or_insert(now_us) + CROSSING_END_US,
+                // From the guest's NIC it comes in parts.
+                None => !any || !datagrams.shares_nic() || self.drains == DRAINS_MAX,
+            };
+            any |= !self.drained;
         }
         match any {
             true => Ok(true),
@@ -339,6 +361,12 @@ impl PacketLink {
         if let Some(datagrams) = &mut self.datagrams {
             datagrams.take_in(nic, frames);
         }
+    }
+
+    /// Hands on what has come for other shards, and takes what has come to them for this one; after [`Self::take_in`]. Gives
+    /// whether anything crossed; `None`: nothing ever does.
+    pub(crate) fn cross(&mut self, seat: &mut Seat, frames: &mut FramePool) -> Option<bool> {
+        self.datagrams.as_mut()?.cross(seat, frames)
     }
 
     /// Gives that NIC what [`Self::flush`] has said over it. True: there was no room for all of it; to be called again. When

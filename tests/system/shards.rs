@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings, Single};
-use colo_lab::topology::{GUEST, Host};
+use colo_lab::topology::{GUEST, Host, Topology, UPLINK};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
 use serde_json::Value;
 
 /// Longest wait for answers of the guest.
 const PATIENCE: Duration = Duration::from_secs(30);
+const HOSTS: [Host; 2] = [Host::A, Host::B];
 
 fn settings(bench: &Bench, xdp: Option<&str>) -> Settings {
     let mut settings = bench.settings();
@@ -26,6 +27,153 @@ fn each(status: &Value, counter: &str) -> Vec<u64> {
     let workers = status["workers"].as_array().unwrap();
     let of = |worker: &Value| worker[counter].as_u64().unwrap();
     workers.iter().map(of).collect()
+}
+
+/// Puts an interface with two queues into each host, at the other end of which a bridge has one: all that a host receives
+/// comes by its first queue.
+fn by_one_queue(topology: &Topology, bridge: &str, interface: &str, ports: [&str; 2]) {
+    for (host, port) in HOSTS.into_iter().zip(ports) {
+        let far = topology.host(host).name();
+        topology
+            .switch
+            .batch(&format!(
+                "link add {port} mtu 2000 numtxqueues 1 numrxqueues 1 type veth \
+                 peer name {interface} mtu 2000 numtxqueues 2 numrxqueues 2 netns {far}\n\
+                 link set {port} master {bridge} up\n"
+            ))
+            .unwrap();
+        let address = host.link_address();
+        let lines = format!("address add {address}/29 dev {interface}\nlink set {interface} up\n");
+        topology.host(host).batch(&lines).unwrap();
+    }
+}
+
+/// The hosts' link goes over a bridge with one queue.
+fn link_by_one_queue(settings: &Settings) -> Topology {
+    let topology = settings.topology().unwrap();
+    topology.host(Host::A).batch("link del link0\n").unwrap();
+    let bridge = "link add br1 mtu 2000 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
+                  link set br1 up\n";
+    topology.switch.batch(bridge).unwrap();
+    by_one_queue(&topology, "br1", "link0", ["link-a", "link-b"]);
+    topology
+}
+
+/// Each host has one interface, for the guest and the link, and the switch one queue for it.
+fn all_by_one_queue(settings: &Settings) -> Topology {
+    let topology = settings.topology().unwrap();
+    topology.host(Host::A).batch("link del link0\n").unwrap();
+    for host in HOSTS {
+        let line = format!("link del {UPLINK}\n");
+        topology.host(host).batch(&line).unwrap();
+    }
+    by_one_queue(&topology, "br0", UPLINK, HOSTS.map(Host::port));
+    topology
+}
+
+fn of_link(status: &Value, counter: &str) -> u64 {
+    let value = &status["link"][counter];
+    value
+        .as_u64()
+        .unwrap_or_else(|| panic!("link.{counter}: {value}"))
+}
+
+/// Waits until a host says that the packets of all its shards go over AF_XDP.
+fn wait_xdp(pair: &mut Pair, host: Host) -> Value {
+    let is_xdp = |status: &Value| status["link"]["carrier"] == "xdp";
+    let status = pair.process(host).wait_status("xdp", PATIENCE, is_xdp);
+    let status = status.unwrap();
+    for never in ["fallbacks", "foreign", "damaged", "transport_refusals"] {
+        assert_eq!(of_link(&status, never), 0, "{never}: {}", status["link"]);
+    }
+    status
+}
+
+/// Serves clients by packets that go over AF_XDP and come to the wrong shard, loses its primary, pairs again.
+fn crosses_and_survives(mut pair: Pair) {
+    for (primary, role) in [(Host::A, "secondary"), (Host::B, "")] {
+        for host in HOSTS {
+            wait_xdp(&mut pair, host);
+        }
+        let load = Load::start(&pair.topology.client, LoadConfig::new(16, 1)).unwrap();
+        assert!(load.wait_answers(1000, PATIENCE), "no answers");
+        for host in HOSTS {
+            let status = wait_xdp(&mut pair, host);
+            println!("{host:?}: {}", status["link"]);
+            for counter in ["crossed_out", "crossed_in", "datagrams_sent"] {
+                let count = of_link(&status, counter);
+                assert!(count > 100, "{counter}: {}", status["link"]);
+            }
+        }
+        load.mark_kill();
+        pair.process(primary).kill().unwrap();
+        pair.wait_alone(primary.other()).unwrap();
+        assert!(
+            load.wait_answers(300, PATIENCE),
+            "no answers after the kill"
+        );
+        if !role.is_empty() {
+            pair.restart(primary, role).unwrap();
+            pair.wait_protected(primary.other()).unwrap();
+            assert!(load.wait_answers(300, PATIENCE), "no answers of the pair");
+        }
+        let report = load.finish().unwrap();
+        let survival = report.survival.unwrap();
+        assert!(survival.connections_before > 0);
+        assert_eq!(survival.connections_lost, 0);
+        let errors = report.wrong_responses + report.client_errors;
+        assert_eq!(errors, 0, "{report:?}");
+    }
+}
+
+#[test]
+fn rule_4_the_links_packets_cross_to_their_shards() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let settings = settings(&bench, None);
+    let topology = link_by_one_queue(&settings);
+    crosses_and_survives(Pair::start_in(topology, &settings, bench.dir()).unwrap());
+}
+
+#[test]
+fn rule_4_the_links_packets_cross_where_the_guest_has_the_same_nic() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let settings = settings(&bench, Some("auto"));
+    let topology = all_by_one_queue(&settings);
+    crosses_and_survives(Pair::start_in(topology, &settings, bench.dir()).unwrap());
+}
+
+/// Without a queue for each shard, or where it is told to, all of them use TCP, and it shows.
+#[test]
+fn with_fewer_queues_than_shards_the_links_packets_go_over_tcp() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let settings = settings(&bench, None);
+    let topology = settings.topology().unwrap();
+    topology.host(Host::B).batch("link del link0\n").unwrap();
+    let far = topology.host(Host::B).name();
+    let lines = format!(
+        "link add link0 numtxqueues 2 numrxqueues 2 type veth \
+         peer name link0 numtxqueues 1 numrxqueues 1 netns {far}\n"
+    );
+    topology.host(Host::A).batch(&lines).unwrap();
+    for host in HOSTS {
+        let address = host.link_address();
+        let lines = format!("address add {address}/29 dev link0\nlink set link0 up\n");
+        topology.host(host).batch(&lines).unwrap();
+    }
+    let mut pair = Pair::start_in(topology, &settings, bench.dir()).unwrap();
+    clients::wrk(&pair.topology.client, GUEST[0], "/bytes/20000", 16, 1);
+    for (host, refusals) in [(Host::A, 0), (Host::B, 2)] {
+        let status = pair.process(host).status().unwrap();
+        assert_eq!(status["link"]["carrier"], "tcp", "{}", status["link"]);
+        let refused = of_link(&status, "transport_refusals");
+        assert_eq!(refused, refusals, "{}", status["link"]);
+    }
 }
 
 #[test]
@@ -64,6 +212,9 @@ fn rule_4_a_pair_of_two_shards_takes_checkpoints_and_survives_a_kill() {
         // Some of its answers differ between the guests.
         let load = Load::start(&pair.topology.client, LoadConfig::new(16, 1)).unwrap();
         assert!(load.wait_answers(2000, PATIENCE), "no answers");
+        for host in HOSTS {
+            wait_xdp(&mut pair, host);
+        }
         let status = pair.wait_protected(Host::A).unwrap();
         let crossed = each(&status, "crossed_in_frames");
         assert!(crossed.iter().all(|&n| n > 0), "{crossed:?}");

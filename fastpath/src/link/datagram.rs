@@ -85,6 +85,12 @@ impl Header {
         out
     }
 
+    /// The key of what looks like a datagram; nothing else of it is known to be true.
+    pub(super) fn key_of(bytes: &[u8]) -> Option<u64> {
+        let head = bytes.first_chunk::<HEADER_BYTES>()?;
+        head.starts_with(&MAGIC).then(|| u64_at(head, 8))
+    }
+
     /// Header and payload of a datagram to `key`.
     pub(super) fn open(bytes: &[u8], key: u64) -> Result<(Self, &[u8]), DropCause> {
         let Some((head, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else {

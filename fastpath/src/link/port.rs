@@ -35,6 +35,11 @@ impl PortKind {
             Self::Xdp => "xdp",
         }
     }
+
+    /// Whether what is sent to one shard may come to another: the NIC chooses the queue, and each shard has some of them.
+    pub(super) fn crosses(self) -> bool {
+        self == Self::Xdp
+    }
 }
 
 /// Where the datagrams of one end go.
@@ -123,6 +128,12 @@ pub trait DatagramPort: Send + fmt::Debug {
     ) -> Result<Token, Slot> {
         let _ = (start, len, frames);
         Err(slot)
+    }
+
+    /// Takes a datagram that another shard has received for this one, as a copy in a slot. `None`: there is none for it.
+    fn copy_in(&mut self, datagram: &[u8], frames: &mut FramePool) -> Option<Slot> {
+        let _ = (datagram, frames);
+        None
     }
 
     /// Ends the use of the pool: every slot is given back, and nothing is sent or received any more.

@@ -5,7 +5,7 @@ use serde::Serialize;
 /// What the packet channel did, at one end.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct LinkStats {
-    /// What carries what this end says: `tcp`, `udp` or `xdp`.
+    /// What carries what this end says: `tcp`, `udp` or `xdp`, or `mixed` where shards differ.
     pub carrier: &'static str,
     /// Bytes sent, over whatever transport, headers below the channel's own not counted.
     pub sent_bytes: u64,
@@ -47,11 +47,26 @@ pub struct LinkStats {
     pub slot_waits: u64,
     /// Connections whose AF_XDP sockets could not share the pool's memory.
     pub pool_refusals: u64,
-    /// Smoothed round-trip time in microseconds, the peer's delay included.
+    /// Received datagrams that were another shard's and went there.
+    pub crossed_out: u64,
+    /// Datagrams that other shards had received for this one.
+    pub crossed_in: u64,
+    /// Datagrams that crossed and found no room; the peer sends them again.
+    pub crossing_drops: u64,
+    /// Smoothed round-trip time in microseconds, the peer's delay included; of several shards the longest.
     pub rtt_us: u64,
 }
 
 impl LinkStats {
+    /// Adds what another shard's channel did at the same time.
+    pub fn join(&mut self, other: &Self) {
+        self.add(other);
+        if self.carrier != other.carrier {
+            self.carrier = "mixed";
+        }
+        self.rtt_us = self.rtt_us.max(other.rtt_us);
+    }
+
     /// Adds the counters of an earlier connection; the rest stays.
     pub fn add(&mut self, earlier: &Self) {
         let counters = [
@@ -75,6 +90,9 @@ impl LinkStats {
             (&mut self.frames_copied, earlier.frames_copied),
             (&mut self.slot_waits, earlier.slot_waits),
             (&mut self.pool_refusals, earlier.pool_refusals),
+            (&mut self.crossed_out, earlier.crossed_out),
+            (&mut self.crossed_in, earlier.crossed_in),
+            (&mut self.crossing_drops, earlier.crossing_drops),
         ];
         for (counter, more) in counters {
             *counter += more;

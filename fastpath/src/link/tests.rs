@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::port::{PortAddress, Slot};
 use crate::nic::XdpNic;
 
+mod crossing_tests;
 mod guest_nic_tests;
 mod pool_tests;
 mod xdp_tests;
@@ -205,6 +206,9 @@ impl DatagramPort for BadPort {
         frames: &mut FramePool,
     ) -> Result<Token, Slot> {
         self.port.adopt(slot, start, len, frames)
+    }
+    fn copy_in(&mut self, datagram: &[u8], frames: &mut FramePool) -> Option<Slot> {
+        self.port.copy_in(datagram, frames)
     }
     fn leave(&mut self, frames: &mut FramePool) {
         self.port.leave(frames);

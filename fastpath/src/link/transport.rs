@@ -10,9 +10,12 @@
 //!
 //! Invariants: units go as datagrams only after a datagram as long as any has been answered, and only while TCP is heard: a
 //! host that is cut off for the control channel is cut off for packets, too (rule 18). A transport is given up when nothing
-//! was heard through three timeouts while the peer answered a question over TCP.
+//! was heard through three timeouts while the peer answered a question over TCP; what may come by another shard, which
+//! another worker looks at, has longer.
 //!
 //! Does not interpret messages.
+
+pub(super) mod crossing;
 
 use std::ops::Range;
 
@@ -28,6 +31,7 @@ use super::stats::LinkStats;
 use super::stream::Stream;
 use crate::frame::FramePool;
 use crate::nic::Nic;
+use crossing::Crossing;
 
 /// Kinds of messages between the two link layers; unknown to earlier versions, which skip them.
 pub(super) mod kind {
@@ -56,6 +60,8 @@ const REST_MIN_US: u64 = 1_000_000;
 const REST_MAX_US: u64 = 60_000_000;
 /// Questions over TCP while one answer is good.
 const PINGS_PER_PATIENCE: u64 = 3;
+/// So long datagrams that may come by another shard are not answered though TCP is, before TCP carries them.
+const CROSSING_SILENCE_US: u64 = 50_000;
 /// Datagrams taken from a transport at a time.
 const RECEIVE_MAX: usize = 256;
 /// What pushes beyond [`Datagrams::has_room`] find room in without more memory.
@@ -106,8 +112,12 @@ pub(super) struct Datagrams {
     pub(super) control: Option<PeerHeard>,
     /// TCP was silent for too long: nothing was sent since.
     silenced: bool,
+    /// When that question was found answered, and datagrams were not.
+    answered_us: Option<u64>,
     /// Messages that found no room, in order.
     overflow: Vec<u8>,
+    /// With several shards.
+    pub(super) crossing: Option<Crossing>,
     pub(super) stats: LinkStats,
 }
 
@@ -139,7 +149,9 @@ impl Datagrams {
             patience_us,
             control: None,
             silenced: false,
+            answered_us: None,
             overflow: Vec::with_capacity(OVERFLOW_BYTES),
+            crossing: None,
             stats: LinkStats::default(),
         }
     }
@@ -232,7 +244,14 @@ impl Datagrams {
     pub(super) fn fill(&mut self, now_us: u64) -> bool {
         let mut any = false;
         self.looks += 1;
+        while let Some((index, slot)) = self.next_arrived() {
+            any = true;
+            self.take_datagram(now_us, index, slot);
+        }
         for index in 0..self.ports.len() {
+            if self.is_sorted(index) {
+                continue;
+            }
             for _ in 0..RECEIVE_MAX {
                 let Some(slot) = self.ports[index].receive() else {
                     break;
@@ -342,6 +361,7 @@ impl Datagrams {
 
     /// Gives all slots of the pool back. Nothing is sent or received any more.
     pub(super) fn leave(&mut self, frames: &mut FramePool) {
+        self.forget_arrived();
         self.ports.iter_mut().for_each(|port| port.leave(frames));
     }
 
@@ -466,11 +486,17 @@ impl Datagrams {
         let Some(ping) = self.ping else {
             self.ping = Some(self.pings + 1);
             self.next_ping_us = now_us;
+            self.answered_us = None;
             return;
         };
         // The peer says the same over datagrams before it answers over TCP: that is looked for once more.
         let has_looked = self.looks > self.pong_looks;
         if self.pong < ping || !has_looked || !self.core.sender.is_stalled() {
+            return;
+        }
+        // With several shards that says only what the worker of one does; datagrams wait for others, too.
+        let answered_us = *self.answered_us.get_or_insert(now_us);
+        if self.crossing.is_some() && now_us < answered_us + CROSSING_SILENCE_US {
             return;
         }
         let name = self.ports[index].address().kind().name();

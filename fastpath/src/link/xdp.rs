@@ -6,6 +6,9 @@
 //! or else it is the pool's, and the pool gets back all that it has lent; the XDP program takes the link's frames and passes
 //! everything else to the host, so that TCP goes on beside them; it leaves the interface with this value.
 //!
+//! With several shards each has a port, with sockets on the queues q with q % shards == shard, behind one program. A frame for
+//! another shard is passed on above ([`super::transport::crossing`]).
+//!
 //! Looks at no datagram: what comes from elsewhere is the reliable layer's to refuse.
 
 mod chunks;
@@ -17,6 +20,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use colo_bpf::{
@@ -73,6 +77,21 @@ pub enum XdpPortError {
     /// The XDP program.
     #[error(transparent)]
     Xdp(#[from] XdpError),
+    /// Each shard needs a queue to send from.
+    #[error(
+        "{queues} receive queues are too few for host.shards = {shards}: ethtool -L {interface} combined {shards}"
+    )]
+    FewQueues {
+        /// The interface.
+        interface: String,
+        /// How many it has.
+        queues: u32,
+        /// How many it needs.
+        shards: usize,
+    },
+    /// The guest's NIC, which is the link's, too, does not take its packets.
+    #[error("shard {0} has no end of the guest's NIC")]
+    NoEnd(usize),
     /// The pool is too small to lend so many slots.
     #[error("host.frame_slots = {slots} are too few for {queues} queues; raise it")]
     FewSlots {
@@ -98,12 +117,12 @@ struct Queue {
     spoilt: bool,
 }
 
-/// The link's AF_XDP sockets, one for each receive queue of its interface.
+/// The link's AF_XDP sockets, one for each receive queue of its interface, or each of a shard's share of them.
 #[derive(Debug)]
 pub struct XdpPort {
     /// Dropped first: without it no more frames come.
     #[cfg_attr(not(test), expect(dead_code, reason = "it is held"))]
-    program: XdpProgram,
+    program: Arc<XdpProgram>,
     queues: Vec<Queue>,
     turn: usize,
     fill_target: usize,
@@ -137,10 +156,10 @@ struct Memory {
 
 impl Memory {
     /// Memory of the port's own.
-    fn own(interface: &Interface, mtu: usize, queues: u32) -> Result<Self, XdpPortError> {
+    fn own(interface: &Interface, mtu: usize, queues: &[u32]) -> Result<Self, XdpPortError> {
         let chunk_bytes = if mtu <= payload_max(2048) { 2048 } else { 4096 };
-        let fill_target = (FILL_CHUNKS / queues as usize).max(FILL_CHUNKS_MIN);
-        let receiving = RECEIVE_WINDOW + SPARE_CHUNKS + fill_target * queues as usize;
+        let fill_target = (FILL_CHUNKS / queues.len().max(1)).max(FILL_CHUNKS_MIN);
+        let receiving = RECEIVE_WINDOW + SPARE_CHUNKS + fill_target * queues.len();
         let count = receiving + SEND_CHUNKS;
         let chunks = Chunks::new(count, chunk_bytes)?;
         let sockets = bind_all(&chunks, interface, queues)?;
@@ -166,30 +185,75 @@ impl XdpPort {
     /// On the interface that `stream` uses here; where possible in the memory of `pool`.
     pub fn beside(stream: &TcpStream, pool: Option<&PoolMemory>) -> Result<Self, XdpPortError> {
         let name = interface_of(stream)?;
-        let interface = Interface::find(&name)?;
-        let mtu = interface.mtu()? as usize;
-        let mac = interface.mac()?;
-        let queues = interface.rx_queues()?;
-        let mut pool_refusals = 0;
-        let memory = match pool.map(|pool| shared::open(pool, &interface, queues)) {
-            Some(Ok(memory)) => memory,
-            None => Memory::own(&interface, mtu, queues)?,
-            Some(Err(e)) => {
-                // What is not the pool's fault fails again.
-                let memory = Memory::own(&interface, mtu, queues)?;
-                tracing::warn!("packet channel: AF_XDP on {name}: frames will be copied: {e}");
-                pool_refusals = 1;
-                memory
-            }
-        };
-        let (program, attached) = take_link_frames(&interface, &memory.sockets)?;
-        let zero_copy = memory.sockets.iter().all(XskSocket::is_zero_copy);
+        let mut ports = Self::for_shards(&name, &[pool])?;
+        ports.pop().ok_or(XdpPortError::NoEnd(0))
+    }
+
+    /// On the interface of this name a port for each shard, where possible in the memory of its pool.
+    pub fn for_shards(
+        name: &str,
+        pools: &[Option<&PoolMemory>],
+    ) -> Result<Vec<Self>, XdpPortError> {
+        let interface = Interface::find(name)?;
+        let (queues, shards) = (interface.rx_queues()?, pools.len());
+        if (queues as usize) < shards {
+            return Err(XdpPortError::FewQueues {
+                interface: name.to_owned(),
+                queues,
+                shards,
+            });
+        }
+        let share = |shard: usize| (shard as u32..queues).step_by(shards).collect::<Vec<_>>();
+        let opened = pools.iter().enumerate();
+        let opened = opened.map(|(shard, pool)| Self::bind(&interface, *pool, &share(shard)));
+        let mut ports = opened.collect::<Result<Vec<_>, _>>()?;
+        let sockets = ports.iter().flat_map(|port| &port.0.sockets);
+        let (program, attached) = take_link_frames(&interface, sockets)?;
+        let program = Arc::new(program);
+        let zero_copy =
+            |(memory, _): &(Memory, u64)| memory.sockets.iter().all(XskSocket::is_zero_copy);
+        let zero_copy = ports.iter().all(zero_copy);
         let copying = if zero_copy { "zero-copy" } else { "copy" };
-        let place = memory.loan.as_ref().map_or("", |_| ", in the frame pool");
+        let in_pool = ports.iter().all(|port| port.0.loan.is_some());
+        let place = if in_pool { ", in the frame pool" } else { "" };
         let at = attached.mode;
         tracing::info!(
             "packet channel: AF_XDP on {name}: {at} mode, {copying}, {queues} queues{place}"
         );
+        let ports = ports.drain(..).map(|(memory, pool_refusals)| {
+            Self::on(memory, pool_refusals, program.clone(), &interface)
+        });
+        ports.collect()
+    }
+
+    /// Sockets on these queues, and how often the pool's memory could not be used for them.
+    fn bind(
+        interface: &Interface,
+        pool: Option<&PoolMemory>,
+        queues: &[u32],
+    ) -> Result<(Memory, u64), XdpPortError> {
+        let mtu = interface.mtu()? as usize;
+        match pool.map(|pool| shared::open(pool, interface, queues)) {
+            Some(Ok(memory)) => Ok((memory, 0)),
+            None => Ok((Memory::own(interface, mtu, queues)?, 0)),
+            Some(Err(e)) => {
+                // What is not the pool's fault fails again.
+                let memory = Memory::own(interface, mtu, queues)?;
+                let name = interface.name();
+                tracing::warn!("packet channel: AF_XDP on {name}: frames will be copied: {e}");
+                Ok((memory, 1))
+            }
+        }
+    }
+
+    fn on(
+        memory: Memory,
+        pool_refusals: u64,
+        program: Arc<XdpProgram>,
+        interface: &Interface,
+    ) -> Result<Self, XdpPortError> {
+        let mac = interface.mac()?;
+        let mtu = interface.mtu()? as usize;
         let queue = |socket| Queue {
             socket,
             lent: 0,
@@ -401,6 +465,19 @@ impl DatagramPort for XdpPort {
         self.adopt_into(slot, start, len, frames)
     }
 
+    fn copy_in(&mut self, datagram: &[u8], _frames: &mut FramePool) -> Option<Slot> {
+        if datagram.len() > self.chunks.chunk_bytes() {
+            return None;
+        }
+        let chunk = self.free.pop()?;
+        let offset = self.chunks.offset_of(chunk as usize);
+        self.chunks
+            .get_mut(offset, datagram.len())
+            .copy_from_slice(datagram);
+        self.places[chunk as usize] = (offset, datagram.len());
+        Some(Slot(chunk))
+    }
+
     fn leave(&mut self, frames: &mut FramePool) {
         self.leave_pool(frames);
     }
@@ -437,21 +514,23 @@ impl DatagramPort for XdpPort {
     #[cfg(test)]
     fn stop_receiving(&mut self) {
         let nothing = LinkChannel::default();
-        let _ = self.program.set_link_channel(nothing);
+        if let Some(program) = Arc::get_mut(&mut self.program) {
+            let _ = program.set_link_channel(nothing);
+        }
     }
 }
 
-/// A socket on each queue, without copies if the driver can.
+/// A socket on each of these queues, without copies if the driver can.
 fn bind_all(
     chunks: &Chunks,
     interface: &Interface,
-    queues: u32,
+    queues: &[u32],
 ) -> Result<Vec<XskSocket>, XskError> {
     let bind = |copy_mode| {
         let umem = chunks.register()?;
         let options = bind_options(copy_mode);
-        let each = |queue| bind_patiently(&umem, interface, queue, &options);
-        (0..queues).map(each).collect()
+        let each = |queue: &u32| bind_patiently(&umem, interface, *queue, &options);
+        queues.iter().map(each).collect()
     };
     match bind(CopyMode::ZeroCopy) {
         Err(XskError::NoZeroCopy { .. }) => bind(CopyMode::Copy),
@@ -487,9 +566,9 @@ fn bind_patiently(
 }
 
 /// The program that gives the link's frames to the sockets and all else to the host.
-fn take_link_frames(
+fn take_link_frames<'a>(
     interface: &Interface,
-    sockets: &[XskSocket],
+    sockets: impl Iterator<Item = &'a XskSocket>,
 ) -> Result<(XdpProgram, Attached), XdpError> {
     let mut program = XdpProgram::load()?;
     program.set_groups(Groups::Copied)?;

@@ -75,7 +75,7 @@ impl PrimaryReport {
     pub fn sum(reports: Vec<Self>) -> Option<Self> {
         reports.into_iter().reduce(|mut sum, report| {
             sum.stats.add(&report.stats);
-            sum.link.add(&report.link);
+            sum.link.join(&report.link);
             // Their bounds are equal.
             let _ = sum.hold_us.add(&report.hold_us);
             sum

@@ -38,7 +38,7 @@ impl SecondaryReport {
     pub fn sum(reports: Vec<Self>) -> Option<Self> {
         reports.into_iter().reduce(|mut sum, report| {
             sum.stats.add(&report.stats);
-            sum.link.add(&report.link);
+            sum.link.join(&report.link);
             sum
         })
     }
@@ -191,6 +191,21 @@ impl SecondaryRole {
         }
     }
 
+    /// Hears what the dead primary still said to any shard. With several shards, on all of them before [`Self::take_over`]:
+    /// what has come to one may belong to another.
+    pub fn hear_rest(&mut self, edge: &mut Edge) {
+        if let Some(link) = &mut self.link {
+            link.read_all();
+        }
+        let now_us = now_us();
+        loop {
+            edge.look();
+            if self.poll_link(edge, now_us) == 0 {
+                return;
+            }
+        }
+    }
+
     /// The SVM is the VM now: opens the NIC, announces the guest, sends what was not reported released and gives
     /// the role that goes on.
     pub fn take_over(
@@ -201,10 +216,7 @@ impl SecondaryRole {
     ) -> Option<Box<PrimaryRole>> {
         let now_us = now_us();
         // What the dead primary still said counts: input to deliver, output that it had released.
-        if let Some(link) = &mut self.link {
-            link.read_all();
-        }
-        while self.poll_link(edge, now_us) > 0 {}
+        self.hear_rest(edge);
         self.detach(edge);
         let path = self.path.take()?;
         if let Err(e) = edge.set_filter(Filter::Guest(self.mac)) {

@@ -9,10 +9,13 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::{ShardGroup, owner};
+use crate::link::DATAGRAM_BYTES_MAX;
 use crate::ring::spsc::{Entry, Receiver, Sender, lane};
 
 /// Frames of one kind on their way from one shard to another at most.
 pub(crate) const LANE_FRAMES: usize = 128;
+/// Datagrams of the link on their way from one shard to another at most.
+const LANE_DATAGRAMS: usize = 256;
 
 /// Why a frame crosses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,9 +26,11 @@ pub(crate) enum Kind {
     GuestTx,
     /// For the guest, from its owner to the worker that serves the guest's queue.
     Deliver,
+    /// A datagram of the link's, received by another than the shard whose channel it belongs to.
+    Link,
 }
 
-const KINDS: usize = 3;
+const KINDS: usize = 4;
 
 /// What became of a [`Kind::Deliver`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,14 +104,15 @@ pub(crate) fn seats(group: &ShardGroup, frame_bytes_max: usize) -> Vec<Seat> {
         .collect();
     for near in 0..shards {
         for far in (0..shards).filter(|&far| far != near) {
-            let [a, b, c] = [(); KINDS].map(|()| lane(LANE_FRAMES as u32, frame_bytes_max));
+            let [a, b, c] = [(); 3].map(|()| lane(LANE_FRAMES as u32, frame_bytes_max));
+            let d = lane(LANE_DATAGRAMS as u32, DATAGRAM_BYTES_MAX);
             let (confirmations, confirmed) = lane(LANE_FRAMES as u32, 0);
             seats[near].to[far] = Some(To {
-                frames: [a.0, b.0, c.0],
+                frames: [a.0, b.0, c.0, d.0],
                 confirmations,
             });
             seats[far].from[near] = Some(From {
-                frames: [a.1, b.1, c.1],
+                frames: [a.1, b.1, c.1, d.1],
                 confirmations: confirmed,
             });
         }

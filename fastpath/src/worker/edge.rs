@@ -194,6 +194,7 @@ impl Edge {
     /// What has come by the NIC for the packet channel goes there. Before each [`PacketLink::fill`].
     pub fn take_in(&mut self, link: &mut PacketLink) {
         link.take_in(&mut *self.nic, &mut self.frames);
+        self.cross_link(link);
     }
 
     /// What the packet channel says by the NIC leaves. After each [`PacketLink::flush`].

@@ -116,7 +116,7 @@ impl Topology {
         Self::with_queues(uplink, 1)
     }
 
-    /// The same; the devices that the guests use have so many queues.
+    /// The same; the devices that the guests and the link use have so many queues.
     pub fn with_queues(uplink: Uplink, queues: usize) -> Result<Self, NetError> {
         sweep()?;
         let run = unique_name();
@@ -134,7 +134,7 @@ impl Topology {
         for host in [Host::A, Host::B] {
             topology.wire_host(host, uplink, queues)?;
         }
-        topology.wire_link()?;
+        topology.wire_link(queues)?;
         topology.address_client()?;
         if uplink == Uplink::Direct {
             topology.sum_in_client()?;
@@ -228,12 +228,13 @@ impl Topology {
         ))
     }
 
-    fn wire_link(&self) -> Result<(), NetError> {
+    fn wire_link(&self, queues: usize) -> Result<(), NetError> {
         let [mac_a, mac_b] = LINK_MAC;
         let far = self.host(Host::B).name();
+        let side = format!("mtu {LINK_MTU} numtxqueues {queues} numrxqueues {queues}");
         self.host(Host::A).batch(&format!(
-            "link add link0 mtu {LINK_MTU} address {mac_a} type veth \
-             peer name link0 mtu {LINK_MTU} address {mac_b} netns {far}\n"
+            "link add link0 {side} address {mac_a} type veth \
+             peer name link0 {side} address {mac_b} netns {far}\n"
         ))?;
         for host in [Host::A, Host::B] {
             let address = host.link_address();

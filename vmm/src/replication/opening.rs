@@ -14,7 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
-use colo_fastpath::link::{PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
+use colo_fastpath::link::{
+    LinkEnd, LinkKeys, PacketLink, Packets, PeerHeard, PoolMemory, Ports, open_all_ports,
+};
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::worker::WorkerHandle;
 
@@ -42,26 +44,42 @@ impl LinkOpening {
                 "host.shards: {theirs} packet channels for {ours} shards; give both hosts the same number"
             )));
         }
-        let links = streams.into_iter().zip(workers);
+        let pools = workers.iter().map(pool_of).collect::<Vec<_>>();
+        let ends = streams.iter().zip(pools);
+        let ends: Vec<_> = ends
+            .map(|(stream, pool)| LinkEnd { stream, pool })
+            .collect();
+        let share = |shard: usize, name: String| {
+            let worker: &WorkerHandle = workers.get(shard)?;
+            worker.execute(move |edge, _| edge.share_nic(&name)).ok()?
+        };
+        let ports = open_all_ports(&ends, self.packets, share);
+        let keys = LinkKeys::new(random_number().map_err(io::Error::other)?, workers.len());
+        let links = streams.into_iter().zip(ports).enumerate();
         links
-            .map(|(stream, worker)| self.open_one(stream, worker))
+            .map(|(shard, (stream, ports))| self.open_one(stream, ports, keys, shard))
             .collect()
     }
 
-    fn open_one(&self, stream: TcpStream, worker: &WorkerHandle) -> io::Result<PacketLink> {
-        let pool = worker.execute(|edge, _| PoolMemory::of(&edge.frames)).ok();
-        // All shards' frames of the link come to one queue of an interface, which one shard can have.
-        let packets = match self.packets {
-            Packets::Auto if self.machine.workers().len() > 1 => Packets::Tcp,
-            packets => packets,
-        };
-        let share = |name: String| worker.execute(move |edge, _| edge.share_nic(&name)).ok()?;
-        let ports = open_ports(&stream, packets, pool.as_ref(), share);
-        let key = random_number().map_err(io::Error::other)?;
+    fn open_one(
+        &self,
+        stream: TcpStream,
+        ports: Ports,
+        keys: LinkKeys,
+        shard: usize,
+    ) -> io::Result<PacketLink> {
+        let key = keys.of(shard);
         let link = PacketLink::with_ports(stream, ports.list, key, self.patience_us)?;
-        let link = link.without(ports.refused);
-        Ok(link.beside(self.heard.clone()))
+        let link = link.without(ports.refused).beside(self.heard.clone());
+        Ok(match self.machine.workers().len() {
+            1 => link,
+            _ => link.among(keys, shard),
+        })
     }
+}
+
+fn pool_of(worker: &WorkerHandle) -> Option<PoolMemory> {
+    worker.execute(|edge, _| PoolMemory::of(&edge.frames)).ok()
 }
 
 /// A thread that opens what it is asked for.

@@ -444,6 +444,9 @@ impl SecondaryShell {
         let workers = self.replica.machine.workers();
         let config = Arc::new(self.replica.primary_role());
         let post = self.pair_post.clone();
+        if workers.len() > 1 {
+            SecondaryRole::on_workers(workers, SecondaryRole::hear_rest)?;
+        }
         let roles = SecondaryRole::on_workers(workers, move |role, edge| {
             role.take_over(edge, &config, post.clone())
         })?;

@@ -4,11 +4,14 @@ use std::sync::Mutex;
 
 use colo_bpf::{Groups, Mac};
 use colo_compare::Frames;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::pool_tests::Pool;
 use super::xdp_tests::links_opened;
 use super::*;
+use crate::link::transport::crossing::Crossing;
 use crate::nic::{Filter, LinkShare, Sent, XdpNicConfig};
+use crate::shard::{Kind, ShardGroup, seats};
 
 const GUESTS: [Mac; 2] = [
     [0x52, 0x54, 0, 0xc0, 0x10, 1],
@@ -134,6 +137,42 @@ fn without_a_free_slot_the_channel_stays_where_it_is_and_nothing_is_lost() {
     let stats = ends.links[1].stats();
     assert!(stats.frames_in_place > 200, "{stats:?}");
     assert!(ends.links.iter().all(|link| link.stats().fallbacks == 0));
+    ends.leave();
+}
+
+#[test]
+fn what_crosses_is_copied_into_slots_of_the_pool_and_each_comes_back() {
+    let mut ends = ends(1700, 1, &Network::new(0));
+    ends.talk(50);
+    // From now on the second end is a shard of several: its key is that of the seventh.
+    let crossing = Crossing::new(LinkKeys::new(22, 8), 6);
+    let wakes = (0..8).map(|_| Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+    let mut seats = seats(&ShardGroup::new(wakes), 4096);
+    let (mut seat, mut other) = (seats.remove(6), seats.remove(0));
+    let (Some(datagrams), Some(nics)) = (&mut ends.links[1].datagrams, &mut ends.nics) else {
+        panic!("no NIC");
+    };
+    datagrams.crossing = Some(crossing);
+    let (link, nic) = (&mut ends.links[1], &mut nics[1]);
+    let frames = &mut ends.pools.as_mut().unwrap()[1].frames;
+    let mut cross = |link: &mut PacketLink, frames: &mut FramePool| {
+        assert!(other.send(6, Kind::Link, 0, &[9; 1500]));
+        seat.look();
+        link.take_in(nic, frames);
+        link.cross(&mut seat, frames);
+        link.fill().unwrap();
+    };
+    let rounds = 2 * u64::from(pool_tests::SLOTS);
+    for _ in 0..rounds {
+        cross(link, frames);
+    }
+    let stats = link.stats();
+    assert_eq!((stats.crossed_in, stats.crossing_drops), (rounds, 0));
+    assert_eq!(stats.foreign, rounds);
+    if let Some(datagrams) = &mut link.datagrams {
+        datagrams.crossing = None;
+    }
+    ends.talk(50);
     ends.leave();
 }
 

@@ -135,7 +135,7 @@ impl Stranger {
         Self { fd }
     }
 
-    fn send(&self, payload: &[u8]) {
+    pub(super) fn send(&self, payload: &[u8]) {
         use std::os::fd::AsRawFd;
         let kind = LINK_ETHERTYPE.to_be_bytes();
         let frame = [&MACS[1][..], &[2, 0, 0, 0, 0, 9], &kind, payload].concat();

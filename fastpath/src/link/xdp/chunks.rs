@@ -45,6 +45,11 @@ impl PoolMemory {
         self.slots
     }
 
+    /// What a slot holds.
+    pub(super) fn slot_bytes(&self) -> usize {
+        self.slot_bytes
+    }
+
     /// What the kernel may write of a slot; `None`: less than it takes.
     pub(super) fn chunk_bytes(&self) -> Option<usize> {
         match self.slot_bytes {
@@ -107,6 +112,11 @@ impl Chunks {
         // SAFETY: `owner` keeps the area mapped, readable and writable; references to its bytes are made by `get` and
         // `get_mut` alone, whose callers do so for chunks that no ring has.
         unsafe { Umem::register(base, len, self.settings, owner) }
+    }
+
+    /// What a chunk holds.
+    pub(super) fn chunk_bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Which chunk an offset lies in.

@@ -93,6 +93,11 @@ impl GuestNicPort {
         }
     }
 
+    /// Slots with received datagrams at most.
+    fn held_max(&self) -> usize {
+        (self.pool.slots() / RECEIVE_SHARE).min(XDP_SLOTS_MAX - SEND_CHUNKS)
+    }
+
     /// The NIC takes it, or has no room now.
     fn give(&mut self, nic: &mut dyn Nic, frames: &mut FramePool, token: Token) -> bool {
         match nic.send(frames, token) {
@@ -180,8 +185,7 @@ impl DatagramPort for GuestNicPort {
         }
         nic.take_link_slots(frames, &mut self.released);
         self.fill_stock(frames);
-        let most = (self.pool.slots() / RECEIVE_SHARE).min(XDP_SLOTS_MAX - SEND_CHUNKS);
-        let room = most.saturating_sub(self.held);
+        let room = self.held_max().saturating_sub(self.held);
         let before = self.received.len();
         let max = RECEIVED_MAX.min(before + room);
         nic.receive_link(frames, &mut self.received, max);
@@ -234,6 +238,22 @@ impl DatagramPort for GuestNicPort {
         self.lent[fresh as usize] = true;
         self.released.push(fresh);
         frames.adopt(slot.0, within, len).ok_or(slot)
+    }
+
+    fn copy_in(&mut self, datagram: &[u8], frames: &mut FramePool) -> Option<Slot> {
+        let fits = datagram.len() <= self.pool.slot_bytes() && self.held < self.held_max();
+        if !fits || !self.pool.is_of(frames) {
+            return None;
+        }
+        let (slot, _) = frames.lend()?;
+        self.lent[slot as usize] = true;
+        self.held += 1;
+        let offset = self.chunks.offset_of(slot as usize);
+        self.chunks
+            .get_mut(offset, datagram.len())
+            .copy_from_slice(datagram);
+        self.places[slot as usize] = (offset, datagram.len());
+        Some(Slot(slot))
     }
 
     fn leave(&mut self, frames: &mut FramePool) {

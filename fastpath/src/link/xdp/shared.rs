@@ -57,13 +57,14 @@ impl Loan {
 pub(super) fn open(
     pool: &PoolMemory,
     interface: &Interface,
-    queues: u32,
+    queues: &[u32],
 ) -> Result<Memory, XdpPortError> {
     let slots = pool.slots();
     let receiving = (RECEIVE_WINDOW + FILL_CHUNKS).min(slots / RECEIVE_SHARE);
     let sending = SEND_CHUNKS.min(slots / SEND_SHARE);
-    let fill_target = receiving / 2 / queues as usize;
+    let fill_target = receiving / 2 / queues.len().max(1);
     if fill_target < FILL_CHUNKS_MIN {
+        let queues = queues.len() as u32;
         return Err(XdpPortError::FewSlots { slots, queues });
     }
     let chunk_bytes = pool.chunk_bytes().ok_or(XdpPortError::SmallSlots)?;
@@ -134,14 +135,15 @@ impl XdpPort {
     pub(super) fn leave_pool(&mut self, frames: &mut FramePool) {
         let Some(loan) = self.loan.take() else { return };
         let writes_itself = self.queues.iter().any(|queue| queue.socket.is_zero_copy());
-        let queues = self.queues.len() as u32;
+        let numbers = self.queues.iter().map(|queue| queue.socket.queue());
+        let queues: Vec<u32> = numbers.collect();
         let interface = self.queues.first().map(|q| q.socket.interface().clone());
         // In copy mode the kernel writes nothing any more once a socket is closed.
         self.queues.clear();
         self.sendable.clear();
         self.free.clear();
         if let (true, Some(interface)) = (writes_itself, interface)
-            && !has_let_go(&interface, queues).unwrap_or(false)
+            && !has_let_go(&interface, &queues).unwrap_or(false)
         {
             let name = interface.name();
             tracing::warn!(
@@ -158,12 +160,12 @@ impl XdpPort {
 }
 
 /// Whether the kernel has let go of all queues, so that a NIC no longer writes to the memory of sockets that were closed.
-fn has_let_go(interface: &Interface, queues: u32) -> io::Result<bool> {
+fn has_let_go(interface: &Interface, queues: &[u32]) -> io::Result<bool> {
     let chunks = Chunks::new(1, 4096)?;
     let options = bind_options(CopyMode::Copy);
-    for queue in 0..queues {
+    for queue in queues {
         let umem = chunks.register().map_err(io::Error::other)?;
-        let bound = bind_patiently(&umem, interface, queue, &options);
+        let bound = bind_patiently(&umem, interface, *queue, &options);
         if matches!(bound, Err(XskError::Busy { .. })) {
             return Ok(false);
         }

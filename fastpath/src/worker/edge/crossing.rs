@@ -14,6 +14,7 @@ use colo_compare::{Frames, HEADER_MAX, Token};
 use super::super::role::BATCH;
 use super::{Delivery, Edge, Handed, Stays};
 use crate::frame::CopyCause;
+use crate::link::PacketLink;
 use crate::shard::{Kind, LANE_FRAMES, Outcome, Seat};
 use crate::stages::Stage;
 
@@ -34,6 +35,8 @@ pub(super) struct Crossing {
     reserve: Vec<u32>,
     own_first: bool,
     has_worked: bool,
+    /// The role has a channel that datagrams cross to; found out again before each sleep.
+    reads_link: bool,
 }
 
 impl Crossing {
@@ -47,6 +50,7 @@ impl Crossing {
             reserve: Vec::with_capacity(seat.guest_tx_max()),
             own_first: false,
             has_worked: false,
+            reads_link: false,
             seat,
         }
     }
@@ -413,6 +417,16 @@ impl Edge {
         }
     }
 
+    /// What the link's sockets have received goes to the shards that it belongs to.
+    pub(super) fn cross_link(&mut self, link: &mut PacketLink) {
+        let Some(crossing) = &mut self.crossing else {
+            return;
+        };
+        let crossed = link.cross(&mut crossing.seat, &mut self.frames);
+        crossing.reads_link = crossed.is_some();
+        crossing.has_worked |= crossed.unwrap_or(false);
+    }
+
     /// Whether frames were handed over of which nothing is known yet, or that came back.
     pub fn has_undelivered(&self) -> bool {
         let crossing = self.crossing.as_ref();
@@ -448,9 +462,11 @@ impl Edge {
         let Some(crossing) = &mut self.crossing else {
             return true;
         };
+        let reads_link = std::mem::take(&mut crossing.reads_link);
         let seat = &mut crossing.seat;
         seat.lie_down();
-        let has_work = wants_nic && seat.has(Kind::Nic)
+        let has_work = reads_link && seat.has(Kind::Link)
+            || wants_nic && seat.has(Kind::Nic)
             || wants_guest && seat.has(Kind::GuestTx)
             || seat.is_fed()
             || !crossing.awaiting.is_empty() && seat.has_confirmation(crossing.awaiting_from)
@@ -471,3 +487,7 @@ impl Edge {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "crossing_tests.rs"]
+mod tests;
