@@ -1,8 +1,9 @@
 //! The primary's checkpoint thread: live synchronisation (`live`), capture, transfer.
 //!
-//! Order of a capture (rules 11 and 12): the SVM has stopped and sent its dirty set; vCPUs pause, the workers cut the
-//! epoch at a packet boundary; state is saved and the union of both dirty sets kept (`stabilise`); workers and vCPUs go
-//! on; only then it travels, as far as the SVM lacks it (`outbound`).
+//! Order of a capture (rules 11 and 12): the SVM has stopped and sent its dirty set; what is dirty by now is copied (`early`);
+//! vCPUs pause, the workers cut the epoch at a packet boundary; state is saved and the union of both dirty sets kept
+//! (`stabilise`), which is to copy again what was written meanwhile; workers and vCPUs go on; only then it travels, as far as
+//! the SVM lacks it (`outbound`).
 //!
 //! Invariants: a page leaves the dirty set only into a capture, and comes back if that capture is aborted (rule 14);
 //! the guest runs again whatever fails here; without a secondary nothing is tracked, protected or reserved (invariant 8).
@@ -11,6 +12,7 @@
 
 mod ahead;
 mod cut;
+mod early;
 mod live;
 
 use std::collections::VecDeque;
@@ -158,6 +160,8 @@ pub enum CaptureEvent {
 /// What a capture cost.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CaptureCost {
+    /// Before the pause: copying pages while the guest runs.
+    pub early_us: u64,
     /// From the order to pause until the vCPUs ran again.
     pub pause_us: u64,
     /// Part of it: pausing vCPUs and cutting the epoch.
@@ -176,6 +180,10 @@ pub struct CaptureCost {
     pub dirty_pages: u64,
     /// Of these, sent ahead and not written since: neither copied nor protected.
     pub ahead_pages: u64,
+    /// Pages that were copied before the pause.
+    pub early_pages: u64,
+    /// Pages that the log named in the pause: where some were copied before, those written meanwhile.
+    pub late_pages: u64,
     /// Frames of pending output.
     pub pending_frames: u64,
 }
@@ -241,7 +249,8 @@ pub struct CaptureThread {
     carry: PageBitmap,
     /// Pages of the checkpoint in flight.
     in_flight: PageBitmap,
-    /// Those of them that the log named when the guest stood still: what went ahead of them is of no use.
+    /// Those of them that the log named when it was read last: what went ahead of them is of no use, nor what was copied of
+    /// them before.
     written: PageBitmap,
     /// The capture in hand has cut the epoch.
     is_cut: bool,
@@ -424,12 +433,12 @@ impl CaptureThread {
         self.in_flight.merge(&stop.dirty.words);
         self.in_flight.merge(&self.carry.words);
         self.carry.clear();
-        self.written.clear();
+        let mut cost = CaptureCost::default();
+        self.copy_early(&mut cost)?;
         let machine = self.machine.clone();
         let urgency = machine.hurry();
         let start = Instant::now();
         machine.pause_vcpus_for_capture()?;
-        let mut cost = CaptureCost::default();
         let outcome = self.capture_stopped(order, urgency, start, &mut cost);
         reached(Point::Paused);
         let resumed = machine.resume_workers();
@@ -471,24 +480,18 @@ impl CaptureThread {
         let mut states = self.states(ports, cuts)?;
         cost.state_us = lap_us();
 
-        let taken = machine.take_dirty(&mut self.written.words);
-        self.in_flight.merge(&self.written.words);
-        taken?;
-        if let Some(session) = &mut self.session {
-            cost.ahead_pages = session.outbound.captured(&self.written);
-        }
+        cost.ahead_pages = self.collect()?;
+        cost.late_pages = self.written.count() as u64;
         cost.dirty_pages = self.in_flight.count() as u64;
         cost.collect_us = lap_us();
 
-        let session = self.session.as_mut().ok_or(CaptureError::NoSecondary)?;
-        let policy = self.settings.stabilise;
-        let keep = session.outbound.to_keep(&self.in_flight);
-        let stable = session.stabiliser.take(keep, policy)?;
+        let stable = self.keep()?;
         cost.stabilise_us = lap_us();
 
         self.captures += 1;
         let every = self.settings.audit_every;
         if every > 0 && self.captures.is_multiple_of(u64::from(every)) {
+            let session = self.session.as_ref().ok_or(CaptureError::NoSecondary)?;
             states.push(audit_of(&machine, session.outbound.key(), &states)?);
             cost.audit_us = lap_us();
         }

@@ -100,9 +100,9 @@ impl Digester {
         }
     }
 
-    /// The digest of the page in a slot, if it is there. Slots are to be asked for in rising order.
+    /// The digest of the page in a slot, if it is there. Slots that it was begun with are to be asked for in rising order.
     pub fn digest(&mut self, slot: u32) -> Option<PageDigest> {
-        let run = self.run.as_ref()?;
+        let run = self.run.as_ref().filter(|run| run.slots.contains(&slot))?;
         let page = slot.checked_sub(run.slots.start)?;
         let batch = page / BATCH_PAGES;
         let is_there = match self.at {

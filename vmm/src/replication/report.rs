@@ -54,7 +54,9 @@ pub struct CheckpointReport {
     pub cause: &'static str,
     /// From the order to stop the SVM until it had stopped.
     pub svm_stop_us: u64,
-    /// The PVM stood still: of this, the next six.
+    /// Pages were copied while the PVM ran.
+    pub early_us: u64,
+    /// Then it stood still: of this, the next six.
     pub pause_us: u64,
     pub quiesce_us: u64,
     pub state_us: u64,
@@ -75,6 +77,10 @@ pub struct CheckpointReport {
     pub dirty_pages: u64,
     /// Of these, sent ahead and not written since: not captured in the pause.
     pub ahead_pages: u64,
+    /// Copied before the pause.
+    pub early_pages: u64,
+    /// Written last before it: captured in the pause, if others were before.
+    pub late_pages: u64,
     pub pending_frames: u64,
     pub sent_bytes: u64,
     pub digest_bytes: u64,
@@ -197,6 +203,7 @@ impl CheckpointTimes {
     pub fn captured(&mut self, cost: &CaptureCost) {
         self.finish_committed();
         let current = &mut self.current;
+        current.early_us = cost.early_us;
         current.pause_us = cost.pause_us;
         current.quiesce_us = cost.quiesce_us;
         current.state_us = cost.state_us;
@@ -206,6 +213,8 @@ impl CheckpointTimes {
         current.resume_us = cost.resume_us;
         current.dirty_pages = cost.dirty_pages;
         current.ahead_pages = cost.ahead_pages;
+        current.early_pages = cost.early_pages;
+        current.late_pages = cost.late_pages;
         current.pending_frames = cost.pending_frames;
     }
 

@@ -38,7 +38,7 @@ impl CaptureThread {
         }
     }
 
-    fn open_session(
+    pub(super) fn open_session(
         &mut self,
         streams: Vec<TcpStream>,
         generation: u64,

@@ -3,7 +3,8 @@
 //! [`Stabiliser::take`] is called while vCPUs and host writers stand still. Afterwards they go on, and [`Stable::next_page`]
 //! gives each page of the set as it was, in rising order.
 //!
-//! - *Copy*: all pages go into an arena before the guest goes on.
+//! - *Copy*: all pages go into an arena before the guest goes on; most of them before it stood still (`early`), in which case
+//!   the pause copies what was written since.
 //! - *Protect*: the pages are write-protected in the guest's mapping ([`GuestView`]) with userfaultfd. A vCPU that writes to one
 //!   waits until a thread has saved it. The host has a mapping of its own, which is never protected: its writes ask the
 //!   [`WriteGuard`] of RAM, which saves the page on the spot, without a fault, a lock or a
@@ -22,6 +23,7 @@
 
 mod arena;
 mod calibrate;
+mod early;
 mod model;
 mod runs;
 mod serve;
@@ -39,6 +41,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::GuestView;
 use arena::Arena;
+use early::Early;
 use model::Outlook;
 use serve::FaultThread;
 use shared::{DUE, FREE, HOST_SLOTS, Shared};
@@ -115,6 +118,10 @@ pub enum StabiliseError {
 pub struct StabiliseSnapshot {
     /// Captures that were copied.
     pub copies: u64,
+    /// Of these, most of whose pages were copied before the pause.
+    pub early: u64,
+    /// Captures of which nothing was, because the guest would have written too many pages again.
+    pub early_left: u64,
     /// Captures that were protected.
     pub protects: u64,
     /// Captures that were both.
@@ -150,6 +157,7 @@ pub struct Stabiliser {
     /// The hot pages of the set at hand, and the others.
     hot: PageBitmap,
     cold: PageBitmap,
+    early: Early,
     copies: u64,
     protects: u64,
     mixed: u64,
@@ -201,6 +209,7 @@ impl Stabiliser {
             before_at: None,
             hot: PageBitmap::new(pages),
             cold: PageBitmap::new(pages),
+            early: Early::default(),
             copies: 0,
             protects: 0,
             mixed: 0,
@@ -225,6 +234,8 @@ impl Stabiliser {
         policy: StabilisePolicy,
     ) -> Result<Stable, StabiliseError> {
         let begun = Instant::now();
+        // Its slots are given out anew.
+        self.early.forget();
         if self.shared.busy.swap(true, Ordering::AcqRel) {
             return Err(StabiliseError::Busy);
         }
@@ -285,7 +296,7 @@ impl Stabiliser {
             shared.clone(),
             union,
             outlook.pages,
-            slots.first(),
+            (Vec::new(), slots.first()),
             pause,
         ))
     }
@@ -445,6 +456,8 @@ impl Stabiliser {
         let of = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
         StabiliseSnapshot {
             copies: self.copies,
+            early: self.early.captures,
+            early_left: self.early.left,
             protects: self.protects,
             mixed: self.mixed,
             fallbacks: self.fallbacks,

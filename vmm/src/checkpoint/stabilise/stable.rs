@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::early::Place;
 use super::shared::{DUE, FREE, SAVED, Shared};
 use super::{Mechanism, StabiliseError};
 use crate::checkpoint::channel::Keeper;
@@ -49,8 +50,14 @@ impl StableCost {
 
 #[derive(Debug)]
 enum Kind {
-    /// The pages lie in slots from here on, in order.
-    Copied { slot: u32 },
+    /// The pages lie in slots.
+    Copied {
+        /// Of those copied before the pause, rising, and how far the reader is.
+        places: Vec<Place>,
+        at: usize,
+        /// The others lie from here on, in order.
+        slot: u32,
+    },
     Protected {
         ranges: Vec<Range<usize>>,
         /// The first range that is not released as a whole, and how far it is.
@@ -96,17 +103,15 @@ impl Stable {
         shared: Arc<Shared>,
         set: &PageBitmap,
         pages: u64,
-        slot: u32,
+        (places, slot): (Vec<Place>, u32),
         pause: Duration,
     ) -> Self {
-        Self::new(
-            shared,
-            set,
-            pages,
-            Mechanism::Copy,
-            Kind::Copied { slot },
-            pause,
-        )
+        let kind = Kind::Copied {
+            places,
+            at: 0,
+            slot,
+        };
+        Self::new(shared, set, pages, Mechanism::Copy, kind, pause)
     }
 
     pub(super) fn protected(
@@ -177,13 +182,11 @@ impl Stable {
             return Ok(None);
         };
         self.read += 1;
-        if let Kind::Copied { slot } = &mut self.kind {
-            let at = *slot;
-            *slot += 1;
+        if let Some(slot) = self.copied_slot(page) {
             return Ok(Some(Kept {
                 number: page as u64,
-                page: self.shared.arena.page(at),
-                slot: Some(at),
+                page: self.shared.arena.page(slot),
+                slot: Some(slot),
             }));
         }
         let slot = self.settle(page)?;
@@ -207,12 +210,32 @@ impl Stable {
         self.shared.arena.clone()
     }
 
-    /// The slots of the pages to come, in their order, if each lies in one already.
+    /// If each page lies in a slot already: those of the pages to come, in their order, but for pages that were first
+    /// written while the others were copied.
     pub fn slots(&self) -> Option<Range<u32>> {
-        match self.kind {
-            Kind::Copied { slot } => Some(slot..slot + (self.pages - self.read) as u32),
+        match &self.kind {
+            Kind::Copied { places, at, slot } => match (places.get(*at), places.last()) {
+                (Some(next), Some(last)) => Some(next.slot..last.end()),
+                _ => Some(*slot..*slot + (self.pages - self.read) as u32),
+            },
             Kind::Protected { .. } => None,
         }
+    }
+
+    /// Where a page lies that the reader comes to, if pages were copied.
+    fn copied_slot(&mut self, page: usize) -> Option<u32> {
+        let Kind::Copied { places, at, slot } = &mut self.kind else {
+            return None;
+        };
+        while places.get(*at).is_some_and(|place| place.at < page / 64) {
+            *at += 1;
+        }
+        let place = places.get(*at).filter(|place| place.at == page / 64);
+        let early = place.and_then(|place| place.slot_of(page as u32 % 64));
+        Some(early.unwrap_or_else(|| {
+            *slot += 1;
+            *slot - 1
+        }))
     }
 
     fn next_number(&mut self) -> Option<usize> {
@@ -343,10 +366,7 @@ impl Drop for Stable {
         self.close();
         let shared = &self.shared;
         // Ready for the next one if it is as large, while the guest runs.
-        let wanted = match self.kind {
-            Kind::Copied { .. } => self.pages as u32,
-            Kind::Protected { .. } => shared.arena.used(),
-        };
+        let wanted = shared.arena.used();
         shared.arena.warm_up(wanted.saturating_add(wanted / 4));
         shared.busy.store(false, Ordering::Release);
     }

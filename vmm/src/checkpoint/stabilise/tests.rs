@@ -4,8 +4,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
+use colo_fastpath::ring::Pages;
+
 use super::*;
 use crate::checkpoint::guests::{FOR_EVER, Guest, ON_ORDER, ORDERS, is_no_page_table};
+
+mod early;
 
 const BASE: u64 = 0x40_0000;
 const FIRST: usize = (BASE / 4096) as usize;
@@ -38,7 +42,12 @@ struct Outcome {
 
 impl Lab {
     fn new(code: &[u8], arena_pages: u32) -> Self {
-        let guest = Guest::start(code, 64, "");
+        Self::with(code, arena_pages, "")
+    }
+
+    /// With more in the configuration.
+    fn with(code: &[u8], arena_pages: u32, more: &str) -> Self {
+        let guest = Guest::start(code, 64, more);
         let machine = &guest.machine;
         let view = machine.guest_view().cloned();
         let stabiliser = Stabiliser::new(machine.ram().clone(), view, arena_pages).unwrap();
