@@ -17,6 +17,11 @@ pub struct Counters {
     pub landed_bytes: u64,
     /// Bytes of pages that came into a stream's buffer instead: there was no memory to land in, or nobody wants it.
     pub unlanded_bytes: u64,
+    /// Bytes received into registered memory, whose pages the kernel need not look up.
+    pub fixed_bytes: u64,
+    /// Times that memory to receive into could not be registered (RLIMIT_MEMLOCK), or a receive into it was refused: it is
+    /// received into all the same.
+    pub unregistered_receives: u64,
     /// Times that the sender waited for a free buffer.
     pub buffer_waits: u64,
     /// System calls (`io_uring_enter`).

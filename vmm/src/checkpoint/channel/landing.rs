@@ -3,6 +3,9 @@
 //! A [`Landing`] is a run of pages; all runs come from the blocks of one [`Landings`], which is shared by those who receive
 //! and those who need pages for other reasons, so that one limit holds for both.
 //!
+//! Behind the pages of a block each stream has a page of its own, for what comes before and behind its pages: the kernel
+//! receives into one registered buffer at a time ([`pinned`](super::pinned)).
+//!
 //! Invariants: runs do not overlap, and a block is used again only when all of its runs are gone; what is taken is never
 //! more than the limit; a run inside an operation is held by `operations` and can't be reached.
 //!
@@ -14,9 +17,12 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 
 use super::memory::{Mapping, PAGE_BYTES};
+use super::settings::STREAMS_MAX;
 
 /// Pages of a block: as many as the largest chunk has.
 const BLOCK_PAGES: usize = 1024;
+/// Pages of a block, and those of the streams behind them.
+pub(super) const BLOCK_PAGES_ALL: usize = BLOCK_PAGES + STREAMS_MAX;
 /// Blocks that are kept for the next checkpoint without being used.
 const SPARE_BLOCKS: usize = 16;
 /// Blocks beyond that which one checkpoint gives back: the system takes its time for that.
@@ -126,8 +132,8 @@ impl Blocks {
         if let Some(index) = self.blocks.iter().position(unused) {
             return Ok(index);
         }
-        self.blocks
-            .push(Rc::new(Mapping::new(BLOCK_PAGES * PAGE_BYTES)?));
+        let (pages, tail) = (BLOCK_PAGES * PAGE_BYTES, STREAMS_MAX * PAGE_BYTES);
+        self.blocks.push(Rc::new(Mapping::with_tail(pages, tail)?));
         Ok(self.blocks.len() - 1)
     }
 
@@ -145,6 +151,17 @@ impl Blocks {
 }
 
 impl Landing {
+    /// What it is a part of.
+    pub(super) fn block(&self) -> Option<&Rc<Mapping>> {
+        self.block.as_ref()
+    }
+
+    /// The page of a stream in the same block; it is for the one receive that the stream has under way.
+    pub(super) fn aside(&self, stream: usize) -> Option<NonNull<u8>> {
+        let block = self.block.as_ref().filter(|_| stream < STREAMS_MAX)?;
+        Some(block.page(BLOCK_PAGES + stream))
+    }
+
     /// The kernel may still write to it: it stays mapped for ever.
     pub(super) fn leak(mut self) {
         std::mem::forget(self.block.take());

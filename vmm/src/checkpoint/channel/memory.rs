@@ -11,6 +11,9 @@ use std::rc::Rc;
 /// Buffers begin on pages.
 pub(super) const PAGE_BYTES: usize = 4096;
 
+/// What the kernel makes a huge page of.
+const HUGE_BYTES: usize = 2 << 20;
+
 /// An anonymous mapping.
 #[derive(Debug)]
 pub(super) struct Mapping {
@@ -20,6 +23,16 @@ pub(super) struct Mapping {
 
 impl Mapping {
     pub(super) fn new(bytes: usize) -> io::Result<Self> {
+        Self::with_tail(bytes, 0)
+    }
+
+    /// With `tail` bytes behind it, which are too few for huge pages.
+    pub(super) fn with_tail(huge: usize, tail: usize) -> io::Result<Self> {
+        // The kernel begins a mapping of whole huge pages on one; what is never touched is none.
+        let bytes = match tail {
+            0 => huge,
+            _ => (huge + tail).next_multiple_of(HUGE_BYTES),
+        };
         let (access, sort) = (
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
@@ -29,8 +42,14 @@ impl Mapping {
         let base = NonNull::new(at.cast::<u8>()).filter(|_| at != libc::MAP_FAILED);
         let base = base.ok_or_else(io::Error::last_os_error)?;
         // Only speed depends on it.
-        // SAFETY: the range is the mapping just made.
-        unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        // SAFETY: the ranges are parts of the mapping just made.
+        unsafe {
+            libc::madvise(base.as_ptr().cast(), huge, libc::MADV_HUGEPAGE);
+            if tail > 0 {
+                let behind = base.as_ptr().add(huge).cast();
+                libc::madvise(behind, bytes - huge, libc::MADV_NOHUGEPAGE);
+            }
+        }
         Ok(Self { base, bytes })
     }
 
@@ -39,6 +58,14 @@ impl Mapping {
         let last = self.bytes.saturating_sub(1) / PAGE_BYTES;
         // SAFETY: the page is one of the mapping's.
         unsafe { self.base.add(index.min(last) * PAGE_BYTES) }
+    }
+
+    /// Its first pages.
+    pub(super) fn part(&self, pages: usize) -> libc::iovec {
+        libc::iovec {
+            iov_base: self.base.as_ptr().cast(),
+            iov_len: self.bytes.min(pages * PAGE_BYTES),
+        }
     }
 }
 
@@ -83,6 +110,22 @@ impl Buffer {
             }
         });
         Ok((buffers.collect(), part))
+    }
+
+    /// The memory of buffers that lie in a row.
+    pub(super) fn span(buffers: &[Self]) -> libc::iovec {
+        let begin = buffers
+            .first()
+            .map_or(0, |first| first.base.as_ptr() as usize);
+        let end = buffers
+            .last()
+            .map_or(0, |last| last.base.as_ptr() as usize + last.bytes);
+        libc::iovec {
+            iov_base: buffers
+                .first()
+                .map_or(std::ptr::null_mut(), |first| first.base.as_ptr().cast()),
+            iov_len: end - begin,
+        }
     }
 
     /// Its number among all buffers of the mapping.

@@ -4,7 +4,7 @@
 //! the kernel has put it, and is told when the checkpoint is complete. `frame` is a chunk as bytes, `assembly` puts
 //! checkpoints together, `bulk` names memory that chunks leave from without being copied into buffers, `landing` is
 //! memory that pages are received into and stay in, `send` and `receive` queue and find chunks, `operations` lends buffers
-//! to the kernel, `ring` is the restricted ring, `wake` its bell.
+//! to the kernel, `pinned` knows which memory is registered for receives, `ring` is the restricted ring, `wake` its bell.
 //!
 //! Invariants: memory is taken at the start and never grows, but for landings, which have a limit (rule 13); nothing waits
 //! longer for the peer than the timeout; a damaged chunk spoils its checkpoint, a damaged header ends the channel; chunks
@@ -24,6 +24,7 @@ mod frame;
 mod landing;
 mod memory;
 mod operations;
+mod pinned;
 mod receive;
 mod ring;
 mod send;
@@ -112,6 +113,7 @@ impl PageChannel {
         let mut receive_buffers = buffers.split_off(settings.send_buffers);
         let wake_buffer = receive_buffers.split_off(streams).remove(0);
         let files: Vec<_> = sockets.iter().map(AsRawFd::as_raw_fd).collect();
+        let registered = [registered, Buffer::span(&receive_buffers)];
         let operations =
             Operations::new(&files, sizes.len(), registered, waker.clone(), wake_buffer)?;
         let zero_copy = settings.zero_copy && operations.can_zero_copy();
@@ -149,6 +151,8 @@ impl PageChannel {
     pub fn counters(&self) -> Counters {
         Counters {
             enters: self.operations.enters(),
+            fixed_bytes: self.operations.fixed_bytes(),
+            unregistered_receives: self.operations.unregistered_receives(),
             ..self.counters
         }
     }
@@ -402,6 +406,9 @@ impl PageChannel {
                 self.assembly
                     .chunk(stream, &header, payload, intact, &mut self.counters, now)?;
             if let Verdict::Deliver(kind) = verdict {
+                if kind == Kind::Begin {
+                    self.operations.give_back();
+                }
                 self.incoming.give(stream);
                 return Ok(Some(Found::Chunk(stream, header, kind)));
             }

@@ -14,8 +14,10 @@ use io_uring::{cqueue, opcode, squeue};
 
 use super::bulk::{self, Bulk};
 use super::error::ChannelError;
+use super::frame::HEADER_BYTES;
 use super::landing::Landing;
-use super::memory::Buffer;
+use super::memory::{Buffer, PAGE_BYTES};
+use super::pinned::Pinned;
 use super::ring::Ring;
 use super::wake::Waker;
 
@@ -72,6 +74,15 @@ pub(super) struct Places {
     pub header: Range<usize>,
 }
 
+/// Parts of a buffer that are received elsewhere, at the same places of a stream's page.
+#[derive(Debug)]
+struct Aside {
+    payload: Range<usize>,
+    /// Bytes of the landing between them.
+    landing: usize,
+    header: Range<usize>,
+}
+
 /// A buffer inside operations.
 #[derive(Debug, Default)]
 struct Held {
@@ -80,6 +91,10 @@ struct Held {
     bulk: Bulk,
     /// What is received elsewhere than into the buffer.
     landing: Option<Landing>,
+    /// The receive is one into registered memory.
+    is_fixed: bool,
+    /// What of the buffer comes into the stream's page of the landing's block instead, with the landing in between.
+    aside: Option<Aside>,
     /// Of the buffer to be sent, if there is a bulk.
     head_bytes: usize,
     /// For the kernel to read at the next submission.
@@ -93,6 +108,9 @@ struct Held {
 #[derive(Debug)]
 pub(super) struct Operations {
     ring: Ring,
+    pinned: Pinned,
+    /// Bytes received into registered memory.
+    fixed_bytes: u64,
     held: Vec<Held>,
     /// Completions (not notifications) to come.
     under_way: u32,
@@ -101,12 +119,12 @@ pub(super) struct Operations {
 }
 
 impl Operations {
-    /// On these sockets; buffers have numbers below `buffers`, `registered` is the memory to register, `wake_buffer`
-    /// takes what is read from the eventfd.
+    /// On these sockets; buffers have numbers below `buffers`, `registered` is the memory of those to send and of those to
+    /// receive into, to be registered, `wake_buffer` takes what is read from the eventfd.
     pub(super) fn new(
         sockets: &[RawFd],
         buffers: usize,
-        registered: libc::iovec,
+        [sent, received]: [libc::iovec; 2],
         wake: Waker,
         wake_buffer: Buffer,
     ) -> Result<Self, ChannelError> {
@@ -114,12 +132,15 @@ impl Operations {
         files.push(wake.as_raw_fd());
         let at_once = (2 * files.len()) as u32;
         let outstanding = at_once + 2 * buffers as u32;
-        let ring = Ring::new(at_once, outstanding, &files, registered)?;
+        let ring = Ring::new(at_once, outstanding, &files, sent)?;
+        let pinned = Pinned::new(&ring, received);
         let wake_index = wake_buffer.index();
         let mut held = Vec::new();
         held.resize_with(buffers, Held::default);
         let mut operations = Self {
             ring,
+            pinned,
+            fixed_bytes: 0,
             held,
             under_way: 0,
             wake,
@@ -142,6 +163,26 @@ impl Operations {
     /// The send buffers are registered.
     pub(super) fn registered(&self) -> bool {
         self.ring.registered
+    }
+
+    /// Bytes received into registered memory.
+    pub(super) fn fixed_bytes(&self) -> u64 {
+        self.fixed_bytes
+    }
+
+    /// How often memory to receive into could not be registered.
+    pub(super) fn unregistered_receives(&self) -> u64 {
+        self.pinned.refused()
+    }
+
+    /// Lets go of memory that was registered for landings, and is unmapped.
+    pub(super) fn give_back(&mut self) {
+        self.pinned.give_back(&self.ring);
+    }
+
+    #[cfg(test)]
+    pub(super) fn pinned(&self) -> &Pinned {
+        &self.pinned
     }
 
     /// How often the ring was entered.
@@ -218,7 +259,18 @@ impl Operations {
         let index = self.hold(buffer);
         let held = &mut self.held[index as usize];
         held.landing = places.landing;
-        let entry = held.scatter(stream, (places.payload, places.landed, places.header))?;
+        let places = (places.payload, places.landed, places.header);
+        let block = held.landing.as_ref().and_then(Landing::block);
+        let block = block.map(|block| self.pinned.block(&self.ring, block));
+        let entry = match block.unwrap_or_else(|| self.pinned.buffers()) {
+            // The records do not fit the stream's page: they come first, and the landing when all of them are there.
+            Some(_) if block.is_some() && HEADER_BYTES + places.0.len() > PAGE_BYTES => {
+                let (to, slot) = ((places.0, usize::MAX, 0..0), self.pinned.buffers());
+                held.scatter(stream, to, slot)?
+            }
+            Some(slot) if block.is_some() => held.scatter_aside(stream, places, slot)?,
+            slot => held.scatter(stream, places, slot)?,
+        };
         self.start(What::Receive(stream), index, entry)
     }
 
@@ -242,8 +294,9 @@ impl Operations {
     fn start(&mut self, what: What, index: u32, entry: squeue::Entry) -> io::Result<()> {
         let entry = entry.user_data(pack(what, index));
         // SAFETY: the memory is a part of the buffer in `held[index]`, which nobody reaches, or of its landing, which
-        // nobody reaches either, or of its bulk, which the keeper there keeps, or its message and vectors; all of it stays where it is until `completion` has counted the
-        // last completion and notification of it and `take` lets it go.
+        // nobody reaches either, or its stream's page of the landing's block, which no other receive names, or of its bulk,
+        // which the keeper there keeps, or its message and vectors; all of it stays where it is until `completion` has
+        // counted the last completion and notification of it and `take` lets it go.
         unsafe { self.ring.push(&entry) }?;
         self.held[index as usize].pending += 1;
         self.under_way += 1;
@@ -260,6 +313,7 @@ impl Operations {
     pub(super) fn completion(&mut self) -> Option<Completion> {
         let entry = self.ring.completion()?;
         let (what, index) = unpack(entry.user_data());
+        let at = index as usize;
         let held = self.held.get_mut(index as usize)?;
         held.pending = held.pending.saturating_sub(1);
         if cqueue::notif(entry.flags()) {
@@ -282,11 +336,38 @@ impl Operations {
             error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
             bytes => Ok(bytes as usize),
         };
+        let result = match what {
+            What::Receive(stream) if self.held[at].is_fixed => self.received(stream, at, result),
+            _ => result,
+        };
         Some(Completion::Done {
             what,
             index,
             result,
         })
+    }
+
+    /// A receive into registered memory has ended; what came into the stream's page goes where it belongs. A kernel that
+    /// refuses such a receive is asked for none any more.
+    fn received(
+        &mut self,
+        stream: usize,
+        at: usize,
+        result: io::Result<usize>,
+    ) -> io::Result<usize> {
+        let held = &mut self.held[at];
+        match result {
+            Ok(bytes) => {
+                self.fixed_bytes += bytes as u64;
+                held.bring_back(stream, bytes);
+                Ok(bytes)
+            }
+            Err(e) if is_refusal(&e) => {
+                self.pinned.turn_off(&e);
+                Err(io::Error::from_raw_os_error(libc::EAGAIN))
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// The buffer of the eventfd, when its read is done.
@@ -314,11 +395,13 @@ impl Held {
         })
     }
 
-    /// One receive into these parts: of the buffer, of what is beside it, of the buffer.
+    /// One receive into these parts: of the buffer, of what is beside it, of the buffer. All of them are in the registered
+    /// memory of that slot, if there is one.
     fn scatter(
         &mut self,
         stream: usize,
         (payload, landed, header): (Range<usize>, usize, Range<usize>),
+        slot: Option<u16>,
     ) -> io::Result<squeue::Entry> {
         let odd = || io::Error::other("a receive beyond its buffer");
         let buffer = self.buffer.as_deref_mut().ok_or_else(odd)?;
@@ -327,15 +410,86 @@ impl Held {
         let header = head.get_mut(header).ok_or_else(odd)?;
         let landing = self.landing.as_deref_mut().unwrap_or_default();
         let landing = landing.get_mut(landed..).unwrap_or_default();
+        let parts = [payload, landing, header].map(|part| (part.as_mut_ptr(), part.len()));
+        self.aside = None;
+        Ok(self.entry(stream, parts, slot))
+    }
+
+    /// The same, with the parts of the buffer at the same places of the stream's page in the landing's block.
+    fn scatter_aside(
+        &mut self,
+        stream: usize,
+        (payload, landed, header): (Range<usize>, usize, Range<usize>),
+        slot: u16,
+    ) -> io::Result<squeue::Entry> {
+        let odd = || io::Error::other("a receive beyond its landing");
+        let landing = self.landing.as_mut().ok_or_else(odd)?;
+        let page = landing.aside(stream).ok_or_else(odd)?.as_ptr();
+        if header.end > HEADER_BYTES || HEADER_BYTES + payload.len() > PAGE_BYTES {
+            return Err(odd());
+        }
+        let landing = landing.get_mut(landed..).unwrap_or_default();
+        let parts = [
+            (page.wrapping_add(HEADER_BYTES), payload.len()),
+            (landing.as_mut_ptr(), landing.len()),
+            (page.wrapping_add(header.start), header.len()),
+        ];
+        self.aside = Some(Aside {
+            payload,
+            landing: landing.len(),
+            header,
+        });
+        Ok(self.entry(stream, parts, Some(slot)))
+    }
+
+    fn entry(
+        &mut self,
+        stream: usize,
+        parts: [(*mut u8, usize); 3],
+        slot: Option<u16>,
+    ) -> squeue::Entry {
+        self.is_fixed = slot.is_some();
         self.vectors.clear();
-        let parts = [payload, landing, header].into_iter();
-        let vectors = parts.filter(|part| !part.is_empty());
-        self.vectors.extend(vectors.map(|part| libc::iovec {
-            iov_base: part.as_mut_ptr().cast(),
-            iov_len: part.len(),
+        let parts = parts.into_iter().filter(|(_, length)| *length > 0);
+        self.vectors.extend(parts.map(|(at, length)| libc::iovec {
+            iov_base: at.cast(),
+            iov_len: length,
         }));
-        let message = self.message();
-        Ok(opcode::RecvMsg::new(Fixed(stream as u32), message).build())
+        let file = Fixed(stream as u32);
+        match slot {
+            Some(slot) => {
+                let (vectors, count) = (self.vectors.as_ptr(), self.vectors.len() as u32);
+                opcode::ReadvFixed::new(file, vectors, count, slot).build()
+            }
+            None => opcode::RecvMsg::new(file, self.message()).build(),
+        }
+    }
+
+    /// Puts what has come into the stream's page into the buffer: records and a header, never pages.
+    fn bring_back(&mut self, stream: usize, bytes: usize) {
+        let Some(aside) = self.aside.take() else {
+            return;
+        };
+        let page = self.landing.as_ref().and_then(|l| l.aside(stream));
+        let (Some(page), Some(buffer)) = (page, self.buffer.as_deref_mut()) else {
+            return;
+        };
+        // SAFETY: the page is one of the block, which the landing keeps mapped; the stream's only receive has ended, and
+        // nobody else writes there.
+        let page = unsafe { std::slice::from_raw_parts(page.as_ptr(), PAGE_BYTES) };
+        let payload = bytes.min(aside.payload.len());
+        let behind = (bytes - payload).saturating_sub(aside.landing);
+        let header = behind.min(aside.header.len());
+        for (to, from, count) in [
+            (aside.payload.start, HEADER_BYTES, payload),
+            (aside.header.start, aside.header.start, header),
+        ] {
+            if let (Some(to), Some(from)) =
+                (buffer.get_mut(to..to + count), page.get(from..from + count))
+            {
+                to.copy_from_slice(from);
+            }
+        }
     }
 
     /// Names the vectors to the kernel.
@@ -373,6 +527,15 @@ impl Drop for Operations {
             }
         }
     }
+}
+
+/// The kernel does not receive into registered memory here.
+fn is_refusal(e: &io::Error) -> bool {
+    let code = e.raw_os_error();
+    matches!(
+        code,
+        Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EFAULT | libc::ENOMEM)
+    )
 }
 
 fn pack(what: What, index: u32) -> u64 {

@@ -87,6 +87,12 @@ impl Incoming {
         }
     }
 
+    /// Every byte wakes us, so that receives are as short as what the peer sends.
+    #[cfg(test)]
+    pub(super) fn wake_at_once(&mut self) {
+        self.low_water_max = 1;
+    }
+
     /// Where pages are to come from now on.
     pub(super) fn land_in(&mut self, landings: Landings) {
         self.landings = Some(landings);

@@ -1,7 +1,8 @@
 //! The io_uring of a channel: made disabled, restricted to what the channel does, then enabled (rule 25).
 //!
 //! Invariants: once enabled the ring takes the named opcodes on registered files only, and nothing more can be
-//! registered; the thread that made it is the only one that enters it.
+//! registered but memory, in the places that its table has (for landings, which come and go); the thread that made it is
+//! the only one that enters it.
 //!
 //! Kernel documentation: io_uring_setup(2), io_uring_register(2) (IORING_REGISTER_RESTRICTIONS).
 
@@ -14,6 +15,7 @@ use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 
 use super::error::ChannelError;
+use super::pinned::{SEND_SLOT, SLOTS};
 
 /// What a channel does.
 const OPCODES: [u8; 4] = [
@@ -22,6 +24,8 @@ const OPCODES: [u8; 4] = [
     opcode::RecvMsg::CODE,
     opcode::Read::CODE,
 ];
+/// Puts memory into the table of registered buffers, or takes it out; from <linux/io_uring.h>.
+const IORING_REGISTER_BUFFERS_UPDATE: u8 = 16;
 /// And where the kernel has both.
 const ZERO_COPY: [u8; 2] = [opcode::SendZc::CODE, opcode::SendMsgZc::CODE];
 
@@ -32,6 +36,8 @@ pub(super) struct Ring {
     pub(super) zero_copy: bool,
     /// The buffers are registered.
     pub(super) registered: bool,
+    /// The kernel knows IORING_OP_READV_FIXED, and memory can be registered at any time.
+    pub(super) reads_fixed: bool,
     /// How often it was entered.
     pub(super) enters: u64,
 }
@@ -71,10 +77,16 @@ impl Ring {
             return Err(ChannelError::Kernel("io_uring on sockets"));
         }
         let zero_copy = ZERO_COPY.iter().all(|&code| probe.is_supported(code));
-        let registered = register(&io, buffers)?;
+        let reads_fixed = probe.is_supported(opcode::ReadvFixed::CODE)
+            && submitter.register_buffers_sparse(SLOTS).is_ok();
+        let registered = register(&io, buffers, reads_fixed)?;
         let mut rules: Vec<_> = OPCODES.into_iter().map(Restriction::sqe_op).collect();
         if zero_copy {
             rules.extend(ZERO_COPY.into_iter().map(Restriction::sqe_op));
+        }
+        if reads_fixed {
+            rules.push(Restriction::sqe_op(opcode::ReadvFixed::CODE));
+            rules.push(Restriction::register_op(IORING_REGISTER_BUFFERS_UPDATE));
         }
         let fixed = squeue::Flags::FIXED_FILE.bits();
         rules.push(Restriction::sqe_flags_required(fixed));
@@ -88,8 +100,26 @@ impl Ring {
             io,
             zero_copy,
             registered,
+            reads_fixed,
             enters: 0,
         })
+    }
+
+    /// Registers memory in a place of the table, instead of what was there. The kernel pins it: operations on it reach what
+    /// was mapped there now, whatever is later.
+    pub(super) fn pin(&self, slot: u16, part: libc::iovec) -> io::Result<()> {
+        // SAFETY: what is pinned stays there for the kernel, mapped or not; only operations write to it, and who pushes one
+        // answers for its memory.
+        unsafe { update(&self.io, slot, part) }
+    }
+
+    /// Lets the memory in a place of the table go, once no operation has it.
+    pub(super) fn unpin(&self, slot: u16) -> io::Result<()> {
+        let nothing = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        self.pin(slot, nothing)
     }
 
     /// Puts an operation into the submission queue.
@@ -175,10 +205,23 @@ fn not_permitted() -> ChannelError {
     ChannelError::NotPermitted { disabled }
 }
 
-/// Gives whether there was enough lockable memory.
-fn register(io: &IoUring, buffers: libc::iovec) -> Result<bool, ChannelError> {
+/// # Safety
+/// As [`io_uring::Submitter::register_buffers`].
+unsafe fn update(io: &IoUring, slot: u16, part: libc::iovec) -> io::Result<()> {
+    let submitter = io.submitter();
+    // SAFETY: as the caller says.
+    unsafe { submitter.register_buffers_update(slot.into(), &[part], None) }
+}
+
+/// Gives whether there was enough lockable memory; `has_table` that there is a table with places.
+fn register(io: &IoUring, buffers: libc::iovec, has_table: bool) -> Result<bool, ChannelError> {
     // SAFETY: the memory stays mapped as long as the ring lives, as the caller of `Ring::new` must see to.
-    let done = unsafe { io.submitter().register_buffers(&[buffers]) };
+    let done = unsafe {
+        match has_table {
+            true => update(io, SEND_SLOT, buffers),
+            false => io.submitter().register_buffers(&[buffers]),
+        }
+    };
     match done {
         Ok(()) => Ok(true),
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EPERM)) => {
@@ -243,6 +286,31 @@ mod tests {
             .build()
             .flags(squeue::Flags::IO_LINK);
         assert_eq!(tried(linked), refused, "a flag that is not needed");
+        let to = |iov_len| libc::iovec {
+            iov_base: at.cast_mut().cast(),
+            iov_len,
+        };
+        let (to, beyond) = (to(16), to(8192));
+        let unfixed = opcode::Readv::new(Fixed(0), &raw const to, 1).build();
+        assert_eq!(tried(unfixed), refused);
+        if ring.reads_fixed {
+            let fixed = |to: &libc::iovec| {
+                opcode::ReadvFixed::new(Fixed(0), &raw const *to, 1, SEND_SLOT).build()
+            };
+            assert_eq!(result(&mut ring, fixed(&to)), 16, "what was sent to itself");
+            let unknown = -libc::EFAULT;
+            assert_eq!(result(&mut ring, fixed(&beyond)), unknown);
+            ring.unpin(SEND_SLOT).unwrap();
+            assert_eq!(result(&mut ring, fixed(&to)), unknown);
+            let elsewhere = ring.pin(SLOTS as u16, part).unwrap_err();
+            assert_eq!(
+                elsewhere.raw_os_error(),
+                Some(libc::EINVAL),
+                "no such place"
+            );
+        }
+        let none = ring.io.submitter().unregister_buffers().unwrap_err();
+        assert_eq!(none.raw_os_error(), Some(libc::EACCES));
         let more = ring
             .io
             .submitter()

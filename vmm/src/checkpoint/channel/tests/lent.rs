@@ -6,10 +6,10 @@ use std::sync::Arc;
 use super::super::frame::Header;
 use super::*;
 
-const SLOT: usize = 4096;
+pub(super) const SLOT: usize = 4096;
 
 #[derive(Debug)]
-struct Slots(Vec<u8>);
+pub(super) struct Slots(pub(super) Vec<u8>);
 
 // SAFETY: the vector is never changed.
 unsafe impl Keeper for Slots {
@@ -18,7 +18,7 @@ unsafe impl Keeper for Slots {
     }
 }
 
-fn settings_of(zero_copy: bool) -> Settings {
+pub(super) fn settings_of(zero_copy: bool) -> Settings {
     Settings {
         chunk_bytes: 16 * SLOT,
         zero_copy,
@@ -33,7 +33,12 @@ fn slots_of(n: u32) -> Vec<u32> {
 }
 
 /// Sends one checkpoint of chunks with lent pages.
-fn send_lent(channel: &mut PageChannel, epoch: u64, chunks: u32, keeper: &Arc<dyn Keeper>) {
+pub(super) fn send_lent(
+    channel: &mut PageChannel,
+    epoch: u64,
+    chunks: u32,
+    keeper: &Arc<dyn Keeper>,
+) {
     channel.begin(epoch, &[]).unwrap();
     for n in 0..chunks {
         let head = pattern(u64::from(n), 4 + n as usize);
@@ -48,7 +53,7 @@ fn send_lent(channel: &mut PageChannel, epoch: u64, chunks: u32, keeper: &Arc<dy
 }
 
 /// Chunk `n` is what [`send_lent`] has sent.
-fn check_lent(chunk: &Chunk<'_>, slots: &Slots) {
+pub(super) fn check_lent(chunk: &Chunk<'_>, slots: &Slots) {
     let n = chunk.items;
     assert_eq!(chunk.payload, pattern(u64::from(n), 4 + n as usize));
     let pages = slots_of(n)
@@ -57,7 +62,7 @@ fn check_lent(chunk: &Chunk<'_>, slots: &Slots) {
     assert!(*chunk.bulk == pages.collect::<Vec<_>>(), "chunk {n}");
 }
 
-fn bytes_lent(chunks: u32) -> u64 {
+pub(super) fn bytes_lent(chunks: u32) -> u64 {
     (0..chunks).map(|n| (slots_of(n).len() * SLOT) as u64).sum()
 }
 
@@ -152,6 +157,7 @@ fn lent_pages_land_where_they_stay_until_whoever_has_them_lets_them_go() {
         let counters = receiver.counters();
         assert_eq!(counters.landed_bytes, 3 * bytes_lent(CHUNKS));
         assert_eq!(counters.unlanded_bytes, 0);
+        fixed::check_all_fixed(&receiver);
         sender.join().unwrap();
         drop(receiver);
         assert_eq!(landings.take(limit * SLOT).is_ok(), limit <= 1024);

@@ -1,6 +1,7 @@
 //! Tests of the page channel over real TCP on loopback, both ends in threads.
 
 mod bad_peer;
+mod fixed;
 mod lent;
 mod limits;
 mod round_trip;
