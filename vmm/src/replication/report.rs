@@ -145,6 +145,7 @@ pub struct CheckpointTimes {
     svm_stop_us: Spread,
     quiesce_us: Spread,
     state_us: Spread,
+    early_us: Spread,
     collect_us: Spread,
     stabilise_us: Spread,
     audit_us: Spread,
@@ -265,6 +266,7 @@ impl CheckpointTimes {
         self.svm_stop_us.record(done.svm_stop_us);
         self.quiesce_us.record(done.quiesce_us);
         self.state_us.record(done.state_us);
+        self.early_us.record(done.early_us);
         self.collect_us.record(done.collect_us);
         self.stabilise_us.record(done.stabilise_us);
         if done.audit_us > 0 {
@@ -379,6 +381,7 @@ pub struct PairStatus {
     pub checkpoint_pause_us: Percentiles,
     pub quiesce_us: Percentiles,
     pub state_us: Percentiles,
+    pub early_us: Percentiles,
     pub collect_us: Percentiles,
     pub stabilise_us: Percentiles,
     /// Of a primary or a secondary, whichever this host is, as `resume_us`.
@@ -455,6 +458,7 @@ impl PairStatus {
             checkpoint_pause_us: times.pause_us.percentiles(),
             quiesce_us: times.quiesce_us.percentiles(),
             state_us: times.state_us.percentiles(),
+            early_us: times.early_us.percentiles(),
             collect_us: times.collect_us.percentiles(),
             stabilise_us: times.stabilise_us.percentiles(),
             audit_us: times.audit_us.percentiles(),

@@ -31,6 +31,9 @@ fn rule_17_the_primary_tells_every_part_of_a_checkpoint_by_its_name() {
     times.begun(7, "payload");
     times.svm_stopped(101);
     times.captured(&CaptureCost {
+        early_us: 26,
+        early_pages: 27,
+        late_pages: 28,
         pause_us: 300,
         quiesce_us: 11,
         state_us: 12,
@@ -72,7 +75,7 @@ fn rule_17_the_primary_tells_every_part_of_a_checkpoint_by_its_name() {
     assert_eq!(named, [&Value::from(24), &Value::from(25)]);
     let parts = json!({
         "epoch": 7, "cause": "payload",
-        "svm_stop_us": 101, "pause_us": 300, "quiesce_us": 11, "state_us": 12, "collect_us": 13,
+        "svm_stop_us": 101, "early_us": 26, "early_pages": 27, "late_pages": 28, "pause_us": 300, "quiesce_us": 11, "state_us": 12, "collect_us": 13,
         "stabilise_us": 14, "audit_us": 15, "resume_us": 16, "stall_us": 40, "stolen_us": 340,
         "transfer_us": 500, "digest_wait_us": 19, "commit_us": 1_100, "hold_us": 1_200,
         "dirty_pages": 900, "ahead_pages": 17, "pending_frames": 18,
@@ -84,6 +87,7 @@ fn rule_17_the_primary_tells_every_part_of_a_checkpoint_by_its_name() {
         ("checkpoint_pause_us", 300),
         ("quiesce_us", 11),
         ("state_us", 12),
+        ("early_us", 26),
         ("collect_us", 13),
         ("stabilise_us", 14),
         ("audit_us", 15),
