@@ -99,6 +99,7 @@ struct Held {
     head_bytes: usize,
     /// For the kernel to read at the next submission.
     vectors: Vec<libc::iovec>,
+    /// For the kernel to read then, and of a receive to write when it ends.
     message: Option<Box<libc::msghdr>>,
     /// Completions and notifications to come.
     pending: u32,
@@ -524,6 +525,11 @@ impl Drop for Operations {
             for held in &mut self.held {
                 held.buffer.take().into_iter().for_each(Buffer::leak);
                 held.landing.take().into_iter().for_each(Landing::leak);
+                // The kernel writes the message of a receive when that ends.
+                if let Some(message) = held.message.take() {
+                    Box::leak(message);
+                    std::mem::take(&mut held.vectors).leak();
+                }
             }
         }
     }
