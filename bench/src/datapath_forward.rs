@@ -94,9 +94,10 @@ pub(crate) fn run(args: &DatapathArgs) -> Result<Vec<Row>, BenchError> {
         let mut rounds = Vec::new();
         for round in 1..=args.rounds {
             eprintln!("forward, {payload} bytes, round {round} of {}", args.rounds);
-            let own = figures(&ports.forward(&mut source)?);
+            let own = figures(&ports.forward(&mut source, false)?);
+            let timed = figures(&ports.forward(&mut source, true)?);
             let peer = figures(&ports.forward_bare(&mut source)?);
-            rounds.push(own.with_all("peer_", peer));
+            rounds.push(own.with_all("stages_", timed).with_all("peer_", peer));
         }
         let mut figures = Figures::median(&rounds);
         if let Some(ratio) = figures.against_peer("packets_per_cpu_s") {
@@ -157,9 +158,9 @@ impl Ports {
         source.map_err(failed)
     }
 
-    /// Through the worker.
-    fn forward(&self, source: &mut Source) -> Result<Vec<Drained>, BenchError> {
-        let worker = self.host.run(start_worker)?.map_err(failed)?;
+    /// Through the worker, which times the stages if told.
+    fn forward(&self, source: &mut Source, stages: bool) -> Result<Vec<Drained>, BenchError> {
+        let worker = self.host.run(|| start_worker(stages))?.map_err(failed)?;
         let mut bursts = Vec::with_capacity(BURSTS);
         for _ in 0..BURSTS {
             worker.0.quiesce().map_err(failed)?;
@@ -208,7 +209,7 @@ impl Drop for Stopping {
     }
 }
 
-fn start_worker() -> Result<Stopping, BareError> {
+fn start_worker(stages: bool) -> Result<Stopping, BareError> {
     let ram = Arc::new(GuestRam::new(RAM_BYTES, Pages::Small)?);
     let driver = Forwarder::new(&ram)?;
     let nic = TwoPorts {
@@ -226,7 +227,7 @@ fn start_worker() -> Result<Stopping, BareError> {
         cpu: None,
         frame_slots: FRAME_SLOTS,
         tx: TxMode::default(),
-        stages: false,
+        stages,
     };
     let worker = Stopping(spawn(config, Box::new(nic), wiring)?);
     worker.0.activate(driver.queue_states())?;

@@ -329,8 +329,11 @@ impl PacketLink {
             self.drained = match datagrams.crossing {
                 // It may have come to another shard, whose worker is about to hand it on.
                 Some(_) => now_us >= *self.ended_us.get_or_insert(now_us) + CROSSING_END_US,
-                // From the guest's NIC it comes in parts.
-                None => !any || !datagrams.shares_nic() || self.drains == DRAINS_MAX,
+                // From the guest's NIC it comes in parts, and only what was fetched before this look.
+                None if datagrams.shares_nic() => {
+                    self.drains == DRAINS_MAX || (!any && self.drains > 1)
+                }
+                None => true,
             };
             any |= !self.drained;
         }

@@ -292,6 +292,13 @@ impl Ends {
         }
     }
 
+    /// Fetches what an end's NIC has, if frames come by one.
+    fn take_in(&mut self, end: usize) {
+        if let (Some(nics), Some(pools)) = (&mut self.nics, &mut self.pools) {
+            self.links[end].take_in(&mut nics[end], &mut pools[end].frames);
+        }
+    }
+
     /// Says `count` messages of mixed kinds at an end.
     fn say(&mut self, end: usize, count: usize) {
         let mut body = vec![0; 40_000];

@@ -409,13 +409,24 @@ fn crossed_sockets(in_pool: bool) -> (Hosts, u64) {
 #[test]
 fn sockets_of_two_shards_share_an_interface_and_frames_cross() {
     for in_pool in [false, true] {
-        let (hosts, refusals) = crossed_sockets(in_pool);
+        let (mut hosts, refusals) = crossed_sockets(in_pool);
         assert_eq!(refusals, 0);
+        // What is said last, acknowledgements among it, may be on its way.
+        let sum = |hosts: &Hosts, host, of: fn(&LinkStats) -> u64| -> u64 {
+            [0, 1]
+                .map(|shard| of(&hosts.stats(host, shard)))
+                .iter()
+                .sum()
+        };
+        hosts.until(|hosts| {
+            (0..2).all(|host| {
+                sum(hosts, host, |s| s.crossed_in) == sum(hosts, host, |s| s.crossed_out)
+            })
+        });
         for host in [0, 1] {
             let [first, second] = [0, 1].map(|shard| hosts.stats(host, shard));
             let crossed_out = first.crossed_out + second.crossed_out;
             assert!(crossed_out > 300, "{first:?} {second:?}");
-            assert_eq!(first.crossed_in + second.crossed_in, crossed_out);
         }
         for stats in hosts.all_stats() {
             let wrong = [stats.damaged, stats.fallbacks, stats.crossing_drops];

@@ -177,6 +177,31 @@ fn what_crosses_is_copied_into_slots_of_the_pool_and_each_comes_back() {
 }
 
 #[test]
+fn what_came_between_the_last_look_and_the_end_of_the_connection_is_heard() {
+    let mut ends = ends(1700, 1, &Network::new(0));
+    ends.talk(300);
+    ends.take_in(1);
+    let before = ends.links[1].stats().datagrams_received;
+    // Nothing is fetched when the end is seen.
+    ends.say(0, 20);
+    ends.flush(0);
+    let sent = ends.links[0].stats().datagrams_sent;
+    ends.links[0].shutdown(Shutdown::Both).unwrap();
+    let ended = loop {
+        if let Err(e) = ends.links[1].fill() {
+            break e;
+        }
+        ends.hear(1);
+        ends.take_in(1);
+    };
+    assert!(matches!(ended, PacketLinkError::Closed), "{ended}");
+    let heard = ends.links[1].stats().datagrams_received;
+    assert!(heard > before);
+    assert_eq!(heard, sent, "sent before the end");
+    ends.leave();
+}
+
+#[test]
 fn what_was_said_before_the_end_of_the_connection_is_heard() {
     let mut ends = ends(1700, 1, &Network::new(0));
     ends.talk(300);
@@ -189,9 +214,7 @@ fn what_was_said_before_the_end_of_the_connection_is_heard() {
     let sent = ends.links[0].stats().datagrams_sent;
     let before = ends.links[1].stats().datagrams_received;
     let ended = loop {
-        if let (Some(nics), Some(pools)) = (&mut ends.nics, &mut ends.pools) {
-            ends.links[1].take_in(&mut nics[1], &mut pools[1].frames);
-        }
+        ends.take_in(1);
         if let Err(e) = ends.links[1].fill() {
             break e;
         }
