@@ -373,7 +373,7 @@ mod tests {
         for payload in [64, 1400] {
             let mut source = ports.source(payload).unwrap();
             for bursts in [
-                ports.forward(&mut source).unwrap(),
+                ports.forward(&mut source, false).unwrap(),
                 ports.forward_bare(&mut source).unwrap(),
             ] {
                 assert_eq!(bursts.len(), BURSTS);
