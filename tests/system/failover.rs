@@ -168,11 +168,26 @@ fn full_streams_opened_after_the_last_checkpoint_survive_a_kill() {
     panic!("a checkpoint came every 300 ms although nothing diverges");
 }
 
+/// The ways that a pair works alternate over the points: bytes are compared and guests reach their clients by TAP devices, or
+/// digests are, and they do by AF_XDP.
+fn stopped_at_each(points: &[Point], at: Host, then: impl Fn(Point, &mut Pair, &Bench)) {
+    for (n, &point) in points.iter().enumerate() {
+        stopped_at(point, at, n % 2 == 1, |pair, bench| {
+            then(point, pair, bench)
+        });
+    }
+}
+
 /// Runs a diverging load until host `at` stops at the named point, then lets `then` act, and expects the
 /// other host to go on with everything intact.
-fn stopped_at(point: Point, at: Host, then: impl FnOnce(&mut Pair, &Bench)) {
+fn stopped_at(point: Point, at: Host, digests: bool, then: impl FnOnce(&mut Pair, &Bench)) {
     let Some(bench) = bench() else { return };
     let mut settings = bench.settings();
+    if digests {
+        settings.primary_extra = "[compare]\nmode = \"digest\"\n".to_owned();
+        settings.secondary_extra.clone_from(&settings.primary_extra);
+        settings.xdp = Some("auto".to_owned());
+    }
     // Time for the test to act before the other host acts by itself.
     settings.heartbeat_count = 50;
     // The first checkpoint is the one that makes the pair.
@@ -197,33 +212,27 @@ fn stopped_at(point: Point, at: Host, then: impl FnOnce(&mut Pair, &Bench)) {
 
 #[test]
 fn a_primary_may_die_at_any_point_of_a_checkpoint() {
-    for point in Point::PRIMARY {
-        stopped_at(point, Host::A, |pair, _| {
-            pair.primary.kill().unwrap();
-            pair.wait_alone(Host::B).unwrap();
-        });
-    }
+    stopped_at_each(&Point::PRIMARY, Host::A, |_, pair, _| {
+        pair.primary.kill().unwrap();
+        pair.wait_alone(Host::B).unwrap();
+    });
 }
 
 #[test]
 fn a_secondary_may_die_at_any_point_of_a_checkpoint() {
-    for point in Point::SECONDARY {
-        stopped_at(point, Host::B, |pair, _| {
-            pair.secondary.kill().unwrap();
-            pair.wait_alone(Host::A).unwrap();
-        });
-    }
+    stopped_at_each(&Point::SECONDARY, Host::B, |_, pair, _| {
+        pair.secondary.kill().unwrap();
+        pair.wait_alone(Host::A).unwrap();
+    });
 }
 
 #[test]
 fn a_secondary_takes_over_from_any_point_of_a_checkpoint() {
-    for point in Point::SECONDARY {
-        stopped_at(point, Host::B, |pair, _| {
-            pair.primary.kill().unwrap();
-            pair.secondary.resume().unwrap();
-            pair.wait_alone(Host::B).unwrap();
-        });
-    }
+    stopped_at_each(&Point::SECONDARY, Host::B, |_, pair, _| {
+        pair.primary.kill().unwrap();
+        pair.secondary.resume().unwrap();
+        pair.wait_alone(Host::B).unwrap();
+    });
 }
 
 /// Where a primary that wakes up has most to let go: a guest to run on, a commit to release, frames on their way to the NIC.
@@ -231,24 +240,22 @@ const WAKES_AT: [Point; 3] = [Point::Paused, Point::CommitReceived, Point::Commi
 
 #[test]
 fn rule_18_a_primary_that_was_deposed_in_a_checkpoint_is_silent_when_it_wakes() {
-    for point in WAKES_AT {
-        stopped_at(point, Host::A, |pair, bench| {
-            // It stands still from here on.
-            let voices = Voices::listen(pair, bench);
-            pair.wait_alone(Host::B).unwrap();
-            pair.primary.resume().unwrap();
-            let awake = pair.primary.wait_exit(AFTERWARDS_TIMEOUT).unwrap();
-            assert_eq!(awake.code(), Some(DEPOSED), "{point:?}");
-            let [a, b] = voices.heard();
-            // A worker stopped between its look at the clock and the system call sends that one frame.
-            assert!(
-                a.len() <= 1,
-                "{point:?}: the primary sent {} frames",
-                a.len()
-            );
-            assert!(!b.is_empty(), "{point:?}: nobody speaks");
-        });
-    }
+    stopped_at_each(&WAKES_AT, Host::A, |point, pair, bench| {
+        // It stands still from here on.
+        let voices = Voices::listen(pair, bench);
+        pair.wait_alone(Host::B).unwrap();
+        pair.primary.resume().unwrap();
+        let awake = pair.primary.wait_exit(AFTERWARDS_TIMEOUT).unwrap();
+        assert_eq!(awake.code(), Some(DEPOSED), "{point:?}");
+        let [a, b] = voices.heard();
+        // A worker stopped between its look at the clock and the system call sends that one frame.
+        assert!(
+            a.len() <= 1,
+            "{point:?}: the primary sent {} frames",
+            a.len()
+        );
+        assert!(!b.is_empty(), "{point:?}: nobody speaks");
+    });
 }
 
 #[test]
