@@ -11,6 +11,10 @@
 //! COLO_FUZZ_PACK=TARGET:DIR cargo test -p colo-tests --test fuzz_corpus
 //! ```
 //!
+//! Fuzzed last at the end of November 2026, each target for 15 minutes or more (inputs tried): capture (25.7 million), parser
+//! (29.1 million), pairs (315 thousand), comparator (99 thousand), secondary (304 thousand), translations (568 thousand), replay
+//! (431 thousand).
+//!
 //! `COLO_FUZZ_INPUT=TARGET:FILE` replays one input, as libFuzzer wrote it, and shows what happens.
 #![allow(missing_docs, reason = "a test")]
 #![allow(clippy::unwrap_used)] // A failed set-up is a failed test.

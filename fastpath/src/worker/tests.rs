@@ -535,3 +535,25 @@ fn a_stopped_worker_says_so() {
     assert!(bench.worker.quiesce().is_err());
     assert!(bench.worker.resume().is_err());
 }
+
+#[test]
+fn a_worker_stays_on_the_cpu_that_it_is_given() {
+    let cpus = core_affinity::get_core_ids().unwrap();
+    let cpu = cpus.last().unwrap().id;
+    let config = WorkerConfig {
+        name: "pinned".into(),
+        poll: PollMode::Interrupt,
+        cpu: Some(cpu),
+        frame_slots: 32,
+        tx: Default::default(),
+        stages: false,
+    };
+    let worker = spawn_unattached(config, Box::new(crate::nic::Sink::new(1500))).unwrap();
+    let allowed = worker.execute(|_, _| {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let line = status.lines().find(|l| l.starts_with("Cpus_allowed_list"));
+        line.map(|l| l.split_whitespace().nth(1).unwrap().to_owned())
+    });
+    worker.stop();
+    assert_eq!(allowed.unwrap(), Some(cpu.to_string()));
+}
