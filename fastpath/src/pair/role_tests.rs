@@ -123,6 +123,16 @@ impl Host {
         }
     }
 
+    /// The same while a millisecond passes with each step, at most ten seconds.
+    fn step_until_later(&mut self, now_us: &mut u64, done: impl Fn(&mut Self) -> bool) {
+        let until_us = *now_us + 10_000_000;
+        while !done(self) {
+            assert!(*now_us < until_us, "ten seconds have passed");
+            *now_us += 1_000;
+            self.step(*now_us);
+        }
+    }
+
     fn deadline_us(&self) -> Option<u64> {
         self.worker.execute(|_, role| role.deadline_us()).unwrap()
     }
@@ -587,4 +597,37 @@ fn rule_18_the_end_of_a_lease_is_waited_for() {
         assert!(ending.join().unwrap(), "the worker may still be releasing");
     });
     assert_eq!(host.heeded_us(), 0);
+}
+
+#[test]
+fn rule_10_while_a_divergence_is_pending_nothing_undecided_lies_in_the_guest() {
+    let (mut host, _) = primary();
+    let now_us = now_us();
+    let frame = |port: u16, byte: u8| udp(Side::V4, false, port, 40_000, &[byte; 1000]);
+    let completed = |host: &mut Host| {
+        let mut completed = 0;
+        while host.guest_tx.take_used().unwrap().is_some() {
+            completed += 1;
+        }
+        completed
+    };
+    let undecided_bytes = |host: &Host| host.worker.stats().copied_undecided_bytes;
+    host.hear(&PacketMsg::CaughtUp { epoch: 2 });
+    host.send(&frame(53, 1));
+    host.send(&frame(54, 1));
+    while host.step(now_us) {}
+    assert_eq!((completed(&mut host), undecided_bytes(&host)), (0, 0));
+    host.hear(&PacketMsg::Output {
+        epoch: 2,
+        seq: 1,
+        frame: &frame(54, 2),
+    });
+    // Longer than it may be a matter of order.
+    let mut later_us = now_us;
+    host.step_until_later(&mut later_us, |host| undecided_bytes(host) > 0);
+    assert_eq!(completed(&mut host), 2);
+    // What comes now is copied as it comes.
+    host.send(&frame(55, 1));
+    while host.step(later_us) {}
+    assert_eq!(completed(&mut host), 1);
 }
