@@ -351,15 +351,8 @@ impl PacketLink {
         Ok(Some(PacketMsg::decode(head, self.body(&place, range))?))
     }
 
-    /// Lets a transport that shares the memory of this pool take the slots that it lacks. To be called before
-    /// [`Self::fill`], always with the same pool.
-    pub fn borrow_slots(&mut self, frames: &mut FramePool) {
-        if let Some(datagrams) = &mut self.datagrams {
-            datagrams.borrow_slots(frames);
-        }
-    }
-
-    /// As [`Self::borrow_slots`], where the channel may use the NIC of the same worker: takes what has come by it.
+    /// Lets a transport that shares the memory of this pool take the slots that it lacks, and one that uses this NIC, which is
+    /// the same worker's, take what has come by it. To be called before [`Self::fill`], always with the same pool.
     pub fn take_in(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) {
         if let Some(datagrams) = &mut self.datagrams {
             datagrams.take_in(nic, frames);

@@ -315,14 +315,7 @@ impl Datagrams {
         self.ports[port].release(slot);
     }
 
-    /// Lets the transports take slots of the pool that they lack.
-    pub(super) fn borrow_slots(&mut self, frames: &mut FramePool) {
-        self.ports
-            .iter_mut()
-            .for_each(|port| port.borrow_slots(frames));
-    }
-
-    /// As [`Self::borrow_slots`]; a transport through the guest's NIC takes what has come there.
+    /// Lets the transports take slots of the pool that they lack; one through the guest's NIC takes what has come there.
     pub(super) fn take_in(&mut self, nic: &mut dyn Nic, frames: &mut FramePool) {
         self.ports
             .iter_mut()

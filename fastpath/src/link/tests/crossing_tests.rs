@@ -10,6 +10,7 @@ use super::pool_tests::{Pool, SLOTS};
 use super::xdp_tests::links_opened;
 use super::*;
 use crate::link::datagram::{HEADER_BYTES, Header, Kind as Datagram};
+use crate::nic::Sink;
 use crate::shard::{Seat, ShardGroup, seats};
 
 const SHARDS: usize = 2;
@@ -171,7 +172,7 @@ impl Hosts {
         let (link, seat) = (&mut at.links[shard], &mut at.seats[shard]);
         let frames = &mut at.pools[shard].frames;
         seat.look();
-        link.borrow_slots(frames);
+        link.take_in(&mut Sink::new(1500), frames);
         link.cross(seat, frames);
         link.fill()?;
         while let Some(incoming) = link.next(frames).unwrap() {
