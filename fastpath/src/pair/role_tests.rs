@@ -605,6 +605,8 @@ fn rule_10_while_a_divergence_is_pending_nothing_undecided_lies_in_the_guest() {
     let now_us = now_us();
     let frame = |port: u16, byte: u8| udp(Side::V4, false, port, 40_000, &[byte; 1000]);
     let completed = |host: &mut Host| {
+        // The worker gives buffers back behind a step, before the next one.
+        host.step(now_us);
         let mut completed = 0;
         while host.guest_tx.take_used().unwrap().is_some() {
             completed += 1;
