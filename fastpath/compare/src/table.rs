@@ -5,17 +5,22 @@
 //! the comparison stricter. A commit costs nothing per flow: it begins a new generation, and a flow
 //! is brought up to date when it is next looked at.
 
-use crate::action::Right;
+mod entry;
+mod held;
+
 use crate::flat::{FlatTable, Hash, Slot};
-use crate::flow::{FlowKey, Protocol};
-use crate::frames::{Frames, Token};
+use crate::flow::FlowKey;
+use crate::frames::Frames;
 use crate::ledger::Ledger;
 use crate::limits::Limits;
-use crate::list::{Ends, NIL};
+use crate::list::NIL;
 use crate::recent::{Recent, WireName};
-use crate::stream::Stream;
 use crate::wheel::{Timer, Timers, Wheel};
-use crate::wire::{Layout, Packet};
+
+use entry::{Links, UNLINKED};
+
+pub(crate) use entry::{Flow, Wait, seen};
+pub(crate) use held::{Held, Produced};
 
 /// Flows looked at for one that can be forgotten before the table counts as full.
 const EVICTION_LOOKS: usize = 4096;
@@ -30,243 +35,6 @@ pub(crate) type FlowId = Slot;
 pub(crate) const DEFERRED: FlowId = NIL;
 /// Instead of a flow: the frame may leave when muteness ends.
 pub(crate) const CLEARED: FlowId = NIL - 1;
-
-/// A PVM frame that has not left.
-#[derive(Debug)]
-pub(crate) struct Held {
-    /// Place in the production order of the whole VM.
-    pub(crate) id: u64,
-    pub(crate) epoch: u64,
-    pub(crate) token: Token,
-    pub(crate) packet: Layout,
-    /// The input that must be acknowledged before it leaves (rule 5).
-    pub(crate) stamp: u64,
-    pub(crate) at_us: u64,
-    /// Its flow, [`DEFERRED`] or [`CLEARED`].
-    pub(crate) flow: FlowId,
-    /// TCP: which connection between these ports.
-    pub(crate) incarnation: u32,
-    /// TCP: its flow knows that the PVM has produced it.
-    pub(crate) is_counted: bool,
-    /// TCP: below it the bytes have been found equal.
-    pub(crate) matched_to: Option<u32>,
-    /// Why it may leave, when it only waits for the end of muteness.
-    pub(crate) right: Right,
-}
-
-/// What is known of a PVM frame when it comes.
-#[derive(Debug)]
-pub(crate) struct Produced {
-    pub(crate) id: u64,
-    pub(crate) epoch: u64,
-    pub(crate) token: Token,
-    pub(crate) stamp: u64,
-    pub(crate) at_us: u64,
-}
-
-impl Produced {
-    /// The frame before it has a flow.
-    #[inline(always)]
-    pub(crate) fn held(self, packet: &Packet) -> Held {
-        Held {
-            id: self.id,
-            epoch: self.epoch,
-            token: self.token,
-            packet: packet.layout,
-            stamp: self.stamp,
-            at_us: self.at_us,
-            flow: DEFERRED,
-            incarnation: 0,
-            is_counted: false,
-            matched_to: None,
-            right: Right::Alone,
-        }
-    }
-}
-
-impl Held {
-    /// The frame before it had a flow.
-    pub(crate) fn again(self) -> Produced {
-        Produced {
-            id: self.id,
-            epoch: self.epoch,
-            token: self.token,
-            stamp: self.stamp,
-            at_us: self.at_us,
-        }
-    }
-
-    pub(crate) fn is_cleared(&self) -> bool {
-        self.flow == CLEARED
-    }
-}
-
-/// What the next frame of a flow waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Wait {
-    /// Equal output of the SVM.
-    #[default]
-    Peer,
-    /// The secondary's acknowledgement of input (rule 6).
-    InputAck,
-    /// A fresh heartbeat (rule 18).
-    Lease,
-    /// A checkpoint, because a policy says so.
-    Policy,
-    /// The next commit: the flow has diverged.
-    Commit,
-}
-
-/// What happened in a flow, as bits.
-pub(crate) mod seen {
-    /// The PVM has sent something in this epoch.
-    pub(crate) const PVM: u8 = 1;
-    /// The SVM has sent something in this epoch.
-    pub(crate) const SVM: u8 = 2;
-    /// It was used since eviction last looked at it.
-    pub(crate) const USE: u8 = 4;
-    /// TCP: the guest has closed its side; TCP: the peer has.
-    pub(crate) const GUEST_CLOSED: u8 = 8;
-    pub(crate) const PEER_CLOSED: u8 = 16;
-    /// It is a TCP flow.
-    pub(crate) const TCP: u8 = 32;
-    /// It is in the list of those that wait for the secondary's word.
-    pub(crate) const WAITING: u8 = 64;
-    /// Frames of both guests left by twos, and nothing else has looked at the flow since: it is at rest, and no
-    /// output of the SVM is unmatched. TCP: all its numbers have come to the same place.
-    pub(crate) const STEADY: u8 = 128;
-}
-
-/// Neighbours in the list of flows that wait for the secondary's word.
-#[derive(Debug, Clone, Copy)]
-struct Links {
-    prev: u32,
-    next: u32,
-}
-
-const UNLINKED: Links = Links {
-    prev: NIL,
-    next: NIL,
-};
-
-#[derive(Debug)]
-pub(crate) struct Flow {
-    pub(crate) last_input_seq: u64,
-    generation: u32,
-    /// What the PVM has produced and has not left, in that order.
-    pub(crate) held: Ends,
-    /// What the SVM has sent; for TCP sorted by place, history included.
-    pub(crate) svm: Ends,
-    /// TCP: SYNs and resets of the SVM that have not been matched.
-    pub(crate) control: Ends,
-    /// TCP: the first of `svm` that is not reported. Otherwise: the one that equals the next frame.
-    pub(crate) mark: u32,
-    pub(crate) stream: Stream,
-    pub(crate) used_s: u32,
-    timer: Timer,
-    waiting: Links,
-    pub(crate) wait: Wait,
-    pub(crate) seen: u8,
-    pub(crate) policy: u16,
-}
-
-impl Flow {
-    fn new(generation: u32, protocol: Protocol, policy: u16) -> Self {
-        let tcp = if protocol == Protocol::Tcp {
-            seen::TCP
-        } else {
-            0
-        };
-        Self {
-            last_input_seq: 0,
-            generation,
-            held: Ends::EMPTY,
-            svm: Ends::EMPTY,
-            control: Ends::EMPTY,
-            mark: NIL,
-            stream: Stream::default(),
-            used_s: 0,
-            timer: Timer::OFF,
-            waiting: UNLINKED,
-            wait: Wait::Peer,
-            seen: seen::USE | tcp,
-            policy,
-        }
-    }
-
-    /// A frame has come; `what` says of whom.
-    #[inline]
-    pub(crate) fn use_now(&mut self, now_us: u64, what: u8) {
-        self.seen |= seen::USE | what;
-        self.used_s = (now_us / 1_000_000) as u32;
-    }
-
-    /// Both sides have sent another frame, by twos.
-    #[inline(always)]
-    pub(crate) fn use_again(&mut self, used_s: u32) {
-        self.seen |= seen::USE;
-        self.used_s = used_s;
-    }
-
-    pub(crate) fn has_seen(&self, what: u8) -> bool {
-        self.seen & what == what
-    }
-
-    /// Whether exactly one side has sent something in this epoch.
-    pub(crate) fn is_one_sided(&self) -> bool {
-        self.has_seen(seen::PVM) != self.has_seen(seen::SVM)
-    }
-
-    pub(crate) fn is_tcp(&self) -> bool {
-        self.has_seen(seen::TCP)
-    }
-
-    /// It is in the list of those that wait for the secondary's word.
-    pub(crate) fn is_waiting(&self) -> bool {
-        self.has_seen(seen::WAITING)
-    }
-
-    /// Both sides have sent something in this epoch, so neither has opened a connection of its own,
-    /// and nothing of the PVM's is held.
-    #[inline(always)]
-    pub(crate) fn is_at_rest(&self) -> bool {
-        let both = seen::PVM | seen::SVM;
-        self.seen & (both | seen::WAITING) == both
-            && self.held.is_empty()
-            && self.wait == Wait::Peer
-    }
-
-    /// Whether time can bring something about.
-    pub(crate) fn has_deadlines(&self) -> bool {
-        let has_surplus = if self.is_tcp() {
-            !self.control.is_empty()
-        } else {
-            !self.svm.is_empty()
-        };
-        !self.held.is_empty() || has_surplus
-    }
-
-    /// SVM output that has had no PVM counterpart.
-    pub(crate) fn has_unmatched_svm(&self) -> bool {
-        if self.is_tcp() {
-            self.mark != NIL || !self.control.is_empty()
-        } else {
-            !self.svm.is_empty()
-        }
-    }
-
-    /// A new epoch is compared: output of the old one is forgotten, a commit covers it (rule 8).
-    fn renew(&mut self, generation: u32) {
-        self.generation = generation;
-        (self.held, self.svm, self.control) = (Ends::EMPTY, Ends::EMPTY, Ends::EMPTY);
-        self.mark = NIL;
-        self.timer = Timer::OFF;
-        self.waiting = UNLINKED;
-        self.wait = Wait::Peer;
-        self.seen &= !(seen::PVM | seen::SVM | seen::WAITING | seen::STEADY);
-        self.stream.rebase();
-    }
-}
 
 /// The table, and the list of flows that wait for the secondary's word.
 #[derive(Debug)]
@@ -587,6 +355,7 @@ impl Timers for FlatTable<Flow> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::Protocol;
     use crate::testing::VecFrames;
 
     /// At 1000 commits a second, generations come again after 50 days.

@@ -1,5 +1,7 @@
+use colo_compare::HEADER_MAX;
+
 use super::*;
-use crate::ring::Pages;
+use crate::ring::{Pages, Segment, fold};
 
 const LEN: usize = 1000;
 const AT: usize = 54;

@@ -7,59 +7,42 @@
 //!
 //! Does not know where frames come from or go to.
 
+mod deliver;
+mod take;
+
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use colo_compare::{HEADER_MAX, Token};
+use colo_compare::Token;
 use tracing::warn;
 
-use crate::frame::{Buffer, CopyCause, FramePool, IN_PLACE_MIN, PIECES_MAX};
+use crate::frame::{Buffer, FramePool};
 use crate::net_offer::NetOffer;
-use crate::ring::{Call, Chain, GuestBytes, GuestRam, QueueState, RingError, Segment, Virtqueue};
+use crate::ring::{Call, Chain, GuestRam, QueueState, RingError, Virtqueue};
 use crate::stats::WorkerStats;
 use crate::vhost_user::GuestRings;
 
 use super::front::Front;
 use super::merge::Merge;
-use super::offload::Request;
 use super::verify::checksum_holds;
 use super::wires::{PortWiring, Wires};
 
+use deliver::deliver;
+use take::{Out, Taken, take};
+
+pub use deliver::Delivery;
+pub(super) use deliver::{header_of, scatter};
+pub use take::Stays;
+
 /// Bytes of `virtio_net_hdr` in front of every frame (`VIRTIO_F_VERSION_1`).
 pub const NET_HEADER_BYTES: usize = 12;
-
-/// `virtio_net_hdr.flags`: the checksum has been verified.
-const DATA_VALID: u8 = 2;
 
 /// Shortest frame: an Ethernet header.
 const FRAME_MIN: usize = 14;
 
 /// The states of both queues: guest_rx, then guest_tx.
 pub type PortState = [QueueState; 2];
-
-/// What of a frame of the guest stays in the guest's buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stays {
-    /// Nothing, for this reason.
-    Nothing(CopyCause),
-    /// All behind the header, of long frames.
-    Payload,
-    /// All of long frames that the guest has completed and that lie in one piece, of others what lies behind
-    /// the header: for who looks at none.
-    Whole,
-}
-
-/// What became of a frame for the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delivery {
-    /// It is in the guest's memory.
-    Done,
-    /// The guest has no buffer (or no driver): keep the frame.
-    NoRoom,
-    /// The guest's buffer is smaller than the frame, which is lost.
-    TooSmall,
-}
 
 #[derive(Debug)]
 struct Queues {
@@ -389,271 +372,4 @@ impl GuestPort {
         self.stats.ring_errors.add(1);
         self.tell_guest(Call::ask_for_reset);
     }
-}
-
-fn deliver(
-    queue: &mut Virtqueue,
-    chain: &mut Chain,
-    ram: &GuestRam,
-    frame: &[u8],
-    verified: bool,
-) -> Result<Delivery, RingError> {
-    if !queue.pop(chain)? {
-        return Ok(Delivery::NoRoom);
-    }
-    if !chain.readable().is_empty() {
-        return Err(RingError::Direction);
-    }
-    let need = NET_HEADER_BYTES + frame.len();
-    if Chain::bytes_of(chain.writable()) < need as u64 {
-        queue.undo_pop();
-        return Ok(Delivery::TooSmall);
-    }
-    let header = header_of(1, verified);
-    let mut at = 0;
-    for segment in chain.writable() {
-        at += scatter(ram, *segment, at, &header, frame)?;
-    }
-    queue.complete(chain.head(), need as u32)?;
-    Ok(Delivery::Done)
-}
-
-/// `virtio_net_hdr` in front of a frame for the guest (virtio 1.3 section 5.1.6.4.1).
-pub(super) fn header_of(buffers: u16, verified: bool) -> [u8; NET_HEADER_BYTES] {
-    let mut header = [0; NET_HEADER_BYTES];
-    if verified {
-        header[0] = DATA_VALID;
-    }
-    header[10..].copy_from_slice(&buffers.to_le_bytes());
-    header
-}
-
-/// Writes what belongs into one segment, `at` bytes into header and frame. Gives how much.
-pub(super) fn scatter(
-    ram: &GuestRam,
-    segment: Segment,
-    at: usize,
-    header: &[u8],
-    frame: &[u8],
-) -> Result<usize, RingError> {
-    let room = segment.len as usize;
-    let head = header.get(at..).unwrap_or(&[]);
-    let head = &head[..head.len().min(room)];
-    ram.write(segment.gpa, head)?;
-    let body = &frame[(at + head.len())
-        .saturating_sub(header.len())
-        .min(frame.len())..];
-    let body = &body[..body.len().min(room - head.len())];
-    ram.write(segment.gpa + head.len() as u64, body)?;
-    Ok(head.len() + body.len())
-}
-
-/// Where a frame of the guest is to go.
-struct Out<'a> {
-    frames: &'a mut FramePool,
-    max: usize,
-    life: u32,
-    stays: Stays,
-}
-
-enum Taken {
-    Nothing,
-    Bad,
-    /// The frame, its length, why it was copied if it was.
-    Frame(Token, usize, Option<CopyCause>),
-}
-
-fn take(
-    queues: &mut Queues,
-    chain: &mut Chain,
-    ram: &GuestRam,
-    out: Out<'_>,
-) -> Result<Taken, RingError> {
-    let queue = &mut queues.guest_tx;
-    let checksum = queues.checksum;
-    let is_waiting = match out.stays {
-        Stays::Whole => queue.pop_and_fetch(chain, NET_HEADER_BYTES + IN_PLACE_MIN)?,
-        Stays::Payload | Stays::Nothing(_) => queue.pop(chain)?,
-    };
-    if !is_waiting {
-        return Ok(Taken::Nothing);
-    }
-    if !chain.writable().is_empty() {
-        return Err(RingError::Direction);
-    }
-    if let [segment] = *chain.readable()
-        && (segment.len as usize) < NET_HEADER_BYTES + IN_PLACE_MIN.min(out.max)
-        && segment.len as usize >= NET_HEADER_BYTES + FRAME_MIN
-    {
-        let buffer = ram.view(segment.gpa, segment.len)?;
-        let mut header = [0; NET_HEADER_BYTES];
-        buffer.copy_to(0, &mut header);
-        if Request::of(&header, checksum) == Request::Nothing {
-            return take_short(queue, chain.head(), buffer, out);
-        }
-    }
-    let total = Chain::bytes_of(chain.readable());
-    let good = (NET_HEADER_BYTES + FRAME_MIN) as u64..=(NET_HEADER_BYTES + out.max) as u64;
-    let mut request = Request::Refused;
-    if good.contains(&total) {
-        let mut header = [0; NET_HEADER_BYTES];
-        copy_range(chain.readable(), ram, 0, &mut header)?;
-        request = Request::of(&header, checksum);
-    }
-    if request == Request::Refused {
-        queue.complete(chain.head(), 0)?;
-        return Ok(Taken::Bad);
-    }
-    let len = total as usize - NET_HEADER_BYTES;
-    let mut rest = [Segment { gpa: 0, len: 0 }; PIECES_MAX - 1];
-    let cause = match out.stays {
-        Stays::Nothing(cause) => Some(cause),
-        _ => (len < IN_PLACE_MIN).then_some(CopyCause::Small),
-    };
-    if (cause, out.stays, request) == (None, Stays::Whole, Request::Nothing)
-        && let Some([frame]) = behind(chain.readable(), NET_HEADER_BYTES, &mut rest)
-    {
-        return keep_whole(queue, chain.head(), *frame, out);
-    }
-    let front = NET_HEADER_BYTES + HEADER_MAX;
-    let rest = match cause {
-        Some(cause) => Err(cause),
-        None => behind(chain.readable(), front, &mut rest).ok_or(CopyCause::Scattered),
-    };
-    let behind = rest.unwrap_or(&[]);
-    let mut filled = Ok(false);
-    let fill = |slot: &mut [u8], n: usize| {
-        let held = &mut slot[..n];
-        filled =
-            copy_range(chain.readable(), ram, NET_HEADER_BYTES, held).and_then(
-                |()| match request {
-                    Request::Checksum(partial) => partial.complete(held, behind, ram),
-                    Request::Nothing | Request::Refused => Ok(true),
-                },
-            );
-        matches!(filled, Ok(true)).then_some(n)
-    };
-    let (token, cause) = place(out, chain.head(), rest, len, fill);
-    filled?;
-    // What is not in place is the guest's again, also when it was of no use.
-    if cause.is_some() || token.is_none() {
-        queue.complete(chain.head(), 0)?;
-    }
-    match token {
-        Some(token) => Ok(Taken::Frame(token, len, cause)),
-        None => Ok(Taken::Bad),
-    }
-}
-
-/// The common case of short frames: header and frame in one buffer, which is long enough and not too
-/// long, and nothing asked for.
-#[inline]
-fn take_short(
-    queue: &mut Virtqueue,
-    head: u16,
-    buffer: GuestBytes<'_>,
-    out: Out<'_>,
-) -> Result<Taken, RingError> {
-    let len = buffer.len() - NET_HEADER_BYTES;
-    let token = out.frames.fill(|slot| {
-        buffer.copy_to(NET_HEADER_BYTES, &mut slot[..len]);
-        Some(len)
-    });
-    // After the copy: it may show the guest that the buffer is its own again.
-    queue.complete(head, 0)?;
-    let cause = match out.stays {
-        Stays::Nothing(cause) => cause,
-        Stays::Payload | Stays::Whole => CopyCause::Small,
-    };
-    Ok(token.map_or(Taken::Bad, |token| Taken::Frame(token, len, Some(cause))))
-}
-
-/// A frame that nobody looks at: none of it is read here.
-fn keep_whole(
-    queue: &mut Virtqueue,
-    head: u16,
-    frame: Segment,
-    out: Out<'_>,
-) -> Result<Taken, RingError> {
-    let life = out.life;
-    match out.frames.keep_whole(Buffer { life, head }, frame) {
-        Some(token) => Ok(Taken::Frame(token, frame.len as usize, None)),
-        None => {
-            queue.complete(head, 0)?;
-            Ok(Taken::Bad)
-        }
-    }
-}
-
-/// Makes a frame in place if it may stay there, else a copy.
-fn place(
-    out: Out<'_>,
-    head: u16,
-    rest: Result<&[Segment], CopyCause>,
-    len: usize,
-    fill: impl FnOnce(&mut [u8], usize) -> Option<usize>,
-) -> (Option<Token>, Option<CopyCause>) {
-    let life = out.life;
-    match rest {
-        Ok(rest) => {
-            let in_slot = |slot: &mut [u8]| fill(slot, HEADER_MAX);
-            let token = out
-                .frames
-                .keep_in_place(Buffer { life, head }, rest, in_slot);
-            (token, None)
-        }
-        Err(cause) => {
-            let token = out.frames.fill(|slot| fill(slot, len));
-            (token, Some(cause))
-        }
-    }
-}
-
-/// Copies `out.len()` bytes that begin `skip` bytes into the segments; the caller has checked that
-/// they are there.
-fn copy_range(
-    segments: &[Segment],
-    ram: &GuestRam,
-    mut skip: usize,
-    out: &mut [u8],
-) -> Result<(), RingError> {
-    let mut done = 0;
-    for segment in segments {
-        let len = segment.len as usize;
-        if skip >= len {
-            skip -= len;
-            continue;
-        }
-        let n = (len - skip).min(out.len() - done);
-        ram.read(segment.gpa + skip as u64, &mut out[done..done + n])?;
-        done += n;
-        skip = 0;
-        if done == out.len() {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// What of the segments lies behind their first `skip` bytes; `None` when it is in too many pieces.
-fn behind<'a>(
-    segments: &[Segment],
-    mut skip: usize,
-    out: &'a mut [Segment],
-) -> Option<&'a [Segment]> {
-    let mut count = 0;
-    for segment in segments {
-        let len = segment.len as usize;
-        if skip >= len {
-            skip -= len;
-            continue;
-        }
-        *out.get_mut(count)? = Segment {
-            gpa: segment.gpa + skip as u64,
-            len: segment.len - skip as u32,
-        };
-        count += 1;
-        skip = 0;
-    }
-    Some(&out[..count])
 }

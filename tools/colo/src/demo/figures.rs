@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::report::Outcome;
+use super::outcome::Outcome;
 
 /// Percentiles as a status document gives them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]

@@ -7,6 +7,8 @@
 //! their status, and sends packets.
 
 mod figures;
+mod numbers;
+mod outcome;
 mod paint;
 mod report;
 
@@ -25,8 +27,8 @@ use serde_json::Value;
 
 use crate::stop::{Stop, catch_signals};
 use figures::Figures;
+use outcome::Outcome;
 use paint::Paint;
-use report::Outcome;
 
 /// How often the demo looks at signals and, after the kill, for the takeover.
 const TICK: Duration = Duration::from_millis(10);

@@ -1,141 +1,22 @@
-//! The demo's report for a person, and its verdict.
+//! The demo's report for a person.
 //!
-//! Invariants: the text depends on the outcome only; every claim of the verdict is a number of the report.
+//! Invariant: the text depends on the outcome only.
 //!
 //! Does not measure.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
-use colo_lab::load::{Latency, LoadReport, Progress};
-use serde_json::Value;
+use colo_lab::load::{Latency, Progress};
 
 use super::DemoArgs;
-use super::figures::{Figures, Spread};
+use super::numbers::{bars, bytes, grouped, micros, percent, resampled, spread};
+use super::outcome::Outcome;
 use super::paint::Paint;
 
 /// Columns of the throughput curve.
 const CURVE: usize = 60;
-const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 /// Notes shown about errors.
 const NOTES: usize = 12;
-
-/// Everything a run gave.
-#[derive(Debug)]
-pub(super) struct Outcome {
-    pub(super) load: LoadReport,
-    /// From the primary's last status.
-    pub(super) figures: Figures,
-    /// Last status of the host that serves at the end.
-    pub(super) survivor: Value,
-    /// The primary was killed.
-    pub(super) failover: bool,
-    /// Requests were made whose answers differ between the guests.
-    pub(super) diverging: bool,
-    /// From the kill to the survivor's word that it is alone.
-    pub(super) takeover_ms: Option<f64>,
-    pub(super) killed_at: Option<Duration>,
-    /// Answers per sample.
-    pub(super) samples: Vec<u64>,
-    /// The first sample after the kill.
-    pub(super) kill_sample: Option<usize>,
-}
-
-impl Outcome {
-    /// Longest silence of the probe around the kill.
-    pub(super) fn outage_ms(&self) -> Option<f64> {
-        let outage_us = self.load.probe.as_ref()?.outage_us?;
-        Some(outage_us as f64 / 1e3)
-    }
-
-    /// What was not as it must be; empty for a good run.
-    pub(super) fn failures(&self) -> Vec<String> {
-        let checks = self.checks();
-        checks
-            .into_iter()
-            .filter(|check| !check.holds)
-            .map(|check| check.failure)
-            .collect()
-    }
-
-    fn checks(&self) -> Vec<Check> {
-        let load = &self.load;
-        let (asked, answered) = (load.requests, load.responses);
-        let mut checks = vec![
-            Check {
-                holds: answered > 0 && asked == answered && load.client_errors == 0,
-                success: format!("{} requests, each answered, no error", grouped(asked)),
-                failure: format!(
-                    "{} of {} requests were not answered; {} errors",
-                    grouped(asked.saturating_sub(answered)),
-                    grouped(asked),
-                    grouped(load.client_errors)
-                ),
-            },
-            Check {
-                holds: load.wrong_responses == 0,
-                success: format!(
-                    "every answer right; {} acknowledged facts asked for again",
-                    grouped(load.audited)
-                ),
-                failure: format!("{} answers were wrong", grouped(load.wrong_responses)),
-            },
-            Check {
-                holds: self.figures.compared > 0,
-                success: format!("{} packets compared", grouped(self.figures.compared)),
-                failure: "no packet was compared".to_owned(),
-            },
-        ];
-        checks.extend(self.divergence_check());
-        checks.push(self.role_check());
-        checks.extend(self.survival_check());
-        checks
-    }
-
-    fn divergence_check(&self) -> Option<Check> {
-        let count = self.figures.divergence_count();
-        self.diverging.then(|| Check {
-            holds: count > 0 && self.figures.checkpoints > 0,
-            success: format!(
-                "{} divergences, {} checkpoints",
-                grouped(count),
-                grouped(self.figures.checkpoints)
-            ),
-            failure: "the guests never differed, although the requests make them differ".to_owned(),
-        })
-    }
-
-    fn role_check(&self) -> Check {
-        if self.failover {
-            return Check {
-                holds: self.takeover_ms.is_some(),
-                success: "the secondary took over".to_owned(),
-                failure: "the secondary did not take over".to_owned(),
-            };
-        }
-        Check {
-            holds: self.figures.protected,
-            success: "still protected at the end".to_owned(),
-            failure: "no longer protected at the end".to_owned(),
-        }
-    }
-
-    fn survival_check(&self) -> Option<Check> {
-        let survival = self.load.survival?;
-        let (before, lost) = (survival.connections_before, survival.connections_lost);
-        Some(Check {
-            holds: lost == 0 && before > 0,
-            success: format!("{before} connections open at the kill, none lost"),
-            failure: format!("{lost} of {before} connections open at the kill were lost"),
-        })
-    }
-}
-
-struct Check {
-    holds: bool,
-    success: String,
-    failure: String,
-}
 
 /// The first lines of a run.
 pub(super) fn title(args: &DemoArgs, paint: Paint) -> String {
@@ -425,81 +306,12 @@ fn verdict(text: &mut String, outcome: &Outcome, paint: Paint) {
     text.push('\n');
 }
 
-/// `1234567` as `1 234 567`.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(' ');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// Microseconds in the unit that suits them.
-fn micros(us: u64) -> String {
-    match us {
-        0..1_000 => format!("{us} µs"),
-        1_000..10_000 => format!("{:.1} ms", us as f64 / 1e3),
-        10_000..1_000_000 => format!("{} ms", us / 1_000),
-        _ => format!("{:.2} s", us as f64 / 1e6),
-    }
-}
-
-fn spread(spread: Spread) -> String {
-    format!(
-        "p50 {}, p99 {}, max {}",
-        micros(spread.p50),
-        micros(spread.p99),
-        micros(spread.max)
-    )
-}
-
-fn bytes(count: u64) -> String {
-    match count {
-        0..10_000 => format!("{count} B"),
-        10_000..10_000_000 => format!("{} kB", count / 1_000),
-        _ => format!("{:.1} MB", count as f64 / 1e6),
-    }
-}
-
-fn percent(part: u64, whole: u64) -> String {
-    if whole == 0 {
-        return "–".to_owned();
-    }
-    let mut text = String::new();
-    // Writing to a string does not fail.
-    write!(text, "{:.1} %", part as f64 * 100.0 / whole as f64).ok();
-    text
-}
-
-fn bars(samples: &[u64]) -> String {
-    let highest = samples.iter().copied().max().unwrap_or(0).max(1);
-    samples
-        .iter()
-        .map(|&sample| {
-            let step = (sample * BARS.len() as u64).div_ceil(highest).max(1) - 1;
-            if sample == 0 {
-                ' '
-            } else {
-                BARS[step as usize]
-            }
-        })
-        .collect()
-}
-
-/// The same curve in `columns` columns.
-fn resampled(samples: &[u64], columns: usize) -> Vec<u64> {
-    let at = |column: usize| samples.get(column * samples.len() / columns).copied();
-    (0..columns).filter_map(at).collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::figures::Figures;
     use super::*;
-    use colo_lab::load::{ProbeReport, Survival};
+    use colo_lab::load::{LoadReport, ProbeReport, Survival};
+    use serde_json::Value;
 
     fn outcome() -> Outcome {
         let latency = Latency {
