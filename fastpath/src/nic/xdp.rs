@@ -29,7 +29,6 @@ mod queue;
 mod recover;
 mod stats;
 mod strays;
-mod timer;
 mod watch;
 
 use std::collections::VecDeque;
@@ -41,6 +40,7 @@ use colo_bpf::{AddressOwner, AttachMode, Groups, Mac, XdpProgram};
 use colo_compare::{Frames, Token};
 use serde::{Deserialize, Serialize};
 
+use super::timer::Timer;
 use super::{Filter, LinkFrame, LinkShare, Nic, Sent, poll_for};
 use crate::clock::now_us;
 use crate::frame::{FramePool, slot_bytes_for};
@@ -51,7 +51,6 @@ use copies::Copies;
 use link::LinkUse;
 use queue::{PIECES_MAX, Queue, Use};
 use recover::RETRY_US;
-use timer::Timer;
 use watch::Watch;
 
 pub use error::XdpNicError;
