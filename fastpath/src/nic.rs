@@ -29,7 +29,7 @@ pub use sink::Sink;
 pub use socket::SocketNic;
 pub use tap::{Tap, TapError, TapSnapshot, TapStats};
 pub use xdp::{
-    XdpNic, XdpNicConfig, XdpNicError, XdpNicMode, XdpNicSnapshot, XdpNicStats,
+    XdpAbilities, XdpNic, XdpNicConfig, XdpNicError, XdpNicMode, XdpNicSnapshot, XdpNicStats,
 };
 
 /// What became of a frame handed to [`Nic::send`].

@@ -18,6 +18,7 @@
 //! guest RAM included, which takes as long as touching all of it. Does not configure addresses
 //! or queues, and does not steer flows.
 
+mod abilities;
 mod common;
 mod copies;
 mod cut;
@@ -53,6 +54,7 @@ use queue::{PIECES_MAX, Queue, Use};
 use recover::RETRY_US;
 use watch::Watch;
 
+pub use abilities::XdpAbilities;
 pub use error::XdpNicError;
 pub use stats::{XdpNicSnapshot, XdpNicStats};
 
@@ -129,6 +131,8 @@ pub struct XdpNicConfig {
     pub groups: Groups,
     /// The guest's IP addresses, where they are known.
     pub addresses: Vec<IpAddr>,
+    /// What is asked of kernel and driver at most.
+    pub abilities: XdpAbilities,
 }
 
 impl XdpNicConfig {
@@ -142,6 +146,7 @@ impl XdpNicConfig {
             macs: vec![mac],
             groups: Groups::Copied,
             addresses: Vec::new(),
+            abilities: XdpAbilities::default(),
         }
     }
 }
@@ -178,10 +183,13 @@ pub struct XdpNic {
     parked: Vec<Use>,
     /// What is in use; `Auto` before the start.
     mode: XdpNicMode,
-    multi_buffer: bool,
+    /// What is in use, of what was asked.
+    abilities: XdpAbilities,
     has_link: bool,
     /// When to try again, while there are no queues.
     retry_at_us: Option<u64>,
+    /// Why the last attempt failed.
+    failure: Option<String>,
     /// The queue that is looked at first.
     turn: usize,
     host_addresses: Vec<IpAddr>,
@@ -256,9 +264,10 @@ impl XdpNic {
             uses: Box::default(),
             parked: Vec::new(),
             mode: XdpNicMode::Auto,
-            multi_buffer: true,
+            abilities: config.abilities,
             has_link: true,
             retry_at_us: None,
+            failure: None,
             turn: 0,
             host_addresses: Vec::new(),
             copies: None,
@@ -380,17 +389,16 @@ impl Nic for XdpNic {
     fn describe(&self) -> String {
         let queues = self.queues.len();
         let plural = if queues == 1 { "" } else { "s" };
-        let pieces = if self.multi_buffer {
+        let pieces = if self.abilities.multi_buffer {
             ""
         } else {
             ", frames in one piece"
         };
-        let lost = if self.retry_at_us.is_some() {
-            ", lost"
-        } else if !self.has_link {
-            ", no link"
-        } else {
-            ""
+        let lost = match (self.retry_at_us, &self.failure) {
+            (Some(_), Some(why)) => format!(", lost ({why})"),
+            (Some(_), None) => ", lost".to_owned(),
+            (None, _) if !self.has_link => ", no link".to_owned(),
+            (None, _) => String::new(),
         };
         let mode = self.mode.name();
         let link = self.link.as_ref().map_or("", |_| ", link packets too");
