@@ -13,6 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use colo_bpf::{attach_to_tap, detach_from_tap, drop_all, for_guest};
 
@@ -103,7 +104,8 @@ pub struct Tap {
     mtu: u16,
     /// How many queues the device must have, of which this is one.
     queues: usize,
-    filter: Filter,
+    /// Of the device, whichever queue set it.
+    filter: Arc<Mutex<Filter>>,
     /// Of the device that `file` is attached to; `None`: it is gone.
     index: Option<u32>,
     link: Link,
@@ -139,8 +141,8 @@ impl Tap {
     /// Attaches to the device `name`, making it when it does not exist, sets its MTU, filters it
     /// and brings it up.
     pub fn open(name: &str, mtu: u16, filter: Filter) -> Result<Self, TapError> {
-        let mut tap = Self::attach(name, mtu, 1)?;
-        tap.bring_up(filter)?;
+        let mut tap = Self::attach(name, mtu, 1, &Arc::new(Mutex::new(filter)))?;
+        tap.bring_up()?;
         Ok(tap)
     }
 
@@ -152,12 +154,13 @@ impl Tap {
         filter: Filter,
         queues: usize,
     ) -> Result<Vec<Self>, TapError> {
+        let filter = Arc::new(Mutex::new(filter));
         let mut taps = Vec::with_capacity(queues);
         for _ in 0..queues {
-            taps.push(Self::attach(name, mtu, queues)?);
+            taps.push(Self::attach(name, mtu, queues, &filter)?);
         }
         for tap in &mut taps {
-            tap.bring_up(filter)?;
+            tap.bring_up()?;
         }
         Ok(taps)
     }
@@ -168,7 +171,12 @@ impl Tap {
     }
 
     /// One of the queues of a device, which need not be up.
-    fn attach(name: &str, mtu: u16, queues: usize) -> Result<Self, TapError> {
+    fn attach(
+        name: &str,
+        mtu: u16,
+        queues: usize,
+        filter: &Arc<Mutex<Filter>>,
+    ) -> Result<Self, TapError> {
         let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || !plain {
             return Err(TapError::BadName(name.to_owned()));
@@ -192,7 +200,7 @@ impl Tap {
             name: name.to_owned(),
             mtu,
             queues,
-            filter: Filter::DropAll,
+            filter: filter.clone(),
             index: None,
             link,
             stats: TapStats::default(),
@@ -200,8 +208,7 @@ impl Tap {
     }
 
     /// Filters before anything is read.
-    fn bring_up(&mut self, filter: Filter) -> Result<(), TapError> {
-        self.filter = filter;
+    fn bring_up(&mut self) -> Result<(), TapError> {
         self.attach_filter()
             .map_err(|e| self.refused("filter", e))?;
         // A device that was up already may have taken frames before (rule 24).
@@ -262,7 +269,7 @@ impl Tap {
             // Gives up what an earlier attempt has got.
             self.file = file;
             attach_queue(&self.file, &self.name, self.queues)?;
-            self.bring_up(self.filter)
+            self.bring_up()
         });
         let had_failed = std::mem::replace(&mut self.link.must_retry, attached.is_err());
         match attached {
@@ -281,7 +288,9 @@ impl Tap {
 
     fn attach_filter(&self) -> io::Result<()> {
         let fd = self.file.as_fd();
-        match self.filter {
+        // Held, so that no other queue attaches an older one afterwards.
+        let filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
+        match *filter {
             Filter::Open => detach_from_tap(fd),
             Filter::Guest(mac) => attach_to_tap(fd, &for_guest(&[mac])),
             Filter::DropAll => attach_to_tap(fd, &drop_all()),
@@ -398,7 +407,7 @@ impl Nic for Tap {
     }
 
     fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
-        self.filter = filter;
+        *self.filter.lock().unwrap_or_else(PoisonError::into_inner) = filter;
         match self.attach_filter() {
             // It holds when there is a device again.
             Err(_) if self.index.is_none() => Ok(()),

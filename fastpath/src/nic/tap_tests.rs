@@ -109,14 +109,15 @@ fn send_to(address: &str) {
 #[test]
 fn what_came_before_the_filter_is_not_read() {
     in_namespace(|| {
+        let mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
         ip("tuntap add dev ct0 mode tap");
         bring_up("ct0");
-        let mut tap = Tap::attach("ct0", 1500, 1).unwrap();
+        let filter = Arc::new(Mutex::new(Filter::Guest(mac)));
+        let mut tap = Tap::attach("ct0", 1500, 1, &filter).unwrap();
         ip("addr add 10.99.0.1/24 dev ct0");
-        let mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
         ip("neigh add 10.99.0.2 lladdr 52:54:00:c0:10:01 dev ct0");
         send_to("10.99.0.2:9");
-        tap.bring_up(Filter::Guest(mac)).unwrap();
+        tap.bring_up().unwrap();
         assert_eq!(receive(&mut tap), None);
         send_to("10.99.0.2:10");
         assert_eq!(receive_to(&mut tap, mac)[36..38], [0, 10]);
@@ -168,7 +169,7 @@ fn a_device_that_another_has_is_tried_again_until_it_is_free() {
         let mut tap = Tap::open("ct0", 1500, Filter::Open).unwrap();
         ip("link del ct0");
         until(std::slice::from_mut(&mut tap), |tap| tap.index.is_none());
-        let other = Tap::attach("ct0", 1500, 1).unwrap();
+        let other = Tap::attach("ct0", 1500, 1, &Arc::new(Mutex::new(Filter::Open))).unwrap();
         until(std::slice::from_mut(&mut tap), |tap| {
             tap.stats.return_failures.get() > 3
         });
@@ -196,8 +197,8 @@ fn each_shard_has_a_queue_of_one_device() {
         ip("addr add 10.99.0.1/24 dev ct3");
         ip("neigh add 10.99.0.2 lladdr 52:54:00:c0:10:01 dev ct3");
         send_to("10.99.0.2:9");
-        // Whoever sets the filter sets it for all.
-        taps[2].set_filter(Filter::Guest(mac)).unwrap();
+        // Whoever sets the filter sets it for all, also for the next device.
+        taps[0].set_filter(Filter::Guest(mac)).unwrap();
         let socket = UdpSocket::bind("10.99.0.1:0").unwrap();
         let port = socket.local_addr().unwrap().port();
         socket.send_to(b"first", "10.99.0.2:7").unwrap();
