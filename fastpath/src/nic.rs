@@ -4,11 +4,16 @@
 //!
 //! Does not know about guests, roles or comparison.
 
+#[cfg(test)]
+mod conformance;
 mod rtnetlink;
 mod share;
 mod sink;
 mod socket;
 mod tap;
+#[cfg(test)]
+mod testing;
+mod timer;
 mod xdp;
 
 use std::collections::VecDeque;
@@ -22,8 +27,10 @@ use crate::frame::{FramePool, slot_bytes_for};
 pub use share::{LinkFrame, LinkShare};
 pub use sink::Sink;
 pub use socket::SocketNic;
-pub use tap::{Tap, TapError};
-pub use xdp::{XdpNic, XdpNicConfig, XdpNicError, XdpNicMode, XdpNicSnapshot, XdpNicStats};
+pub use tap::{Tap, TapError, TapSnapshot, TapStats};
+pub use xdp::{
+    XdpAbilities, XdpNic, XdpNicConfig, XdpNicError, XdpNicMode, XdpNicSnapshot, XdpNicStats,
+};
 
 /// What became of a frame handed to [`Nic::send`].
 #[derive(Debug)]

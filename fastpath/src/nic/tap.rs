@@ -1,10 +1,11 @@
 //! A TAP device as the guest's NIC.
 //!
 //! Invariants: no offloads and no packet information, so what is read and written is plain Ethernet
-//! that the kernel has segmented and checksummed; the filter is in place before the device is up. The link
-//! is looked after before each sleep and every so many batches.
+//! that the kernel has segmented and checksummed; the filter is in place before anything is read. The link
+//! is looked after before each sleep and every so many batches. A device that is deleted is counted, and used
+//! again when there is one of its name: meanwhile what is sent is lost, as on a wire.
 //!
-//! Does not configure addresses or bridges.
+//! Does not configure addresses or bridges, and does not make a device again that somebody has deleted.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -12,14 +13,17 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use colo_bpf::{attach_to_tap, detach_from_tap, drop_all, for_guest};
 
 use colo_compare::{Frames, Token};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::rtnetlink::Rtnetlink;
+use super::timer::Timer;
 use super::{Filter, Nic, Sent, poll_for, read_frames};
+use crate::counters;
 use crate::frame::{FramePool, PIECES_MAX};
 use crate::ring::xsk::Interface;
 
@@ -27,6 +31,12 @@ const TUN_PATH: &str = "/dev/net/tun";
 
 /// Batches between two looks for news of the link.
 const LOOK_BATCHES: u32 = 256;
+
+/// Between two attempts to use a device again that somebody else has, as who makes it does for a moment.
+const RETRY_US: u64 = 50_000;
+
+/// Frames that a device keeps for its reader at most, about (TUN_READQ_SIZE and more than one queue of it).
+const WAITING_MAX: usize = 1024;
 
 /// A TAP device could not be used. The text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -70,13 +80,36 @@ pub enum TapError {
     },
 }
 
+counters! {
+    /// What a TAP device has met with.
+    TapStats => TapSnapshot {
+        /// Frames not sent because the device was down or gone.
+        tx_without_link,
+        /// Times that the link went.
+        link_losses,
+        /// Times that the device itself went.
+        nic_losses,
+        /// Times that it came back.
+        nic_returns,
+        /// Attempts to use it again that failed.
+        return_failures,
+    }
+}
+
 /// An attached TAP device. A device that this made disappears with it.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
     name: String,
     mtu: u16,
+    /// How many queues the device must have, of which this is one.
+    queues: usize,
+    /// Of the device, whichever queue set it.
+    filter: Arc<Mutex<Filter>>,
+    /// Of the device that `file` is attached to; `None`: it is gone.
+    index: Option<u32>,
     link: Link,
+    stats: TapStats,
 }
 
 /// What is known of the device's link.
@@ -86,40 +119,30 @@ struct Link {
     is_up: bool,
     /// Batches until the next look; none are left after a sleep.
     batches_left: Cell<u32>,
+    /// There is a device, and it could not be used: no news will tell.
+    must_retry: bool,
+    timer: Timer,
 }
 
 impl Link {
-    fn look(&mut self, name: &str) {
+    /// Whether it is time to look and there is something new.
+    fn has_news(&self) -> bool {
         let left = self.batches_left.get();
         if left > 0 {
             self.batches_left.set(left - 1);
-            return;
+            return false;
         }
         self.batches_left.set(LOOK_BATCHES);
-        if self.news.drain() {
-            let is_up = is_up(name);
-            if self.is_up != is_up {
-                info!(
-                    "{name}: the link is {}",
-                    if is_up { "back" } else { "gone" }
-                );
-            }
-            self.is_up = is_up;
-        }
+        self.news.drain() | self.must_retry
     }
-}
-
-/// A device that is gone has no link either.
-fn is_up(name: &str) -> bool {
-    Interface::find(name).is_ok_and(|interface| interface.has_link().unwrap_or(false))
 }
 
 impl Tap {
     /// Attaches to the device `name`, making it when it does not exist, sets its MTU, filters it
     /// and brings it up.
     pub fn open(name: &str, mtu: u16, filter: Filter) -> Result<Self, TapError> {
-        let mut tap = Self::attach(name, mtu, 1)?;
-        tap.bring_up(filter)?;
+        let mut tap = Self::attach(name, mtu, 1, &Arc::new(Mutex::new(filter)))?;
+        tap.bring_up()?;
         Ok(tap)
     }
 
@@ -131,61 +154,148 @@ impl Tap {
         filter: Filter,
         queues: usize,
     ) -> Result<Vec<Self>, TapError> {
+        let filter = Arc::new(Mutex::new(filter));
         let mut taps = Vec::with_capacity(queues);
         for _ in 0..queues {
-            taps.push(Self::attach(name, mtu, queues)?);
+            taps.push(Self::attach(name, mtu, queues, &filter)?);
         }
         for tap in &mut taps {
-            tap.bring_up(filter)?;
+            tap.bring_up()?;
         }
         Ok(taps)
     }
 
+    /// What it has counted.
+    pub fn stats(&self) -> &TapStats {
+        &self.stats
+    }
+
     /// One of the queues of a device, which need not be up.
-    fn attach(name: &str, mtu: u16, queues: usize) -> Result<Self, TapError> {
+    fn attach(
+        name: &str,
+        mtu: u16,
+        queues: usize,
+        filter: &Arc<Mutex<Filter>>,
+    ) -> Result<Self, TapError> {
         let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || !plain {
             return Err(TapError::BadName(name.to_owned()));
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(TUN_PATH)
-            .map_err(TapError::Control)?;
-        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI;
-        if queues > 1 {
-            flags |= libc::IFF_MULTI_QUEUE;
-        }
-        let mut request = request_for(name);
-        request.ifr_ifru.ifru_flags = flags as libc::c_short;
-        interface_ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request)
-            .map_err(|e| attach_error(name, queues, e))?;
-        let news = Rtnetlink::open(false).map_err(|source| TapError::Refused {
+        let file = open_control()?;
+        attach_queue(&file, name, queues)?;
+        let refused = |source| TapError::Refused {
             action: "watch the link of",
             name: name.to_owned(),
             source,
-        })?;
+        };
         let link = Link {
-            news,
+            news: Rtnetlink::open(false).map_err(refused)?,
             is_up: true,
             batches_left: Cell::new(0),
+            must_retry: false,
+            timer: Timer::new().map_err(refused)?,
         };
         Ok(Self {
             file,
             name: name.to_owned(),
             mtu,
+            queues,
+            filter: filter.clone(),
+            index: None,
             link,
+            stats: TapStats::default(),
         })
     }
 
-    /// Filters before anything can come.
-    fn bring_up(&mut self, filter: Filter) -> Result<(), TapError> {
-        self.set_filter(filter)
+    /// Filters before anything is read.
+    fn bring_up(&mut self) -> Result<(), TapError> {
+        self.attach_filter()
             .map_err(|e| self.refused("filter", e))?;
+        // A device that was up already may have taken frames before (rule 24).
+        let mut early = [0; 1];
+        for _ in 0..WAITING_MAX {
+            if self.file.read(&mut early).is_err() {
+                break;
+            }
+        }
         self.configure()?;
-        self.link.is_up = is_up(&self.name);
+        self.index = index_of(&self.name);
+        self.link.is_up = self.is_up();
         Ok(())
+    }
+
+    /// Looks after the device, which somebody may have changed.
+    fn look(&mut self) {
+        let index = index_of(&self.name);
+        if self.index.is_some() && index != self.index {
+            self.lose();
+        }
+        if self.index.is_none() && index.is_some() {
+            self.come_back();
+        } else {
+            self.link.must_retry = false;
+        }
+        let is_up = self.is_up();
+        if self.link.is_up == is_up {
+            return;
+        }
+        self.link.is_up = is_up;
+        if is_up {
+            info!("{}: the link is back", self.name);
+        } else {
+            self.stats.link_losses.add(1);
+            warn!("{}: the link is gone", self.name);
+        }
+    }
+
+    /// A device that is gone has no link either.
+    fn is_up(&self) -> bool {
+        self.index.is_some()
+            && Interface::find(&self.name).is_ok_and(|it| it.has_link().unwrap_or(false))
+    }
+
+    /// The device is gone, and `file` with it.
+    fn lose(&mut self) {
+        warn!("{}: lost; it is used again when it is back", self.name);
+        self.stats.nic_losses.add(1);
+        self.index = None;
+        // The next look finds out whether there is another one.
+        self.link.batches_left.set(0);
+    }
+
+    /// Somebody has made another device of this name.
+    fn come_back(&mut self) {
+        let attached = open_control().and_then(|file| {
+            // Gives up what an earlier attempt has got.
+            self.file = file;
+            attach_queue(&self.file, &self.name, self.queues)?;
+            self.bring_up()
+        });
+        let had_failed = std::mem::replace(&mut self.link.must_retry, attached.is_err());
+        match attached {
+            Ok(()) => {
+                self.stats.nic_returns.add(1);
+                info!("{}: back", self.name);
+            }
+            Err(e) => {
+                self.stats.return_failures.add(1);
+                if !had_failed {
+                    warn!("{}: still lost: {e}", self.name);
+                }
+            }
+        }
+    }
+
+    fn attach_filter(&self) -> io::Result<()> {
+        let fd = self.file.as_fd();
+        // Held, so that no other queue attaches an older one afterwards.
+        let filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
+        match *filter {
+            Filter::Open => detach_from_tap(fd),
+            Filter::Guest(mac) => attach_to_tap(fd, &for_guest(&[mac])),
+            Filter::DropAll => attach_to_tap(fd, &drop_all()),
+        }
+        .map_err(io::Error::other)
     }
 
     fn configure(&self) -> Result<(), TapError> {
@@ -219,7 +329,12 @@ impl Nic for Tap {
     }
 
     fn describe(&self) -> String {
-        format!("tap {}", self.name)
+        let lost = match (self.index, self.link.is_up) {
+            (None, _) => ", lost",
+            (_, false) => ", no link",
+            _ => "",
+        };
+        format!("tap {}{lost}", self.name)
     }
 
     fn receive(
@@ -228,47 +343,107 @@ impl Nic for Tap {
         out: &mut VecDeque<Token>,
         max: usize,
     ) -> io::Result<()> {
+        if self.index.is_none() {
+            return Ok(());
+        }
         let file = &mut self.file;
-        read_frames(frames, out, max, |buf| file.read(buf))
+        let read = read_frames(frames, out, max, |buf| file.read(buf));
+        if read.as_ref().is_err_and(is_gone) {
+            self.lose();
+        }
+        read
     }
 
     fn send(&mut self, frames: &mut FramePool, token: Token) -> Sent {
+        if self.index.is_none() {
+            self.stats.tx_without_link.add(1);
+            frames.release(token);
+            return Sent::Refused(io::Error::from_raw_os_error(libc::ENETDOWN));
+        }
         let sent = write_pieces(self.file.as_raw_fd(), frames, &token);
         match sent {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Sent::Full(token),
             _ => frames.release(token),
         }
-        sent.map_or_else(Sent::Refused, |()| Sent::Done)
+        let Err(e) = sent else { return Sent::Done };
+        if is_gone(&e) {
+            self.lose();
+        }
+        if is_gone(&e) || e.raw_os_error() == Some(libc::EIO) {
+            self.stats.tx_without_link.add(1);
+        }
+        Sent::Refused(e)
     }
 
     fn flush(&mut self, _frames: &mut FramePool) -> io::Result<()> {
-        self.link.look(&self.name);
+        if self.link.has_news() {
+            self.look();
+        }
         Ok(())
     }
 
     fn poll_fds(&self, wants_frames: bool, wants_room: bool, fds: &mut Vec<libc::pollfd>) {
-        fds.extend(poll_for(self.file.as_raw_fd(), wants_frames, wants_room));
+        if self.index.is_some() {
+            // Without a device it would say at once that it has failed.
+            fds.extend(poll_for(self.file.as_raw_fd(), wants_frames, wants_room));
+        }
         fds.extend(poll_for(self.link.news.poll_fd(), true, false));
+        if self.link.must_retry && self.link.timer.arm(RETRY_US).is_ok() {
+            fds.extend(poll_for(self.link.timer.poll_fd(), true, false));
+        }
         self.link.batches_left.set(0);
     }
 
     fn has_link(&self) -> bool {
-        self.link.is_up
+        self.index.is_some() && self.link.is_up
     }
 
     fn mtu(&self) -> u16 {
         self.mtu
     }
 
-    fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
-        let fd = self.file.as_fd();
-        match filter {
-            Filter::Open => detach_from_tap(fd),
-            Filter::Guest(mac) => attach_to_tap(fd, &for_guest(&[mac])),
-            Filter::DropAll => attach_to_tap(fd, &drop_all()),
-        }
-        .map_err(io::Error::other)
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.stats.snapshot().entries()
     }
+
+    fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
+        *self.filter.lock().unwrap_or_else(PoisonError::into_inner) = filter;
+        match self.attach_filter() {
+            // It holds when there is a device again.
+            Err(_) if self.index.is_none() => Ok(()),
+            set => set,
+        }
+    }
+}
+
+fn open_control() -> Result<File, TapError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(TUN_PATH)
+        .map_err(TapError::Control)
+}
+
+/// Makes `file` one more queue of the device `name`.
+fn attach_queue(file: &File, name: &str, queues: usize) -> Result<(), TapError> {
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI;
+    if queues > 1 {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    let mut request = request_for(name);
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    interface_ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request)
+        .map_err(|e| attach_error(name, queues, e))
+}
+
+fn index_of(name: &str) -> Option<u32> {
+    Some(Interface::find(name).ok()?.index())
+}
+
+/// What a read or write says when the device was deleted.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBADFD)
 }
 
 /// Writes a frame from where it lies: one frame is one write.

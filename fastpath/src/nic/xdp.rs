@@ -18,6 +18,7 @@
 //! guest RAM included, which takes as long as touching all of it. Does not configure addresses
 //! or queues, and does not steer flows.
 
+mod abilities;
 mod common;
 mod copies;
 mod cut;
@@ -29,7 +30,6 @@ mod queue;
 mod recover;
 mod stats;
 mod strays;
-mod timer;
 mod watch;
 
 use std::collections::VecDeque;
@@ -41,6 +41,7 @@ use colo_bpf::{AddressOwner, AttachMode, Groups, Mac, XdpProgram};
 use colo_compare::{Frames, Token};
 use serde::{Deserialize, Serialize};
 
+use super::timer::Timer;
 use super::{Filter, LinkFrame, LinkShare, Nic, Sent, poll_for};
 use crate::clock::now_us;
 use crate::frame::{FramePool, slot_bytes_for};
@@ -51,9 +52,9 @@ use copies::Copies;
 use link::LinkUse;
 use queue::{PIECES_MAX, Queue, Use};
 use recover::RETRY_US;
-use timer::Timer;
 use watch::Watch;
 
+pub use abilities::XdpAbilities;
 pub use error::XdpNicError;
 pub use stats::{XdpNicSnapshot, XdpNicStats};
 
@@ -130,6 +131,8 @@ pub struct XdpNicConfig {
     pub groups: Groups,
     /// The guest's IP addresses, where they are known.
     pub addresses: Vec<IpAddr>,
+    /// What is asked of kernel and driver at most.
+    pub abilities: XdpAbilities,
 }
 
 impl XdpNicConfig {
@@ -143,6 +146,7 @@ impl XdpNicConfig {
             macs: vec![mac],
             groups: Groups::Copied,
             addresses: Vec::new(),
+            abilities: XdpAbilities::default(),
         }
     }
 }
@@ -179,10 +183,13 @@ pub struct XdpNic {
     parked: Vec<Use>,
     /// What is in use; `Auto` before the start.
     mode: XdpNicMode,
-    multi_buffer: bool,
+    /// What is in use, of what was asked.
+    abilities: XdpAbilities,
     has_link: bool,
     /// When to try again, while there are no queues.
     retry_at_us: Option<u64>,
+    /// Why the last attempt failed.
+    failure: Option<String>,
     /// The queue that is looked at first.
     turn: usize,
     host_addresses: Vec<IpAddr>,
@@ -257,9 +264,10 @@ impl XdpNic {
             uses: Box::default(),
             parked: Vec::new(),
             mode: XdpNicMode::Auto,
-            multi_buffer: true,
+            abilities: config.abilities,
             has_link: true,
             retry_at_us: None,
+            failure: None,
             turn: 0,
             host_addresses: Vec::new(),
             copies: None,
@@ -381,17 +389,16 @@ impl Nic for XdpNic {
     fn describe(&self) -> String {
         let queues = self.queues.len();
         let plural = if queues == 1 { "" } else { "s" };
-        let pieces = if self.multi_buffer {
+        let pieces = if self.abilities.multi_buffer {
             ""
         } else {
             ", frames in one piece"
         };
-        let lost = if self.retry_at_us.is_some() {
-            ", lost"
-        } else if !self.has_link {
-            ", no link"
-        } else {
-            ""
+        let lost = match (self.retry_at_us, &self.failure) {
+            (Some(_), Some(why)) => format!(", lost ({why})"),
+            (Some(_), None) => ", lost".to_owned(),
+            (None, _) if !self.has_link => ", no link".to_owned(),
+            (None, _) => String::new(),
         };
         let mode = self.mode.name();
         let link = self.link.as_ref().map_or("", |_| ", link packets too");

@@ -16,7 +16,7 @@ use colo_bpf::{GuestFrames, LINK_ETHERTYPE, LinkChannel, Mac, XdpProgram};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::membership::Membership;
-use super::{XdpNicError, XdpNicMode};
+use super::{XdpAbilities, XdpNicError, XdpNicMode};
 use crate::nic::Filter;
 
 /// How the first end is attached.
@@ -26,7 +26,7 @@ pub(super) struct Attachment {
     pub(super) number: u64,
     pub(super) index: u32,
     pub(super) mode: XdpNicMode,
-    pub(super) multi_buffer: bool,
+    pub(super) abilities: XdpAbilities,
     /// Receive queues of the interface.
     pub(super) queues: u32,
 }

@@ -101,6 +101,7 @@ impl XdpNic {
         mode: XdpNicMode,
         patience: Duration,
     ) -> Result<(), XdpNicError> {
+        self.abilities = self.config.abilities.in_mode(mode);
         let opened = self.try_queues(frames, mode, patience);
         if opened.is_err() {
             self.close_queues(frames);
@@ -141,7 +142,7 @@ impl XdpNic {
             number: 0,
             index,
             mode,
-            multi_buffer: self.multi_buffer,
+            abilities: self.abilities,
             queues,
         });
         self.settle_on(frames, attachment)
@@ -161,7 +162,7 @@ impl XdpNic {
             // The first end will see it, too.
             return Ok(());
         }
-        (self.mode, self.multi_buffer) = (attachment.mode, attachment.multi_buffer);
+        (self.mode, self.abilities) = (attachment.mode, attachment.abilities);
         self.has_link = self.common.has_link();
         self.open_share(frames, attachment.queues, attachment.mode, patience)?;
         self.unpark(frames);
@@ -226,7 +227,7 @@ impl XdpNic {
         let target = RING_ENTRIES.min(target as u32);
         let mut options = BindOptions {
             copy_mode: mode.copy(),
-            multi_buffer: self.multi_buffer,
+            multi_buffer: self.abilities.multi_buffer,
             // The link's frames need chunks, too, which the guest's rx ring, full, must not hold.
             fill_entries: 2 * RING_ENTRIES,
             completion_entries: RING_ENTRIES,
@@ -234,23 +235,28 @@ impl XdpNic {
             tx_entries: RING_ENTRIES,
             ..BindOptions::default()
         };
-        let mut bound = bind(&umem, &self.interface, queue, &options, patience);
         let frame_bytes = u32::from(self.config.mtu) + LINK_HEADER_MAX as u32;
-        let may_do_without = queue == 0 && frame_bytes <= umem.received_bytes_max();
+        let fits_one = frame_bytes <= umem.received_bytes_max();
+        let long_frames = || XdpNicError::LongFrames {
+            interface: self.config.interface.clone(),
+            wanted: self.config.mtu,
+            max: umem.received_bytes_max() - LINK_HEADER_MAX as u32,
+        };
+        if !options.multi_buffer && !fits_one {
+            return Err(long_frames());
+        }
+        let mut bound = bind(&umem, &self.interface, queue, &options, patience);
         if let Err(XskError::NoMultiBuffer { .. } | XskError::NoZeroCopy { .. }) = &bound
-            && self.multi_buffer
-            && may_do_without
+            && options.multi_buffer
+            && queue == 0
+            && fits_one
         {
             options.multi_buffer = false;
             bound = bind(&umem, &self.interface, queue, &options, patience);
-            self.multi_buffer = bound.is_err();
+            self.abilities.multi_buffer = bound.is_err();
         }
-        if let Err(XskError::NoMultiBuffer { interface, .. }) = bound {
-            return Err(XdpNicError::LongFrames {
-                interface,
-                wanted: self.config.mtu,
-                max: umem.received_bytes_max() - LINK_HEADER_MAX as u32,
-            });
+        if let Err(XskError::NoMultiBuffer { .. }) = bound {
+            return Err(long_frames());
         }
         let socket = bound?;
         let set = |program: &mut XdpProgram| program.set_guest_socket(queue, socket.as_fd());

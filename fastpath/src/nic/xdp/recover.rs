@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use colo_compare::Frames;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::XdpNic;
 use super::common::Attachment;
@@ -146,6 +146,7 @@ impl XdpNic {
         match back {
             Ok(()) => {
                 self.retry_at_us = None;
+                self.failure = None;
                 if self.attachment.is_none() {
                     // The first end is not back yet; it tells when it is.
                     return;
@@ -158,7 +159,11 @@ impl XdpNic {
                     self.close_queues(frames);
                 }
                 self.stats.return_failures.add(1);
-                debug!("{}: {e}", self.config.interface);
+                let why = e.to_string();
+                if self.failure.as_ref() != Some(&why) {
+                    warn!("{}: still lost: {why}", self.config.interface);
+                    self.failure = Some(why);
+                }
                 self.retry_at_us = Some(now_us() + RETRY_US);
             }
         }

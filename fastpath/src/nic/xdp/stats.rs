@@ -9,8 +9,12 @@ counters! {
         rx_gathered_pieces,
         /// Received frames dropped: longer than a slot, or outside the memory.
         spoilt_frames,
-        /// Frames to send that were copied into one piece: too many pieces, or outside the memory.
-        tx_gathered_frames,
+        /// Frames to send that were copied into one piece because the kernel or the driver takes no others.
+        tx_gathered_one_piece_frames,
+        /// The same, because they had more pieces than it takes.
+        tx_gathered_many_pieces_frames,
+        /// The same, because a part of them lay outside the shared memory.
+        tx_gathered_outside_frames,
         /// Frames to send that even so did not fit.
         tx_too_long,
         /// Frames not sent because the NIC had no link or was gone.

@@ -1,50 +1,86 @@
 //! NICs over AF_XDP on both ends of a veth pair, each test in a network namespace of its own.
 
-use std::os::fd::FromRawFd;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::*;
 use crate::frame::Buffer;
+use crate::nic::conformance::{self, Cable, conformance};
+use crate::nic::testing::{in_namespace, ip, make_veth, set_queues};
 use crate::ring::{GuestRam, Pages, Segment};
 use crate::stats::WorkerStats;
 
+mod gather_tests;
 mod link_tests;
+mod queue_tests;
 
 const NEAR: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
 const FAR: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 2];
 const HOST: Mac = [0x52, 0x54, 0, 0xc0, 0x20, 1];
 const SLOTS: u32 = 256;
 
-/// Runs in a thread whose network namespace dies with it, with the veth pair `a0` and `a1`.
+/// With the veth pair `a0` and `a1`.
 fn with_veth(queues: u32, mtu: u32, test: impl FnOnce() + Send + 'static) {
-    std::thread::spawn(move || {
-        // SAFETY: unshare changes only the calling thread, which nothing else shares.
-        let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-        assert_eq!(unshared, 0, "needs root");
+    in_namespace(move || {
         make_veth(queues, mtu);
         test();
-    })
-    .join()
-    .unwrap();
+    });
 }
 
-fn make_veth(queues: u32, mtu: u32) {
-    let side = format!("mtu {mtu} numrxqueues {queues} numtxqueues {queues}");
-    ip(&format!("link add a0 {side} type veth peer name a1 {side}"));
-    for name in ["a0", "a1"] {
-        // The host says nothing by itself.
-        ip(&format!("link set {name} addrgenmode none"));
-        ip(&format!("link set {name} up"));
+/// A veth pair, at the far end of which the other station is.
+#[derive(Clone, Copy)]
+struct Veth(XdpNicMode);
+
+impl Cable for Veth {
+    type End = XdpNic;
+
+    fn lay(&self, mtu: u32) {
+        make_veth(1, mtu);
+    }
+
+    fn interfaces(&self) -> [&'static str; 2] {
+        ["a1", "a0"]
+    }
+
+    fn open(&self, mtu: u16, filter: Filter) -> XdpNic {
+        XdpNic::open(XdpNicConfig {
+            mode: self.0,
+            mtu,
+            filter,
+            ..config("a1", conformance::GUEST)
+        })
+        .unwrap()
+    }
+
+    fn kept_away(&self, nic: &XdpNic) -> u64 {
+        let program = nic.common.control().program.counters();
+        program.unwrap().guest_dropped_frames
+    }
+
+    fn stop(&self, _nic: &XdpNic) {
+        // The ring is as long as it is, until it is flushed.
+    }
+
+    fn go_on(&self) {}
+
+    fn remove(&self) {
+        ip("link del a1");
+    }
+
+    fn replace(&self) {
+        make_veth(1, 1500);
     }
 }
 
-fn ip(arguments: &str) {
-    let output = Command::new("ip")
-        .args(arguments.split(' '))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "ip {arguments}: {output:?}");
+mod driver {
+    use super::*;
+
+    conformance!(Veth(XdpNicMode::Driver));
+}
+
+mod generic {
+    use super::*;
+
+    conformance!(Veth(XdpNicMode::Generic));
 }
 
 /// A NIC with its frames and the RAM of its guest.
@@ -52,6 +88,7 @@ struct End {
     nic: XdpNic,
     frames: FramePool,
     ram: Arc<GuestRam>,
+    stats: Arc<WorkerStats>,
 }
 
 impl End {
@@ -66,10 +103,15 @@ impl End {
         let ram = Arc::new(GuestRam::new(4 << 20, Pages::Small).unwrap());
         let stats = Arc::<WorkerStats>::default();
         let area = ram.area().clone();
-        let mut frames = FramePool::in_area(area, SLOTS, nic.slot_bytes(), stats).unwrap();
+        let mut frames = FramePool::in_area(area, SLOTS, nic.slot_bytes(), stats.clone()).unwrap();
         frames.set_guest(ram.clone());
         nic.start(&mut frames).unwrap();
-        Self { nic, frames, ram }
+        Self {
+            nic,
+            frames,
+            ram,
+            stats,
+        }
     }
 
     fn flush(&mut self) {
@@ -112,9 +154,33 @@ impl End {
         self.flush();
     }
 
+    /// A frame whose first bytes lie in a slot, the rest in two places of the guest.
+    fn keep(&mut self, buffer: Buffer, whole: &[u8], gpa: u64) -> Token {
+        let (head, rest) = whole.split_at(128);
+        let (first, second) = rest.split_at(700);
+        let rest = [(gpa, first), (0x80001, second)].map(|(gpa, bytes)| {
+            self.ram.write(gpa, bytes).unwrap();
+            let len = bytes.len() as u32;
+            Segment { gpa, len }
+        });
+        let token = self.frames.keep_in_place(buffer, &rest, |slot| {
+            slot[..128].copy_from_slice(head);
+            Some(128)
+        });
+        token.unwrap()
+    }
+
     fn counter(&self, name: &str) -> u64 {
         let all = self.nic.counters();
         all.into_iter().find(|(n, _)| *n == name).unwrap().1
+    }
+
+    /// Frames that were copied into one piece, for whatever cause.
+    fn gathered(&self) -> u64 {
+        ["one_piece", "many_pieces", "outside"]
+            .map(|cause| self.counter(&format!("tx_gathered_{cause}_frames")))
+            .iter()
+            .sum()
     }
 
     /// No frame is on its way.
@@ -144,6 +210,14 @@ fn pair(mode: XdpNicMode) -> (End, End) {
     (near, far)
 }
 
+/// Sends by a queue of `near`, which comes by the same queue of the other end.
+fn send_by(near: &mut End, queue: usize, bytes: &[u8]) {
+    near.nic.queues.swap(0, queue);
+    near.send(bytes);
+    near.until(|end| end.is_idle());
+    near.nic.queues.swap(0, queue);
+}
+
 fn frame(to: Mac, len: usize, seed: usize) -> Vec<u8> {
     let mut frame = to.to_vec();
     frame.extend([0x52, 0x54, 0, 0xc0, 0x30, 1, 0x08, 0x00]);
@@ -152,66 +226,37 @@ fn frame(to: Mac, len: usize, seed: usize) -> Vec<u8> {
 }
 
 #[test]
-fn frames_travel_both_ways_in_every_mode() {
+fn the_best_mode_is_chosen_and_all_is_accounted_for() {
     for (mode, chosen, said) in [
-        (
-            XdpNicMode::Auto,
-            XdpNicMode::Driver,
-            "af_xdp, driver, copy, 1 queue",
-        ),
-        (
-            XdpNicMode::Driver,
-            XdpNicMode::Driver,
-            "af_xdp, driver, copy, 1 queue",
-        ),
-        (
-            XdpNicMode::Generic,
-            XdpNicMode::Generic,
-            "af_xdp, generic, copy, 1 queue",
-        ),
+        (XdpNicMode::Auto, XdpNicMode::Driver, "driver"),
+        (XdpNicMode::Driver, XdpNicMode::Driver, "driver"),
+        (XdpNicMode::Generic, XdpNicMode::Generic, "generic"),
     ] {
         with_veth(1, 1500, move || {
             let (mut near, mut far) = pair(mode);
             assert_eq!(near.nic.mode(), chosen);
+            let said = format!("af_xdp, {said}, copy, 1 queue");
             assert_eq!(near.nic.describe(), said);
-            for (n, len) in [60, 61, 590, 1514, 1518].into_iter().enumerate() {
-                near.send(&frame(FAR, len, n));
-                assert_eq!(far.receive(), frame(FAR, len, n));
-                far.send(&frame(NEAR, len, n + 9));
-                assert_eq!(near.receive(), frame(NEAR, len, n + 9));
+            for n in 0..100 {
+                near.send(&frame(FAR, 100, n));
+                assert_eq!(far.receive(), frame(FAR, 100, n));
             }
             near.until(|end| end.is_idle());
-            far.until(|end| end.is_idle());
-            assert_eq!(near.counter("strange_completions"), 0);
-            assert_eq!(near.counter("tx_gathered_frames"), 0);
-            assert_eq!(near.counter("xdp_guest_unbound_frames"), 0);
+            // The NIC is shared: this one goes to the host, whatever the guest may hear.
+            far.nic.set_filter(Filter::DropAll).unwrap();
+            near.send(&frame(HOST, 60, 3));
+            far.until(|end| (end.counter("xdp_host_frames") == 1).then_some(()));
+            near.until(|end| end.is_idle());
+            for counter in ["strange_completions", "xsk_tx_invalid"] {
+                assert_eq!(near.counter(counter), 0, "{counter}");
+            }
+            // One by one, so that a probe is among them.
+            assert_eq!(far.counter("xdp_guest_frames"), 101);
+            assert_eq!(far.counter("xdp_guest_unbound_frames"), 0);
             near.end();
             far.end();
         });
     }
-}
-
-#[test]
-fn many_frames_in_batches_lose_and_leak_nothing() {
-    with_veth(1, 1500, || {
-        let (mut near, mut far) = pair(XdpNicMode::Auto);
-        let mut received = 0;
-        for n in 0..4000 {
-            let token = near.frames.from_bytes(&frame(FAR, 100, n)).unwrap();
-            assert!(matches!(near.nic.send(&mut near.frames, token), Sent::Done));
-            if n % 50 == 49 {
-                near.flush();
-                while received <= n {
-                    assert_eq!(far.receive(), frame(FAR, 100, received));
-                    received += 1;
-                }
-                near.until(|end| end.is_idle());
-            }
-        }
-        assert_eq!(near.counter("strange_completions"), 0);
-        near.end();
-        far.end();
-    });
 }
 
 #[test]
@@ -223,31 +268,11 @@ fn what_lies_in_the_guest_leaves_from_there() {
             .enumerate()
         {
             let whole = frame(FAR, 1400, n);
-            let (head, rest) = whole.split_at(128);
-            let (first, second) = rest.split_at(700);
-            near.ram.write(gpa, first).unwrap();
-            near.ram.write(0x80001, second).unwrap();
-            let rest = [
-                Segment {
-                    gpa,
-                    len: first.len() as u32,
-                },
-                Segment {
-                    gpa: 0x80001,
-                    len: second.len() as u32,
-                },
-            ];
             let buffer = Buffer {
                 life: 0,
                 head: n as u16,
             };
-            let token = near
-                .frames
-                .keep_in_place(buffer, &rest, |slot| {
-                    slot[..128].copy_from_slice(head);
-                    Some(128)
-                })
-                .unwrap();
+            let token = near.keep(buffer, &whole, gpa);
             assert!(near.frames.in_place_bytes(&token) > 0);
             let sent = near.nic.send(&mut near.frames, token);
             assert!(matches!(sent, Sent::Done), "{sent:?}");
@@ -257,7 +282,7 @@ fn what_lies_in_the_guest_leaves_from_there() {
             assert_eq!(returned, [buffer]);
             assert_eq!(far.receive(), whole);
         }
-        assert_eq!(near.counter("tx_gathered_frames"), 0);
+        assert_eq!(near.gathered(), 0);
         assert_eq!(near.counter("xsk_tx_invalid"), 0);
         near.end();
         far.end();
@@ -302,7 +327,7 @@ fn what_lies_in_the_guest_as_a_whole_leaves_as_one_piece() {
         for whole in sent {
             assert_eq!(far.receive(), whole);
         }
-        assert_eq!(near.counter("tx_gathered_frames"), 0);
+        assert_eq!(near.gathered(), 0);
         assert_eq!(near.counter("xsk_tx_invalid"), 0);
         assert_eq!(near.counter("strange_completions"), 0);
         near.end();
@@ -334,29 +359,6 @@ fn what_lies_in_the_guest_comes_back_from_a_nic_that_goes() {
 }
 
 #[test]
-fn jumbo_frames_are_put_together() {
-    for mode in [XdpNicMode::Driver, XdpNicMode::Generic] {
-        with_veth(1, 9000, move || {
-            let [mut near, mut far] = [("a0", NEAR), ("a1", FAR)].map(|(name, mac)| {
-                End::new(XdpNicConfig {
-                    mode,
-                    mtu: 9000,
-                    ..config(name, mac)
-                })
-            });
-            for (n, len) in [9014, 60, 4000, 9018, 3841].into_iter().enumerate() {
-                near.send(&frame(FAR, len, n));
-                assert_eq!(far.receive(), frame(FAR, len, n));
-            }
-            assert!(far.counter("rx_gathered_pieces") > 0);
-            near.until(|end| end.is_idle());
-            near.end();
-            far.end();
-        });
-    }
-}
-
-#[test]
 fn frames_longer_than_a_slot_are_dropped_and_counted() {
     with_veth(1, 9000, || {
         let mut near = End::new(XdpNicConfig {
@@ -369,45 +371,6 @@ fn frames_longer_than_a_slot_are_dropped_and_counted() {
         assert_eq!(far.receive(), frame(FAR, 100, 2));
         assert_eq!(far.counter("spoilt_frames"), 1);
         near.until(|end| end.is_idle());
-        near.end();
-        far.end();
-    });
-}
-
-#[test]
-fn a_secondary_hears_nothing_for_the_guest_before_its_promotion() {
-    with_veth(1, 1500, || {
-        let mut near = End::new(config("a0", NEAR));
-        let mut far = End::new(XdpNicConfig {
-            filter: Filter::DropAll,
-            ..config("a1", FAR)
-        });
-        near.send(&frame(FAR, 60, 1));
-        near.send(&frame([0xff; 6], 60, 2));
-        near.send(&frame(HOST, 60, 3));
-        // The NIC is shared: this one went to the host.
-        far.until(|end| (end.counter("xdp_host_frames") > 0).then_some(()));
-        assert!(far.counter("xdp_guest_dropped_frames") >= 2);
-        assert_eq!(far.take(), None);
-
-        far.nic.set_filter(Filter::Guest(FAR)).unwrap();
-        near.send(&frame(FAR, 60, 4));
-        let promoted = far.until(|end| end.take().filter(|frame| frame[..6] == FAR));
-        assert_eq!(promoted, frame(FAR, 60, 4));
-        far.nic.set_filter(Filter::DropAll).unwrap();
-        near.send(&frame(FAR, 60, 5));
-        near.send(&frame(HOST, 60, 6));
-        far.until(|end| (end.counter("xdp_host_frames") > 1).then_some(()));
-        far.until(|end| {
-            end.take()
-                .is_none_or(|frame| frame[..6] != FAR)
-                .then_some(())
-        });
-
-        far.nic.set_filter(Filter::Open).unwrap();
-        near.send(&frame(HOST, 60, 7));
-        let open = far.until(|end| end.take().filter(|frame| frame[..6] == HOST));
-        assert_eq!(open, frame(HOST, 60, 7));
         near.end();
         far.end();
     });
@@ -492,257 +455,6 @@ fn the_hosts_addresses_stay_with_the_host() {
         near.send(&arp);
         let asked = far.until(|end| end.take().filter(|frame| frame[12..14] == [8, 6]));
         assert_eq!(asked, arp);
-    });
-}
-
-#[test]
-fn a_link_that_goes_and_comes_back_is_used_again() {
-    with_veth(1, 1500, || {
-        let (mut near, mut far) = pair(XdpNicMode::Auto);
-        for round in 0..3 {
-            ip("link set a1 down");
-            near.until(|end| (!end.nic.has_link).then_some(()));
-            assert!(near.nic.describe().ends_with("no link"));
-            let token = near.frames.from_bytes(&frame(FAR, 60, 0)).unwrap();
-            let lost = near.nic.send(&mut near.frames, token);
-            assert!(matches!(lost, Sent::Refused(_)), "{lost:?}");
-            ip("link set a1 up");
-            near.until(|end| end.nic.has_link.then_some(()));
-            far.until(|end| end.nic.has_link.then_some(()));
-            near.send(&frame(FAR, 60, round));
-            let back = far.until(|end| end.take().filter(|frame| frame[..6] == FAR));
-            assert_eq!(back, frame(FAR, 60, round));
-        }
-        assert_eq!(near.counter("link_losses"), 3);
-        assert_eq!(near.counter("tx_without_link"), 3);
-        assert_eq!(near.counter("nic_losses"), 0);
-        near.until(|end| end.is_idle());
-        near.end();
-        far.end();
-    });
-}
-
-#[test]
-fn a_nic_that_is_made_again_is_used_again() {
-    with_veth(1, 1500, || {
-        let (mut near, mut far) = pair(XdpNicMode::Auto);
-        for round in 1..3 {
-            near.send(&frame(FAR, 60, 0));
-            ip("link del a0");
-            near.until(|end| end.nic.retry_at_us.map(drop));
-            far.until(|end| end.nic.retry_at_us.map(drop));
-            assert!(near.nic.describe().ends_with("lost"));
-            let token = near.frames.from_bytes(&frame(FAR, 60, 0)).unwrap();
-            let lost = near.nic.send(&mut near.frames, token);
-            assert!(matches!(lost, Sent::Refused(_)), "{lost:?}");
-            // A filter that is set meanwhile holds afterwards.
-            far.nic.set_filter(Filter::DropAll).unwrap();
-            far.nic.set_filter(Filter::Guest(FAR)).unwrap();
-            // The first time with more queues than before, then with fewer.
-            make_veth(5 - 2 * round as u32, 1500);
-            for end in [&mut near, &mut far] {
-                end.until(|end| (end.nic.retry_at_us.is_none() && end.nic.has_link).then_some(()));
-                assert_eq!(end.counter("nic_returns"), round);
-            }
-            near.send(&frame(FAR, 60, 7));
-            let back = far.until(|end| end.take().filter(|frame| frame[..6] == FAR));
-            assert_eq!(back, frame(FAR, 60, 7));
-        }
-        near.until(|end| end.is_idle());
-        near.end();
-        far.end();
-    });
-}
-
-/// `ethtool -L NAME rx QUEUES tx QUEUES`
-fn set_queues(name: &str, queues: u32) {
-    const ETHTOOL_SCHANNELS: u32 = 0x3d;
-    let mut channels = [ETHTOOL_SCHANNELS, 0, 0, 0, 0, queues, queues, 0, 0];
-    // SAFETY: ifreq is plain data for which all zeroes is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_data = channels.as_mut_ptr().cast();
-    // SAFETY: plain system call that gives a new descriptor or -1.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    // SAFETY: `fd` was just made by the kernel and nobody else owns it.
-    let fd = unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) };
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&fd);
-    // SAFETY: both structures live on this stack through the call.
-    let answer = unsafe { libc::ioctl(fd, libc::SIOCETHTOOL as libc::c_ulong, &raw mut request) };
-    assert_eq!(answer, 0, "{}", io::Error::last_os_error());
-}
-
-#[test]
-fn queues_that_are_added_are_bound() {
-    with_veth(3, 1500, || {
-        set_queues("a0", 3);
-        set_queues("a1", 1);
-        let mut near = End::new(config("a0", NEAR));
-        let mut far = End::new(config("a1", FAR));
-        assert!(near.nic.describe().contains("3 queues"));
-        assert!(far.nic.describe().contains("1 queue"));
-        set_queues("a1", 3);
-        far.until(|end| (end.nic.queues.len() == 3).then_some(()));
-        assert_eq!(far.counter("queues_added"), 2);
-        // A frame leaves by the queue of its number, and comes by that.
-        for queue in [2, 1, 0] {
-            near.nic.queues.swap(0, queue);
-            near.send(&frame(FAR, 60, queue));
-            near.until(|end| end.is_idle());
-            near.nic.queues.swap(0, queue);
-            assert_eq!(far.receive(), frame(FAR, 60, queue));
-        }
-        assert_eq!(far.counter("xdp_guest_unbound_frames"), 0);
-        near.end();
-        far.end();
-    });
-}
-
-/// Sends by a queue of `near`, which comes by the same queue of the other end.
-fn send_by(near: &mut End, queue: usize, bytes: &[u8]) {
-    near.nic.queues.swap(0, queue);
-    near.send(bytes);
-    near.until(|end| end.is_idle());
-    near.nic.queues.swap(0, queue);
-}
-
-/// Works as all workers together do until all say so.
-fn until_all(ends: &mut [End], mut is_so: impl FnMut(&End) -> bool) {
-    let begun = Instant::now();
-    loop {
-        ends.iter_mut().for_each(End::flush);
-        if ends.iter().all(&mut is_so) {
-            return;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(30), "never");
-        let mut fds = Vec::new();
-        for end in &*ends {
-            end.nic.poll_fds(false, false, &mut fds);
-        }
-        // SAFETY: the pollfds live through the call.
-        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, 10) };
-    }
-}
-
-#[test]
-fn each_shard_has_its_queues_behind_one_program() {
-    with_veth(5, 1500, || {
-        let mut near = End::new(config("a0", NEAR));
-        let closed = XdpNicConfig {
-            filter: Filter::DropAll,
-            ..config("a1", FAR)
-        };
-        let mut far: Vec<End> = XdpNic::open_shards(closed, 2)
-            .unwrap()
-            .into_iter()
-            .map(End::of)
-            .collect();
-        until_all(&mut far, |end| end.nic.has_link);
-        let queues = |far: &[End]| [far[0].nic.queues.len(), far[1].nic.queues.len()];
-        assert_eq!(queues(&far), [3, 2]);
-        for queue in 0..5 {
-            send_by(&mut near, queue, &frame(FAR, 60, queue));
-        }
-        far[0].until(|end| (end.counter("xdp_guest_dropped_frames") >= 5).then_some(()));
-        assert!(far.iter_mut().all(|end| end.take().is_none()));
-
-        // Whichever end opens the filter opens it for all.
-        far[1].nic.set_filter(Filter::Guest(FAR)).unwrap();
-        let check = |near: &mut End, far: &mut [End], queues: usize| {
-            for queue in 0..queues {
-                let sent = frame(FAR, 200, queue);
-                send_by(near, queue, &sent);
-                assert_eq!(far[queue % 2].receive(), sent);
-                assert_eq!(far[1 - queue % 2].take(), None);
-            }
-            for end in far {
-                end.send(&frame(NEAR, 100, 9));
-                assert_eq!(near.receive(), frame(NEAR, 100, 9));
-                end.until(|end| end.is_idle());
-            }
-        };
-        check(&mut near, &mut far, 5);
-
-        // Its loss and return is that of all ends.
-        ip("link del a1");
-        until_all(&mut far, |end| end.nic.queues.is_empty());
-        near.until(|end| end.nic.retry_at_us.map(drop));
-        assert!(far[0].nic.describe().ends_with("lost"));
-        make_veth(3, 1500);
-        until_all(&mut far, |end| {
-            end.nic.attachment.is_some() && end.nic.has_link
-        });
-        near.until(|end| (end.nic.retry_at_us.is_none() && end.nic.has_link).then_some(()));
-        assert_eq!(queues(&far), [2, 1]);
-        check(&mut near, &mut far, 3);
-
-        // With fewer queues than shards it stays lost until there are enough.
-        ip("link del a1");
-        until_all(&mut far, |end| end.nic.queues.is_empty());
-        make_veth(1, 1500);
-        let failures = far[0].counter("return_failures");
-        until_all(&mut far[..1], |end| {
-            end.counter("return_failures") > failures + 2
-        });
-        assert_eq!(queues(&far), [0, 0]);
-        ip("link del a1");
-        make_veth(2, 1500);
-        until_all(&mut far, |end| {
-            end.nic.attachment.is_some() && end.nic.has_link
-        });
-        near.until(|end| (end.nic.queues.len() == 2 && end.nic.has_link).then_some(()));
-        check(&mut near, &mut far, 2);
-        near.end();
-        far.into_iter().for_each(End::end);
-    });
-}
-
-#[test]
-fn queues_that_are_added_go_to_their_shards() {
-    with_veth(4, 1500, || {
-        set_queues("a0", 4);
-        set_queues("a1", 2);
-        let mut near = End::new(config("a0", NEAR));
-        let ends = XdpNic::open_shards(config("a1", FAR), 2).unwrap();
-        let mut far: Vec<End> = ends.into_iter().map(End::of).collect();
-        until_all(&mut far, |end| {
-            end.nic.has_link && end.nic.queues.len() == 1
-        });
-        set_queues("a1", 4);
-        until_all(&mut far, |end| end.nic.queues.len() == 2);
-        for queue in 0..4 {
-            let sent = frame(FAR, 60, queue);
-            send_by(&mut near, queue, &sent);
-            // A veth with fewer queues than its peer is no native one, and then all comes by the first.
-            let take = |far: &mut [End]| {
-                far.iter_mut().find_map(|end| {
-                    end.flush();
-                    end.take()
-                })
-            };
-            assert_eq!(near.until(|_| take(&mut far)), sent);
-        }
-        assert_eq!(far[0].counter("xdp_guest_unbound_frames"), 0);
-        near.end();
-        far.into_iter().for_each(End::end);
-    });
-}
-
-#[test]
-fn fewer_queues_than_shards_are_refused_by_name() {
-    with_veth(2, 1500, || {
-        let refused = XdpNic::open_shards(config("a0", NEAR), 3).unwrap_err();
-        let text = refused.to_string();
-        for part in [
-            "\"a0\" has 2 receive queues",
-            "host.shards = 3",
-            "ethtool -L a0",
-        ] {
-            assert!(text.contains(part), "{text}");
-        }
-        assert_eq!(XdpNic::open_shards(config("a0", NEAR), 2).unwrap().len(), 2);
     });
 }
 
