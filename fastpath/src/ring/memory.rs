@@ -31,8 +31,8 @@ const SLOT_ROOM_BYTES: usize = 32 << 30;
 /// The page that dirty tracking counts in.
 pub const PAGE_BYTES: usize = 4096;
 
-/// Words of the marks of host writes that are looked at together.
-const LOOK_WORDS: usize = 32;
+/// Words of the marks of host writes that have one mark together.
+const BLOCK_WORDS: usize = 64;
 
 const CACHE_LINE_BYTES: usize = 64;
 
@@ -89,6 +89,8 @@ pub struct GuestRam {
     tracking: AtomicBool,
     guard: GuardSlot,
     host_dirty: Box<[AtomicU64]>,
+    /// A bit for each block of these that has any: what is looked at while the guest stands still must not grow with RAM.
+    host_dirty_blocks: Box<[AtomicU64]>,
     huge: bool,
     /// The memory, page after page in one file, as long as nothing else lies over it.
     file: MemoryFile,
@@ -252,7 +254,8 @@ impl GuestRam {
             guard: GuardSlot::default(),
             huge: false,
             file: MemoryFile::default(),
-            host_dirty: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            host_dirty: zeros(words),
+            host_dirty_blocks: zeros(words.div_ceil(64 * BLOCK_WORDS)),
         })
     }
 
@@ -448,7 +451,7 @@ impl GuestRam {
         // has its bytes in memory when this returns, so a copy that starts now has them.
         expedited_barrier();
         if !on {
-            for word in &self.host_dirty {
+            for word in self.host_dirty.iter().chain(&self.host_dirty_blocks) {
                 word.store(0, Ordering::Relaxed);
             }
         }
@@ -465,19 +468,22 @@ impl GuestRam {
         self.guard.arm(on);
     }
 
-    /// Adds the pages that the host wrote since the last call to `bitmap` (one bit a page, at least
-    /// [`GuestRam::bitmap_words`] words) and forgets them here.
-    pub fn take_host_dirty(&self, bitmap: &mut [u64]) {
-        // The guest stands still meanwhile, and most of a large guest's words are 0.
-        let blocks = self.host_dirty.chunks(LOOK_WORDS);
-        for (words, outs) in blocks.zip(bitmap.chunks_mut(LOOK_WORDS)) {
-            let any = |all, word: &AtomicU64| all | word.load(Ordering::Relaxed);
-            if words.iter().fold(0, any) == 0 {
+    /// Gives the pages that the host wrote since the last call, as words of a bitmap (one bit a page) with their places, rising,
+    /// and forgets them here.
+    pub fn take_host_dirty(&self, mut each: impl FnMut(usize, u64)) {
+        for (at, blocks) in self.host_dirty_blocks.iter().enumerate() {
+            if blocks.load(Ordering::SeqCst) == 0 {
                 continue;
             }
-            for (word, out) in words.iter().zip(outs) {
-                if word.load(Ordering::Relaxed) != 0 {
-                    *out |= word.swap(0, Ordering::AcqRel);
+            let mut rest = blocks.swap(0, Ordering::SeqCst);
+            while rest != 0 {
+                let first = (at * 64 + rest.trailing_zeros() as usize) * BLOCK_WORDS;
+                rest &= rest - 1;
+                let end = self.host_dirty.len().min(first + BLOCK_WORDS);
+                for (at, word) in (first..).zip(&self.host_dirty[first..end]) {
+                    if word.load(Ordering::Relaxed) != 0 {
+                        each(at, word.swap(0, Ordering::SeqCst));
+                    }
                 }
             }
         }
@@ -561,9 +567,20 @@ impl GuestRam {
             return;
         };
         for page in pages {
-            self.host_dirty[page / 64].fetch_or(1 << (page % 64), Ordering::Release);
+            // The page before its block, and none of both later than a look at the block: so whoever takes the blocks and
+            // then the pages misses none that was marked before.
+            self.host_dirty[page / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
+            let block = page / 64 / BLOCK_WORDS;
+            let (blocks, bit) = (&self.host_dirty_blocks[block / 64], 1 << (block % 64));
+            if blocks.load(Ordering::SeqCst) & bit == 0 {
+                blocks.fetch_or(bit, Ordering::SeqCst);
+            }
         }
     }
+}
+
+fn zeros(words: usize) -> Box<[AtomicU64]> {
+    (0..words).map(|_| AtomicU64::new(0)).collect()
 }
 
 fn whole_pages(bytes: u64) -> Result<usize, MemoryError> {
@@ -638,20 +655,57 @@ mod tests {
     #[test]
     fn host_writes_are_marked_only_while_tracking() {
         let ram = ram();
-        let mut bitmap = vec![0; ram.bitmap_words()];
+        let taken = || taken(&ram);
         ram.write(0x3000, &[1]).unwrap();
-        ram.take_host_dirty(&mut bitmap);
-        assert!(bitmap.iter().all(|&w| w == 0));
+        assert_eq!(taken(), []);
 
         ram.set_tracking(true);
         ram.write(0x4fff, &[1, 2]).unwrap();
         ram.store_u16(0x9000, 7, Ordering::Release).unwrap();
-        ram.take_host_dirty(&mut bitmap);
-        assert_eq!(bitmap[0], 1 << 4 | 1 << 5 | 1 << 9);
+        assert_eq!(taken(), [(0, 1 << 4 | 1 << 5 | 1 << 9)]);
+        assert_eq!(taken(), [], "taken once");
+        ram.write(0x4000, &[1]).unwrap();
+        ram.set_tracking(false);
+        ram.set_tracking(true);
+        assert_eq!(taken(), [], "off and on again forgets");
+        ram.write(0x4000, &[1]).unwrap();
+        assert_eq!(taken(), [(0, 1 << 4)]);
+    }
 
-        bitmap.fill(0);
-        ram.take_host_dirty(&mut bitmap);
-        assert_eq!(bitmap[0], 0, "taken once");
+    fn taken(ram: &GuestRam) -> Vec<(usize, u64)> {
+        let mut taken = Vec::new();
+        ram.take_host_dirty(|at, pages| taken.push((at, pages)));
+        taken
+    }
+
+    #[test]
+    fn host_writes_are_found_in_any_block_of_a_large_memory() {
+        // Only addresses: pages that nobody writes take no memory.
+        let ram = GuestRam::new(2 << 30, Pages::Small).unwrap();
+        ram.set_tracking(true);
+        let pages = [
+            0,
+            63,
+            64,
+            64 * 64 - 1,
+            64 * 64,
+            64 * 64 * 64 + 7,
+            (2 << 18) - 1,
+        ];
+        for _ in 0..3 {
+            for page in pages {
+                ram.write((page * PAGE_BYTES) as u64, &[1]).unwrap();
+            }
+            let mut marks: Vec<(usize, u64)> = Vec::new();
+            for page in pages {
+                match marks.last_mut() {
+                    Some((at, word)) if *at == page / 64 => *word |= 1 << (page % 64),
+                    _ => marks.push((page / 64, 1 << (page % 64))),
+                }
+            }
+            assert_eq!(taken(&ram), marks);
+            assert_eq!(taken(&ram), []);
+        }
     }
 
     #[derive(Debug, Default)]
@@ -732,9 +786,7 @@ mod tests {
         ram.write(0x10_1000, b"high").unwrap();
         ram.write(0x3ffc, b"low!").unwrap();
         assert!(ram.write(0x3ffd, b"over").is_err());
-        let mut dirty = [0];
-        ram.take_host_dirty(&mut dirty);
-        assert_eq!(dirty, [1 << 3 | 1 << 5]);
+        assert_eq!(taken(&ram), [(0, 1 << 3 | 1 << 5)]);
         let mut page = [0; PAGE_BYTES];
         ram.copy_page_out(5, &mut page).unwrap();
         assert_eq!(&page[..4], b"high");
