@@ -289,9 +289,53 @@ fn text(rows: &[Row]) -> String {
         ]);
     }
     format!(
-        "\nCheckpoints on divergence, one at a time; medians. The limit of pause and stolen time is 2 x memcpy + 300 us.\n\n{}",
+        "\nCheckpoints on divergence, one at a time; medians. The limit of pause and stolen time is 2 x memcpy + 300 us.\n\n{}\n\
+         Steps of these on the primary, us; choosing is what is left of the transfer. again: pages copied early and written \
+         again before the pause.\n\n{}",
         table(&cells),
+        table(&steps(rows)),
     )
+}
+
+/// Where the time goes.
+fn steps(rows: &[Row]) -> Vec<Vec<String>> {
+    let keys = [
+        ("svm stop", "svm_stop_us"),
+        ("early", "early_us"),
+        ("quiesce", "quiesce_us"),
+        ("state", "state_us"),
+        ("collect", "collect_us"),
+        ("stabilise", "stabilise_us"),
+        ("resume", "resume_us"),
+        ("begin", "begin_us"),
+        ("hand over", "hand_over_us"),
+        ("digest wait", "digest_wait_us"),
+        ("transfer", "transfer_us"),
+        ("commit", "commit_us"),
+        ("again", "again_pages"),
+    ];
+    let mut header = vec!["pages".to_owned(), "same %".to_owned()];
+    header.extend(keys.map(|(name, _)| name.to_owned()));
+    header.push("choose".to_owned());
+    let mut cells = vec![header];
+    for row in rows {
+        let mut line = vec![row.pages.to_string(), row.same_pct.to_string()];
+        let median = |figure: &dyn Fn(&Value) -> f64| {
+            let figures = row.checkpoints.iter().map(figure);
+            format!("{:.0}", percentile(figures, 50))
+        };
+        line.extend(keys.map(|(_, key)| median(&|checkpoint| number(checkpoint, key))));
+        line.push(median(&choosing_us));
+        cells.push(line);
+    }
+    cells
+}
+
+/// What a transfer took besides calls of the kernel and waiting: how each page travels.
+fn choosing_us(checkpoint: &Value) -> f64 {
+    let parts = ["begin_us", "hand_over_us", "digest_wait_us"];
+    let parts: f64 = parts.map(|key| number(checkpoint, key)).iter().sum();
+    number(checkpoint, "transfer_us") - parts
 }
 
 #[cfg(test)]
@@ -302,6 +346,14 @@ mod tests {
     fn digests_count_as_bytes_of_their_checkpoint() {
         let checkpoint = json!({"sent_bytes": 1000, "digest_bytes": 160});
         assert_eq!(channel_bytes(&checkpoint), 1160.0);
+    }
+
+    #[test]
+    fn choosing_is_what_is_left_of_a_transfer() {
+        let checkpoint = json!({
+            "transfer_us": 100, "begin_us": 20, "hand_over_us": 30, "digest_wait_us": 5, "quiesce_us": 7
+        });
+        assert_eq!(choosing_us(&checkpoint), 45.0);
     }
 
     #[test]

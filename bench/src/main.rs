@@ -43,6 +43,7 @@ mod service;
 mod stabilise;
 mod stabilise_guest;
 mod sync;
+mod tracking;
 mod transfer;
 mod transfer_uring;
 mod transfer_ways;
@@ -82,6 +83,8 @@ enum Benchmark {
     QemuMigration(qemu_migration::QemuMigrationArgs),
     /// What it costs to find out how a page of a checkpoint travels, beside a memcpy of it
     Pages(pages::PagesArgs),
+    /// What it takes to know which pages were written, by KVM's dirty bitmap and ring, with little and much memory
+    Tracking(tracking::TrackingArgs),
     /// What it takes to keep dirty pages while the guest runs on: copies, write protection, beside a memcpy
     Stabilise(stabilise::StabiliseArgs),
     /// What a comparison costs, beside a memcmp and QEMU's comparator
@@ -117,6 +120,7 @@ fn run(arguments: &Arguments) -> Result<bool, BenchError> {
         Benchmark::Checkpoint(args) => checkpoint::run(args, &place)?,
         Benchmark::QemuMigration(args) => qemu_migration::run(args, &place)?,
         Benchmark::Pages(args) => pages::run(args)?,
+        Benchmark::Tracking(args) => tracking::run(args)?,
         Benchmark::Stabilise(args) => stabilise::run(args)?,
         Benchmark::Compare(args) => compare::run(args, &place)?,
         Benchmark::Datapath(args) => datapath::run(args, &place)?,

@@ -1,12 +1,14 @@
 //! What it takes from a guest to keep its dirty pages as they are while it runs on: copied, write-protected, or both,
-//! beside a plain memcpy of as many pages; and what it takes to collect the dirty set, by bitmap and by ring.
+//! beside a plain memcpy of as many pages.
 //!
-//! Invariants: all mechanisms meet the same guest, one after the other in each repetition; what is read is consumed as
-//! a sender would, by one pass and one copy.
+//! Invariants: all mechanisms meet the same guest, one after the other in each repetition, with its dirty log on and read as
+//! a capture reads it; what is read is consumed as a sender would, by one pass and one copy; what the guest gets done is
+//! counted over a time that is the same for all mechanisms, so the faults of the log count as well, also those of pages
+//! that are written again after they were copied early.
 //!
 //! `stolen_us` is the engine's own count and misses how long a fault waits for a thread to take it up; `lost_us` is what
 //! the guest did not get done, which misses nothing but is within some milliseconds of noise on a busy host. Where they
-//! disagree, believe `lost_us`.
+//! disagree, believe `lost_us`, beside that of `none`: a capture that keeps nothing, so stops the guest and reads its log.
 //!
 //! Does not measure what a lost large mapping or a flushed TLB costs the guest later.
 
@@ -24,17 +26,22 @@ use crate::place::{BenchError, Outcome};
 use crate::stabilise_guest::{BASE, Guest, failed};
 
 const PAGE_BYTES: usize = 4096;
-const POLICIES: [StabilisePolicy; 4] = [
-    StabilisePolicy::Copy,
-    StabilisePolicy::Protect,
-    StabilisePolicy::Mixed,
-    StabilisePolicy::Auto,
+/// Pages that are copied before the pause have to be asked for, as a capture does.
+const WAYS: [(&str, Way); 6] = [
+    ("none", Way::Nothing),
+    ("copy", Way::InPause(StabilisePolicy::Copy)),
+    ("early copy", Way::Early(StabilisePolicy::Copy)),
+    ("protect", Way::InPause(StabilisePolicy::Protect)),
+    ("mixed", Way::InPause(StabilisePolicy::Mixed)),
+    ("auto", Way::Early(StabilisePolicy::Auto)),
 ];
 /// The guest writes no page of the set; one in some 100 us; as fast as it can.
 const RATES: [(&str, Option<u64>); 3] =
     [("none", None), ("slow", Some(150_000)), ("fast", Some(0))];
 /// Between two captures.
 const INTERVAL: Duration = Duration::from_millis(20);
+/// The guest's work is counted over this many times the longest capture of the first round.
+const WINDOW: f64 = 1.2;
 /// A guest whose first write is to a protected page shows no progress at once.
 const STARTED_MAX: Duration = Duration::from_millis(5);
 
@@ -50,18 +57,34 @@ pub(crate) struct StabiliseArgs {
     repeat: u32,
 }
 
+/// How a set is kept.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// Not at all.
+    Nothing,
+    /// From the pause on.
+    InPause(StabilisePolicy),
+    /// As a capture does, which copies before the pause where the policy has it.
+    Early(StabilisePolicy),
+}
+
 /// One mechanism at one size and write rate.
 #[derive(Debug, Serialize)]
 struct Row {
     pages: u64,
     writes: &'static str,
-    policy: String,
+    policy: &'static str,
     memcpy_us: Range,
     pause_us: Range,
     stolen_us: Range,
     /// What the guest itself lost, by the pages it did not write: independent of what is counted above.
     lost_us: Range,
+    /// In this time.
+    window_us: f64,
     faults: Range,
+    /// Copied before the pause, and of these written again before it.
+    early_pages: Range,
+    again_pages: Range,
     read_us: Range,
     /// How often `auto` did what.
     copies: usize,
@@ -69,23 +92,10 @@ struct Row {
     mixed: usize,
 }
 
-/// Collecting a dirty set in the pause.
-#[derive(Debug, Serialize)]
-struct Collection {
-    pages: u64,
-    mechanism: &'static str,
-    collect_us: Range,
-    /// Of an empty set.
-    empty_us: Range,
-    ring_full: u64,
-}
-
 /// Runs the benchmark.
 pub(crate) fn run(args: &StabiliseArgs) -> Result<Outcome, BenchError> {
     let most = args.pages.iter().copied().max().unwrap_or(1);
     let ram_mib = most * 4 / 1024 + 64;
-    let mut collections = collect(args, ram_mib, "bitmap")?;
-    collections.extend(collect(args, ram_mib, "ring")?);
     let guest = Guest::start(ram_mib, "auto")?;
     let machine = &guest.machine;
     let ram = machine.ram().clone();
@@ -93,7 +103,8 @@ pub(crate) fn run(args: &StabiliseArgs) -> Result<Outcome, BenchError> {
     let view = machine.guest_view().cloned();
     let mut stabiliser =
         Stabiliser::new(ram, view, arena_pages).map_err(|e| failed("be captured", e))?;
-    let calibrated = stabiliser.model();
+    let logging = machine.set_dirty_logging(true);
+    logging.map_err(|e| failed("be logged", e))?;
     let mut rows = Vec::new();
     for &pages in &args.pages {
         for (writes, pause) in RATES {
@@ -105,12 +116,11 @@ pub(crate) fn run(args: &StabiliseArgs) -> Result<Outcome, BenchError> {
             rows.extend(measure(args, &guest, &mut stabiliser, pages, writes)?);
         }
     }
-    let text = text(&rows, &collections);
+    let text = text(&rows);
     Ok(Outcome {
         text,
         json: json!({
-            "benchmark": "stabilise", "ram_mib": ram_mib, "rows": rows, "collections": collections,
-            "calibrated": calibrated, "learnt": stabiliser.model(),
+            "benchmark": "stabilise", "ram_mib": ram_mib, "rows": rows,
             "unavailable": stabiliser.unavailable(),
         }),
         clean: true,
@@ -122,9 +132,20 @@ fn set(guest: &Guest, pages: u64) -> PageBitmap {
     // The first page is the one that a guest which writes nothing of the set writes.
     let first = BASE / PAGE_BYTES as u64 + 1;
     for page in first..first + pages {
-        set.words[page as usize / 64] |= 1 << (page % 64);
+        set.add(page as usize / 64, 1 << (page % 64));
     }
     set
+}
+
+/// One capture.
+#[derive(Debug)]
+struct Sample {
+    cost: Option<StableCost>,
+    /// From its begin to its end.
+    took: Duration,
+    lost_us: f64,
+    early_pages: u64,
+    again_pages: u64,
 }
 
 fn measure(
@@ -135,47 +156,78 @@ fn measure(
     writes: &'static str,
 ) -> Result<Vec<Row>, BenchError> {
     let union = set(guest, pages);
-    let mut costs: [Vec<StableCost>; 4] = Default::default();
-    let mut lost: [Vec<f64>; 4] = Default::default();
+    let mut samples: [Vec<Sample>; WAYS.len()] = Default::default();
     let mut memcpy = Vec::new();
     let mut buffer = vec![1_u8; pages as usize * PAGE_BYTES];
-    // The first round warms the arena.
+    let mut window = Duration::ZERO;
+    // The first round warms the arena, and tells how long captures take.
     for round in 0..=args.repeat {
         memcpy.push(plain_copy(guest, &mut buffer)?);
-        for (policy, (costs, lost)) in POLICIES.into_iter().zip(costs.iter_mut().zip(&mut lost)) {
-            let per_us = pages_per_us(guest)?;
-            let (begun, before) = (Instant::now(), guest.written()?);
-            let cost = capture(guest, stabiliser, &union, policy)?;
-            let got_us = (guest.written()? - before) as f64 / per_us;
+        let mut longest = Duration::ZERO;
+        for ((_, way), samples) in WAYS.into_iter().zip(&mut samples) {
+            let sample = sample(guest, stabiliser, &union, way, window)?;
+            longest = longest.max(sample.took);
             if round > 0 {
-                costs.push(cost);
-                lost.push(begun.elapsed().as_secs_f64() * 1e6 - got_us);
+                samples.push(sample);
             }
         }
+        if round == 0 {
+            window = longest.mul_f64(WINDOW);
+        }
     }
-    let rows = POLICIES
-        .into_iter()
-        .zip(costs.iter().zip(&lost))
-        .map(|(policy, (costs, lost))| {
-            let of =
-                |figure: fn(&StableCost) -> u64| Range::of(costs.iter().map(|c| figure(c) as f64));
-            let count = |wanted| costs.iter().filter(|c| c.mechanism == wanted).count();
-            Row {
-                pages,
-                writes,
-                policy: format!("{policy:?}").to_lowercase(),
-                memcpy_us: Range::of(memcpy.iter().skip(1).copied()),
-                pause_us: of(|c| c.pause_us),
-                stolen_us: of(StableCost::stolen_us),
-                lost_us: Range::of(lost.iter().copied()),
-                faults: of(|c| c.faults),
-                read_us: of(|c| c.read_us),
-                copies: count(Mechanism::Copy),
-                protects: count(Mechanism::Protect),
-                mixed: count(Mechanism::Mixed),
-            }
-        });
+    let rows = WAYS.iter().zip(&samples).map(|(&(policy, _), samples)| {
+        let of = |figure: fn(&StableCost) -> u64| {
+            let costs = samples.iter().filter_map(|sample| sample.cost.as_ref());
+            Range::of(costs.map(|cost| figure(cost) as f64))
+        };
+        let count = |wanted| {
+            let costs = samples.iter().filter_map(|sample| sample.cost.as_ref());
+            costs.filter(|cost| cost.mechanism == wanted).count()
+        };
+        let each = |figure: fn(&Sample) -> f64| Range::of(samples.iter().map(figure));
+        Row {
+            pages,
+            writes,
+            policy,
+            memcpy_us: Range::of(memcpy.iter().skip(1).copied()),
+            pause_us: of(|c| c.pause_us),
+            stolen_us: of(StableCost::stolen_us),
+            lost_us: each(|sample| sample.lost_us),
+            window_us: window.as_secs_f64() * 1e6,
+            faults: of(|c| c.faults),
+            early_pages: each(|sample| sample.early_pages as f64),
+            again_pages: each(|sample| sample.again_pages as f64),
+            read_us: of(|c| c.read_us),
+            copies: count(Mechanism::Copy),
+            protects: count(Mechanism::Protect),
+            mixed: count(Mechanism::Mixed),
+        }
+    });
     Ok(rows.collect())
+}
+
+/// A capture, and what the guest lost by it in the window.
+fn sample(
+    guest: &Guest,
+    stabiliser: &mut Stabiliser,
+    union: &PageBitmap,
+    way: Way,
+    window: Duration,
+) -> Result<Sample, BenchError> {
+    let per_us = pages_per_us(guest)?;
+    let again = stabiliser.snapshot().early_again_pages;
+    let (begun, before) = (Instant::now(), guest.written()?);
+    let (early_pages, cost) = capture(guest, stabiliser, union, way)?;
+    let took = begun.elapsed();
+    std::thread::sleep(window.saturating_sub(took));
+    let (us, written) = (begun.elapsed().as_secs_f64() * 1e6, guest.written()?);
+    Ok(Sample {
+        cost,
+        took,
+        lost_us: us - (written - before) as f64 / per_us,
+        early_pages,
+        again_pages: stabiliser.snapshot().early_again_pages - again,
+    })
 }
 
 /// What the guest gets done while nobody disturbs it.
@@ -198,21 +250,39 @@ fn plain_copy(guest: &Guest, buffer: &mut [u8]) -> Result<f64, BenchError> {
     Ok(us)
 }
 
+/// Gives how many pages were copied before the pause, and what the capture cost if there was one.
 fn capture(
     guest: &Guest,
     stabiliser: &mut Stabiliser,
     union: &PageBitmap,
-    policy: StabilisePolicy,
-) -> Result<StableCost, BenchError> {
+    way: Way,
+) -> Result<(u64, Option<StableCost>), BenchError> {
+    let mut written = PageBitmap::new(guest.machine.ram().page_count());
+    let mut early_pages = 0;
+    if let Way::Early(policy) = way
+        && stabiliser.wants_early(policy, union.count() as u64)
+    {
+        look(guest, &mut written)?;
+        early_pages = stabiliser.copy_early(union);
+        written.clear();
+    }
     guest.pause()?;
-    let stable = stabiliser.take(union, policy);
-    let written = guest.written()?;
+    look(guest, &mut written)?;
+    let stable = match way {
+        Way::Nothing => None,
+        Way::InPause(policy) => Some(stabiliser.take(union, policy)),
+        Way::Early(policy) => Some(stabiliser.take_since(union, &written, policy)),
+    };
+    let before = guest.written()?;
     guest.run()?;
     // `run` only asks for it: without this a small capture is read before the guest has moved.
     let asked = Instant::now();
-    while guest.written()? == written && asked.elapsed() < STARTED_MAX {
+    while guest.written()? == before && asked.elapsed() < STARTED_MAX {
         std::thread::yield_now();
     }
+    let Some(stable) = stable else {
+        return Ok((0, None));
+    };
     let mut stable = stable.map_err(|e| failed("be captured", e))?;
     let mut send_buffer = [0; PAGE_BYTES];
     let mut sum = 0_u64;
@@ -225,48 +295,15 @@ fn capture(
         black_box(&mut send_buffer);
     }
     black_box(sum);
-    Ok(stable.finish())
+    Ok((early_pages, Some(stable.finish())))
 }
 
-fn collect(
-    args: &StabiliseArgs,
-    ram_mib: u64,
-    mechanism: &'static str,
-) -> Result<Vec<Collection>, BenchError> {
-    let guest = Guest::start(ram_mib, mechanism)?;
-    let machine = &guest.machine;
-    let logging = machine.set_dirty_logging(true);
-    logging.map_err(|e| failed("be logged", e))?;
-    let mut dirty = PageBitmap::new(machine.ram().page_count());
-    let mut rows = Vec::new();
-    for &pages in &args.pages {
-        eprintln!("{mechanism}, {pages} pages");
-        guest.aim(pages, 0)?;
-        let (mut full, mut empty) = (Vec::new(), Vec::new());
-        for _ in 0..args.repeat {
-            guest.wait_rounds(2)?;
-            guest.pause()?;
-            for times in [&mut full, &mut empty] {
-                dirty.clear();
-                let begun = Instant::now();
-                let taken = machine.take_dirty(&mut dirty.words);
-                times.push(begun.elapsed().as_secs_f64() * 1e6);
-                taken.map_err(|e| failed("be logged", e))?;
-            }
-            guest.run()?;
-        }
-        rows.push(Collection {
-            pages,
-            mechanism,
-            collect_us: Range::of(full),
-            empty_us: Range::of(empty),
-            ring_full: machine.dirty_stats().ring_full,
-        });
-    }
-    Ok(rows)
+fn look(guest: &Guest, written: &mut PageBitmap) -> Result<(), BenchError> {
+    let taken = guest.machine.take_dirty(written);
+    taken.map_err(|e| failed("be logged", e))
 }
 
-fn text(rows: &[Row], collections: &[Collection]) -> String {
+fn text(rows: &[Row]) -> String {
     let header = [
         "pages",
         "writes",
@@ -277,6 +314,8 @@ fn text(rows: &[Row], collections: &[Collection]) -> String {
         "max",
         "lost us",
         "faults",
+        "early",
+        "again",
         "read us",
         "copy/prot/mix",
     ];
@@ -286,33 +325,21 @@ fn text(rows: &[Row], collections: &[Collection]) -> String {
         cells.push(vec![
             row.pages.to_string(),
             row.writes.to_owned(),
-            row.policy.clone(),
+            row.policy.to_owned(),
             number(row.memcpy_us.median),
             number(row.pause_us.median),
             number(row.stolen_us.median),
             number(row.stolen_us.max),
             number(row.lost_us.median),
             number(row.faults.median),
+            number(row.early_pages.median),
+            number(row.again_pages.median),
             number(row.read_us.median),
             format!("{}/{}/{}", row.copies, row.protects, row.mixed),
         ]);
     }
-    let header = ["pages", "log", "collect us", "max", "empty us", "ring full"];
-    let mut logs = vec![header.map(str::to_owned).to_vec()];
-    for row in collections {
-        logs.push(vec![
-            row.pages.to_string(),
-            row.mechanism.to_owned(),
-            format!("{:.1}", row.collect_us.median),
-            format!("{:.1}", row.collect_us.max),
-            format!("{:.1}", row.empty_us.median),
-            row.ring_full.to_string(),
-        ]);
-    }
     format!(
-        "\nKeeping pages in a row while the guest runs on; medians. stolen us misses waits for a thread, lost us does not.\n\n{}\nCollecting the dirty set while the guest \
-         stands still; medians.\n\n{}",
-        table(&cells),
-        table(&logs)
+        "\nKeeping pages in a row while the guest runs on; medians. stolen us misses waits for a thread, lost us does not.\n\n{}",
+        table(&cells)
     )
 }

@@ -26,6 +26,8 @@ const CODE: &[u8] = &[
     0x01, 0xf7, 0x48, 0x8b, 0x53, 0x28, 0x48, 0xff, 0xca, 0x79, 0xfb, 0x48, 0xff, 0xc9, 0x75, 0xe1,
     0x48, 0xff, 0x43, 0x08, 0xeb, 0xcf,
 ];
+/// Between two looks at how far it is.
+const LOOK: Duration = Duration::from_micros(50);
 /// Longer than any round.
 const ROUND_MAX: Duration = Duration::from_secs(60);
 
@@ -86,6 +88,19 @@ impl Guest {
                 return Err(failed("go on", "it stands still"));
             }
             std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Waits until it has written so many pages since its start.
+    pub(crate) fn wait_written(&self, until: u64) -> Result<(), BenchError> {
+        let begun = Instant::now();
+        while self.written()? < until {
+            if begun.elapsed() > ROUND_MAX {
+                return Err(failed("go on", "it stands still"));
+            }
+            // Whoever yields may share the guest's processor.
+            std::thread::sleep(LOOK);
         }
         Ok(())
     }

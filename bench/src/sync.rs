@@ -18,6 +18,7 @@ use crate::checkpoint::{Set, checkpoints};
 use crate::checkpoint_client::GuestClient;
 use crate::figures::{percentile, table};
 use crate::place::{BenchError, Outcome, Place};
+use crate::tracking::Tracking;
 
 const PAGE_BYTES: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -43,7 +44,10 @@ pub(crate) struct SyncArgs {
     /// The most that a guest touches, so that both and the pages under way fit into this machine
     #[arg(long, default_value_t = 4096)]
     touch_mib_max: u32,
-    /// Further lines for both configuration files
+    /// What logs the pages that guests write
+    #[arg(long, value_delimiter = ',', default_value = "auto")]
+    tracking: Vec<Tracking>,
+    /// Further lines of `[checkpoint]` for both configuration files
     #[arg(long, default_value = "")]
     extra: String,
 }
@@ -52,6 +56,8 @@ pub(crate) struct SyncArgs {
 #[derive(Debug, Serialize)]
 struct Row {
     ram_mib: u32,
+    /// How written pages were logged.
+    tracking: Tracking,
     /// How much the guest was asked to write before.
     touched_mib: u64,
     /// What its memory takes on the primary's host, before and after.
@@ -85,9 +91,15 @@ pub(crate) fn run(args: &SyncArgs, place: &Place) -> Result<Outcome, BenchError>
     let mut rows = Vec::new();
     for &ram_mib in &args.ram_mib {
         let most = u64::from(ram_mib) * TOUCHED_PCT / 100;
-        for touched_mib in [0, most.min(args.touch_mib_max.into())] {
-            eprintln!("{ram_mib} MiB, {touched_mib} of them written");
-            rows.push(measure(args, place, ram_mib, touched_mib)?);
+        let most = most.min(args.touch_mib_max.into());
+        // With nothing to touch these are the same.
+        let touched = [0, most].into_iter().take(1 + usize::from(most > 0));
+        for touched_mib in touched {
+            for &tracking in &args.tracking {
+                let name = tracking.name();
+                eprintln!("{ram_mib} MiB, {touched_mib} of them written, {name}");
+                rows.push(measure(args, place, (ram_mib, tracking), touched_mib)?);
+            }
         }
     }
     Ok(Outcome {
@@ -100,15 +112,16 @@ pub(crate) fn run(args: &SyncArgs, place: &Place) -> Result<Outcome, BenchError>
 fn measure(
     args: &SyncArgs,
     place: &Place,
-    ram_mib: u32,
+    (ram_mib, tracking): (u32, Tracking),
     touched_mib: u64,
 ) -> Result<Row, BenchError> {
     let dir = place.scratch()?;
     let mut settings = place.settings();
     settings.ram_mib = ram_mib;
     settings.compare_deadline_ms = DEADLINE_MS;
-    settings.primary_extra = args.extra.clone();
-    settings.secondary_extra = args.extra.clone();
+    let (dirty, extra) = (tracking.name(), &args.extra);
+    settings.primary_extra = format!("[checkpoint]\ndirty = \"{dirty}\"\n{extra}");
+    settings.secondary_extra = settings.primary_extra.clone();
     let mut pair = Pair::start(&settings, dir.path())?;
     pair.secondary.kill()?;
     pair.wait_alone(Host::A)?;
@@ -134,6 +147,7 @@ fn measure(
     let number = |key: &str| status[key].as_u64().unwrap_or(0);
     Ok(Row {
         ram_mib,
+        tracking,
         touched_mib,
         used_mib: used,
         used_after_mib,
@@ -190,6 +204,7 @@ fn text(rows: &[Row]) -> String {
     let header = [
         "RAM MiB",
         "in use",
+        "log",
         "pages",
         "dirty",
         "pause p50/p99 us",
@@ -214,6 +229,7 @@ fn text(rows: &[Row]) -> String {
             pauses.push(vec![
                 row.ram_mib.to_string(),
                 row.used_mib.to_string(),
+                row.tracking.name().to_owned(),
                 pause.pages.to_string(),
                 format!("{:.0}", pause.dirty_pages),
                 format!("{:.0}/{:.0}", pause.pause_us_p50, pause.pause_us_p99),

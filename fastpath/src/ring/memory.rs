@@ -9,11 +9,12 @@
 
 mod look;
 mod mapping;
+mod marks;
 mod writes;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -21,6 +22,8 @@ use super::area::Area;
 use super::error::MemoryError;
 use super::guard::GuardSlot;
 use super::holes::MemoryFile;
+
+use marks::HostMarks;
 
 pub use look::GuestBytes;
 pub use mapping::{Pages, RegionSource};
@@ -58,7 +61,7 @@ pub struct GuestRam {
     area: Arc<Area>,
     tracking: AtomicBool,
     guard: GuardSlot,
-    host_dirty: Box<[AtomicU64]>,
+    host_dirty: HostMarks,
     huge: bool,
     /// The memory, page after page in one file, as long as nothing else lies over it.
     file: MemoryFile,
@@ -94,7 +97,7 @@ impl GuestRam {
 
     /// Words of a bitmap with one bit a page.
     pub fn bitmap_words(&self) -> usize {
-        self.host_dirty.len()
+        self.host_dirty.words()
     }
 
     /// Where the first region's mapping starts, for the memory slot. The mapping lives as long as

@@ -92,7 +92,9 @@ fn bytes_of(page: &Page) -> Bytes {
 }
 
 fn set(pages: u64) -> PageBitmap {
-    PageBitmap { words: vec![pages] }
+    let mut set = PageBitmap::new(64);
+    set.add(0, pages);
+    set
 }
 
 fn key(link: usize) -> PageKey {
@@ -163,15 +165,15 @@ impl Shell<'_> {
             let mut owed = set(side.carry);
             let written = std::mem::take(&mut guest.dirty);
             let noticed = match stale {
-                true => written & !ahead.ahead.sent().words[0],
+                true => written & !ahead.ahead.sent().word(0),
                 false => written,
             };
-            let take = |words: &mut [u64]| {
-                words[0] |= noticed;
+            let take = |bitmap: &mut PageBitmap| {
+                bitmap.add(0, noticed);
                 Ok::<_, Infallible>(())
             };
             let _ = ahead.ahead.round(&mut owed, now, take);
-            side.carry = owed.words[0] | written;
+            side.carry = owed.word(0) | written;
             return self.plan_ahead();
         }
         let mut pages = PageSet::new();
@@ -210,7 +212,7 @@ impl Shell<'_> {
         };
         let ahead = &mut side.ahead;
         let noticed = match stale {
-            true => written & !ahead.sent().words[0],
+            true => written & !ahead.sent().word(0),
             false => written,
         };
         ahead.captured(&set(noticed));
@@ -219,7 +221,7 @@ impl Shell<'_> {
         for (number, digest) in relied_on {
             names.push(number as u32, digest);
         }
-        let kept = ahead.to_keep(&set(union)).words[0];
+        let kept = ahead.to_keep(&set(union)).word(0);
         // Whatever a checkpoint teaches about pages, right or wrong, no image depends on it.
         for number in set(union).iter() {
             ahead.learn(number, rumours & (1 << number) != 0);

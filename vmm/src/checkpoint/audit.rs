@@ -135,8 +135,8 @@ impl Image {
         let zeros = key.of(&page);
         // To read a page that nobody has touched would make one.
         let mut data = PageBitmap::new(ram.page_count());
-        ram.find_data(&mut data.words)?;
-        let digest = |number: usize| match data.words[number / 64] >> (number % 64) & 1 {
+        ram.find_data(data.words_mut())?;
+        let digest = |number: usize| match data.word(number / 64) >> (number % 64) & 1 {
             0 => Ok(zeros),
             _ => key.of_copy(&mut page, |page| ram.copy_page_out(number, page)),
         };

@@ -184,6 +184,8 @@ pub struct CaptureCost {
     pub early_pages: u64,
     /// Pages that the log named in the pause: where some were copied before, those written meanwhile.
     pub late_pages: u64,
+    /// Of these, pages that were copied before: each met one more fault of the dirty log.
+    pub again_pages: u64,
     /// Frames of pending output.
     pub pending_frames: u64,
 }
@@ -338,7 +340,7 @@ impl CaptureThread {
     }
 
     fn aborted(&mut self) {
-        self.carry.merge(&self.in_flight.words);
+        self.carry.merge(&self.in_flight);
         self.in_flight.clear();
         if let Some(session) = &mut self.session {
             session.outbound.aborted();
@@ -430,8 +432,8 @@ impl CaptureThread {
         let (dirty, number) = stopped.ok_or(CaptureError::DirtySet)?;
         let stop = SvmStop { number, dirty };
         // What is known before is put together while the guest runs: it takes longer the more memory there is.
-        self.in_flight.merge(&stop.dirty.words);
-        self.in_flight.merge(&self.carry.words);
+        self.in_flight.merge(&stop.dirty);
+        self.in_flight.merge(&self.carry);
         self.carry.clear();
         let mut cost = CaptureCost::default();
         self.copy_early(&mut cost)?;
@@ -485,7 +487,7 @@ impl CaptureThread {
         cost.dirty_pages = self.in_flight.count() as u64;
         cost.collect_us = lap_us();
 
-        let stable = self.keep()?;
+        let stable = self.keep(cost)?;
         cost.stabilise_us = lap_us();
 
         self.captures += 1;

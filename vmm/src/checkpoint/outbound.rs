@@ -64,6 +64,10 @@ pub struct OutboundSettings {
 pub struct Sent {
     /// From the first chunk until all was handed to the kernel.
     pub transfer_us: u64,
+    /// Part of it: the begin and the states, handed to the kernel.
+    pub begin_us: u64,
+    /// Part of it: handing the pages and the end to the kernel. What is left of all is choosing how pages travel.
+    pub hand_over_us: u64,
     /// Part of it: waiting for the SVM's digests.
     pub digest_wait_us: u64,
     /// Bytes of this checkpoint, heads of chunks included.
@@ -158,6 +162,8 @@ pub struct Outbound {
     /// Pages that travel before a checkpoint, if any do.
     ahead: Option<Ahead>,
     names: Names,
+    /// Time that pages of the open checkpoint took to be handed to the kernel.
+    handed_over: Duration,
     began: Instant,
 }
 
@@ -190,6 +196,7 @@ impl Outbound {
             measured: None,
             ahead: None,
             names: Names::default(),
+            handed_over: Duration::ZERO,
             began: Instant::now(),
         })
     }
@@ -261,10 +268,20 @@ impl Outbound {
         self.list.begin(epoch, stop.number, &stop.dirty)?;
         self.link.is_bottleneck = false;
         self.names = Names::default();
-        self.channel.begin(epoch, &self.key)?;
-        let outcome = self
-            .send_states(states, &mut is_off)
-            .inspect(|()| midway())
+        self.handed_over = Duration::ZERO;
+        let mut states_sent = Duration::ZERO;
+        // First of all: another core digests while this one sends the states.
+        if let Some(slots) = stable.slots() {
+            self.digester.begin(&stable.keeper(), slots);
+        }
+        let begun_channel = self.channel.begin(epoch, &self.key);
+        let outcome = begun_channel
+            .map_err(SendError::from)
+            .and_then(|()| self.send_states(states, &mut is_off))
+            .inspect(|()| {
+                states_sent = begun.elapsed();
+                midway();
+            })
             .and_then(|()| self.send_pages(stable, &mut is_off))
             .and_then(|waited| Ok(waited + self.send_names(&mut is_off)?))
             .and_then(|waited| Ok(waited + self.await_end_of_list(&mut is_off)?));
@@ -279,7 +296,9 @@ impl Outbound {
                 return Err(e);
             }
         };
+        let finishing = Instant::now();
         self.channel.finish()?;
+        self.handed_over += finishing.elapsed();
         let transfer = begun.elapsed();
         // Rule 15: the capture may go when this returns.
         self.channel.settle()?;
@@ -288,6 +307,8 @@ impl Outbound {
         self.measure_link(sent_bytes, transfer);
         Ok(Sent {
             transfer_us: transfer.as_micros() as u64,
+            begin_us: states_sent.as_micros() as u64,
+            hand_over_us: self.handed_over.as_micros() as u64,
             digest_wait_us: digest_wait.as_micros() as u64,
             sent_bytes,
             digest_bytes: self.list.bytes(),
@@ -380,14 +401,10 @@ impl Outbound {
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         let mut waited = Duration::ZERO;
-        let slots = stable.slots();
-        let lends = self.lends && slots.is_some();
+        let lends = self.lends && stable.slots().is_some();
         // A set that does not fit pushes out what it puts in.
         let fits_cache = stable.pages() <= self.cache.capacity() as u64;
         let keeper = stable.keeper();
-        if let Some(slots) = slots {
-            self.digester.begin(&keeper, slots);
-        }
         let mut next = stable.next_kept()?;
         while let Some(first) = next {
             waited += self.await_digest(first.number, is_off)?;
@@ -438,6 +455,7 @@ impl Outbound {
                 next = stable.next_kept()?;
             }
             let (items, length) = (chunk.count(), chunk.finish());
+            let submitting = Instant::now();
             match self.lent.is_empty() {
                 _ if items == 0 => {}
                 true => self.channel.submit(Kind::Pages, items, length)?,
@@ -446,6 +464,7 @@ impl Outbound {
                     self.channel.submit_lent(items, length, &keeper, slots)?;
                 }
             }
+            self.handed_over += submitting.elapsed();
         }
         Ok(waited)
     }

@@ -38,7 +38,7 @@ use accept::Accepted;
 use cost::Laps;
 use orders::{Word, await_word};
 
-pub use cost::ApplyCost;
+pub use cost::{ApplyCost, ApplyParts};
 pub use orders::{StageCommand, StageOrders};
 
 /// How long one wait lasts; a wake-up ends it.
@@ -474,8 +474,11 @@ impl StageThread {
         match self.apply(accepted, halt) {
             Ok(cost) => {
                 self.area.clear();
-                let cost = ApplyCost { stage_us, ..cost };
-                let cost = Box::new(cost);
+                let parts = ApplyParts {
+                    stage_us,
+                    ..cost.parts
+                };
+                let cost = Box::new(ApplyCost { parts, ..cost });
                 self.post.send(StageEvent::Applied { epoch, cost });
                 Ok(())
             }
@@ -531,7 +534,7 @@ impl StageThread {
         reached(Point::PagesWritten);
         // What the apply wrote is what the primary has, so the SVM's dirty set starts empty here; whatever is written from
         // now on is not, and belongs to it.
-        let mut forget = vec![0; machine.ram().bitmap_words()];
+        let mut forget = PageBitmap::new(machine.ram().page_count());
         machine.take_dirty(&mut forget)?;
         let write_us = laps.next_us();
         let memory = accepted.audit.as_ref().map(|_| self.memory_image());
@@ -567,7 +570,7 @@ impl StageThread {
             machine.resume_vcpus()?;
         }
         let resume_us = laps.next_us();
-        Ok(ApplyCost {
+        let parts = ApplyParts {
             stage_us: 0,
             apply_us: laps.all_us(),
             write_us,
@@ -575,6 +578,9 @@ impl StageThread {
             audit_us,
             resume_us,
             pages: (self.staging.page_count() + self.area.named().len()) as u64,
+        };
+        Ok(ApplyCost {
+            parts,
             area: self.area.counters(),
             channel: self.channel.counters(),
             staged: self.staging.counters(),

@@ -142,7 +142,7 @@ impl Staging {
     /// Forgets everything.
     pub fn clear(&mut self) {
         for (number, _) in self.pages.drain(..) {
-            self.seen.words[number as usize / 64] &= !(1 << (number % 64));
+            self.seen.remove(number as usize / 64, 1 << (number % 64));
         }
         self.landed.clear();
         self.made.clear();
@@ -198,7 +198,7 @@ impl Staging {
         }
         // Below the guest's number of pages, says the decoder.
         let (word, bit) = (number as usize / 64, 1 << (number % 64));
-        if self.seen.words[word] & bit != 0 {
+        if self.seen.word(word) & bit != 0 {
             return Err(StagingError::Twice { number });
         }
         if record.needs_base() {
@@ -219,7 +219,7 @@ impl Staging {
             Place::Made(_) => &mut self.counters.made,
         };
         *counter += 1;
-        self.seen.words[word] |= bit;
+        self.seen.add(word, bit);
         self.pages.push((number, place));
         Ok(())
     }
@@ -237,8 +237,7 @@ impl Staging {
 
     /// Whether a page is among them.
     pub fn has(&self, number: u64) -> bool {
-        let word = self.seen.words.get(number as usize / 64);
-        word.is_some_and(|word| word >> (number % 64) & 1 == 1)
+        self.seen.word(number as usize / 64) >> (number % 64) & 1 == 1
     }
 
     /// How many pages there are.
@@ -293,12 +292,11 @@ impl LiveMemory {
         let mut page = [0; PAGE_BYTES];
         for record in Decoder::new(chunk, ram.page_count() as u64)? {
             let record = record?;
-            let word = &mut self.written.words[record.number as usize / 64];
-            let bit = 1 << (record.number % 64);
-            if record.kind == Kind::Zero && *word & bit == 0 {
+            let (word, bit) = (record.number as usize / 64, 1 << (record.number % 64));
+            if record.kind == Kind::Zero && self.written.word(word) & bit == 0 {
                 continue;
             }
-            *word |= bit;
+            self.written.add(word, bit);
             record.apply(&nothing, &mut page, None)?;
             ram.write_page(record.number as usize, &page)?;
         }

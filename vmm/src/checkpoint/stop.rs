@@ -57,7 +57,7 @@ mod tests {
     fn a_stop_names_its_pages_and_its_number() {
         let mut number = StopNumber::default();
         let mut dirty = PageBitmap::new(130);
-        dirty.words[2] = 3;
+        dirty.add(2, 3);
         for n in 1..3 {
             let bytes = to_bytes(&dirty, number.advance());
             let (read, stop) = from_bytes(&bytes, 3).unwrap();

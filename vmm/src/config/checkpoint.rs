@@ -55,8 +55,7 @@ impl Default for CheckpointConfig {
         Self {
             dirty: DirtyChoice::default(),
             dirty_ring_entries: RING_ENTRIES,
-            // The others count only a part of what they take from the guest (`colo bench stabilise`).
-            stabilise: StabilisePolicy::Copy,
+            stabilise: StabilisePolicy::default(),
             arena_mib: 0,
             stage_mib: 0,
             ahead_mib: 64,

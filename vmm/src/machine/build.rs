@@ -19,6 +19,7 @@ use colo_fastpath::worker::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::checkpoint::dirty::DirtySnapshot;
+use crate::checkpoint::pages::PageBitmap;
 use crate::config::{Config, HostConfig};
 use crate::devices::net::{ControlSnapshot, ControlStats, Net, PAIRS_MAX};
 use crate::devices::virtio_mmio::{DeviceState, NOTIFY_OFFSET, VirtioMmio};
@@ -29,6 +30,7 @@ use super::exits::{ExitSnapshot, Platform, VmExit, lock};
 use super::kvm::KvmError;
 use super::record::RecordError;
 use super::states::StateKeeper;
+use super::urgent::Unhurried;
 use super::vcpu::{VcpuError, VcpuHandle};
 use super::vcpu_shape::{MSR_IA32_TSC, VcpuShape, read_msr};
 use super::view::GuestView;
@@ -145,6 +147,7 @@ pub struct Machine {
     kernel: String,
     cmdline: String,
     pub(super) states: StateKeeper,
+    pub(super) unhurried: Unhurried,
     pub(super) vm: Vm,
 }
 
@@ -220,6 +223,7 @@ impl Machine {
                 kernel,
                 cmdline,
                 states: StateKeeper::new(&vm),
+                unhurried: Unhurried::default(),
                 vm,
             },
             events,
@@ -307,10 +311,9 @@ impl Machine {
         self.vm.dirty().is_on()
     }
 
-    /// Adds the pages written since the last call to `bitmap`
-    /// ([`GuestRam::bitmap_words`] words).
-    pub fn take_dirty(&self, bitmap: &mut [u64]) -> Result<(), MachineError> {
-        Ok(self.vm.take_dirty(bitmap)?)
+    /// Adds the pages written since the last call to `set`.
+    pub fn take_dirty(&self, set: &mut PageBitmap) -> Result<(), MachineError> {
+        Ok(self.vm.take_dirty(set)?)
     }
 
     /// The dirty log's counters.

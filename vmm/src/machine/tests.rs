@@ -9,6 +9,7 @@ use colo_fastpath::nic::SocketNic;
 use colo_fastpath::ring::{GuestRam, Pages};
 
 use super::*;
+use crate::checkpoint::pages::PageBitmap;
 use crate::config::Config;
 
 /// Puts code at 2 MiB, with 2 MiB of memory behind it, into an ELF image.
@@ -355,10 +356,10 @@ fn an_ended_machine_runs_again_after_a_restore() {
 #[test]
 fn the_dirty_log_has_what_guest_and_host_wrote() {
     let lab = running(COUNT);
-    let mut bitmap = vec![0; lab.machine.ram().bitmap_words()];
-    let has = |bitmap: &[u64], gpa: u64| {
+    let mut bitmap = PageBitmap::new(lab.machine.ram().page_count());
+    let has = |bitmap: &PageBitmap, gpa: u64| {
         let page = gpa / 4096;
-        bitmap[page as usize / 64] & 1 << (page % 64) != 0
+        bitmap.word(page as usize / 64) & 1 << (page % 64) != 0
     };
     lab.wait_until_counter_moves();
     assert!(
@@ -373,12 +374,9 @@ fn the_dirty_log_has_what_guest_and_host_wrote() {
     assert!(has(&bitmap, COUNTER) && has(&bitmap, 0x50_0000));
     assert!(!has(&bitmap, 0x40_0000));
 
-    bitmap.fill(0);
+    bitmap.clear();
     lab.machine.take_dirty(&mut bitmap).unwrap();
-    assert!(
-        bitmap.iter().all(|&word| word == 0),
-        "a paused machine dirties nothing"
-    );
+    assert_eq!(bitmap.count(), 0, "a paused machine dirties nothing");
     lab.machine.resume_vcpus().unwrap();
     lab.wait_until_counter_moves();
     lab.machine.take_dirty(&mut bitmap).unwrap();

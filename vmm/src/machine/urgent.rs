@@ -2,7 +2,8 @@
 //! at once.
 //!
 //! Each hand-over between threads waits for a processor, which on a busy host is most of a pause: Linux lets whoever runs
-//! use up its slice. Only who has CAP_SYS_NICE may ask for that; without it a pause takes what the scheduler makes of it.
+//! use up its slice. Only who has CAP_SYS_NICE may ask for that; without it a pause takes what the scheduler makes of it, and
+//! is counted.
 //!
 //! Invariants: when [`Urgency`] is gone the policies are what they were; a thread with a policy that somebody has chosen
 //! keeps it.
@@ -10,7 +11,7 @@
 //! Does not touch workers: their slices are short already.
 
 use std::os::unix::thread::{JoinHandleExt, RawPthread};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use super::Machine;
@@ -25,13 +26,35 @@ pub struct Urgency<'a> {
     own: Raised,
 }
 
+/// Counts pauses that went before nobody, because this process may not ask for it.
+#[derive(Debug, Default)]
+pub(super) struct Unhurried(AtomicU64);
+
+impl Unhurried {
+    fn count(&self) {
+        if self.0.fetch_add(1, Ordering::Relaxed) == 0 {
+            tracing::warn!(
+                "pauses take as long as the scheduler lets them: a real-time priority was refused; give this process \
+                 CAP_SYS_NICE (AmbientCapabilities= in its unit)"
+            );
+        }
+    }
+}
+
 impl Machine {
+    /// How many pauses waited for their processors like everybody, because this process has no CAP_SYS_NICE.
+    pub fn unhurried_pauses(&self) -> u64 {
+        self.unhurried.0.load(Ordering::Relaxed)
+    }
+
     /// Before a pause; it ends when everybody stands still. What comes then is not waited for, but can take long, and a thread
     /// that waits behind a real-time one may be the one that says this host lives.
     pub fn hurry(&self) -> Urgency<'_> {
         let own = Raised::default();
-        if own.raise(own_thread()) {
-            self.vcpus.iter().for_each(|vcpu| vcpu.hurry(true));
+        match own.raise(own_thread()) {
+            Some(true) => self.vcpus.iter().for_each(|vcpu| vcpu.hurry(true)),
+            Some(false) => self.unhurried.count(),
+            None => {}
         }
         Urgency { machine: self, own }
     }
@@ -59,11 +82,11 @@ impl Raised {
         }
     }
 
-    /// False if it was not done.
-    fn raise(&self, thread: RawPthread) -> bool {
-        let raised =
-            policy(thread) == Some(libc::SCHED_OTHER) && set(thread, libc::SCHED_FIFO, PRIORITY);
-        self.0.store(raised, Ordering::Relaxed);
+    /// Whether it was allowed; `None` if somebody has chosen the thread's policy.
+    fn raise(&self, thread: RawPthread) -> Option<bool> {
+        let is_usual = policy(thread) == Some(libc::SCHED_OTHER);
+        let raised = is_usual.then(|| set(thread, libc::SCHED_FIFO, PRIORITY));
+        self.0.store(raised == Some(true), Ordering::Relaxed);
         raised
     }
 
@@ -100,6 +123,43 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
+    use crate::checkpoint::guests::{Guest, ON_ORDER};
+
+    /// The calling thread has no CAP_SYS_NICE from here on.
+    fn give_up_cap_sys_nice() {
+        const VERSION_3: u32 = 0x2008_0522;
+        const CAP_SYS_NICE: u32 = 23;
+        let header = [VERSION_3, 0];
+        // Effective, permitted and inheritable ones, 32 each, twice.
+        let mut sets = [0_u32; 6];
+        // SAFETY: a header of two words and room for two times three, as version 3 has them; 0 is the calling thread.
+        let read = unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) };
+        assert_eq!(read, 0);
+        sets[0] &= !(1 << CAP_SYS_NICE);
+        // SAFETY: the same; only this thread has less afterwards.
+        let set = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+        assert_eq!(set, 0);
+    }
+
+    #[test]
+    fn a_pause_that_may_not_hurry_is_counted() {
+        let guest = Guest::start(ON_ORDER, 64, "");
+        let machine = &guest.machine;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                give_up_cap_sys_nice();
+                for pauses in 1..4 {
+                    drop(machine.hurry());
+                    assert_eq!(machine.unhurried_pauses(), pauses);
+                }
+            });
+        });
+        let own = Raised::default();
+        let may = own.raise(own_thread()) == Some(true);
+        own.lower(own_thread());
+        drop(machine.hurry());
+        assert_eq!(machine.unhurried_pauses(), 3 + u64::from(!may));
+    }
 
     #[test]
     fn a_thread_goes_before_others_and_back_unless_somebody_chose_its_policy() {

@@ -17,6 +17,7 @@ use super::kvm::{KvmError, open};
 use super::vcpu_ioctl::enable_all_events;
 use super::view::GuestView;
 use crate::checkpoint::dirty::{DirtySettings, DirtyTracker};
+use crate::checkpoint::pages::PageBitmap;
 
 /// A KVM machine with its RAM.
 #[derive(Debug)]
@@ -99,10 +100,9 @@ impl Vm {
         })
     }
 
-    /// Adds to `bitmap` (one bit a page, [`GuestRam::bitmap_words`] words) what guest and host wrote
-    /// since the last call, and starts the log anew. Only while logging is on.
-    pub fn take_dirty(&self, bitmap: &mut [u64]) -> Result<(), KvmError> {
-        self.dirty.take(bitmap)
+    /// Adds to `set` what guest and host wrote since the last call, and starts the log anew. Only while logging is on.
+    pub fn take_dirty(&self, set: &mut PageBitmap) -> Result<(), KvmError> {
+        self.dirty.take(set)
     }
 
     /// Connects writes of any width to `gpa` with an eventfd: no exit to user space.

@@ -607,6 +607,8 @@ impl PrimaryShell {
             state,
             protected: self.core.state() == PrimaryState::Paired,
             dirty_logging: self.replica.machine.logs_dirty_pages(),
+            dirty_log: Some(self.replica.machine.dirty_stats()),
+            unhurried_pauses: self.replica.machine.unhurried_pauses(),
             page_streams: self.link.as_ref().map_or(0, |link| link.pages_end.len()),
             unprotected_reason: reason,
             unprotected_since: since,

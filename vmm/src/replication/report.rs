@@ -18,6 +18,7 @@ use crate::checkpoint::ahead::AheadCounters;
 use crate::checkpoint::ahead::area::AreaCounters;
 use crate::checkpoint::capture::CaptureCost;
 use crate::checkpoint::codec::PageCounters;
+use crate::checkpoint::dirty::DirtySnapshot;
 use crate::checkpoint::outbound::Sent;
 use crate::checkpoint::staging::StagedPages;
 
@@ -68,6 +69,10 @@ pub struct CheckpointReport {
     pub stall_us: u64,
     pub stolen_us: u64,
     pub transfer_us: u64,
+    /// Part of the transfer: begin and states, handed to the kernel.
+    pub begin_us: u64,
+    /// Part of the transfer: pages, handed to the kernel.
+    pub hand_over_us: u64,
     /// Part of the transfer: waiting for the SVM's digests.
     pub digest_wait_us: u64,
     /// From the order to stop the SVM until the secondary's commit.
@@ -81,6 +86,8 @@ pub struct CheckpointReport {
     pub early_pages: u64,
     /// Written last before it: captured in the pause, if others were before.
     pub late_pages: u64,
+    /// Of these, copied before all the same: each met one more fault of the dirty log.
+    pub again_pages: u64,
     pub pending_frames: u64,
     pub sent_bytes: u64,
     pub digest_bytes: u64,
@@ -97,6 +104,8 @@ impl CheckpointReport {
         self.stall_us = stall_us;
         self.stolen_us = self.pause_us + stall_us;
         self.transfer_us = sent.transfer_us;
+        self.begin_us = sent.begin_us;
+        self.hand_over_us = sent.hand_over_us;
         self.digest_wait_us = sent.digest_wait_us;
         self.sent_bytes = sent.sent_bytes;
         self.digest_bytes = sent.digest_bytes;
@@ -216,6 +225,7 @@ impl CheckpointTimes {
         current.ahead_pages = cost.ahead_pages;
         current.early_pages = cost.early_pages;
         current.late_pages = cost.late_pages;
+        current.again_pages = cost.again_pages;
         current.pending_frames = cost.pending_frames;
     }
 
@@ -299,6 +309,10 @@ pub struct Standing {
     pub unprotected_since: u64,
     /// Whether writes of the guest are logged: only while there is a peer that a checkpoint may be for.
     pub dirty_logging: bool,
+    /// How, and what was counted of it; none without a machine.
+    pub dirty_log: Option<DirtySnapshot>,
+    /// Pauses that waited for their processors like everybody: this process has no CAP_SYS_NICE.
+    pub unhurried_pauses: u64,
     /// TCP streams that checkpoints spread over; 0 without a peer.
     pub page_streams: usize,
     /// The arbiter's generation as last confirmed.
@@ -542,6 +556,7 @@ mod breakdown_tests;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::dirty::DirtyMechanism;
 
     /// Whether a document has this number at this place.
     fn has(status: &PairStatus, place: &str, number: u64) {
@@ -562,12 +577,21 @@ mod tests {
         };
         let standing = Standing {
             refused_connections: 5,
+            unhurried_pauses: 11,
+            dirty_log: Some(DirtySnapshot {
+                mechanism: DirtyMechanism::Ring,
+                ring_full: 12,
+                taken: 0,
+                guest_pages: 0,
+            }),
             ..Standing::default()
         };
         let mut sent = Sent::default();
         sent.channel.zero_copy_off = 6;
         sent.cache.evicted = 7;
         sent.stabilise.fallbacks = 8;
+        sent.stabilise.early_again_pages = 13;
+        sent.channel.receives_beyond_registered = 14;
         let mut times = CheckpointTimes::default();
         times.sent(1, &sent, 0);
         let report = PrimaryReport {
@@ -587,6 +611,10 @@ mod tests {
             "/stabilise/fallbacks",
             "/coalesced_requests",
             "/refusals",
+            "/unhurried_pauses",
+            "/dirty_log/ring_full",
+            "/stabilise/early_again_pages",
+            "/page_channel/receives_beyond_registered",
         ]) {
             has(&primary, place, n);
         }

@@ -401,7 +401,7 @@ impl SecondaryShell {
         machine.quiesce_workers()?;
         self.on_role(|role, edge| role.stop(edge));
         self.replica.machine.resume_workers()?;
-        self.replica.machine.take_dirty(&mut self.dirty.words)?;
+        self.replica.machine.take_dirty(&mut self.dirty)?;
         Ok(())
     }
 
@@ -498,6 +498,8 @@ impl SecondaryShell {
             state,
             protected: self.core.state() == SecondaryState::Standby,
             dirty_logging: self.replica.machine.logs_dirty_pages(),
+            dirty_log: Some(self.replica.machine.dirty_stats()),
+            unhurried_pauses: self.replica.machine.unhurried_pauses(),
             page_streams: self.pages_end.len(),
             generation: self.core.generation(),
             epoch: self.applied_epoch + 1,

@@ -171,7 +171,7 @@ impl RamError {
 /// page table. A page that was never touched is not read: that would make it take memory.
 fn write_ram(ram: &GuestRam, file: &File, ram_at: u64) -> Result<Vec<u64>, RamError> {
     let mut used = PageBitmap::new(ram.page_count());
-    ram.find_data(&mut used.words).map_err(RamError::Memory)?;
+    ram.find_data(used.words_mut()).map_err(RamError::Memory)?;
     let mut table = vec![0; ram.page_count()];
     let mut buffer = vec![0; BATCH_PAGES * PAGE_BYTES as usize];
     let mut pages = used.iter().map(|page| page as usize).peekable();

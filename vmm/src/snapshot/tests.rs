@@ -206,7 +206,7 @@ fn add_to(lab: &Lab, [first, second]: [u64; 2]) {
 /// The pages of RAM that take memory.
 fn taken_pages(ram: &GuestRam) -> usize {
     let mut taken = PageBitmap::new(ram.page_count());
-    ram.find_data(&mut taken.words).unwrap();
+    ram.find_data(taken.words_mut()).unwrap();
     taken.count()
 }
 

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicBool;
 
 use vm_memory::MmapRegion;
 
@@ -16,6 +16,7 @@ use super::super::area::{ALIGN_BYTES, Area};
 use super::super::error::MemoryError;
 use super::super::guard::GuardSlot;
 use super::super::holes::MemoryFile;
+use super::marks::HostMarks;
 use super::writes::register_barrier;
 use super::{GuestRam, HIGH_RAM_START, LOW_RAM_END, PAGE_BYTES, Region};
 
@@ -130,7 +131,6 @@ impl GuestRam {
             return Err(MemoryError::BadSize(0));
         }
         register_barrier();
-        let words = pages.div_ceil(64);
         Ok(Self {
             regions: regions.into_boxed_slice(),
             area: Arc::new(area),
@@ -138,7 +138,7 @@ impl GuestRam {
             guard: GuardSlot::default(),
             huge: false,
             file: MemoryFile::default(),
-            host_dirty: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            host_dirty: HostMarks::new(pages),
         })
     }
 

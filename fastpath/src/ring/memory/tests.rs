@@ -24,20 +24,57 @@ fn ranges_are_checked_to_the_last_byte() {
 #[test]
 fn host_writes_are_marked_only_while_tracking() {
     let ram = ram();
-    let mut bitmap = vec![0; ram.bitmap_words()];
+    let taken = || taken(&ram);
     ram.write(0x3000, &[1]).unwrap();
-    ram.take_host_dirty(&mut bitmap);
-    assert!(bitmap.iter().all(|&w| w == 0));
+    assert_eq!(taken(), []);
 
     ram.set_tracking(true);
     ram.write(0x4fff, &[1, 2]).unwrap();
     ram.store_u16(0x9000, 7, Ordering::Release).unwrap();
-    ram.take_host_dirty(&mut bitmap);
-    assert_eq!(bitmap[0], 1 << 4 | 1 << 5 | 1 << 9);
+    assert_eq!(taken(), [(0, 1 << 4 | 1 << 5 | 1 << 9)]);
+    assert_eq!(taken(), [], "taken once");
+    ram.write(0x4000, &[1]).unwrap();
+    ram.set_tracking(false);
+    ram.set_tracking(true);
+    assert_eq!(taken(), [], "off and on again forgets");
+    ram.write(0x4000, &[1]).unwrap();
+    assert_eq!(taken(), [(0, 1 << 4)]);
+}
 
-    bitmap.fill(0);
-    ram.take_host_dirty(&mut bitmap);
-    assert_eq!(bitmap[0], 0, "taken once");
+fn taken(ram: &GuestRam) -> Vec<(usize, u64)> {
+    let mut taken = Vec::new();
+    ram.take_host_dirty(|at, pages| taken.push((at, pages)));
+    taken
+}
+
+#[test]
+fn host_writes_are_found_in_any_block_of_a_large_memory() {
+    // Only addresses: pages that nobody writes take no memory.
+    let ram = GuestRam::new(2 << 30, Pages::Small).unwrap();
+    ram.set_tracking(true);
+    let pages = [
+        0,
+        63,
+        64,
+        64 * 64 - 1,
+        64 * 64,
+        64 * 64 * 64 + 7,
+        (2 << 18) - 1,
+    ];
+    for _ in 0..3 {
+        for page in pages {
+            ram.write((page * PAGE_BYTES) as u64, &[1]).unwrap();
+        }
+        let mut marks: Vec<(usize, u64)> = Vec::new();
+        for page in pages {
+            match marks.last_mut() {
+                Some((at, word)) if *at == page / 64 => *word |= 1 << (page % 64),
+                _ => marks.push((page / 64, 1 << (page % 64))),
+            }
+        }
+        assert_eq!(taken(&ram), marks);
+        assert_eq!(taken(&ram), []);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -116,9 +153,7 @@ fn regions_are_one_memory() {
     ram.write(0x10_1000, b"high").unwrap();
     ram.write(0x3ffc, b"low!").unwrap();
     assert!(ram.write(0x3ffd, b"over").is_err());
-    let mut dirty = [0];
-    ram.take_host_dirty(&mut dirty);
-    assert_eq!(dirty, [1 << 3 | 1 << 5]);
+    assert_eq!(taken(&ram), [(0, 1 << 3 | 1 << 5)]);
     let mut page = [0; PAGE_BYTES];
     ram.copy_page_out(5, &mut page).unwrap();
     assert_eq!(&page[..4], b"high");

@@ -7,13 +7,10 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Weak;
-use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::super::guard::WriteGuard;
 use super::{GuestRam, PAGE_BYTES};
-
-/// Words of the marks of host writes that are looked at together.
-const LOOK_WORDS: usize = 32;
 
 impl GuestRam {
     /// Switches the tracking of host writes. After `set_tracking(true)` returns, every write that a
@@ -24,28 +21,14 @@ impl GuestRam {
         // has its bytes in memory when this returns, so a copy that starts now has them.
         expedited_barrier();
         if !on {
-            for word in &self.host_dirty {
-                word.store(0, Ordering::Relaxed);
-            }
+            self.host_dirty.clear();
         }
     }
 
-    /// Adds the pages that the host wrote since the last call to `bitmap` (one bit a page, at least
-    /// [`GuestRam::bitmap_words`] words) and forgets them here.
-    pub fn take_host_dirty(&self, bitmap: &mut [u64]) {
-        // The guest stands still meanwhile, and most of a large guest's words are 0.
-        let blocks = self.host_dirty.chunks(LOOK_WORDS);
-        for (words, outs) in blocks.zip(bitmap.chunks_mut(LOOK_WORDS)) {
-            let any = |all, word: &AtomicU64| all | word.load(Ordering::Relaxed);
-            if words.iter().fold(0, any) == 0 {
-                continue;
-            }
-            for (word, out) in words.iter().zip(outs) {
-                if word.load(Ordering::Relaxed) != 0 {
-                    *out |= word.swap(0, Ordering::AcqRel);
-                }
-            }
-        }
+    /// Gives the pages that the host wrote since the last call, as words of a bitmap (one bit a page) with their places, rising,
+    /// and forgets them here.
+    pub fn take_host_dirty(&self, each: impl FnMut(usize, u64)) {
+        self.host_dirty.take(each);
     }
 
     /// Names who is asked before host writes, in place of who was. Only while unarmed.
@@ -93,7 +76,7 @@ impl GuestRam {
             return;
         };
         for page in pages {
-            self.host_dirty[page / 64].fetch_or(1 << (page % 64), Ordering::Release);
+            self.host_dirty.add(page);
         }
     }
 }

@@ -182,7 +182,7 @@ impl Area {
         // Below the guest's number of pages, says the decoder.
         if let Some(entry) = self.index.get_mut(number as usize) {
             *entry = place;
-            self.held.words[number as usize / 64] |= 1 << (number % 64);
+            self.held.add(number as usize / 64, 1 << (number % 64));
         }
         Ok(())
     }
@@ -225,7 +225,7 @@ impl Area {
             return;
         };
         let place = std::mem::replace(entry, ABSENT);
-        self.held.words[number as usize / 64] &= !(1 << (number % 64));
+        self.held.remove(number as usize / 64, 1 << (number % 64));
         if let Some(slot) = place.checked_sub(FIRST_SLOT) {
             self.free.push(slot);
         }
@@ -234,7 +234,7 @@ impl Area {
     /// Another checkpoint comes in: nothing is named yet.
     pub fn begin(&mut self) {
         for number in self.named.drain(..) {
-            self.is_named.words[number as usize / 64] = 0;
+            self.is_named.remove(number as usize / 64, u64::MAX);
         }
     }
 
@@ -250,14 +250,10 @@ impl Area {
                 return Err(AreaError::Missing { number });
             }
             // Of the guest's: it was found.
-            let (word, bit) = (
-                &mut self.is_named.words[number as usize / 64],
-                1 << (number % 64),
-            );
-            if *word & bit != 0 {
+            let (word, bit) = (number as usize / 64, 1 << (number % 64));
+            if self.is_named.add(word, bit) == 0 {
                 return Err(AreaError::Twice { number });
             }
-            *word |= bit;
             self.named.push(number);
         }
         Ok(())

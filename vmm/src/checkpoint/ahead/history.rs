@@ -12,7 +12,7 @@
 //!
 //! Does not know which pages are owed, nor what was sent.
 
-use crate::checkpoint::pages::{PageBitmap, set_words};
+use crate::checkpoint::pages::PageBitmap;
 
 /// The longest time that a page has to be left alone is two to the power of this, in rounds.
 const PATIENCE_MAX_LOG2: u8 = 7;
@@ -85,26 +85,26 @@ impl History {
     }
 
     /// A round has found these pages in the log.
-    pub fn round(&mut self, written: &[u64]) {
+    pub fn round(&mut self, written: &PageBitmap) {
         self.round = self.round.wrapping_add(1);
         self.written(written);
-        for (at, word) in set_words(written) {
-            for number in bits(at, word & self.patient.words[at]) {
+        for (at, word) in written.set_words() {
+            for number in bits(at, word & self.patient.word(at)) {
                 self.written_in[number] = self.round;
             }
         }
     }
 
     /// The log has these pages.
-    pub fn written(&mut self, written: &[u64]) {
-        for (at, word) in set_words(written) {
-            self.left_alone.words[at] &= !word;
+    pub fn written(&mut self, written: &PageBitmap) {
+        for (at, word) in written.set_words() {
+            self.left_alone.remove(at, word);
         }
     }
 
     /// These of one word were written after they had gone ahead.
     pub fn wasted(&mut self, at: usize, pages: u64) {
-        self.patient.words[at] |= pages;
+        self.patient.add(at, pages);
         for number in bits(at, pages) {
             let patience = &mut self.patience_log2[number];
             *patience = (*patience + 1).min(PATIENCE_MAX_LOG2);
@@ -115,45 +115,45 @@ impl History {
     /// Of one word these were left alone in this round. Gives those that are worth sending, and how many of the others are new
     /// among those held back.
     pub fn admit(&mut self, at: usize, pages: u64) -> (u64, u32) {
-        let known = self.known.words[at];
+        let known = self.known.word(at);
         let [first, again] = self.tallies.map(|tally| match tally.pays() {
             true => u64::MAX,
             false => 0,
         });
-        let mut admitted = pages & !self.cheap.words[at] & (known | first) & (!known | again);
-        for number in bits(at, admitted & self.patient.words[at]) {
+        let mut admitted = pages & !self.cheap.word(at) & (known | first) & (!known | again);
+        for number in bits(at, admitted & self.patient.word(at)) {
             let rounds = self.round.wrapping_sub(self.written_in[number]);
             if rounds < 1 << self.patience_log2[number] {
                 admitted &= !(1 << (number % 64));
             }
         }
-        let held_back = pages & !admitted & !self.left_alone.words[at];
-        self.left_alone.words[at] |= pages;
+        let held_back = pages & !admitted & !self.left_alone.word(at);
+        self.left_alone.add(at, pages);
         (admitted, held_back.count_ones())
     }
 
     /// A checkpoint has decided about a page: it is dropped or nearly so, or it has to travel.
     pub fn learn(&mut self, number: u64, is_cheap: bool) {
         let (at, bit) = (number as usize / 64, 1 << (number % 64));
-        let was_known = self.known.words[at] & bit != 0;
-        let was_cheap = self.cheap.words[at] & bit != 0;
-        self.known.words[at] |= bit;
+        let was_known = self.known.word(at) & bit != 0;
+        let was_cheap = self.cheap.word(at) & bit != 0;
+        self.known.add(at, bit);
         match is_cheap {
-            true => self.cheap.words[at] |= bit,
-            false => self.cheap.words[at] &= !bit,
+            true => _ = self.cheap.add(at, bit),
+            false => self.cheap.remove(at, bit),
         }
-        if self.left_alone.words[at] & bit == 0 {
+        if self.left_alone.word(at) & bit == 0 {
             return;
         }
         if !was_cheap {
             self.latest[usize::from(was_known)].count(is_cheap);
         }
         // It would have held, had it been sent.
-        if self.patient.words[at] & bit != 0 {
+        if self.patient.word(at) & bit != 0 {
             let patience = &mut self.patience_log2[number as usize];
             *patience -= 1;
             if *patience == 0 {
-                self.patient.words[at] &= !bit;
+                self.patient.remove(at, bit);
             }
         }
     }
@@ -189,9 +189,15 @@ mod tests {
     }
 
     /// A checkpoint of pages that were left alone; gives what would have gone ahead.
+    fn of_word(pages: u64) -> PageBitmap {
+        let mut set = PageBitmap::new(64);
+        set.add(0, pages);
+        set
+    }
+
     fn checkpoint(h: &mut History, pages: u64, is_cheap: impl Fn(u64) -> bool) -> u64 {
-        h.round(&[pages]);
-        h.round(&[0]);
+        h.round(&of_word(pages));
+        h.round(&of_word(0));
         let (admitted, _) = h.admit(0, pages);
         for number in bits(0, pages) {
             h.learn(number as u64, is_cheap(number as u64));
@@ -254,7 +260,7 @@ mod tests {
         assert_eq!(checkpoint(&mut h, 0xff00_0000, |_| false), 0xff00_0000);
         // What was written until the last moment says nothing.
         let mut h = history();
-        h.round(&[0xff]);
+        h.round(&of_word(0xff));
         (0..8).for_each(|n| h.learn(n, true));
         h.rest();
         assert_eq!(checkpoint(&mut h, 0xff00, |_| true), 0xff00);
@@ -262,7 +268,7 @@ mod tests {
 
     /// One round; gives whether page 0 goes, and so is sent.
     fn goes(h: &mut History, is_sent: &mut bool, is_written: bool) -> bool {
-        h.round(&[u64::from(is_written)]);
+        h.round(&of_word(u64::from(is_written)));
         if is_written {
             h.wasted(0, u64::from(std::mem::take(is_sent)));
             return false;
@@ -289,14 +295,14 @@ mod tests {
         assert!(goes(&mut h, &mut is_sent, false));
         // Each checkpoint that finds it left alone halves the wait, sent or not.
         for _ in 0..PATIENCE_MAX_LOG2 {
-            assert_eq!(h.patient.words, [1]);
-            h.round(&[1]);
-            h.round(&[0]);
+            assert_eq!(h.patient.words(), [1]);
+            h.round(&of_word(1));
+            h.round(&of_word(0));
             h.admit(0, 1);
             h.learn(0, false);
             h.rest();
         }
-        assert_eq!(h.patient.words, [0]);
+        assert_eq!(h.patient.words(), [0]);
     }
 
     #[test]
@@ -312,14 +318,14 @@ mod tests {
     fn what_is_held_back_is_counted_once_while_it_is_left_alone() {
         let mut h = history();
         checkpoint(&mut h, 3, |_| true);
-        h.round(&[3]);
-        h.round(&[0]);
+        h.round(&of_word(3));
+        h.round(&of_word(0));
         assert_eq!(h.admit(0, 3), (0, 2));
-        h.round(&[0]);
+        h.round(&of_word(0));
         assert_eq!(h.admit(0, 3), (0, 0));
-        h.round(&[1]);
+        h.round(&of_word(1));
         assert_eq!(h.admit(0, 2), (0, 0));
-        h.round(&[0]);
+        h.round(&of_word(0));
         assert_eq!(h.admit(0, 3), (0, 1));
     }
 }

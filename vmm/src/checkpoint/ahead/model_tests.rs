@@ -75,7 +75,7 @@ impl Guest {
 
     fn write(&mut self, page: usize, byte: u8) {
         self.ram.write_page(page, &[byte; PAGE_BYTES]).unwrap();
-        self.dirty.words[page / 64] |= 1 << (page % 64);
+        self.dirty.add(page / 64, 1 << (page % 64));
     }
 
     fn page(&self, page: usize) -> Page {
@@ -84,10 +84,9 @@ impl Guest {
         bytes
     }
 
-    fn take(&mut self, words: &mut [u64]) {
-        for (out, word) in words.iter_mut().zip(&mut self.dirty.words) {
-            *out |= std::mem::take(word);
-        }
+    fn take(&mut self, set: &mut PageBitmap) {
+        set.merge(&self.dirty);
+        self.dirty.clear();
     }
 }
 
@@ -159,10 +158,10 @@ impl Life {
     /// One checkpoint, as the capture, the outbound end and the stage make it.
     fn checkpoint(&mut self, fate: Fate) {
         let mut in_flight = PageBitmap::new(PAGES);
-        self.pvm.take(&mut in_flight.words);
+        self.pvm.take(&mut in_flight);
         self.ahead.captured(&in_flight);
-        in_flight.merge(&self.owed.words);
-        in_flight.merge(&self.svm.dirty.words);
+        in_flight.merge(&self.owed);
+        in_flight.merge(&self.svm.dirty);
         self.owed.clear();
         let image: Vec<Page> = (0..PAGES).map(|page| self.pvm.page(page)).collect();
         let kept: Vec<u64> = self.ahead.to_keep(&in_flight).iter().collect();
@@ -209,7 +208,7 @@ impl Life {
             }
             self.used += named;
         } else {
-            self.owed.merge(&in_flight.words);
+            self.owed.merge(&in_flight);
         }
         self.ahead.rest(self.now);
         self.is_damaged = false;
@@ -221,8 +220,8 @@ impl Life {
             Step::SvmWrite(page, byte) => self.svm.write(page, byte),
             Step::Round => {
                 let pvm = &mut self.pvm;
-                let take = |words: &mut [u64]| {
-                    pvm.take(words);
+                let take = |set: &mut PageBitmap| {
+                    pvm.take(set);
                     Ok::<_, Infallible>(())
                 };
                 self.ahead.round(&mut self.owed, self.now, take).unwrap();

@@ -22,7 +22,7 @@ use crate::checkpoint::codec::digest::DIGEST_BYTES;
 use crate::checkpoint::codec::record::{CHUNK_HEAD_BYTES, EncodeError, RECORD_MAX_BYTES};
 use crate::checkpoint::codec::zero::is_zero;
 use crate::checkpoint::codec::{Encoder, Page, PageDigest, PageKey, Payload};
-use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap, set_words};
+use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
 
 /// What the guest pays for a page that is protected again, generously: a fault of some microseconds.
 const FAULT: Duration = Duration::from_micros(4);
@@ -145,24 +145,24 @@ impl Ahead {
         &mut self,
         owed: &mut PageBitmap,
         now: Instant,
-        take: impl FnOnce(&mut [u64]) -> Result<(), E>,
+        take: impl FnOnce(&mut PageBitmap) -> Result<(), E>,
     ) -> Result<(), E> {
         self.scratch.clear();
-        let taken = take(&mut self.scratch.words);
-        self.history.round(&self.scratch.words);
+        let taken = take(&mut self.scratch);
+        self.history.round(&self.scratch);
         self.forget_written();
-        let (mut due_pages, mut fresh_pages, mut hot_pages) = (0, 0, 0);
-        for (at, written) in self.scratch.words.iter().enumerate() {
-            let owed = &mut owed.words[at];
-            let left_alone = *owed & !written & !self.sent.words[at];
+        let (mut due_pages, mut hot_pages) = (0, 0);
+        self.due.clear();
+        for (at, owed) in owed.set_words() {
+            let written = self.scratch.word(at);
+            let left_alone = owed & !written & !self.sent.word(at);
             let (due, held_back) = self.history.admit(at, left_alone);
-            self.due.words[at] = due;
+            self.due.add(at, due);
             self.counters.held_back_pages += u64::from(held_back);
             due_pages += due.count_ones();
-            fresh_pages += (written & !*owed).count_ones();
-            hot_pages += (written & *owed).count_ones();
-            *owed |= written;
+            hot_pages += (written & owed).count_ones();
         }
+        let fresh_pages = owed.merge(&self.scratch);
         self.due_from = 0;
         self.chunk_at = self.chunk_at.max(Some(now));
         self.counters.rounds += 1;
@@ -226,7 +226,7 @@ impl Ahead {
             && let Some(number) = self.next_due()
         {
             let (word, bit) = (number / 64, 1 << (number % 64));
-            if self.held.words[word] & bit == 0 {
+            if self.held.word(word) & bit == 0 {
                 if self.held_pages == self.limit_pages {
                     let stale = (!is_full).then(|| self.next_stale()).flatten();
                     let Some(stale) = stale else {
@@ -239,11 +239,11 @@ impl Ahead {
                     forgotten += 1;
                     self.held_pages -= 1;
                 }
-                self.held.words[word] |= bit;
+                self.held.add(word, bit);
                 self.held_pages += 1;
             }
             // From here on it is no page that the area holds for nothing.
-            self.sent.words[word] |= bit;
+            self.sent.add(word, bit);
             numbers[count] = number as u64;
             count += 1;
         }
@@ -251,10 +251,11 @@ impl Ahead {
     }
 
     fn next_due(&mut self) -> Option<usize> {
-        while let Some(word) = self.due.words.get_mut(self.due_from) {
-            if *word != 0 {
+        while self.has_due() {
+            let word = self.due.word(self.due_from);
+            if word != 0 {
                 let bit = word.trailing_zeros() as usize;
-                *word &= *word - 1;
+                self.due.remove(self.due_from, 1 << bit);
                 return Some(self.due_from * 64 + bit);
             }
             self.due_from += 1;
@@ -264,13 +265,13 @@ impl Ahead {
 
     /// A page that the area holds for nothing: it was written since. Not one that is due, which would come back.
     fn next_stale(&mut self) -> Option<usize> {
-        let words = self.held.words.len();
+        let words = self.held.words().len();
         for _ in 0..words {
             let at = self.forget_from % words;
-            let stale = self.held.words[at] & !self.sent.words[at] & !self.due.words[at];
+            let stale = self.held.word(at) & !self.sent.word(at) & !self.due.word(at);
             if stale != 0 {
                 let bit = stale.trailing_zeros() as usize;
-                self.held.words[at] &= !(1 << bit);
+                self.held.remove(at, 1 << bit);
                 return Some(at * 64 + bit);
             }
             self.forget_from = at + 1;
@@ -279,14 +280,14 @@ impl Ahead {
     }
 
     fn has_due(&self) -> bool {
-        self.due_from < self.due.words.len()
+        self.due_from < self.due.words().len()
     }
 
     fn drop_due(&mut self) {
         if self.has_due() {
             self.due.clear();
         }
-        self.due_from = self.due.words.len();
+        self.due_from = self.due.words().len();
     }
 
     /// A chunk of so many bytes went to a link of which so much is ours.
@@ -313,8 +314,8 @@ impl Ahead {
     pub fn captured(&mut self, written: &PageBitmap) {
         self.is_resting = false;
         self.drop_due();
-        self.scratch.words.copy_from_slice(&written.words);
-        self.history.written(&written.words);
+        self.scratch.copy_from(written);
+        self.history.written(written);
         self.forget_written();
     }
 
@@ -329,10 +330,9 @@ impl Ahead {
         if self.held_pages == 0 {
             return;
         }
-        for (at, written) in set_words(&self.scratch.words) {
-            let sent = &mut self.sent.words[at];
-            let wasted = *sent & written;
-            *sent &= !written;
+        for (at, written) in self.scratch.set_words() {
+            let wasted = self.sent.word(at) & written;
+            self.sent.remove(at, written);
             if wasted != 0 {
                 self.counters.wasted_pages += u64::from(wasted.count_ones());
                 self.history.wasted(at, wasted);
@@ -358,9 +358,9 @@ impl Ahead {
         if self.held_pages == 0 {
             return union;
         }
-        let words = union.words.iter().zip(&self.sent.words);
-        for (keep, (union, sent)) in self.scratch.words.iter_mut().zip(words) {
-            *keep = union & !sent;
+        self.scratch.clear();
+        for (at, pages) in union.set_words() {
+            self.scratch.add(at, pages & !self.sent.word(at));
         }
         &self.scratch
     }

@@ -37,12 +37,8 @@ impl Bench {
         self.now = at;
         assert!(self.ahead.is_round_due(at));
         let set = set_of(written);
-        let take = |words: &mut [u64]| {
-            let mut bitmap = PageBitmap {
-                words: words.to_vec(),
-            };
-            bitmap.merge(&set.words);
-            words.copy_from_slice(&bitmap.words);
+        let take = |bitmap: &mut PageBitmap| {
+            bitmap.merge(&set);
             Ok::<_, Infallible>(())
         };
         self.ahead.round(&mut self.owed, at, take).unwrap();
@@ -79,7 +75,7 @@ impl Bench {
 fn set_of(pages: &[u64]) -> PageBitmap {
     let mut set = PageBitmap::new(PAGES);
     for page in pages {
-        set.words[*page as usize / 64] |= 1 << (page % 64);
+        set.add(*page as usize / 64, 1 << (page % 64));
     }
     set
 }
@@ -229,8 +225,8 @@ fn the_link_is_shared() {
 #[test]
 fn a_log_that_fails_loses_no_page() {
     let mut b = Bench::new(PAGES);
-    let take = |words: &mut [u64]| {
-        words[0] = 2;
+    let take = |set: &mut PageBitmap| {
+        set.add(0, 2);
         Err("no log")
     };
     assert!(b.ahead.round(&mut b.owed, b.now, take).is_err());

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use super::{CaptureCommand, CaptureEvent, CaptureThread};
 use crate::checkpoint::ahead::primary::Ahead;
 use crate::checkpoint::outbound::{AheadError, AheadStep};
+use crate::checkpoint::pages::PageBitmap;
 
 impl CaptureThread {
     /// Pages may be sent ahead to a secondary that keeps so much of them.
@@ -45,7 +46,7 @@ impl CaptureThread {
             return;
         };
         let machine = &self.machine;
-        let take = |words: &mut [u64]| machine.take_dirty(words);
+        let take = |set: &mut PageBitmap| machine.take_dirty(set);
         let step = session
             .outbound
             .step_ahead(machine.ram(), &mut self.carry, take);

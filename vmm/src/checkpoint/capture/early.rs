@@ -38,19 +38,22 @@ impl CaptureThread {
     /// Adds what the log names since it was read last to the pages in flight. Gives how many the secondary has already of
     /// those that it is owed.
     pub(super) fn collect(&mut self) -> Result<u64, CaptureError> {
-        let taken = self.machine.take_dirty(&mut self.written.words);
-        self.in_flight.merge(&self.written.words);
+        let taken = self.machine.take_dirty(&mut self.written);
+        self.in_flight.merge(&self.written);
         taken?;
         let session = self.session.as_mut();
         Ok(session.map_or(0, |session| session.outbound.captured(&self.written)))
     }
 
     /// Keeps the pages in flight as they are now; the guest stands still, and the log was looked at.
-    pub(super) fn keep(&mut self) -> Result<Stable, CaptureError> {
+    pub(super) fn keep(&mut self, cost: &mut CaptureCost) -> Result<Stable, CaptureError> {
         let session = self.session.as_mut().ok_or(CaptureError::NoSecondary)?;
         let policy = self.settings.stabilise;
         let keep = session.outbound.to_keep(&self.in_flight);
-        Ok(session.stabiliser.take_since(keep, &self.written, policy)?)
+        let again_before = session.stabiliser.early_again_pages();
+        let stable = session.stabiliser.take_since(keep, &self.written, policy)?;
+        cost.again_pages = session.stabiliser.early_again_pages() - again_before;
+        Ok(stable)
     }
 }
 

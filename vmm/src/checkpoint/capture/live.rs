@@ -54,7 +54,7 @@ impl CaptureThread {
         let stabiliser = stabiliser.map_err(|e| e.to_string())?;
         machine.set_dirty_logging(true).map_err(|e| e.to_string())?;
         // A joining secondary has zeros everywhere: holes are there already.
-        let found = ram.find_data(&mut self.carry.words);
+        let found = ram.find_data(self.carry.words_mut());
         found.map_err(|e| e.to_string())?;
         Ok(Session {
             outbound,
@@ -90,7 +90,7 @@ impl CaptureThread {
         let failure = match sent {
             Ok(sent_pages) => {
                 self.in_flight.clear();
-                match machine.take_dirty(&mut self.carry.words) {
+                match machine.take_dirty(&mut self.carry) {
                     Ok(()) => {
                         self.session = Some(session);
                         return self.post.send(CaptureEvent::SyncRound {
@@ -103,7 +103,7 @@ impl CaptureThread {
                 }
             }
             Err(SendError::CalledOff) => {
-                self.carry.merge(&self.in_flight.words);
+                self.carry.merge(&self.in_flight);
                 self.in_flight.clear();
                 self.session = Some(session);
                 return;

@@ -97,7 +97,7 @@ impl Lab {
 
     fn in_use(&self) -> PageBitmap {
         let mut pages = PageBitmap::new(self.machine.ram().page_count());
-        self.machine.ram().find_data(&mut pages.words).unwrap();
+        self.machine.ram().find_data(pages.words_mut()).unwrap();
         pages
     }
 

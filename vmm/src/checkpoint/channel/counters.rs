@@ -22,6 +22,8 @@ pub struct Counters {
     /// Times that memory to receive into could not be registered (RLIMIT_MEMLOCK), or a receive into it was refused: it is
     /// received into all the same.
     pub unregistered_receives: u64,
+    /// Receives of pages into memory that is not registered, because as much is as can be (16 GiB, or RLIMIT_MEMLOCK).
+    pub receives_beyond_registered: u64,
     /// Times that the sender waited for a free buffer.
     pub buffer_waits: u64,
     /// System calls (`io_uring_enter`).

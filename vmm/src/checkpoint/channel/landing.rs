@@ -20,7 +20,7 @@ use super::memory::{Mapping, PAGE_BYTES};
 use super::settings::STREAMS_MAX;
 
 /// Pages of a block: as many as the largest chunk has.
-const BLOCK_PAGES: usize = 1024;
+pub(super) const BLOCK_PAGES: usize = 1024;
 /// Pages of a block, and those of the streams behind them.
 pub(super) const BLOCK_PAGES_ALL: usize = BLOCK_PAGES + STREAMS_MAX;
 /// Blocks that are kept for the next checkpoint without being used.

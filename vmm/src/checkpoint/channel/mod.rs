@@ -153,6 +153,7 @@ impl PageChannel {
             enters: self.operations.enters(),
             fixed_bytes: self.operations.fixed_bytes(),
             unregistered_receives: self.operations.unregistered_receives(),
+            receives_beyond_registered: self.operations.receives_beyond(),
             ..self.counters
         }
     }

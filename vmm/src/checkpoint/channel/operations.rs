@@ -176,6 +176,11 @@ impl Operations {
         self.pinned.refused()
     }
 
+    /// How many receives went into memory that is not registered, because as much is as can be.
+    pub(super) fn receives_beyond(&self) -> u64 {
+        self.pinned.beyond()
+    }
+
     /// Lets go of memory that was registered for landings, and is unmapped.
     pub(super) fn give_back(&mut self) {
         self.pinned.give_back(&self.ring);

@@ -11,8 +11,8 @@
 use std::io;
 use std::rc::{Rc, Weak};
 
-use super::landing::BLOCK_PAGES_ALL;
-use super::memory::Mapping;
+use super::landing::{BLOCK_PAGES, BLOCK_PAGES_ALL};
+use super::memory::{Mapping, PAGE_BYTES};
 use super::ring::Ring;
 
 /// The place of the buffers that are sent.
@@ -29,6 +29,7 @@ pub(super) const SLOTS: u32 = BLOCK_SLOT as u32 + BLOCKS_MAX as u32;
 /// What is registered for receives.
 #[derive(Debug)]
 pub(super) struct Pinned {
+    blocks_max: usize,
     /// The kernel can do it.
     is_on: bool,
     has_buffers: bool,
@@ -39,18 +40,22 @@ pub(super) struct Pinned {
     /// Nothing more can be registered.
     is_full: bool,
     refused: u64,
+    /// Receives into blocks without a place.
+    beyond: u64,
 }
 
 impl Pinned {
     /// With the streams' buffers.
     pub(super) fn new(ring: &Ring, buffers: libc::iovec) -> Self {
         let mut pinned = Self {
+            blocks_max: BLOCKS_MAX,
             is_on: ring.reads_fixed,
             has_buffers: false,
             blocks: Vec::new(),
             last: 0,
             is_full: false,
             refused: 0,
+            beyond: 0,
         };
         if pinned.is_on {
             let done = ring.pin(RECEIVE_SLOT, buffers);
@@ -75,7 +80,11 @@ impl Pinned {
         };
         if !self.blocks.get(self.last).is_some_and(is_it) {
             let known = self.blocks.iter().position(is_it);
-            self.last = known.or_else(|| self.register(ring, block))?;
+            let Some(place) = known.or_else(|| self.register(ring, block)) else {
+                self.beyond += 1;
+                return None;
+            };
+            self.last = place;
         }
         Some(BLOCK_SLOT + self.last as u16)
     }
@@ -84,7 +93,13 @@ impl Pinned {
         self.give_back(ring);
         let free = self.blocks.iter().position(Option::is_none);
         let index = free.unwrap_or(self.blocks.len());
-        if self.is_full || index >= BLOCKS_MAX {
+        if self.is_full || index >= self.blocks_max {
+            if self.beyond == 0 {
+                let mib = (self.blocks.len() * BLOCK_PAGES * PAGE_BYTES) >> 20;
+                tracing::warn!(
+                    "page channel: what is received beyond {mib} MiB is not registered, and takes longer"
+                );
+            }
             return None;
         }
         let part = block.part(BLOCK_PAGES_ALL);
@@ -123,6 +138,11 @@ impl Pinned {
     /// How often something was refused.
     pub(super) fn refused(&self) -> u64 {
         self.refused
+    }
+
+    /// How many receives went into blocks that are not registered, because as many are as can be.
+    pub(super) fn beyond(&self) -> u64 {
+        self.beyond
     }
 
     fn count(&mut self, done: io::Result<()>, bytes: usize) -> bool {
@@ -189,6 +209,28 @@ mod tests {
             (pinned.buffers(), pinned.block(&ring, &second)),
             (None, None)
         );
-        assert_eq!(pinned.refused(), 1);
+        assert_eq!((pinned.refused(), pinned.beyond()), (1, 0));
+    }
+
+    #[test]
+    fn receives_beyond_what_can_be_registered_are_counted() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (buffers, part) = Buffer::carve(&[4096, 4096], 1).unwrap();
+        let ring = Ring::new(8, 8, &[socket.as_raw_fd()], part).unwrap();
+        let mut pinned = Pinned::new(&ring, Buffer::span(&buffers[1..]));
+        if !ring.reads_fixed {
+            return;
+        }
+        pinned.blocks_max = 1;
+        let block = || Rc::new(Mapping::new(3 * 4096).unwrap());
+        let (first, second) = (block(), block());
+        for receives in 1..4 {
+            assert_eq!(pinned.block(&ring, &first), Some(BLOCK_SLOT));
+            assert_eq!(pinned.block(&ring, &second), None);
+            assert_eq!((pinned.beyond(), pinned.refused()), (receives, 0));
+        }
+        drop(first);
+        assert_eq!(pinned.block(&ring, &second), Some(BLOCK_SLOT));
+        assert_eq!(pinned.beyond(), 3);
     }
 }

@@ -32,13 +32,15 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::pages::PAGE_BYTES;
+use super::pages::{PAGE_BYTES, PageBitmap};
 use crate::machine::KvmError;
 use bitmap::Bitmap;
 use ring::Rings;
 
 /// Entries of a vCPU's ring unless the configuration says otherwise: KVM's maximum.
 pub const RING_ENTRIES: u32 = 65_536;
+/// From so much RAM on `Auto` is the ring.
+const RING_FROM_BYTES: u64 = 4 << 30;
 /// Bytes of one ring entry, a `kvm_dirty_gfn`.
 const ENTRY_BYTES: u32 = 16;
 
@@ -46,7 +48,7 @@ const ENTRY_BYTES: u32 = 16;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DirtyChoice {
-    /// The better one here: see [`DirtyTracker::new`].
+    /// The one that makes the shorter pause with so much RAM: see [`DirtyTracker::new`].
     #[default]
     Auto,
     /// The bitmap.
@@ -137,12 +139,10 @@ impl DirtyTracker {
         settings: DirtySettings,
     ) -> Result<Self, KvmError> {
         let slots = slots_of(&ram);
-        let ring = match settings.choice {
-            DirtyChoice::Ring => enable_ring(&fd, settings.ring_entries)?,
-            DirtyChoice::Auto | DirtyChoice::Bitmap => false,
-        };
+        let ring =
+            wants_ring(settings.choice, ram.bytes()) && enable_ring(&fd, settings.ring_entries)?;
         let (mechanism, log) = if ring {
-            let rings = Rings::new(settings.ring_entries, slots, ram.bitmap_words());
+            let rings = Rings::new(settings.ring_entries, slots, ram.page_count());
             (DirtyMechanism::Ring, Log::Ring(rings))
         } else {
             let manual = enable_manual_protect(&fd)?;
@@ -194,9 +194,8 @@ impl DirtyTracker {
         Ok(())
     }
 
-    /// Adds to `bitmap` (one bit a page, [`GuestRam::bitmap_words`] words) what guest and host wrote since the last call,
-    /// and starts anew. Only while it is on.
-    pub fn take(&self, bitmap: &mut [u64]) -> Result<(), KvmError> {
+    /// Adds to `set` what guest and host wrote since the last call, and starts anew. Only while it is on.
+    pub fn take(&self, set: &mut PageBitmap) -> Result<(), KvmError> {
         let mut state = self.lock();
         if !state.on {
             let off = kvm_ioctls::Error::new(libc::ENOENT);
@@ -208,13 +207,13 @@ impl DirtyTracker {
             Log::Bitmaps(logs) => {
                 let mut pages = 0;
                 for log in logs {
-                    pages += log.take(&self.fd, bitmap)?;
+                    pages += log.take(&self.fd, set)?;
                 }
                 pages
             }
-            Log::Ring(rings) => rings.take(&self.fd, bitmap)?,
+            Log::Ring(rings) => rings.take(&self.fd, set)?,
         };
-        self.ram.take_host_dirty(bitmap);
+        self.ram.take_host_dirty(|at, pages| _ = set.add(at, pages));
         self.taken.fetch_add(1, Ordering::Relaxed);
         self.guest_pages.fetch_add(pages, Ordering::Relaxed);
         Ok(())
@@ -275,6 +274,15 @@ fn slots_of(ram: &GuestRam) -> Vec<Slot> {
     (0..).zip(ram.ranges()).map(slot).collect()
 }
 
+/// `Auto`: see [`DirtyTracker::new`].
+fn wants_ring(choice: DirtyChoice, ram_bytes: u64) -> bool {
+    match choice {
+        DirtyChoice::Auto => ram_bytes >= RING_FROM_BYTES,
+        DirtyChoice::Bitmap => false,
+        DirtyChoice::Ring => true,
+    }
+}
+
 /// Whether the machine has rings now.
 fn enable_ring(fd: &VmFd, entries: u32) -> Result<bool, KvmError> {
     // Without the acquire/release form the plain one is meant for x86, where it is the same.
@@ -288,7 +296,7 @@ fn enable_ring(fd: &VmFd, entries: u32) -> Result<bool, KvmError> {
         }
     }
     tracing::warn!(
-        "KVM has no dirty ring here: checkpoint.dirty = \"ring\" falls back to the bitmap"
+        "KVM has no dirty ring here, so the bitmap it is: the more memory, the longer its pauses"
     );
     Ok(false)
 }

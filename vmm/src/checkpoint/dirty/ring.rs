@@ -11,6 +11,7 @@ use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::Slot;
+use crate::checkpoint::pages::PageBitmap;
 use crate::machine::KvmError;
 
 /// Bits of `kvm_dirty_gfn::flags`.
@@ -94,19 +95,16 @@ pub(super) struct Rings {
     entries: u32,
     slots: Vec<Slot>,
     /// Collected, not taken yet.
-    pending: Box<[u64]>,
-    /// Words of `pending` that are not 0 lie in here.
-    touched: std::ops::Range<usize>,
+    pending: PageBitmap,
 }
 
 impl Rings {
-    pub(super) fn new(entries: u32, slots: Vec<Slot>, words: usize) -> Self {
+    pub(super) fn new(entries: u32, slots: Vec<Slot>, pages: usize) -> Self {
         Self {
             rings: Vec::new(),
             entries,
             slots,
-            pending: vec![0; words].into_boxed_slice(),
-            touched: 0..0,
+            pending: PageBitmap::new(pages),
         }
     }
 
@@ -127,14 +125,7 @@ impl Rings {
                     continue;
                 };
                 let page = slot.first_page + page as usize;
-                let word = page / 64;
-                if let Some(bits) = self.pending.get_mut(word) {
-                    *bits |= 1 << (page % 64);
-                    self.touched = match self.touched.is_empty() {
-                        true => word..word + 1,
-                        false => self.touched.start.min(word)..self.touched.end.max(word + 1),
-                    };
-                }
+                self.pending.add(page / 64, 1 << (page % 64));
             }
         }
         match harvested {
@@ -143,26 +134,22 @@ impl Rings {
         }
     }
 
-    /// Adds the pages written to `bitmap`; gives how many they are.
-    pub(super) fn take(&mut self, fd: &VmFd, bitmap: &mut [u64]) -> Result<u64, KvmError> {
+    /// Adds the pages written to `set`; gives how many they are.
+    pub(super) fn take(&mut self, fd: &VmFd, set: &mut PageBitmap) -> Result<u64, KvmError> {
         self.collect(fd)?;
         let mut pages = 0;
-        let touched = std::mem::take(&mut self.touched);
-        for at in touched {
-            let word = std::mem::take(&mut self.pending[at]);
+        for (at, word) in self.pending.set_words() {
+            set.add(at, word);
             pages += u64::from(word.count_ones());
-            if let Some(out) = bitmap.get_mut(at) {
-                *out |= word;
-            }
         }
+        self.pending.clear();
         Ok(pages)
     }
 
     /// Empties rings and set.
     pub(super) fn forget(&mut self, fd: &VmFd) -> Result<(), KvmError> {
         self.collect(fd)?;
-        self.pending.fill(0);
-        self.touched = 0..0;
+        self.pending.clear();
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ const SMALL_RING: &str = "[checkpoint]\ndirty = \"ring\"\ndirty_ring_entries = 1
 
 fn take(guest: &Guest) -> Vec<u64> {
     let mut bitmap = PageBitmap::new(guest.machine.ram().page_count());
-    guest.machine.take_dirty(&mut bitmap.words).unwrap();
+    guest.machine.take_dirty(&mut bitmap).unwrap();
     written(&bitmap)
 }
 
@@ -94,13 +94,38 @@ fn nothing_is_logged_while_it_is_off() {
         guest.write_once(BASE, 100, 4096);
         guest.machine.set_dirty_logging(false).unwrap();
         guest.write_once(BASE, 100, 4096);
-        let mut bitmap = vec![0; guest.machine.ram().bitmap_words()];
+        let mut bitmap = PageBitmap::new(guest.machine.ram().page_count());
         let off = guest.machine.take_dirty(&mut bitmap).unwrap_err();
         assert!(off.to_string().contains("switched on first"), "{off}");
         guest.machine.set_dirty_logging(true).unwrap();
         assert_eq!(take(&guest), [] as [u64; 0], "{more}");
         guest.write_once(BASE, 2, 4096);
         assert_eq!(take(&guest).len(), 3, "{more}");
+    }
+}
+
+#[test]
+fn auto_is_the_log_that_makes_the_shorter_pause_with_so_much_memory() {
+    let more_than = |bytes| [bytes - 4096, bytes].map(|ram| wants_ring(DirtyChoice::Auto, ram));
+    assert_eq!(more_than(RING_FROM_BYTES), [false, true]);
+    for bytes in [0, RING_FROM_BYTES, u64::MAX] {
+        assert!(wants_ring(DirtyChoice::Ring, bytes) && !wants_ring(DirtyChoice::Bitmap, bytes));
+    }
+    // Memory that no guest touches takes none.
+    let mib = RING_FROM_BYTES >> 20;
+    for (ram_mib, expected) in [
+        (mib - 1, DirtyMechanism::Bitmap),
+        (mib, DirtyMechanism::Ring),
+    ] {
+        let guest = Guest::start(ON_ORDER, ram_mib, "");
+        let machine = &guest.machine;
+        assert_eq!(machine.dirty_stats().mechanism, expected, "{ram_mib} MiB");
+        machine.resume_vcpus().unwrap();
+        guest.write_once(BASE, 1, 1);
+        machine.set_dirty_logging(true).unwrap();
+        take(&guest);
+        guest.write_once(BASE, 3, 4096);
+        assert_eq!(take(&guest).len(), 4, "{ram_mib} MiB");
     }
 }
 
@@ -135,10 +160,10 @@ fn what_is_written_between_two_readings_is_in_one_of_them() {
         guest.set(0, order);
         let mut readings = 0;
         while guest.word(ORDERS + 8) != order {
-            guest.machine.take_dirty(&mut seen.words).unwrap();
+            guest.machine.take_dirty(&mut seen).unwrap();
             readings += 1;
         }
-        guest.machine.take_dirty(&mut seen.words).unwrap();
+        guest.machine.take_dirty(&mut seen).unwrap();
         let mut expected = pages(BASE, 10_000, 4096);
         expected.insert(0, ORDERS_PAGE);
         assert!(readings > 0);
@@ -200,7 +225,7 @@ fn memory_above_the_register_windows_is_tracked_and_kept_like_the_rest() {
         let mut expected = vec![ORDERS_PAGE, first_high - 1];
         expected.extend(first_high..first_high + 100);
         let mut set = PageBitmap::new(machine.ram().page_count());
-        machine.take_dirty(&mut set.words).unwrap();
+        machine.take_dirty(&mut set).unwrap();
         same(&written(&set), &expected, more);
 
         let view = machine.guest_view().cloned();

@@ -66,7 +66,7 @@ impl Outbound {
         &mut self,
         ram: &GuestRam,
         owed: &mut PageBitmap,
-        take: impl FnOnce(&mut [u64]) -> Result<(), E>,
+        take: impl FnOnce(&mut PageBitmap) -> Result<(), E>,
     ) -> Result<AheadStep, AheadError<E>> {
         let now = Instant::now();
         let Some(ahead) = &mut self.ahead else {

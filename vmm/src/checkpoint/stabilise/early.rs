@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::arena::Slots;
 use super::stable::Stable;
 use super::{PAGE_BYTES, PageBitmap, StabiliseError, StabilisePolicy, Stabiliser};
-use super::{copy_all, runs, set_words};
+use super::{copy_all, runs};
 
 /// Copying early has to save so many copies for each page that is written again: there the guest meets another fault of the
 /// dirty log, which takes it ten times as long as a copy and more.
@@ -54,6 +54,8 @@ pub(super) struct Early {
     last_pages: u64,
     pub(super) captures: u64,
     pub(super) left: u64,
+    /// Pages copied early and written again before the pause, so far.
+    pub(super) again_pages: u64,
 }
 
 /// What of a set is still to be copied in the pause.
@@ -83,7 +85,7 @@ impl Early {
 
     fn note(&mut self, set: &PageBitmap) {
         let mut slot = 0;
-        self.places.extend(set_words(&set.words).map(|(at, pages)| {
+        self.places.extend(set.set_words().map(|(at, pages)| {
             let place = Place { at, pages, slot };
             slot += pages.count_ones();
             place
@@ -98,11 +100,11 @@ impl Early {
         mut each: impl FnMut(usize, Option<&Place>, u64, u64),
     ) {
         let mut places = places.iter().peekable();
-        for (at, word) in set_words(&union.words) {
+        for (at, word) in union.set_words() {
             while places.next_if(|place| place.at < at).is_some() {}
             let place = places.next_if(|place| place.at == at);
             let copied = place.map_or(0, |place| place.pages);
-            let written = written.words.get(at).copied().unwrap_or(u64::MAX);
+            let written = written.words().get(at).copied().unwrap_or(u64::MAX);
             each(at, place, word & copied & written, word & !copied);
         }
     }
@@ -121,7 +123,13 @@ impl Stabiliser {
     /// Whether pages of the next capture, which has `known_pages` at least, are to be copied before its pause. Asked once for
     /// each capture: a no wears off.
     pub fn wants_early(&mut self, policy: StabilisePolicy, known_pages: u64) -> bool {
-        policy == StabilisePolicy::Copy && self.early.pays(known_pages)
+        copies_early(policy) && self.early.pays(known_pages)
+    }
+
+    /// Pages that were copied early and written again before the pause, since the start. Each met one more fault of the dirty
+    /// log, and was copied for nothing.
+    pub fn early_again_pages(&self) -> u64 {
+        self.early.again_pages
     }
 
     /// Copies pages while the guest runs, after the dirty log was collected: what is written from then on is what
@@ -156,12 +164,12 @@ impl Stabiliser {
         written: &PageBitmap,
         policy: StabilisePolicy,
     ) -> Result<Stable, StabiliseError> {
-        let stable = match policy {
-            StabilisePolicy::Copy => self.complete(union, written),
-            _ => None,
-        };
-        match stable {
-            Some(stable) => Ok(stable),
+        let stable = copies_early(policy).then(|| self.complete(union, written));
+        match stable.flatten() {
+            Some(stable) => {
+                self.remember(union, policy);
+                Ok(stable)
+            }
             None => self.take(union, policy),
         }
     }
@@ -176,6 +184,7 @@ impl Stabiliser {
         let pages = union.count() as u64;
         early.expected_again = rest.again;
         early.last_pages = pages;
+        early.again_pages += rest.again;
         if (rest.again + rest.fresh) * 2 > pages {
             return None;
         }
@@ -184,16 +193,16 @@ impl Stabiliser {
         let copied = shared.arena.bytes_mut(&mut copied);
         let mut fresh_room = shared.arena.bytes_mut(&mut more);
         Early::each_word(&early.places, union, written, |at, place, again, fresh| {
-            runs::each_exact(&[again], |run| {
-                let slot = place.and_then(|place| place.slot_of(run.start as u32));
+            runs::each_exact([(at, again)], |run| {
+                let slot = place.and_then(|place| place.slot_of(run.start as u32 % 64));
                 let from = slot.map_or(0, |slot| (slot - first) as usize * PAGE_BYTES);
                 let out = &mut copied[from..from + run.len() * PAGE_BYTES];
-                shared.copy(at * 64 + run.start, out);
+                shared.copy(run.start, out);
             });
-            runs::each_exact(&[fresh], |run| {
+            runs::each_exact([(at, fresh)], |run| {
                 let room = std::mem::take(&mut fresh_room);
                 let (out, left) = room.split_at_mut(run.len() * PAGE_BYTES);
-                shared.copy(at * 64 + run.start, out);
+                shared.copy(run.start, out);
                 fresh_room = left;
             });
         });
@@ -204,4 +213,8 @@ impl Stabiliser {
         let slots = (places, fresh_first);
         Some(Stable::copied(shared, union, pages, slots, begun.elapsed()))
     }
+}
+
+fn copies_early(policy: StabilisePolicy) -> bool {
+    matches!(policy, StabilisePolicy::Auto | StabilisePolicy::Copy)
 }

@@ -24,7 +24,6 @@
 mod arena;
 mod calibrate;
 mod early;
-mod model;
 mod runs;
 mod serve;
 mod shared;
@@ -34,7 +33,7 @@ mod uffd;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use colo_fastpath::ring::{GuestRam, WriteGuard};
 use serde::{Deserialize, Serialize};
@@ -42,15 +41,13 @@ use serde::{Deserialize, Serialize};
 use crate::machine::GuestView;
 use arena::Arena;
 use early::Early;
-use model::Outlook;
 use serve::FaultThread;
 use shared::{DUE, FREE, HOST_SLOTS, Shared};
 
-pub use model::Model;
 pub use stable::{Kept, Stable, StableCost};
 pub use uffd::UffdError;
 
-use super::pages::{PAGE_BYTES, PageBitmap, set_words};
+use super::pages::{PAGE_BYTES, PageBitmap};
 
 /// Arena that is ready before the first capture, in pages.
 const WARM_PAGES: u32 = 4096;
@@ -61,10 +58,15 @@ const PARALLEL_PAGES: usize = 8192;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StabilisePolicy {
-    /// Whatever is predicted to steal less time from the guest. Not to be relied on yet: see [`StableCost::stall_us`].
+    /// Whatever was measured to take less time from the guest: all pages are copied if there is room for them, before the
+    /// pause where that pays; a larger set is kept as with [`StabilisePolicy::Mixed`].
+    ///
+    /// `colo bench stabilise` says so (`lost_us`, the guest's own count): from 100 pages to 100 000, copies before the pause
+    /// take no more from it than protection does, whether the guest writes to the pages or not; and where it writes to so
+    /// many again that they are left for the pause, protecting them costs it more than that.
     #[default]
     Auto,
-    /// All pages are copied.
+    /// All pages are copied; protected if there is no room for them.
     Copy,
     /// All pages are protected, if they can be.
     Protect,
@@ -122,6 +124,8 @@ pub struct StabiliseSnapshot {
     pub early: u64,
     /// Captures of which nothing was, because the guest would have written too many pages again.
     pub early_left: u64,
+    /// Pages that were copied before the pause and written again before it.
+    pub early_again_pages: u64,
     /// Captures that were protected.
     pub protects: u64,
     /// Captures that were both.
@@ -151,9 +155,8 @@ pub struct Stabiliser {
     // After the descriptor: it is what is registered there.
     _view: Option<Arc<GuestView>>,
     unavailable: Option<String>,
-    /// The set before, and when it was taken.
+    /// The set before.
     before: PageBitmap,
-    before_at: Option<Instant>,
     /// The hot pages of the set at hand, and the others.
     hot: PageBitmap,
     cold: PageBitmap,
@@ -168,7 +171,7 @@ impl Stabiliser {
     /// For a machine that sees its RAM through `view`; without one, pages are only ever copied. At most `arena_pages` are in
     /// the arena; all of RAM if pages cannot be protected, since nothing else is left then.
     ///
-    /// Takes some milliseconds, in which it measures what things cost here.
+    /// Takes some milliseconds, in which it measures what a fault costs here.
     pub fn new(
         ram: Arc<GuestRam>,
         view: Option<Arc<GuestView>>,
@@ -191,9 +194,8 @@ impl Stabiliser {
         };
         let arena = Arena::new(limit)?;
         arena.warm_up(WARM_PAGES);
-        let measured = calibrate::measure(&arena)?;
-        let shared = Arc::new(Shared::new(ram.clone(), uffd, arena, measured.model));
-        shared.wake_ns.store(measured.wake_ns, Ordering::Relaxed);
+        let wake_ns = calibrate::wake_ns()?;
+        let shared = Arc::new(Shared::new(ram.clone(), uffd, arena, wake_ns));
         let thread = match shared.uffd {
             Some(_) => Some(FaultThread::spawn(shared.clone())?),
             None => None,
@@ -206,7 +208,6 @@ impl Stabiliser {
             _view: view,
             unavailable,
             before: PageBitmap::new(pages),
-            before_at: None,
             hot: PageBitmap::new(pages),
             cold: PageBitmap::new(pages),
             early: Early::default(),
@@ -220,11 +221,6 @@ impl Stabiliser {
     /// Why pages cannot be protected, if they cannot.
     pub fn unavailable(&self) -> Option<&str> {
         self.unavailable.as_deref()
-    }
-
-    /// What things cost here, as far as is known.
-    pub fn model(&self) -> Model {
-        *self.shared.model()
     }
 
     /// Keeps the pages of `union`. The guest and all host writers stand still until this returns.
@@ -241,15 +237,18 @@ impl Stabiliser {
         }
         let outcome = self.take_free(union, policy, begun);
         match &outcome {
-            // Who copies everything asks for nothing that the set before can tell.
-            Ok(_) if policy == StabilisePolicy::Copy => {}
-            Ok(_) => {
-                self.before.words.copy_from_slice(&union.words);
-                self.before_at = Some(begun);
-            }
+            Ok(_) => self.remember(union, policy),
             Err(_) => self.shared.busy.store(false, Ordering::Release),
         }
         outcome
+    }
+
+    /// For the hot pages of the next set.
+    fn remember(&mut self, union: &PageBitmap, policy: StabilisePolicy) {
+        // Who copies everything asks for nothing that the set before can tell.
+        if policy != StabilisePolicy::Copy {
+            self.before.copy_from(union);
+        }
     }
 
     fn take_free(
@@ -263,17 +262,10 @@ impl Stabiliser {
         let _serving = shared.hold_faults();
         shared.arena.reset();
         shared.forget_waits();
-        let outlook = match policy {
-            StabilisePolicy::Copy => Outlook {
-                pages: union.count() as u64,
-                ..Outlook::default()
-            },
-            _ => self.look_at(union, begun),
-        };
-        let pages = outlook.pages as usize;
-        let mechanism = self.choose(&outlook, policy)?;
+        let pages = union.count();
+        let mechanism = self.choose(pages, policy)?;
         if mechanism != Mechanism::Copy {
-            match self.protect(union, &outlook, mechanism, begun) {
+            match self.protect(union, mechanism, begun) {
                 Ok(stable) => return Ok(stable),
                 Err(e) => {
                     tracing::warn!("a capture is copied: pages cannot be protected: {e}");
@@ -282,57 +274,34 @@ impl Stabiliser {
                 }
             }
         }
-        let Some(mut slots) = shared.arena.take(outlook.pages as u32, 0) else {
+        let Some(mut slots) = shared.arena.take(pages as u32, 0) else {
             let limit_mib = self.shared.limit_mib();
             return Err(StabiliseError::NoRoom { pages, limit_mib });
         };
         copy_all(&shared, union, shared.arena.bytes_mut(&mut slots));
         self.copies += 1;
         let pause = begun.elapsed();
-        shared
-            .model()
-            .copied(outlook.pages, pause.as_nanos() as u64);
-        Ok(Stable::copied(
-            shared.clone(),
-            union,
-            outlook.pages,
-            (Vec::new(), slots.first()),
-            pause,
-        ))
-    }
-
-    fn look_at(&mut self, union: &PageBitmap, now: Instant) -> Outlook {
-        let words = union.words.iter().zip(&self.before.words);
-        for ((word, before), (hot, cold)) in
-            words.zip(self.hot.words.iter_mut().zip(&mut self.cold.words))
-        {
-            (*hot, *cold) = (word & before, word & !before);
-        }
-        let interval = self.before_at.map_or(Duration::ZERO, |at| now - at);
-        Outlook {
-            pages: union.count() as u64,
-            hot: self.hot.count() as u64,
-            interval_ns: interval.as_nanos() as f64,
-            ..Outlook::default()
-        }
+        let places = (Vec::new(), slots.first());
+        let pages = pages as u64;
+        Ok(Stable::copied(shared.clone(), union, pages, places, pause))
     }
 
     fn choose(
         &mut self,
-        outlook: &Outlook,
+        pages: usize,
         policy: StabilisePolicy,
     ) -> Result<Mechanism, StabiliseError> {
-        let pages = outlook.pages as usize;
-        let wanted = match policy {
-            StabilisePolicy::Copy => Mechanism::Copy,
-            StabilisePolicy::Protect => Mechanism::Protect,
-            StabilisePolicy::Mixed => Mechanism::Mixed,
-            StabilisePolicy::Auto => self.best(outlook),
-        };
         let fits = pages <= self.shared.arena.limit() as usize;
+        let (wanted, otherwise) = match policy {
+            StabilisePolicy::Auto => (Mechanism::Copy, Mechanism::Mixed),
+            StabilisePolicy::Copy => (Mechanism::Copy, Mechanism::Protect),
+            StabilisePolicy::Protect => (Mechanism::Protect, Mechanism::Protect),
+            StabilisePolicy::Mixed => (Mechanism::Mixed, Mechanism::Mixed),
+        };
         match (wanted, self.shared.uffd.is_some()) {
-            (Mechanism::Copy, true) if !fits => Ok(Mechanism::Protect),
-            (Mechanism::Copy, _) if !fits => {
+            (Mechanism::Copy, _) if fits => Ok(Mechanism::Copy),
+            (Mechanism::Copy, true) => Ok(otherwise),
+            (Mechanism::Copy, false) => {
                 let limit_mib = self.shared.limit_mib();
                 Err(StabiliseError::NoRoom { pages, limit_mib })
             }
@@ -340,32 +309,17 @@ impl Stabiliser {
                 self.fallbacks += 1;
                 Ok(Mechanism::Copy)
             }
-            (wanted, _) => Ok(wanted),
+            (wanted, true) => Ok(wanted),
         }
     }
 
-    fn best(&self, outlook: &Outlook) -> Mechanism {
-        if self.shared.uffd.is_none() {
-            return Mechanism::Copy;
-        }
-        let mut outlook = *outlook;
-        let model = self.shared.model();
-        // Small sets are not worth counting runs: the calls alone cost more than the copy.
-        if outlook.pages as f64 * model.copy_page_ns < model.fault_ns {
-            return Mechanism::Copy;
-        }
-        outlook.cold = runs::count(&self.cold.words, &self.before.words);
-        let busy = &self.before.words;
-        outlook.whole = runs::count_both(&self.hot.words, &self.cold.words, busy);
-        let forecast = model.forecast(&outlook);
-        let least = forecast
-            .copy_ns
-            .min(forecast.protect_ns)
-            .min(forecast.mixed_ns);
-        match least {
-            ns if ns == forecast.copy_ns => Mechanism::Copy,
-            ns if ns == forecast.mixed_ns => Mechanism::Mixed,
-            _ => Mechanism::Protect,
+    fn find_hot(&mut self, union: &PageBitmap) {
+        self.hot.clear();
+        self.cold.clear();
+        for (at, word) in union.set_words() {
+            let before = self.before.word(at);
+            self.hot.add(at, word & before);
+            self.cold.add(at, word & !before);
         }
     }
 
@@ -373,7 +327,6 @@ impl Stabiliser {
     fn protect(
         &mut self,
         union: &PageBitmap,
-        outlook: &Outlook,
         mechanism: Mechanism,
         begun: Instant,
     ) -> io::Result<Stable> {
@@ -381,26 +334,21 @@ impl Stabiliser {
         let Some(uffd) = &shared.uffd else {
             return Err(io::ErrorKind::Unsupported.into());
         };
-        let mut exposed = outlook.pages;
+        if mechanism == Mechanism::Mixed {
+            self.find_hot(union);
+        }
         let (set, mechanism) = match mechanism {
-            Mechanism::Mixed if self.copy_hot(&shared) => {
-                exposed -= outlook.hot;
-                (&self.cold, Mechanism::Mixed)
-            }
+            Mechanism::Mixed if self.copy_hot(&shared) => (&self.cold, Mechanism::Mixed),
             _ => (union, Mechanism::Protect),
         };
         for page in set.iter() {
             shared.states[page as usize].store(DUE, Ordering::Relaxed);
         }
         let mut ranges = Vec::new();
-        let protect_begun = Instant::now();
         let mut outcome = Ok(());
-        let mut covered = model::Runs::default();
-        runs::each_run(&set.words, &self.before.words, |run| {
+        runs::each_run(set, &self.before, |run| {
             if outcome.is_ok() {
                 outcome = uffd.protect(run.start, run.len());
-                covered.calls += 1;
-                covered.pages += run.len() as u64;
                 ranges.push(run);
             }
         });
@@ -413,26 +361,14 @@ impl Stabiliser {
             }
             return Err(e);
         }
-        let protect_ns = protect_begun.elapsed().as_nanos() as u64;
-        let mut model = shared.model();
-        model.protected(covered, protect_ns);
-        let expected = model.expected_faults(outlook, exposed);
-        drop(model);
         shared.ram.arm_guard(true);
         match mechanism {
             Mechanism::Mixed => self.mixed += 1,
             _ => self.protects += 1,
         }
         let pause = begun.elapsed();
-        Ok(Stable::protected(
-            shared.clone(),
-            union,
-            outlook.pages,
-            mechanism,
-            ranges,
-            (expected, exposed),
-            pause,
-        ))
+        let kept = (mechanism, ranges);
+        Ok(Stable::protected(shared.clone(), union, kept, pause))
     }
 
     /// Copies the hot pages; `false` if they do not fit.
@@ -458,6 +394,7 @@ impl Stabiliser {
             copies: self.copies,
             early: self.early.captures,
             early_left: self.early.left,
+            early_again_pages: self.early.again_pages,
             protects: self.protects,
             mixed: self.mixed,
             fallbacks: self.fallbacks,
@@ -483,30 +420,33 @@ impl Drop for Stabiliser {
 fn copy_all(shared: &Shared, set: &PageBitmap, out: &mut [u8]) {
     let pages = out.len() / PAGE_BYTES;
     if pages < PARALLEL_PAGES {
-        return copy_words(shared, &set.words, 0, out);
+        return copy_words(shared, set.set_words(), out);
     }
     // The vCPUs stand still, so there is a core for a second thread.
     let (mut half, mut below) = (0, 0);
-    for (at, word) in set_words(&set.words) {
+    for (at, word) in set.set_words() {
         if below >= pages / 2 {
             break;
         }
         (half, below) = (at + 1, below + word.count_ones() as usize);
     }
     let (low, high) = out.split_at_mut(below * PAGE_BYTES);
-    let (low_words, high_words) = set.words.split_at(half);
     std::thread::scope(|scope| {
-        scope.spawn(|| copy_words(shared, high_words, half, high));
-        copy_words(shared, low_words, 0, low);
+        scope.spawn(|| {
+            let words = set.set_words().skip_while(|&(at, _)| at < half);
+            copy_words(shared, words, high);
+        });
+        let words = set.set_words().take_while(|&(at, _)| at < half);
+        copy_words(shared, words, low);
     });
 }
 
-/// Copies the pages of a part of a set that begins with word `first`.
-fn copy_words(shared: &Shared, words: &[u64], first: usize, mut out: &mut [u8]) {
+/// Copies the pages of some words of a set.
+fn copy_words(shared: &Shared, words: impl Iterator<Item = (usize, u64)>, mut out: &mut [u8]) {
     runs::each_exact(words, |run| {
         let bytes = run.len() * PAGE_BYTES;
         let (part, rest) = std::mem::take(&mut out).split_at_mut(bytes);
-        shared.copy(first * 64 + run.start, part);
+        shared.copy(run.start, part);
         out = rest;
     });
 }

@@ -1,48 +1,26 @@
-//! Page sets as runs: how many calls it takes to protect one.
+//! Page sets as runs, each of which one call protects or one copy takes.
 //!
 //! Invariant: the runs of a set are disjoint, rising, and cover the set.
 
 use std::ops::Range;
 
-use super::model::Runs;
-use crate::checkpoint::pages::set_words;
+use crate::checkpoint::pages::PageBitmap;
 
 /// Pages outside of the set that a run may take in, where a second call would cost more than they do.
 const GAP_MAX: usize = 8;
 
 /// Calls `each` with the runs of `set` in order. A gap of a few pages is taken in, unless `busy` has one of them: a page
 /// that the guest writes often would fault for nothing.
-pub(super) fn each_run(set: &[u64], busy: &[u64], each: impl FnMut(Range<usize>)) {
-    walk(set_words(set), |gap| joins(gap, busy), each);
+pub(super) fn each_run(set: &PageBitmap, busy: &PageBitmap, each: impl FnMut(Range<usize>)) {
+    walk(set.set_words(), |gap| joins(gap, busy), each);
 }
 
-/// Calls `each` with the runs of `set` in order, without any gap.
-pub(super) fn each_exact(set: &[u64], each: impl FnMut(Range<usize>)) {
-    walk(set_words(set), |gap| gap.is_empty(), each);
-}
-
-/// What it takes to protect `set`.
-pub(super) fn count(set: &[u64], busy: &[u64]) -> Runs {
-    count_words(set_words(set), busy)
-}
-
-/// What it takes to protect two sets at once.
-pub(super) fn count_both(one: &[u64], other: &[u64], busy: &[u64]) -> Runs {
-    let words = one.iter().zip(other).map(|(a, b)| a | b);
-    count_words(words.enumerate(), busy)
-}
-
-fn count_words(words: impl Iterator<Item = (usize, u64)>, busy: &[u64]) -> Runs {
-    let mut runs = Runs::default();
-    walk(
-        words,
-        |gap| joins(gap, busy),
-        |run| {
-            runs.calls += 1;
-            runs.pages += run.len() as u64;
-        },
-    );
-    runs
+/// Calls `each` with the runs of some words of a set, given in order with their places, without any gap.
+pub(super) fn each_exact(
+    words: impl IntoIterator<Item = (usize, u64)>,
+    each: impl FnMut(Range<usize>),
+) {
+    walk(words.into_iter(), |gap| gap.is_empty(), each);
 }
 
 fn walk(
@@ -74,11 +52,8 @@ fn walk(
     }
 }
 
-fn joins(mut gap: Range<usize>, busy: &[u64]) -> bool {
-    let is_busy = |page: usize| {
-        busy.get(page / 64)
-            .is_some_and(|word| word & 1 << (page % 64) != 0)
-    };
+fn joins(mut gap: Range<usize>, busy: &PageBitmap) -> bool {
+    let is_busy = |page: usize| busy.word(page / 64) & 1 << (page % 64) != 0;
     gap.len() <= GAP_MAX && !gap.any(is_busy)
 }
 
@@ -86,9 +61,17 @@ fn joins(mut gap: Range<usize>, busy: &[u64]) -> bool {
 mod tests {
     use super::*;
 
+    fn set_of(words: &[u64]) -> PageBitmap {
+        let mut set = PageBitmap::new(words.len() * 64);
+        set.words_mut().copy_from_slice(words);
+        set
+    }
+
     fn runs(set: &[u64], busy: &[u64]) -> Vec<(usize, usize)> {
         let mut found = Vec::new();
-        each_run(set, busy, |run| found.push((run.start, run.end)));
+        each_run(&set_of(set), &set_of(busy), |run| {
+            found.push((run.start, run.end))
+        });
         found
     }
 
@@ -105,7 +88,7 @@ mod tests {
             [(0, 4)],
             "busy ends are its own"
         );
-        let Runs { calls, pages } = count(&[1 | 1 << 5 | 1 << 63], &[]);
-        assert_eq!((calls, pages), (2, 7));
+        let apart = [(0, 6), (63, 64)];
+        assert_eq!(runs(&[1 | 1 << 5 | 1 << 63], &[]), apart, "a large gap");
     }
 }

@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use colo_fastpath::ring::{GuestRam, WriteGuard};
 
 use super::arena::{Arena, Slots};
-use super::model::Model;
 use super::uffd::Uffd;
 use crate::checkpoint::pages::PAGE_BYTES;
 
@@ -48,9 +47,8 @@ pub(super) struct Shared {
     pub(super) arena: Arc<Arena>,
     pub(super) states: Box<[AtomicU32]>,
     pub(super) counts: Counts,
-    pub(super) model: Mutex<Model>,
     /// Beyond what the thread that answers a fault sees of it: waking up, twice.
-    pub(super) wake_ns: AtomicU64,
+    wake_ns: u64,
     /// A capture is alive.
     pub(super) busy: AtomicBool,
     /// Held while faults are answered, and while pages are released in bulk.
@@ -68,7 +66,7 @@ enum Kept {
 }
 
 impl Shared {
-    pub(super) fn new(ram: Arc<GuestRam>, uffd: Option<Uffd>, arena: Arena, model: Model) -> Self {
+    pub(super) fn new(ram: Arc<GuestRam>, uffd: Option<Uffd>, arena: Arena, wake_ns: u64) -> Self {
         let pages = match uffd {
             Some(_) => ram.page_count(),
             None => 0,
@@ -79,16 +77,11 @@ impl Shared {
             arena: Arc::new(arena),
             states: (0..pages).map(|_| AtomicU32::new(FREE)).collect(),
             counts: Counts::default(),
-            model: Mutex::new(model),
-            wake_ns: AtomicU64::new(0),
+            wake_ns,
             busy: AtomicBool::new(false),
             serving: Mutex::new(()),
             waits: Mutex::new(Vec::new()),
         }
-    }
-
-    pub(super) fn model(&self) -> MutexGuard<'_, Model> {
-        self.model.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps faults from being answered.
@@ -197,8 +190,7 @@ impl Shared {
     }
 
     fn count_stall(&self, seen: Duration) {
-        let wake_ns = self.wake_ns.load(Ordering::Relaxed);
-        let stall_ns = seen.as_nanos() as u64 + wake_ns;
+        let stall_ns = seen.as_nanos() as u64 + self.wake_ns;
         self.counts.faults.fetch_add(1, Ordering::Relaxed);
         self.counts.stall_ns.fetch_add(stall_ns, Ordering::Relaxed);
     }

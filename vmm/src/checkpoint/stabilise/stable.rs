@@ -13,7 +13,7 @@ use super::early::Place;
 use super::shared::{DUE, FREE, SAVED, Shared};
 use super::{Mechanism, StabiliseError};
 use crate::checkpoint::channel::Keeper;
-use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap, set_words};
+use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
 
 /// Pages read before they are released with one call.
 const RELEASE_PAGES: usize = 64;
@@ -32,8 +32,8 @@ pub struct StableCost {
     /// Writes of the guest that had to wait until a page was saved.
     pub faults: u64,
     /// How long they waited together, from when a thread has taken up the fault, plus a calibrated constant. How long it
-    /// waited to be taken up is missing: on a busy host that is most of it, so this, and what the model learns from it, is
-    /// far too low. `lost_us` of `colo bench stabilise` is what the guest itself lost.
+    /// waited to be taken up is missing: on a busy host that is most of it, so nothing is decided by this. `lost_us` of
+    /// `colo bench stabilise` is what the guest itself lost.
     pub stall_us: u64,
     /// Pages that the host saved before it wrote.
     pub host_saves: u64,
@@ -63,8 +63,6 @@ enum Kind {
         /// The first range that is not released as a whole, and how far it is.
         range: usize,
         released: usize,
-        expected_faults: f64,
-        exposed: u64,
     },
 }
 
@@ -117,18 +115,14 @@ impl Stable {
     pub(super) fn protected(
         shared: Arc<Shared>,
         set: &PageBitmap,
-        pages: u64,
-        mechanism: Mechanism,
-        ranges: Vec<Range<usize>>,
-        (expected_faults, exposed): (f64, u64),
+        (mechanism, ranges): (Mechanism, Vec<Range<usize>>),
         pause: Duration,
     ) -> Self {
+        let pages = set.count() as u64;
         let kind = Kind::Protected {
             released: ranges.first().map_or(0, |range| range.start),
             ranges,
             range: 0,
-            expected_faults,
-            exposed,
         };
         Self::new(shared, set, pages, mechanism, kind, pause)
     }
@@ -146,7 +140,7 @@ impl Stable {
             shared,
             mechanism,
             kind,
-            set: set_words(&set.words).collect(),
+            set: set.set_words().collect(),
             at: 0,
             pages,
             read: 0,
@@ -302,7 +296,6 @@ impl Stable {
         if let Some(cost) = self.closed {
             return cost;
         }
-        let whole = self.read == self.pages;
         if let Kind::Protected { .. } = &self.kind {
             // Nobody is in the middle of a fault, and later ones only release.
             let shared = self.shared.clone();
@@ -313,7 +306,6 @@ impl Stable {
             }
             self.release_before(usize::MAX);
         }
-        self.learn(whole);
         let [faults, stall_ns, host_saves] = self.since_taken();
         let cost = StableCost {
             mechanism: self.mechanism,
@@ -326,23 +318,6 @@ impl Stable {
         };
         self.closed = Some(cost);
         cost
-    }
-
-    fn learn(&self, whole: bool) {
-        let Kind::Protected {
-            expected_faults,
-            exposed,
-            ..
-        } = &self.kind
-        else {
-            return;
-        };
-        let [faults, stall_ns, _] = self.since_taken();
-        if whole {
-            let read_ns = self.since.elapsed().as_nanos() as u64;
-            let mut model = self.shared.model();
-            model.read(*exposed, read_ns, *expected_faults, faults, stall_ns);
-        }
     }
 
     fn since_taken(&self) -> [u64; 3] {

@@ -93,7 +93,7 @@ impl Lab {
 fn set(guest: &Guest, first: usize, count: usize) -> PageBitmap {
     let mut set = PageBitmap::new(guest.machine.ram().page_count());
     for page in first..first + count {
-        set.words[page / 64] |= 1 << (page % 64);
+        set.add(page / 64, 1 << (page % 64));
     }
     set
 }
@@ -209,9 +209,50 @@ fn a_capture_is_what_memory_held_whatever_guest_and_host_write_afterwards() {
                 assert!(stats.host_saves > 0 && stats.stall_us > 0, "{stats:?}");
             }
             StabilisePolicy::Mixed => assert_eq!(stats.mixed, 12),
-            StabilisePolicy::Auto => {}
+            StabilisePolicy::Auto => assert_eq!(stats.copies, 12),
         }
     }
+}
+
+#[test]
+fn auto_copies_what_there_is_room_for_and_keeps_a_larger_set_as_mixed_does() {
+    let mut lab = Lab::new(FOR_EVER, ARENA_PAGES);
+    let limit = lab.stabiliser.shared.arena.limit() as usize;
+    let auto = StabilisePolicy::Auto;
+    let chosen = |stabiliser: &mut Stabiliser, pages| stabiliser.choose(pages, auto).unwrap();
+    for (pages, expected) in [
+        (1, Mechanism::Copy),
+        (100, Mechanism::Copy),
+        (limit, Mechanism::Copy),
+        (limit + 1, Mechanism::Mixed),
+        (usize::MAX, Mechanism::Mixed),
+    ] {
+        assert_eq!(
+            chosen(&mut lab.stabiliser, pages),
+            expected,
+            "{pages} pages"
+        );
+    }
+    // Before the pause where that pays, and what it finds then is known as hot to a larger one.
+    let Lab {
+        guest,
+        stabiliser,
+        gate,
+        ..
+    } = &mut Lab::new(FOR_EVER, 4096);
+    guest.aim(BASE, 300, 4096);
+    guest.machine.resume_vcpus().unwrap();
+    let (small, none) = (set(guest, FIRST, 300), set(guest, FIRST, 0));
+    assert!(stabiliser.wants_early(auto, 300));
+    assert_eq!(stabiliser.copy_early(&small), 300);
+    drop(stabiliser.take_since(&small, &none, auto).unwrap());
+    assert_eq!(stabiliser.snapshot().early, 1);
+    let (stable, truth) = take(stabiliser, guest, gate, &set(guest, FIRST, 6000), auto);
+    assert_eq!(stable.mechanism(), Mechanism::Mixed);
+    assert_eq!(stabiliser.hot.count(), 300);
+    let outcome = read(stable, &truth, |_| {});
+    assert_eq!(outcome.wrong, [] as [u64; 0]);
+    assert_eq!(outcome.cost.faults, 0, "what the guest writes was copied");
 }
 
 #[test]
@@ -340,7 +381,7 @@ fn without_a_view_all_is_copied_and_counted() {
     guest.machine.resume_vcpus().unwrap();
     // Larger than the arena asked for: nothing else is left. Large enough for two threads, and with holes.
     let mut union = set(&guest, FIRST, 15_000);
-    for word in union.words.iter_mut().step_by(3) {
+    for word in union.words_mut().iter_mut().step_by(3) {
         *word &= 0x00ff_f0f0_1234_5678;
     }
     let gate = Mutex::new(0);
@@ -370,7 +411,7 @@ fn the_dirty_log_goes_on_beside_it() {
     for round in 0..4 {
         lab.guest.write_once(BASE, 500, 4096);
         dirty.clear();
-        lab.guest.machine.take_dirty(&mut dirty.words).unwrap();
+        lab.guest.machine.take_dirty(&mut dirty).unwrap();
         assert_eq!(written(&dirty), 501, "round {round}");
         let (stable, truth) = take(
             &mut lab.stabiliser,
@@ -382,7 +423,7 @@ fn the_dirty_log_goes_on_beside_it() {
         lab.guest.write_once(BASE, 250, 2 * 4096);
         assert_eq!(read(stable, &truth, |_| {}).wrong, [] as [u64; 0]);
         dirty.clear();
-        lab.guest.machine.take_dirty(&mut dirty.words).unwrap();
+        lab.guest.machine.take_dirty(&mut dirty).unwrap();
         assert_eq!(written(&dirty), 251, "round {round}");
     }
 }

@@ -2,13 +2,15 @@
 
 use std::time::Instant;
 
+use serde::Serialize;
+
 use super::super::ahead::area::AreaCounters;
 use super::super::channel::Counters;
 use super::super::staging::StagedPages;
 
-/// What a checkpoint cost the secondary.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ApplyCost {
+/// What a checkpoint cost the secondary, as the status shows it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct ApplyParts {
     /// From its first chunk until it was accepted.
     pub stage_us: u64,
     /// From the order until the SVM ran.
@@ -21,8 +23,15 @@ pub struct ApplyCost {
     pub audit_us: u64,
     /// Part of it: from there until the SVM ran.
     pub resume_us: u64,
-    /// Pages written.
+    /// Pages written to guest memory.
     pub pages: u64,
+}
+
+/// The same, with what was counted meanwhile.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ApplyCost {
+    /// Of this checkpoint.
+    pub parts: ApplyParts,
     /// What had come ahead, since the start.
     pub area: AreaCounters,
     /// And what the page channel has counted.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::checkpoint::stage::ApplyCost;
+use crate::checkpoint::stage::{ApplyCost, ApplyParts};
 
 /// The keys of a document that have percentiles of something measured. Of one value all three are that value.
 fn measured(status: &PairStatus) -> BTreeMap<String, u64> {
@@ -34,6 +34,7 @@ fn rule_17_the_primary_tells_every_part_of_a_checkpoint_by_its_name() {
         early_us: 26,
         early_pages: 27,
         late_pages: 28,
+        again_pages: 29,
         pause_us: 300,
         quiesce_us: 11,
         state_us: 12,
@@ -47,6 +48,8 @@ fn rule_17_the_primary_tells_every_part_of_a_checkpoint_by_its_name() {
     });
     let mut sent = Sent {
         transfer_us: 500,
+        begin_us: 30,
+        hand_over_us: 31,
         digest_wait_us: 19,
         sent_bytes: 20,
         digest_bytes: 21,
@@ -75,9 +78,9 @@ fn rule_17_the_primary_tells_every_part_of_a_checkpoint_by_its_name() {
     assert_eq!(named, [&Value::from(24), &Value::from(25)]);
     let parts = json!({
         "epoch": 7, "cause": "payload",
-        "svm_stop_us": 101, "early_us": 26, "early_pages": 27, "late_pages": 28, "pause_us": 300, "quiesce_us": 11, "state_us": 12, "collect_us": 13,
+        "svm_stop_us": 101, "early_us": 26, "early_pages": 27, "late_pages": 28, "again_pages": 29, "pause_us": 300, "quiesce_us": 11, "state_us": 12, "collect_us": 13,
         "stabilise_us": 14, "audit_us": 15, "resume_us": 16, "stall_us": 40, "stolen_us": 340,
-        "transfer_us": 500, "digest_wait_us": 19, "commit_us": 1_100, "hold_us": 1_200,
+        "transfer_us": 500, "begin_us": 30, "hand_over_us": 31, "digest_wait_us": 19, "commit_us": 1_100, "hold_us": 1_200,
         "dirty_pages": 900, "ahead_pages": 17, "pending_frames": 18,
         "sent_bytes": 20, "digest_bytes": 21, "digested_pages": 22,
     });
@@ -110,13 +113,15 @@ fn rule_17_the_secondary_tells_every_part_of_a_checkpoint_by_its_name() {
     times.applied(
         7,
         &ApplyCost {
-            stage_us: 31,
-            apply_us: 32,
-            write_us: 33,
-            load_us: 34,
-            audit_us: 35,
-            resume_us: 36,
-            pages: 37,
+            parts: ApplyParts {
+                stage_us: 31,
+                apply_us: 32,
+                write_us: 33,
+                load_us: 34,
+                audit_us: 35,
+                resume_us: 36,
+                pages: 37,
+            },
             ..ApplyCost::default()
         },
     );

@@ -12,7 +12,7 @@ const WRITTEN: u64 = 300;
 /// Looks at the log, with which an early copy begins; gives the pages.
 fn collect(guest: &Guest) -> PageBitmap {
     let mut dirty = PageBitmap::new(guest.machine.ram().page_count());
-    guest.machine.take_dirty(&mut dirty.words).unwrap();
+    guest.machine.take_dirty(&mut dirty).unwrap();
     dirty
 }
 
@@ -26,7 +26,7 @@ fn take_since(
     guest.machine.pause_vcpus().unwrap();
     let stopped = gate.lock().unwrap();
     let late = collect(guest);
-    union.merge(&late.words);
+    union.merge(&late);
     let page = |page: u64| {
         let mut bytes = [0; PAGE_BYTES];
         let ram = guest.machine.ram();
@@ -52,7 +52,7 @@ fn rule_11_a_page_is_captured_as_it_is_in_the_pause_though_it_was_copied_before(
             for round in 0..30 {
                 wait_for_writes(guest, 1);
                 let mut union = collect(guest);
-                union.merge(&set(guest, FIRST - 50, PAGES).words);
+                union.merge(&set(guest, FIRST - 50, PAGES));
                 let early = stabiliser.copy_early(&union);
                 assert_eq!(early, union.count() as u64);
                 if round % 2 == 0 {
@@ -93,7 +93,7 @@ fn what_was_first_written_between_copy_and_pause_is_captured_too() {
         guest.machine.ram().write(60 << 20, &[round]).unwrap();
         guest.machine.ram().write(BASE + 9, &[round]).unwrap();
         let (stable, truth) = take_since(stabiliser, guest, gate, &mut union);
-        let is_in = |page: u64| union.words[page as usize / 64] & 1 << (page % 64) != 0;
+        let is_in = |page: u64| union.word(page as usize / 64) & 1 << (page % 64) != 0;
         assert!(is_in(FIRST as u64 - 5) && is_in(15_360) && is_in(ORDERS_PAGE));
         assert_eq!(read(stable, &truth, |_| {}).wrong, [] as [u64; 0]);
     }
@@ -105,7 +105,11 @@ fn small_set() -> impl Strategy<Value = PageBitmap> {
     let word = prop_oneof![Just(0), Just(u64::MAX), any::<u64>()];
     let sparse = (any::<u64>(), any::<u64>()).prop_map(|(a, b)| a & b);
     let words = proptest::collection::vec(prop_oneof![word, sparse], 4);
-    words.prop_map(|words| PageBitmap { words })
+    words.prop_map(|words| {
+        let mut set = PageBitmap::new(64 * words.len());
+        set.words_mut().copy_from_slice(&words);
+        set
+    })
 }
 
 fn fill(ram: &GuestRam, set: &PageBitmap, turn: u8) {
@@ -140,7 +144,7 @@ proptest! {
         let mut last = None;
         for page in union.iter() {
             let (at, bit) = (page as usize / 64, 1 << (page % 64));
-            let is_old = is_early && early.words[at] & !written.words[at] & bit != 0;
+            let is_old = is_early && early.word(at) & !written.word(at) & bit != 0;
             let turn = if is_old { 1 } else { 2 };
             let kept = stable.next_kept().unwrap().unwrap();
             prop_assert_eq!((kept.number, kept.page[7]), (page, turn ^ page as u8));
@@ -172,8 +176,8 @@ fn a_guest_that_writes_most_of_it_again_is_left_alone_for_a_while() {
     let (_ram, mut stabiliser) = memory(64 * 64);
     let copy = StabilisePolicy::Copy;
     let (mut union, mut again) = (PageBitmap::new(64 * 64), PageBitmap::new(64 * 64));
-    union.words[..4].fill(u64::MAX);
-    again.words[..2].fill(u64::MAX);
+    union.words_mut()[..4].fill(u64::MAX);
+    again.words_mut()[..2].fill(u64::MAX);
     assert!(!stabiliser.wants_early(StabilisePolicy::Protect, 256));
     assert!(stabiliser.wants_early(copy, 256));
     stabiliser.copy_early(&union);
@@ -207,7 +211,7 @@ fn nothing_is_copied_early_while_a_capture_is_read_nor_used_where_pages_are_prot
     assert_eq!(stabiliser.copy_early(&union), 0);
     assert_eq!(read(stable, &truth, |_| {}).wrong, [] as [u64; 0]);
     assert_eq!(stabiliser.copy_early(&union), 100);
-    let none = PageBitmap::new(union.words.len() * 64);
+    let none = PageBitmap::new(union.words().len() * 64);
     let stable = stabiliser.take_since(&union, &none, StabilisePolicy::Protect);
     assert_eq!(stable.unwrap().mechanism(), Mechanism::Protect);
     assert_eq!(stabiliser.snapshot().early, 0);
