@@ -278,6 +278,7 @@ fn protection(chance: &mut Prng) -> Protection {
         },
         pace: Pace {
             ready_pages: chance.range(4, 40),
+            rest_us: chance.below(20_000),
             slow_us: chance.range(10_000, 80_000),
             relief_us: 50_000,
             rejoin_us: 20_000,

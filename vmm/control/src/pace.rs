@@ -2,7 +2,8 @@
 //! that it cannot be protected.
 //!
 //! Invariant: a synchronisation ends. Each round that does not shrink what is left by a quarter takes time from the
-//! PVM's vCPUs; when there is none left to take, it is given up.
+//! PVM's vCPUs; when there is none left to take, what is left goes with the first checkpoint if the link carries it in
+//! a moment, else it is given up.
 
 use core::fmt;
 
@@ -37,7 +38,7 @@ impl fmt::Display for Rate {
 /// What follows a round of a synchronisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Round {
-    /// Few pages are left.
+    /// Few pages are left, or as few as there will ever be.
     Ready,
     /// Another round.
     Again,
@@ -101,13 +102,14 @@ impl Pacer {
         (self.level, self.rounds) = (0, 0);
     }
 
-    /// A round sent so many pages while so many became dirty.
+    /// A round sent so many pages in so long, while so many became dirty.
     pub(crate) fn round(
         &mut self,
         now_us: u64,
         pace: &Pace,
         sent_pages: u64,
         dirty_pages: u64,
+        took_us: u64,
     ) -> Round {
         self.rounds += 1;
         if dirty_pages <= pace.ready_pages {
@@ -117,6 +119,11 @@ impl Pacer {
         let slowed = shrinks || self.slow_down();
         if slowed && self.rounds < ROUNDS_MAX {
             return Round::Again;
+        }
+        // All that the guest writes to can be dirty again in however short a round; a capture holds it still.
+        let product = |pages: u64, us: u64| u128::from(pages) * u128::from(us);
+        if product(dirty_pages, took_us) <= product(sent_pages, pace.rest_us) {
+            return Round::Ready;
         }
         self.rejoin_us = match self.rejoin_us {
             0 => pace.rejoin_us,
@@ -164,17 +171,45 @@ mod tests {
 
     const PACE: Pace = Pace::DEFAULT;
 
-    #[test]
-    fn a_guest_that_dirties_faster_than_the_link_is_slowed_and_then_given_up() {
+    /// A round that the guest outran as far as it can.
+    const LONG_US: u64 = 2 * PACE.rest_us;
+
+    /// After rounds of so long that all helped nothing.
+    fn slowest(took_us: u64) -> Pacer {
         let mut pacer = Pacer::new();
         let mut shares = [0; SHARES.len() - 1];
         for share in &mut shares {
-            assert_eq!(pacer.round(9, &PACE, 1000, 1000), Round::Again);
+            assert_eq!(pacer.round(9, &PACE, 1000, 1000, took_us), Round::Again);
             *share = pacer.change().unwrap();
         }
         assert_eq!(shares, SHARES[1..]);
-        assert_eq!(pacer.round(9, &PACE, 1000, 751), Round::GiveUp);
+        pacer
+    }
+
+    #[test]
+    fn a_guest_that_dirties_faster_than_the_link_is_slowed_and_then_given_up() {
+        let mut pacer = slowest(LONG_US);
+        assert_eq!(pacer.round(9, &PACE, 1000, 751, LONG_US), Round::GiveUp);
         assert!(!pacer.may_join(8 + PACE.rejoin_us) && pacer.may_join(9 + PACE.rejoin_us));
+    }
+
+    #[test]
+    fn what_slowing_does_not_shrink_goes_with_the_checkpoint_if_the_link_carries_it_in_a_moment() {
+        let rounds = [
+            (1000, 1000, PACE.rest_us, Round::Ready),
+            (1000, 1000, PACE.rest_us + 1, Round::GiveUp),
+            // At the rate of the round, not in its time.
+            (1000, 2000, PACE.rest_us / 2, Round::Ready),
+            (1000, 2001, PACE.rest_us / 2, Round::GiveUp),
+            (0, 1000, 1, Round::GiveUp),
+            (1 << 60, 1 << 60, 1 << 60, Round::GiveUp),
+        ];
+        for (sent_pages, dirty_pages, took_us, what) in rounds {
+            let mut pacer = slowest(PACE.rest_us);
+            let round = pacer.round(9, &PACE, sent_pages, dirty_pages, took_us);
+            assert_eq!(round, what, "{sent_pages} {dirty_pages} {took_us}");
+            assert_eq!(pacer.may_join(9), what == Round::Ready);
+        }
     }
 
     #[test]
@@ -188,16 +223,16 @@ mod tests {
     #[test]
     fn a_round_that_shrinks_takes_nothing_from_the_guest() {
         let mut pacer = Pacer::new();
-        assert_eq!(pacer.round(0, &PACE, 1000, 750), Round::Again);
+        assert_eq!(pacer.round(0, &PACE, 1000, 750, LONG_US), Round::Again);
         assert_eq!(pacer.change(), None);
-        assert_eq!(pacer.round(0, &PACE, 750, 256), Round::Ready);
+        assert_eq!(pacer.round(0, &PACE, 750, 256, LONG_US), Round::Ready);
     }
 
     #[test]
     fn no_sequence_of_rounds_is_endless() {
         let mut pacer = Pacer::new();
-        let rounds =
-            (0..1000).take_while(|_| pacer.round(0, &PACE, u64::MAX / 8, 300) == Round::Again);
+        let mut round = || pacer.round(0, &PACE, u64::MAX / 8, 300, u64::MAX);
+        let rounds = (0..1000).take_while(|_| round() == Round::Again);
         assert!(rounds.count() < 100);
     }
 

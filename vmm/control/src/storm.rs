@@ -86,6 +86,8 @@ impl Storm {
 pub struct Pace {
     /// A synchronisation ends with the first checkpoint when so few pages are left.
     pub ready_pages: u64,
+    /// It does, too, when slowing the PVM down helps no more and the link carries what is left in so long.
+    pub rest_us: u64,
     /// A checkpoint that takes longer from its begin to its commit slows the PVM down.
     pub slow_us: u64,
     /// A pair without checkpoints gives some of the time back so often.
@@ -100,6 +102,7 @@ impl Pace {
     /// The usual limits.
     pub const DEFAULT: Self = Self {
         ready_pages: 256,
+        rest_us: 500_000,
         slow_us: 3_000_000,
         relief_us: 1_000_000,
         rejoin_us: 5_000_000,

@@ -83,7 +83,7 @@ impl Primary {
         }
         self.sync_progress_us = now_us;
         let pace = self.switch.protection().pace;
-        match self.pacer.round(now_us, &pace, sent_pages, dirty_pages) {
+        match self.pacer.round(now_us, &pace, sent_pages, dirty_pages, us) {
             Round::Ready => self.sync_ready(now_us),
             Round::Again => {
                 self.tell_pace();

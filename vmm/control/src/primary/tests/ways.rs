@@ -20,6 +20,7 @@ fn bench(mode: Mode) -> Bench {
         storm: STORM,
         pace: Pace {
             ready_pages: 10,
+            rest_us: 40,
             slow_us: 3_000,
             relief_us: 50_000,
             rejoin_us: 1_000,
@@ -227,6 +228,34 @@ fn a_guest_that_dirties_faster_than_the_link_is_slowed_down_and_then_told_plainl
     ));
     b.now += 1_000;
     assert!(b.event(PrimaryEvent::LinkUp).is_empty());
+}
+
+#[test]
+fn what_the_link_carries_in_a_moment_goes_with_the_first_checkpoint_though_slowing_helps_no_more() {
+    let mut b = bench(Mode::Colo);
+    b.event(PrimaryEvent::LinkUp);
+    b.event(PrimaryEvent::Msg(hello()));
+    let round = PrimaryEvent::SyncRound {
+        sent_pages: 100,
+        dirty_pages: 100,
+        took_us: 40,
+    };
+    let begun = loop {
+        let actions = b.event(round.clone());
+        if !actions.contains(&Action::SyncRound) {
+            break actions;
+        }
+    };
+    assert!(
+        matches!(begun[..], [Action::Capture { first: true, .. }]),
+        "{begun:?}"
+    );
+    assert_eq!((b.core.run_pct(), b.core.counters().not_followed), (1, 0));
+    b.event(PrimaryEvent::Captured { epoch: 7 });
+    let committed = b.committed(7);
+    assert_eq!(b.core.run_pct(), 2, "some of its time is given back");
+    b.answer(&committed);
+    assert_eq!(b.core.state(), PrimaryState::Paired);
 }
 
 #[test]
