@@ -10,6 +10,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
+use colo_compare::Cause;
 use colo_control::{
     Action, Geometry, Msg, Notice, Outcome, Primary, PrimaryEvent, PrimaryState, Record,
     VERSION_BULK,
@@ -131,6 +132,7 @@ impl PrimaryShell {
         let outcome = loop {
             self.events(&waiter);
             let now = now_us();
+            self.look_at_answers(now);
             if self.core.next_deadline().is_some_and(|at| at <= now) {
                 self.core.handle_timeout(now);
             }
@@ -220,6 +222,15 @@ impl PrimaryShell {
         }
     }
 
+    /// Heartbeats wake this thread often enough for it.
+    fn look_at_answers(&mut self, now: u64) {
+        if self.core.state() == PrimaryState::Paired {
+            let (answers, late_us) = self.replica.answers.take();
+            self.core
+                .handle(now, PrimaryEvent::Answers { answers, late_us });
+        }
+    }
+
     fn read_captures(&mut self) {
         while let Some(event) = self.capture_events.try_next() {
             self.capture_event(event);
@@ -286,6 +297,7 @@ impl PrimaryShell {
             PairEvent::CheckpointWanted(divergence) => {
                 tracing::debug!("checkpoint wanted: {divergence}");
                 self.cause.get_or_insert(divergence.cause.name());
+                self.waited_in_vain(divergence.cause);
                 self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
             }
             PairEvent::PeerWantsCheckpoint => {
@@ -300,6 +312,18 @@ impl PrimaryShell {
                 self.core.handle(now_us(), PrimaryEvent::ClockGap);
             }
         }
+    }
+
+    /// An answer that did not come in time is at least as late as that.
+    fn waited_in_vain(&mut self, cause: Cause) {
+        let late_us = match cause {
+            Cause::Deadline => self.replica.limits.compare_deadline_us,
+            Cause::Lag => self.replica.limits.lag_deadline_us,
+            _ => return,
+        };
+        let answers = 1;
+        self.core
+            .handle(now_us(), PrimaryEvent::Answers { answers, late_us });
     }
 
     fn read_control(&mut self) {
@@ -615,6 +639,7 @@ impl PrimaryShell {
             takeovers: self.takeovers,
             mode: mode_name(self.core.mode()),
             run_pct: self.core.run_pct(),
+            lag_us: self.core.lag_us(),
             throttled_us: self.replica.machine.throttled_us(),
             refused_connections: self.listener.refused,
             checkpoint_share_pct: self.core.checkpoint_share_pct(now_us()),

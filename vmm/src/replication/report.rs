@@ -313,6 +313,12 @@ pub struct Standing {
     pub run_pct: u8,
     /// How long its vCPUs were kept standing for that, so far.
     pub throttled_us: u64,
+    /// How much later the SVM's answers came lately than the PVM's, without checkpoints and the link (rule 16).
+    pub lag_us: u64,
+    /// How often the guest was slowed down one level for that,
+    pub lag_slowed: u64,
+    /// and how often it got all of its time back because that did not help.
+    pub lag_unhelped: u64,
     /// Synchronisations given up because the guest dirties memory faster than the link carries it.
     pub not_followed: u64,
     /// Storms of divergences so far.
@@ -341,6 +347,8 @@ impl Standing {
     pub fn counted(self, counters: &Counters) -> Self {
         Self {
             not_followed: counters.not_followed,
+            lag_slowed: counters.lag_slowed,
+            lag_unhelped: counters.lag_unhelped,
             storms: counters.storms,
             step_timeouts: by_step(counters),
             aborts: counters.aborts,
@@ -558,6 +566,8 @@ mod tests {
             storms: 4,
             coalesced: 9,
             refusals: 10,
+            lag_slowed: 11,
+            lag_unhelped: 12,
             ..Counters::default()
         };
         let standing = Standing {
@@ -587,6 +597,8 @@ mod tests {
             "/stabilise/fallbacks",
             "/coalesced_requests",
             "/refusals",
+            "/lag_slowed",
+            "/lag_unhelped",
         ]) {
             has(&primary, place, n);
         }
