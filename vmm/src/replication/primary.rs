@@ -71,6 +71,8 @@ struct Link {
     pages: Option<Vec<TcpStream>>,
     /// To end them while the checkpoint thread writes.
     pages_end: Vec<TcpStream>,
+    /// How often they were opened anew.
+    pages_opened: u64,
 }
 
 impl PrimaryShell {
@@ -196,10 +198,11 @@ impl PrimaryShell {
             }
         }
         let calls = self.listener.fds().any(|fd| waiter.may_be_ready(fd));
-        if (calls || self.listener.is_busy())
-            && let Some(channels) = self.listener.poll()
-        {
-            self.link_up(channels);
+        if calls || self.listener.is_busy() {
+            if let Some(channels) = self.listener.poll() {
+                self.link_up(channels);
+            }
+            self.take_pages();
         }
         let is_asked = self.replica.may_be_asked(waiter);
         if is_asked && let Some(fault) = self.replica.guest.fault() {
@@ -279,6 +282,20 @@ impl PrimaryShell {
                 tracing::warn!("checkpoint of epoch {epoch} failed: {reason}");
                 self.core
                     .handle(now, PrimaryEvent::CheckpointFailed { epoch, reason });
+            }
+            CaptureEvent::StreamsBroken {
+                session,
+                opened,
+                reason,
+            } => {
+                let link = self.link.as_ref();
+                if let Some(link) =
+                    link.filter(|l| (l.session, l.pages_opened) == (session, opened))
+                {
+                    tracing::warn!("the page streams are of no use, others are needed: {reason}");
+                    // The secondary sees their end.
+                    link.shut_pages();
+                }
             }
             CaptureEvent::LinkDown { session, reason } => {
                 if self
@@ -384,6 +401,31 @@ impl PrimaryShell {
         }
     }
 
+    /// The secondary has opened its streams of pages anew: whatever goes over the old ones fails.
+    fn take_pages(&mut self) {
+        let follows = matches!(
+            self.core.state(),
+            PrimaryState::Pairing | PrimaryState::Paired
+        );
+        let Some(link) = self.link.as_mut().filter(|_| follows) else {
+            return;
+        };
+        let Some(streams) = self.listener.take_pages(link.session) else {
+            return;
+        };
+        link.shut_pages();
+        match streams.iter().map(TcpStream::try_clone).collect() {
+            Ok(ends) => {
+                link.pages_end = ends;
+                link.pages_opened += 1;
+                let opened = link.pages_opened;
+                tracing::warn!("the page streams were opened anew");
+                self.order(CaptureCommand::Reopen { streams, opened });
+            }
+            Err(e) => self.link_down(&e.to_string()),
+        }
+    }
+
     fn link_down(&mut self, reason: &str) {
         if self.link.is_none() {
             return;
@@ -404,9 +446,7 @@ impl PrimaryShell {
         self.on_role(|role, edge| role.detach(edge));
         self.opener.forget();
         let _ = link.control.flush();
-        for stream in &link.pages_end {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        link.shut_pages();
         self.unprotected
             .get_or_insert((reason.to_owned(), unix_seconds()));
     }
@@ -632,6 +672,7 @@ impl PrimaryShell {
             protected: self.core.state() == PrimaryState::Paired,
             dirty_logging: self.replica.machine.logs_dirty_pages(),
             page_streams: self.link.as_ref().map_or(0, |link| link.pages_end.len()),
+            streams_reopened: self.link.as_ref().map_or(0, |link| link.pages_opened),
             unprotected_reason: reason,
             unprotected_since: since,
             generation: self.core.record().generation,
@@ -665,6 +706,12 @@ fn told<T>(answers: Option<T>) {
 }
 
 impl Link {
+    fn shut_pages(&self) {
+        for stream in &self.pages_end {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
     fn new(channels: Channels) -> io::Result<Self> {
         Ok(Self {
             session: channels.session,
@@ -674,6 +721,7 @@ impl Link {
                 .iter()
                 .map(TcpStream::try_clone)
                 .collect::<io::Result<_>>()?,
+            pages_opened: 0,
             packets: Some(channels.packets),
             pages: Some(channels.pages),
         })

@@ -301,6 +301,8 @@ pub struct Standing {
     pub dirty_logging: bool,
     /// TCP streams that checkpoints spread over; 0 without a peer.
     pub page_streams: usize,
+    /// How often these broke and were opened anew.
+    pub streams_reopened: u64,
     /// The arbiter's generation as last confirmed.
     pub generation: u64,
     /// Present epoch.
