@@ -5,6 +5,7 @@
 //!
 //! Does not decide about roles or checkpoints: the control thread does, through the methods of the two roles.
 
+mod answers;
 mod delayed;
 mod hold;
 mod lease;
@@ -18,6 +19,7 @@ mod twos;
 
 use colo_compare::Divergence;
 
+pub use answers::Answers;
 pub use lease::Lease;
 pub use local::{LocalPairRole, LocalReport, SvmSide};
 pub use on_workers::OnWorkers;

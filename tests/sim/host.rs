@@ -87,6 +87,10 @@ pub struct PrimarySide {
     ahead: Option<Box<AheadSide>>,
     /// The core was told that the path holds all it can.
     full_told: bool,
+    /// Answers of the SVM since the core was told of them, and how late they were (rule 16).
+    answers: (u64, u64),
+    /// The SVM can answer from here on.
+    late_since_us: u64,
     nic: VecDeque<Vec<u8>>,
     /// Clock gaps noticed, and those that the core was told of.
     gaps: u64,
@@ -250,6 +254,8 @@ impl PrimarySide {
             carry: 0,
             ahead: None,
             full_told: false,
+            answers: (0, 0),
+            late_since_us: u64::MAX,
             nic: VecDeque::new(),
             gaps: 0,
             gaps_told: 0,
@@ -335,11 +341,20 @@ impl Shell<'_> {
             } => self.round_sent(sent_pages, took_us),
             HostEvent::Timer => self.p.timer_us = u64::MAX,
         }
+        self.tell_answers();
         self.pump();
         if self.p.alive {
             self.tell_room();
             self.check_bounds();
             self.plan_next();
+        }
+    }
+
+    /// Rule 16: the core looks at how late the SVM's answers are.
+    fn tell_answers(&mut self) {
+        if let Some(side) = self.primary() {
+            let (answers, late_us) = std::mem::take(&mut side.answers);
+            self.primary_core(PrimaryEvent::Answers { answers, late_us });
         }
     }
 
@@ -513,7 +528,10 @@ impl Shell<'_> {
                 next = [next, guest.deadline()].into_iter().flatten().min();
             } else if !self.p.wake_planned {
                 self.p.wake_planned = true;
-                let most = self.world.plan.guest_delay_us[host];
+                let is_slow =
+                    matches!(self.p.role, Role::Secondary(_)) && now < self.world.plan.calm_us;
+                let slow = if is_slow { self.world.plan.slow_svm } else { 1 };
+                let most = self.world.plan.guest_delay_us[host] * slow;
                 let at = now + 5 + self.below(most) * 100 / self.p.run_pct;
                 self.world.host_event(at, host, inc, HostEvent::GuestWake);
             }

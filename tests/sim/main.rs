@@ -99,13 +99,15 @@ fn every_seed_keeps_every_promise() {
     );
     let timeouts = Step::ALL.map(|step| format!("{step} {}", total.timeouts[step.index()]));
     println!(
-        "{} buffered epochs, {} storms, {} returns, {} slowed, {} stopped, {} not followed; steps too long: {}",
+        "{} buffered epochs, {} storms, {} returns, {} slowed, {} stopped, {} not followed, {} lag, {} in vain; steps too long: {}",
         total.buffered,
         total.storms,
         total.returns,
         total.slowed,
         total.stopped,
         total.not_followed,
+        total.lags,
+        total.lags_unhelped,
         timeouts.join(", ")
     );
     let takeovers = Step::ALL.map(|step| format!("{step} {}", total.takeovers_at[step.index()]));
@@ -136,6 +138,8 @@ fn every_seed_keeps_every_promise() {
             total.ahead_wasted,
             total.ahead_used,
             total.coalesced,
+            total.lags,
+            total.lags_unhelped,
         ];
         assert!(!ways.contains(&0), "a way is never gone");
         for step in Step::ALL {

@@ -168,6 +168,8 @@ pub struct Plan {
     pub pause_us: u64,
     /// Guests run so long after they could, at most, by host.
     pub guest_delay_us: [u64; 2],
+    /// So many times longer on the secondary.
+    pub slow_svm: u64,
     /// The secondary's output travels as digests.
     pub digests: bool,
     pub calm_us: u64,
@@ -232,6 +234,11 @@ impl Plan {
             ahead_chunk_bytes: chance.range(8_000, 70_000) as usize,
             pause_us: chance.range(100, 5_000),
             guest_delay_us: std::array::from_fn(|_| chance.range(20, 800)),
+            slow_svm: if chance.chance(200) {
+                chance.range(3, 40)
+            } else {
+                1
+            },
             digests: chance.chance(500),
             calm_us,
         }
@@ -283,6 +290,9 @@ fn protection(chance: &mut Prng) -> Protection {
             relief_us: 50_000,
             rejoin_us: 20_000,
             rejoin_max_us: 100_000,
+            lag_us: chance.range(200, 2_000),
+            lag_look_us: chance.range(500, 10_000),
+            lag_rest_us: 50_000,
         },
     }
 }

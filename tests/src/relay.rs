@@ -22,6 +22,8 @@ use crate::bench::Bench;
 pub const PACKETS: u8 = 1;
 /// The first stream of pages; with one shard, all channels from here on are streams of pages, but for `QUESTION`.
 pub const PAGES: u8 = 2;
+/// The first stream of pages that broke and were opened anew.
+pub const PAGES_AGAIN: u8 = 240;
 /// How many streams there may be, the joining side asks.
 const QUESTION: u8 = 255;
 

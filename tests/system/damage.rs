@@ -1,5 +1,5 @@
-//! A link that damages data: a spoilt checkpoint is repeated, a broken stream ends the pair, and clients never
-//! notice either.
+//! A link that damages data: a spoilt checkpoint is repeated, broken page streams are opened anew, a broken packet stream ends
+//! the pair, and clients never notice any of it.
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
@@ -30,6 +30,8 @@ enum Damage {
     Ahead,
     /// A bit in the SVM's digests, on their way to the primary.
     Digests,
+    /// A bit in the head of a chunk of them.
+    DigestHead,
     /// The packet channel turns into noise.
     Packets,
 }
@@ -61,7 +63,7 @@ fn chunks(
 ) -> io::Result<()> {
     let kind = match damage {
         Damage::Ahead => Kind::Ahead,
-        Damage::Digests => Kind::Digests,
+        Damage::Digests | Damage::DigestHead => Kind::Digests,
         _ => Kind::Pages,
     };
     loop {
@@ -69,7 +71,7 @@ fn chunks(
         if chunk.kind() == kind && trigger.strikes() {
             let middle = chunk.payload.len() / 2;
             match damage {
-                Damage::Head => chunk.head[25] ^= 0x20,
+                Damage::Head | Damage::DigestHead => chunk.head[25] ^= 0x20,
                 Damage::Record => chunk.payload[12] ^= 0x20,
                 _ => chunk.payload[middle] ^= 0x20,
             }
@@ -104,11 +106,11 @@ fn pair_through(bench: &Bench, settings: &Settings, damage: Damage) -> (Pair, Tr
     let damaged: Arc<relay::Pass> = Arc::new(pass);
     let plain: Arc<relay::Pass> = Arc::new(|_, from, to| relay::plainly(from, to));
     let passes = match damage {
-        Damage::Digests => [plain, damaged],
+        Damage::Digests | Damage::DigestHead => [plain, damaged],
         _ => [damaged, plain],
     };
-    // Control, packets and pages.
-    let pair = relay::pair_between(bench, settings, 3, passes);
+    // Control, packets and pages, and pages again.
+    let pair = relay::pair_between(bench, settings, 4, passes);
     (pair, trigger)
 }
 
@@ -201,17 +203,47 @@ fn rule_14_a_damaged_page_ahead_costs_the_checkpoint_that_names_it_and_no_more()
 }
 
 #[test]
-fn a_broken_stream_ends_the_pair_and_one_host_goes_on() {
-    for damage in [Damage::Head, Damage::Packets] {
-        let Some(bench) = Bench::new(&[]) else { return };
-        let (mut pair, trigger) = pair_through(&bench, &bench.settings(), damage);
-        let load = load(&pair);
-        load.mark_kill();
-        trigger.arm();
-        let (_, other) = pair.wait_winner().unwrap();
-        assert!(trigger.has_struck());
-        // 3: another host holds the VM now.
-        assert_eq!(other.code(), Some(3), "{damage:?}");
-        finish(load);
+fn rule_14_page_streams_that_break_are_opened_anew_and_the_pair_goes_on() {
+    for damage in [Damage::Head, Damage::DigestHead] {
+        broken_streams(damage);
     }
+}
+
+fn broken_streams(damage: Damage) {
+    let Some(bench) = Bench::new(&[]) else { return };
+    let (mut pair, trigger) = pair_through(&bench, &bench.settings(), damage);
+    let load = load(&pair);
+    trigger.arm();
+    let reopened = |status: &serde_json::Value| status["streams_reopened"] == 1;
+    let waited = pair.primary.wait_status("reopened", WAIT, reopened);
+    let status = waited.unwrap();
+    assert!(trigger.has_struck());
+    assert_eq!(status["state"], "paired", "{damage:?}");
+    let before = status["checkpoints"].as_u64().unwrap();
+    let more = |status: &serde_json::Value| status["checkpoints"].as_u64() > Some(before + 3);
+    let waited = pair.primary.wait_status("more checkpoints", WAIT, more);
+    let status = waited.unwrap();
+    let aborted = status["checkpoints_aborted"].as_u64().unwrap();
+    assert!((1..=4).contains(&aborted), "{damage:?}: {aborted}");
+    let waited = pair.secondary.wait_status("reopened", WAIT, reopened);
+    waited.unwrap();
+    // What came after the damage is as good as what came before.
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    finish(load);
+}
+
+#[test]
+fn a_broken_packet_stream_ends_the_pair_and_one_host_goes_on() {
+    let Some(bench) = Bench::new(&[]) else { return };
+    let (mut pair, trigger) = pair_through(&bench, &bench.settings(), Damage::Packets);
+    let load = load(&pair);
+    load.mark_kill();
+    trigger.arm();
+    let (_, other) = pair.wait_winner().unwrap();
+    assert!(trigger.has_struck());
+    // 3: another host holds the VM now.
+    assert_eq!(other.code(), Some(3));
+    finish(load);
 }

@@ -1,5 +1,5 @@
-//! A guest that is too fast for its link, and one whose output finds no room: slowed down, stopped, given up, and told
-//! plainly; the service goes on in any case.
+//! A guest that is too fast for its link or for its replica, and one whose output finds no room: slowed down, stopped, given
+//! up, and told plainly; the service goes on in any case.
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
@@ -18,6 +18,7 @@ use colo_lab::process::Process;
 use colo_lab::topology::{GUEST_V4, Host, Topology};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
+use colo_tests::quota::VcpuQuota;
 use serde_json::Value;
 
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -227,6 +228,40 @@ fn a_guest_that_no_slowing_helps_is_given_up_with_the_figures_and_its_service_go
         .wait_status("protected", TIMEOUT, |status| status["protected"] == true)
         .unwrap();
     assert_eq!(status["unprotected_reason"], "", "{status:#}");
+}
+
+#[test]
+fn rule_16_an_svm_that_lags_slows_the_pvm_until_it_keeps_up_again() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut settings = settings(&bench);
+    // What is late is no divergence here: nothing but a slower PVM makes the lag smaller.
+    settings.compare_deadline_ms = 5_000;
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    let Some(quota) = VcpuQuota::new(&pair.secondary, 20) else {
+        return;
+    };
+    let writers: Vec<_> = (0..8)
+        .map(|_| Writer::start(&pair.topology.client, 2_000))
+        .collect();
+    let slowed = |status: &Value| number(status, "run_pct") <= 50;
+    let status = pair.primary.wait_status("slowed down", TIMEOUT, slowed);
+    let status = status.unwrap();
+    assert!(number(&status, "lag_slowed") >= 2, "{status:#}");
+    assert!(number(&status, "throttled_us") > 0, "{status:#}");
+    let log = pair.primary.log();
+    assert!(log.contains("late and does not catch up"), "{log}");
+    // The secondary's host has time again.
+    drop(quota);
+    for writer in writers {
+        writer.wait_answers(10);
+        writer.finish();
+    }
+    let at_ease = |status: &Value| number(status, "run_pct") == 100;
+    let status = pair.primary.wait_status("at ease", TIMEOUT, at_ease);
+    assert_eq!(status.unwrap()["mode"], "colo");
+    pair.wait_protected(Host::A).unwrap();
 }
 
 #[test]

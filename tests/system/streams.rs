@@ -13,7 +13,7 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
-use colo_tests::relay::{self, Chunk, Kind, PAGES};
+use colo_tests::relay::{self, Chunk, Kind, PAGES, PAGES_AGAIN};
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -153,14 +153,14 @@ struct Seen {
     chunks: [AtomicU64; 8],
 }
 
-/// Joins through a link that strikes one of four streams.
-fn pair_through(bench: &Bench, blow: Blow, stream: usize) -> (Pair, Arc<Seen>) {
+/// Joins through a link that strikes one of four streams, and takes so many more connections afterwards.
+fn pair_through(bench: &Bench, blow: Blow, stream: usize, more: usize) -> (Pair, Arc<Seen>) {
     let lines = "streams = 4\nahead_mib = 0";
     let settings = settings(bench, lines, lines);
     let seen = Arc::new(Seen::default());
     let noted = seen.clone();
     let pass = move |channel, from: &mut TcpStream, to: &mut TcpStream| match channel {
-        ..PAGES => relay::plainly(from, to),
+        ..PAGES | PAGES_AGAIN.. => relay::plainly(from, to),
         PAGES.. => {
             let number = usize::from(channel - PAGES);
             let strike = (number == stream).then_some(blow);
@@ -168,7 +168,7 @@ fn pair_through(bench: &Bench, blow: Blow, stream: usize) -> (Pair, Arc<Seen>) {
         }
     };
     // The question, control, packets and four streams of pages.
-    let pair = relay::pair_through(bench, &settings, 7, Arc::new(pass));
+    let pair = relay::pair_through(bench, &settings, 7 + more, Arc::new(pass));
     assert_eq!(pair.primary.status().unwrap()["page_streams"], 4);
     (pair, seen)
 }
@@ -205,7 +205,7 @@ fn rule_14_damage_on_one_of_four_streams_costs_one_checkpoint_and_not_the_pair()
         let Some(bench) = Bench::new(&["curl"]) else {
             return;
         };
-        let (mut pair, seen) = pair_through(&bench, Blow::Damage, stream);
+        let (mut pair, seen) = pair_through(&bench, Blow::Damage, stream, 0);
         checkpoint(&mut pair, 3_000);
         let counts = seen.chunks.each_ref().map(|n| n.load(Ordering::SeqCst));
         assert!(counts[..4].iter().all(|&n| n > 3), "{counts:?}");
@@ -221,11 +221,38 @@ fn rule_14_damage_on_one_of_four_streams_costs_one_checkpoint_and_not_the_pair()
 }
 
 #[test]
-fn a_stream_that_breaks_in_the_middle_ends_the_link_and_the_pair_forms_again() {
+fn rule_14_a_stream_that_breaks_in_the_middle_is_opened_anew_with_the_others_and_the_pair_goes_on()
+{
     let Some(bench) = Bench::new(&["curl"]) else {
         return;
     };
-    let (mut pair, seen) = pair_through(&bench, Blow::Cut, 2);
+    let (mut pair, seen) = pair_through(&bench, Blow::Cut, 2, 4);
+    let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
+    assert!(load.wait_answers(500, WAIT), "the service stands still");
+    seen.armed.store(true, Ordering::SeqCst);
+    ask(&pair, "POST", "/dirty/3000/0/4096");
+    let reopened = |status: &Value| number(status, "streams_reopened") == 1;
+    let status = pair.primary.wait_status("reopened", WAIT, reopened);
+    let status = status.unwrap();
+    assert!(!seen.armed.load(Ordering::SeqCst));
+    assert_eq!(
+        (&status["state"], &status["page_streams"]),
+        (&"paired".into(), &4.into())
+    );
+    let status = checkpoint(&mut pair, 3_000);
+    assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+    load.mark_kill();
+    pair.primary.kill().unwrap();
+    pair.wait_alone(Host::B).unwrap();
+    finish(load);
+}
+
+#[test]
+fn streams_that_cannot_be_opened_anew_end_the_link_and_the_pair_forms_again() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let (mut pair, seen) = pair_through(&bench, Blow::Cut, 2, 0);
     let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
     assert!(load.wait_answers(500, WAIT), "the service stands still");
     load.mark_kill();

@@ -4,6 +4,7 @@
 //! channels, `opening` opens those for packets, `arbiter` is the generation file (`asking` its thread, `name` this host's
 //! name there), `report` what `colo status` shows (`applied`: of a secondary's checkpoints).
 
+mod again;
 mod applied;
 pub mod arbiter;
 mod asking;

@@ -9,9 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use colo_bpf::Mac;
-use colo_compare::{ANNOUNCEMENT_MAX, Action, Limits, Policy, PrimaryPath, PrimaryStats, Token};
+use colo_compare::{
+    ANNOUNCEMENT_MAX, Action, Limits, Policy, PrimaryPath, PrimaryStats, Right, Token,
+};
 use hdrhistogram::Histogram;
 
+use super::answers::{Answers, Lateness};
 use super::hold::HoldWatch;
 use super::reports::Reports;
 use super::{Lease, PairEvent, RESERVED_SLOTS};
@@ -44,6 +47,8 @@ pub struct PrimaryRoleConfig {
     pub gaps: Arc<AtomicU64>,
     /// Until when what needs no word of the secondary may leave.
     pub lease: Lease,
+    /// How late the SVM's answers are.
+    pub answers: Answers,
     /// With a key the secondary sends digests in the place of long payloads; not all zeros.
     pub digest_key: Option<[u8; 16]>,
 }
@@ -97,6 +102,7 @@ pub struct PrimaryRole {
     /// Of what was released since the last commit began to release.
     longest_hold_us: u64,
     hold: HoldWatch,
+    lateness: Lateness,
     reports: Reports,
     digest_key: Option<[u8; 16]>,
     digests: DigestReader,
@@ -143,6 +149,7 @@ impl PrimaryRole {
             hold_us: hold_us.expect("constant bounds"),
             longest_hold_us: 0,
             hold: HoldWatch::new(config.limits.max_held_frames),
+            lateness: Lateness::new(config.answers.clone()),
             reports: Reports::new(config.frame_slots as usize),
             digest_key: config.digest_key,
             digests: DigestReader::default(),
@@ -236,7 +243,10 @@ impl PrimaryRole {
                 PacketMsg::InputAck { up_to } => {
                     self.path.handle_input_ack(now_us, &mut edge.frames, up_to);
                 }
-                PacketMsg::CaughtUp { epoch } => self.path.caught_up(now_us, epoch),
+                PacketMsg::CaughtUp { epoch } => {
+                    self.path.caught_up(now_us, epoch);
+                    self.lateness.caught_up(now_us);
+                }
                 PacketMsg::CheckpointWanted => self.post.send(PairEvent::PeerWantsCheckpoint),
                 PacketMsg::Digests { epoch, entries } => {
                     let (path, frames) = (&mut self.path, &mut edge.frames);
@@ -340,7 +350,14 @@ impl PrimaryRole {
         while let Some(action) = self.path.poll_action() {
             n += 1;
             match action {
-                Action::Release { token, held_us, .. } => {
+                Action::Release {
+                    token,
+                    held_us,
+                    right,
+                } => {
+                    if right == Right::Match {
+                        self.lateness.matched(now_us, held_us);
+                    }
                     self.hold_us.saturating_record(held_us.max(1));
                     self.longest_hold_us = self.longest_hold_us.max(held_us);
                     edge.may_leave(&token);
@@ -382,6 +399,7 @@ impl PrimaryRole {
         }
         n += self.announcements(edge);
         self.send_released(edge);
+        self.lateness.tell();
         self.reports.send(now_us, speaks, self.link.as_mut());
         self.flush_link(edge);
         n

@@ -381,6 +381,7 @@ fn primary() -> (Host, Lease) {
         frame_slots: 2048,
         gaps: Default::default(),
         lease: lease.clone(),
+        answers: Default::default(),
         digest_key: None,
     };
     let mut link = None;

@@ -195,6 +195,7 @@ impl Shell<'_> {
         let p = &mut *self.p;
         if let Role::Primary(side) = &mut p.role {
             side.in_flight = 0;
+            side.late_since_us = now + 10_000;
             self.world.outcome.buffered += u64::from(side.path.is_buffering());
             match side.path.commit(now, &mut p.frames, epoch) {
                 Ok(()) => self.world.outcome.commits += 1,

@@ -75,7 +75,10 @@ impl Shell<'_> {
             (Role::Primary(side), LinkMsg::InputAck { up_to }) => {
                 side.path.handle_input_ack(now, &mut p.frames, up_to);
             }
-            (Role::Primary(side), LinkMsg::CaughtUp { epoch }) => side.path.caught_up(now, epoch),
+            (Role::Primary(side), LinkMsg::CaughtUp { epoch }) => {
+                side.late_since_us = side.late_since_us.min(now);
+                side.path.caught_up(now, epoch);
+            }
             (Role::Secondary(side), LinkMsg::Input { epoch, seq, frame }) => {
                 if let Some(token) = p.frames.insert(&frame)
                     && let Err(e) = side

@@ -177,7 +177,12 @@ impl Shell<'_> {
             };
             busy = true;
             match action {
-                PathAction::Release { token, right, .. } => {
+                PathAction::Release {
+                    token,
+                    right,
+                    held_us,
+                } => {
+                    self.answered(right, held_us);
                     let frame = self.p.frames.take(token);
                     self.world
                         .trace(|| format!("out {right:?} {}", show(&frame)));
@@ -219,12 +224,38 @@ impl Shell<'_> {
                     self.send(Channel::Packets, LinkMsg::PendingReleased { epoch });
                 }
                 PathAction::Checkpoint(divergence) => {
+                    self.waited_in_vain(divergence.cause);
                     self.trace(|| format!("wants a checkpoint: {divergence:?}"));
                     self.tell_primary_core(PrimaryEvent::CheckpointWanted);
                 }
             }
         }
         busy
+    }
+
+    /// Rule 16: checkpoints are no lag, nor what the SVM had not caught up with before.
+    fn answered(&mut self, right: colo_compare::Right, held_us: u64) {
+        let now = self.local_us();
+        if let Some(side) = self.primary()
+            && right == colo_compare::Right::Match
+            && let Some(could_us) = now.checked_sub(side.late_since_us)
+        {
+            side.answers.0 += 1;
+            side.answers.1 += held_us.min(could_us);
+        }
+    }
+
+    fn waited_in_vain(&mut self, cause: colo_compare::Cause) {
+        let limits = self.world.plan.limits;
+        let late_us = match cause {
+            colo_compare::Cause::Deadline => limits.compare_deadline_us,
+            colo_compare::Cause::Lag => limits.lag_deadline_us,
+            _ => return,
+        };
+        if let Some(side) = self.primary() {
+            side.answers.0 += 1;
+            side.answers.1 += late_us;
+        }
     }
 
     pub(super) fn secondary_path_actions(&mut self) -> bool {

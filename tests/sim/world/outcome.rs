@@ -28,6 +28,9 @@ pub struct Outcome {
     /// vCPUs that stood still for lack of hold space.
     pub stopped: u64,
     pub not_followed: u64,
+    /// SVMs that were too slow (rule 16), and those that stayed so however slow the PVM was.
+    pub lags: u64,
+    pub lags_unhelped: u64,
     /// Pages sent ahead of checkpoints, those written again before they were of use, and those that a checkpoint named.
     pub ahead_sent: u64,
     pub ahead_wasted: u64,
@@ -61,6 +64,8 @@ impl Outcome {
             (&mut self.slowed, other.slowed),
             (&mut self.stopped, other.stopped),
             (&mut self.not_followed, other.not_followed),
+            (&mut self.lags, other.lags),
+            (&mut self.lags_unhelped, other.lags_unhelped),
             (&mut self.ahead_sent, other.ahead_sent),
             (&mut self.ahead_wasted, other.ahead_wasted),
             (&mut self.ahead_used, other.ahead_used),
@@ -83,6 +88,8 @@ impl Outcome {
             Notice::Throttled { run_pct: 0 } => self.stopped += 1,
             Notice::Throttled { .. } => self.slowed += 1,
             Notice::CannotFollow { .. } => self.not_followed += 1,
+            Notice::Lags { .. } => self.lags += 1,
+            Notice::LagUnhelped { .. } => self.lags_unhelped += 1,
             // The hosts here are the same.
             Notice::Refused { reason } => self.violations.push(format!("refused: {reason}")),
         }

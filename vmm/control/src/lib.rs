@@ -12,6 +12,7 @@ extern crate alloc;
 
 mod arbiter;
 mod busy;
+mod lag;
 mod msg;
 mod notice;
 mod pace;

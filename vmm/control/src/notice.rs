@@ -35,6 +35,16 @@ pub enum Notice {
         /// Share of time that its vCPUs may run, in percent.
         run_pct: u8,
     },
+    /// The SVM's answers are late, and do not come sooner by themselves (rule 16).
+    Lags {
+        /// So much later than the PVM's.
+        lag_us: u64,
+    },
+    /// They are still late though the PVM was slowed down.
+    LagUnhelped {
+        /// So much later than the PVM's.
+        lag_us: u64,
+    },
     /// The secondary cannot have the PVM's state.
     Refused {
         /// In words.
@@ -77,6 +87,15 @@ impl fmt::Display for Notice {
                 f,
                 "the secondary does not follow: the guest runs {run_pct} % of the time"
             ),
+            Self::Lags { lag_us } => write!(
+                f,
+                "the secondary's guest answers {lag_us} us late and does not catch up: the guest is slowed down"
+            ),
+            Self::LagUnhelped { lag_us } => write!(
+                f,
+                "the secondary's guest answers {lag_us} us late however slow the guest is: it is not slowed down for that \
+                 for a while; give the secondary's host more processor time"
+            ),
             Self::Refused { reason } => write!(f, "the secondary refused: {reason}"),
             Self::CannotFollow { reason } => f.write_str(reason),
         }
@@ -103,4 +122,8 @@ pub struct Counters {
     pub coalesced: u64,
     /// Synchronisations given up because the guest dirties faster than the link carries.
     pub not_followed: u64,
+    /// How often the PVM was slowed down one level because the SVM lags (rule 16),
+    pub lag_slowed: u64,
+    /// and how often that did not help.
+    pub lag_unhelped: u64,
 }

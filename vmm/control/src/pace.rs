@@ -1,5 +1,5 @@
 //! Whether the secondary can follow: slows a PVM down that dirties memory faster than the link carries it, or says
-//! that it cannot be protected.
+//! that it cannot be protected; what the SVM's lag asks for (`lag`) counts as well, the slower of the two.
 //!
 //! Invariant: a synchronisation ends. Each round that does not shrink what is left by a quarter takes time from the
 //! PVM's vCPUs; when there is none left to take, what is left goes with the first checkpoint if the link carries it in
@@ -7,6 +7,7 @@
 
 use core::fmt;
 
+use crate::lag::Lag;
 use crate::storm::Pace;
 
 /// Share of time that the vCPUs may run, in percent, from one level to the next.
@@ -51,6 +52,8 @@ pub(crate) enum Round {
 pub(crate) struct Pacer {
     level: usize,
     rounds: u32,
+    /// Whether the SVM keeps up (rule 16).
+    pub(crate) lag: Lag,
     /// The hold space is exhausted: the vCPUs stand still (rule 14).
     hold_is_full: bool,
     /// What the shell was told last.
@@ -67,6 +70,7 @@ impl Pacer {
         Self {
             level: 0,
             rounds: 0,
+            lag: Lag::default(),
             hold_is_full: false,
             told_pct: 100,
             rejoin_at_us: 0,
@@ -85,7 +89,7 @@ impl Pacer {
     pub(crate) fn run_pct(&self) -> u8 {
         match self.hold_is_full {
             true => 0,
-            false => SHARES[self.level],
+            false => SHARES[self.level.max(self.lag.level())],
         }
     }
 
@@ -100,6 +104,7 @@ impl Pacer {
     /// A synchronisation begins, or there is no secondary any more.
     pub(crate) fn reset(&mut self) {
         (self.level, self.rounds) = (0, 0);
+        self.lag.reset();
     }
 
     /// A round sent so many pages in so long, while so many became dirty.
@@ -245,6 +250,22 @@ mod tests {
         assert_eq!(pacer.change(), Some(0));
         pacer.hold_full(false);
         assert_eq!(pacer.change(), Some(70));
+    }
+
+    #[test]
+    fn rule_16_the_slower_of_two_reasons_counts() {
+        let mut pacer = Pacer::new();
+        let late_us = 2 * PACE.lag_us;
+        for look in 1..=6 {
+            pacer
+                .lag
+                .answers(look * PACE.lag_look_us, &PACE, 1, late_us);
+        }
+        assert_eq!(pacer.change(), Some(50));
+        pacer.slow_down();
+        assert_eq!(pacer.change(), None);
+        pacer.reset();
+        assert_eq!(pacer.change(), Some(100));
     }
 
     #[test]

@@ -49,6 +49,13 @@ pub enum PrimaryEvent {
         /// How long it took.
         took_us: u64,
     },
+    /// What has come of the SVM's answers since the last such event (rule 16). Often, at least with each heartbeat.
+    Answers {
+        /// How many came, or were waited for in vain.
+        answers: u64,
+        /// How much later than the PVM's, all together; checkpoints left out.
+        late_us: u64,
+    },
     /// The packet path can hold no more output (true), or can again (rule 14).
     HoldFull(bool),
     /// The capture is made and the guest runs on.
@@ -213,6 +220,11 @@ impl Primary {
         self.pacer.run_pct()
     }
 
+    /// How much later the SVM's answers came lately than the PVM's, in microseconds, as far as the link does not explain it.
+    pub fn lag_us(&self) -> u64 {
+        self.pacer.lag.lag_us()
+    }
+
     /// What happened so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
@@ -258,6 +270,7 @@ impl Primary {
                 dirty_pages,
                 took_us,
             } => self.sync_round(now_us, sent_pages, dirty_pages, took_us),
+            PrimaryEvent::Answers { answers, late_us } => self.answers(now_us, answers, late_us),
             PrimaryEvent::HoldFull(is_full) => self.hold_full(is_full),
             PrimaryEvent::Captured { epoch } => self.captured(now_us, epoch),
             PrimaryEvent::Sent { epoch } => self.sent(now_us, epoch),
@@ -446,7 +459,9 @@ impl Primary {
             }),
             Msg::Echo { sent_us, .. } if self.state == PrimaryState::Paired => {
                 // The clock in the echo is our own; a peer that invents one must not stretch the lease.
-                let until_us = sent_us.min(now_us) + self.timing.lease_us();
+                let sent_us = sent_us.min(now_us);
+                self.pacer.lag.round_trip(now_us - sent_us);
+                let until_us = sent_us + self.timing.lease_us();
                 self.act(Action::Lease { until_us });
             }
             Msg::SvmStopped { epoch, dirty, .. } => self.svm_stopped(now_us, epoch, dirty),

@@ -50,6 +50,11 @@ pub enum SecondaryEvent {
         /// In words.
         reason: String,
     },
+    /// The streams of pages broke, and others are being opened: nothing comes of a checkpoint that is under way.
+    PagesLost {
+        /// In words.
+        reason: String,
+    },
     /// The commit is applied, the SVM runs from it.
     Applied {
         /// Its epoch.
@@ -215,6 +220,7 @@ impl Secondary {
             SecondaryEvent::Staged { epoch } => self.staged(now_us, epoch),
             SecondaryEvent::StageFailed { epoch, reason } => self.stage_failed(epoch, &reason),
             SecondaryEvent::Unfit { epoch, reason } => self.unfit(epoch, reason),
+            SecondaryEvent::PagesLost { reason } => self.pages_lost(&reason),
             SecondaryEvent::Applied { epoch } => self.applied(now_us, epoch),
             SecondaryEvent::ApplyFailed { reason } => self.end(Outcome::Failed { reason }),
             SecondaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
@@ -440,6 +446,16 @@ impl Secondary {
         } else if matches!(self.phase, Phase::Staging(order) if order.epoch == epoch) {
             self.tell_aborted(epoch, reason, VERSION_MIN);
             self.leave_checkpoint(epoch);
+        }
+    }
+
+    /// Before the commit point there is nothing left to commit; what is past it goes forward (rule 13).
+    fn pages_lost(&mut self, reason: &str) {
+        if self.state == SecondaryState::Syncing && !matches!(self.phase, Phase::Applying(_)) {
+            self.end(Outcome::NotSynced);
+        } else if let Phase::Stopping(order) | Phase::Staging(order) = self.phase {
+            self.tell_aborted(order.epoch, reason, VERSION_MIN);
+            self.leave_checkpoint(order.epoch);
         }
     }
 

@@ -81,7 +81,7 @@ impl Storm {
     };
 }
 
-/// What the core does about a guest that dirties memory faster than the link carries it.
+/// What the core does about a guest that dirties memory faster than the link carries it, or runs faster than its replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
     /// A synchronisation ends with the first checkpoint when so few pages are left.
@@ -96,6 +96,12 @@ pub struct Pace {
     pub rejoin_us: u64,
     /// Up to this.
     pub rejoin_max_us: u64,
+    /// An SVM whose answers come so much later than the PVM's is slow, if that does not change by itself (rule 16).
+    pub lag_us: u64,
+    /// Between two looks at that.
+    pub lag_look_us: u64,
+    /// So long a PVM is left alone that was slowed down for that in vain; doubles each time.
+    pub lag_rest_us: u64,
 }
 
 impl Pace {
@@ -107,6 +113,9 @@ impl Pace {
         relief_us: 1_000_000,
         rejoin_us: 5_000_000,
         rejoin_max_us: 300_000_000,
+        lag_us: 5_000,
+        lag_look_us: 100_000,
+        lag_rest_us: 10_000_000,
     };
 }
 

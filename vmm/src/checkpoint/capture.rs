@@ -14,6 +14,7 @@ mod ahead;
 mod cut;
 mod early;
 mod live;
+mod reopen;
 
 use std::collections::VecDeque;
 use std::net::TcpStream;
@@ -95,6 +96,13 @@ pub enum CaptureCommand {
     },
     /// It is not: its pages belong to the next one.
     Aborted,
+    /// The page channel goes on over these.
+    Reopen {
+        /// In the place of streams that broke.
+        streams: Vec<TcpStream>,
+        /// Names them in [`CaptureEvent::StreamsBroken`].
+        opened: u64,
+    },
     /// The secondary is gone: no tracking any more.
     Detach,
     /// An operator wants a snapshot. Between checkpoints, so that nobody's pause falls into another's.
@@ -145,6 +153,15 @@ pub enum CaptureEvent {
     Failed {
         /// Its epoch.
         epoch: u64,
+        /// In words.
+        reason: String,
+    },
+    /// The streams of the page channel are of no use; the session goes on if others are opened.
+    StreamsBroken {
+        /// As in [`CaptureEvent::LinkDown`].
+        session: u64,
+        /// Which: [`CaptureCommand::Reopen`] numbers them, from 1; those that the session began with are 0.
+        opened: u64,
         /// In words.
         reason: String,
     },
@@ -211,6 +228,9 @@ pub enum CaptureError {
     /// The secondary's dirty set is of another machine.
     #[error("the secondary's dirty bitmap does not fit this guest's memory")]
     DirtySet,
+    /// The page streams broke.
+    #[error("there are no page streams to send it over")]
+    NoStreams,
     /// There is nobody to send to.
     #[error("there is no secondary")]
     NoSecondary,
@@ -229,6 +249,10 @@ struct Capture {
 struct Session {
     outbound: Outbound,
     stabiliser: Stabiliser,
+    /// Which streams it has.
+    opened: u64,
+    /// These are of no use.
+    is_broken: bool,
 }
 
 /// What a capture is to be like.
@@ -316,6 +340,10 @@ impl CaptureThread {
                         svm_stopped: &svm_stopped,
                         buffer,
                     };
+                    if !self.has_streams(commands) {
+                        self.failed(epoch, &CaptureError::NoStreams);
+                        continue;
+                    }
                     if let Some(session) = &mut self.session {
                         session.outbound.set_generation(generation);
                     }
@@ -329,6 +357,7 @@ impl CaptureThread {
                     }
                 }
                 CaptureCommand::Aborted => self.aborted(),
+                CaptureCommand::Reopen { streams, opened } => self.reopen(streams, opened),
                 CaptureCommand::Detach => self.detach(),
                 CaptureCommand::Snapshot { request, config } => {
                     let machine = &self.machine;
@@ -406,6 +435,11 @@ impl CaptureThread {
             }
             Err(SendError::CalledOff) => {}
             Err(e) if e.spares_channel() => self.failed(epoch, &e),
+            Err(e) if e.is_broken_stream() => {
+                drop(stable);
+                self.streams_broken(e.to_string());
+                self.failed(epoch, &e);
+            }
             Err(e) => {
                 drop(stable);
                 self.session = None;

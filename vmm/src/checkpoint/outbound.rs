@@ -130,6 +130,11 @@ impl SendError {
     pub fn spares_channel(&self) -> bool {
         !matches!(self, Self::Channel(_) | Self::Memory(_))
     }
+
+    /// Whether other sockets would do, while the pair lives on.
+    pub fn is_broken_stream(&self) -> bool {
+        matches!(self, Self::Channel(e) if e.is_broken_stream())
+    }
 }
 
 /// What the SVM had written when it stopped.
@@ -145,6 +150,7 @@ pub struct SvmStop {
 #[derive(Debug)]
 pub struct Outbound {
     channel: PageChannel,
+    settings: Settings,
     chunk_bytes: usize,
     /// How long the secondary may say nothing.
     timeout: Duration,
@@ -180,6 +186,7 @@ impl Outbound {
         channel.chunk_bytes = channel.chunk_bytes.max(2 * RECORD_MAX_BYTES);
         Ok(Self {
             channel: PageChannel::new(streams, channel)?,
+            settings: channel,
             chunk_bytes: channel.chunk_bytes,
             timeout: channel.timeout,
             lends: settings.lends,
@@ -199,6 +206,13 @@ impl Outbound {
             handed_over: Duration::ZERO,
             began: Instant::now(),
         })
+    }
+
+    /// Goes on over other sockets, with nothing under way. What was sent ahead over the old ones is of no use.
+    pub fn reopen(&mut self, streams: Vec<TcpStream>) -> Result<(), ChannelError> {
+        self.channel = PageChannel::new(streams, self.settings)?;
+        self.aborted();
+        Ok(())
     }
 
     /// The session's key of page digests.

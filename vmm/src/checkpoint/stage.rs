@@ -9,10 +9,11 @@
 mod accept;
 mod cost;
 mod orders;
+mod reopen;
 
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use colo_fastpath::worker::Edge;
 use super::ahead;
 use super::ahead::area::{Area, AreaError};
 use super::audit::{AuditError, Image, StateRecords, Summary};
-use super::channel::{ChannelError, Event, Kind, PageChannel, Settings};
+use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
@@ -87,6 +88,17 @@ pub enum StageEvent {
     ApplyFailed {
         /// In words.
         reason: String,
+    },
+    /// The streams of the page channel are of no use, and nothing comes of a checkpoint that was under way. The thread waits
+    /// for [`StageCommand::Reopen`].
+    StreamsBroken {
+        /// In words.
+        reason: String,
+    },
+    /// It goes on over others.
+    Reopened {
+        /// For [`StageOrders::rewire`].
+        waker: Waker,
     },
     /// The page channel is unusable.
     LinkDown {
@@ -179,6 +191,7 @@ struct StageThread {
     machine: Arc<Machine>,
     post: Post<StageEvent>,
     channel: PageChannel,
+    settings: Settings,
     commands: Receiver<StageCommand>,
     /// Came while a checkpoint waited for the word of the control thread.
     ordered: Option<StageCommand>,
@@ -196,14 +209,17 @@ struct StageThread {
 enum Over {
     /// Nobody gives orders any more, or the machine is in no usable state.
     Quietly,
-    /// The page channel is of no use.
+    /// The page channel is of no use,
     Link(String),
+    /// but other streams would do.
+    Streams(String),
 }
 
 impl From<ChannelError> for Over {
     fn from(e: ChannelError) -> Self {
         match e {
             ChannelError::ShutDown => Self::Quietly,
+            e if e.is_broken_stream() => Self::Streams(e.to_string()),
             e => Self::Link(e.to_string()),
         }
     }
@@ -236,6 +252,7 @@ pub fn spawn(
             machine,
             post,
             channel,
+            settings: settings.channel,
             commands,
             ordered: None,
             key: None,
@@ -271,10 +288,14 @@ pub enum SpawnError {
 impl StageThread {
     fn run(mut self) {
         loop {
-            match self.turn() {
+            let turn = match self.turn() {
+                Err(Over::Streams(reason)) if self.live => self.go_on(reason),
+                turn => turn,
+            };
+            match turn {
                 Ok(()) => {}
                 Err(Over::Quietly) => return,
-                Err(Over::Link(reason)) => {
+                Err(Over::Link(reason) | Over::Streams(reason)) => {
                     self.post.send(StageEvent::LinkDown { reason });
                     return;
                 }
@@ -283,7 +304,7 @@ impl StageThread {
     }
 
     fn turn(&mut self) -> Result<(), Over> {
-        while let Some(command) = self.next_command() {
+        while let Some(command) = self.next_command()? {
             if let StageCommand::Digests {
                 epoch,
                 generation,
@@ -379,14 +400,21 @@ impl StageThread {
                 });
                 Ok(())
             }
-            Event::Closed => Err(Over::Link("page channel: closed by the peer".to_owned())),
+            Event::Closed => Err(Over::Streams("page channel: closed by the peer".to_owned())),
             Event::Sendable | Event::Woken | Event::Idle => Ok(()),
         }
     }
 
-    fn next_command(&mut self) -> Option<StageCommand> {
-        let ordered = self.ordered.take();
-        ordered.or_else(|| self.commands.try_recv().ok())
+    fn next_command(&mut self) -> Result<Option<StageCommand>, Over> {
+        if let Some(ordered) = self.ordered.take() {
+            return Ok(Some(ordered));
+        }
+        match self.commands.try_recv() {
+            Ok(command) => Ok(Some(command)),
+            Err(TryRecvError::Empty) => Ok(None),
+            // Whoever gave orders may not have known of the present channel.
+            Err(TryRecvError::Disconnected) => Err(Over::Quietly),
+        }
     }
 
     /// Sends what stands for the SVM's dirty pages. It stands still; should an abort let it go on meanwhile, the primary

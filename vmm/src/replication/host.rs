@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use colo_compare::Limits;
-use colo_control::{Geometry, Outcome, Protection, Record, StepLimits, Storm, Timing};
+use colo_control::{Geometry, Outcome, Pace, Protection, Record, StepLimits, Storm, Timing};
 use colo_fastpath::Mac;
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::PeerHeard;
 use colo_fastpath::mailbox::{Mailbox, Post};
 use colo_fastpath::nic::Filter;
-use colo_fastpath::pair::{FrameParts, Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
+use colo_fastpath::pair::{Answers, FrameParts, Lease, PairEvent, PrimaryRole, PrimaryRoleConfig};
 use colo_fastpath::shard::crossing_frames;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -128,6 +128,8 @@ pub struct Replica {
     pub(super) status: Status,
     /// What the control thread knows and the workers read when they need it.
     pub(super) lease: Lease,
+    /// The other way round.
+    pub(super) answers: Answers,
     pub(super) heard: PeerHeard,
     stop: Arc<StopRequest>,
     has_told_of_wait: bool,
@@ -202,6 +204,7 @@ impl Replica {
             guest: GuestEnd::new(events),
             arbiter,
             lease: Lease::default(),
+            answers: Answers::default(),
             heard: PeerHeard::default(),
             stop,
             has_told_of_wait: false,
@@ -242,7 +245,13 @@ impl Replica {
                 window_us,
                 ..Storm::DEFAULT
             },
-            ..Protection::DEFAULT
+            pace: Pace {
+                // Well before what is late counts as different.
+                lag_us: Pace::DEFAULT
+                    .lag_us
+                    .min(self.limits.compare_deadline_us / 4),
+                ..Pace::DEFAULT
+            },
         }
     }
 
@@ -296,6 +305,7 @@ impl Replica {
             digest_key: self.digest_key,
             gaps: Arc::new(AtomicU64::new(0)),
             lease: self.lease.clone(),
+            answers: self.answers.clone(),
         }
     }
 

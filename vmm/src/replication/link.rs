@@ -10,6 +10,9 @@
 //! byte: how many the primary takes at most. A primary that does not know the question closes it, and there is one
 //! stream (rule 22).
 //!
+//! Streams of pages that broke are opened anew (`again`) while the session goes on: channels 240 and up, of the same session,
+//! all of them answered by one byte on the first. A primary that does not know them closes them, and the session ends.
+//!
 //! Does not interpret what the channels carry.
 
 use std::collections::HashMap;
@@ -35,6 +38,8 @@ pub const SHARDS_MAX: usize = 8;
 pub const PAGE_STREAMS_MAX: usize = 8;
 /// Channels besides the packets of further shards and further streams of pages.
 const CHANNELS: usize = 3;
+/// Streams of pages of a session that goes on, in the place of broken ones.
+const AGAIN: u8 = 240;
 /// Not a channel: how many streams of pages does the primary take?
 const QUESTION: u8 = 255;
 
@@ -106,12 +111,7 @@ pub fn connect(
     shards: usize,
     page_streams: usize,
 ) -> Result<Channels, LinkError> {
-    let open = |channel: u8, more: u8| {
-        let mut stream = TcpStream::connect_timeout(&address, PREAMBLE_TIMEOUT)?;
-        stream.set_nodelay(true)?;
-        stream.write_all(&preamble(channel, more, session))?;
-        Ok(stream)
-    };
+    let open = |channel: u8, more: u8| open(address, channel, more, session);
     let open_all = || {
         let page_streams = match page_streams.clamp(1, PAGE_STREAMS_MAX) {
             1 => 1,
@@ -127,6 +127,41 @@ pub fn connect(
         session_of.ok_or_else(|| io::ErrorKind::NotConnected.into())
     };
     open_all().map_err(|source| LinkError::Connect { address, source })
+}
+
+/// Opens streams of pages anew, as many as there were, for a session that goes on; waits for the primary's word.
+pub fn connect_pages_again(
+    address: SocketAddr,
+    session: u64,
+    count: usize,
+) -> Result<Vec<TcpStream>, LinkError> {
+    let more = More {
+        shards: 0,
+        page_streams: count.clamp(1, PAGE_STREAMS_MAX) - 1,
+    };
+    let open = |stream: usize| open(address, AGAIN + stream as u8, more.to_byte(), session);
+    let open_all = || {
+        let streams = (0..=more.page_streams).map(open);
+        let mut streams = streams.collect::<io::Result<Vec<_>>>()?;
+        if let Some(first) = streams.first_mut() {
+            first.set_read_timeout(Some(PREAMBLE_TIMEOUT))?;
+            first.read_exact(&mut [0])?;
+            first.set_read_timeout(None)?;
+        }
+        Ok(streams)
+    };
+    open_all().map_err(|source| LinkError::Connect { address, source })
+}
+
+fn open(address: SocketAddr, channel: u8, more: u8, session: u64) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect_timeout(&address, PREAMBLE_TIMEOUT)?;
+    stream.set_nodelay(true)?;
+    stream.write_all(&preamble(channel, more, session))?;
+    Ok(stream)
+}
+
+fn streams_byte(more: More) -> u8 {
+    more.page_streams as u8 + 1
 }
 
 /// How many streams of pages a primary takes; one if it closes the question.
@@ -167,7 +202,8 @@ pub struct Listener {
     socket: Option<TcpListener>,
     tried: Instant,
     waiting: Vec<Waiting>,
-    sessions: HashMap<u64, Session>,
+    /// Those that join, and those whose pages are opened anew.
+    sessions: HashMap<(u64, bool), Session>,
     /// Streams of pages that a session has at most.
     page_streams: usize,
     /// Connections dropped because they were no colo link.
@@ -180,6 +216,12 @@ struct Session {
     since: Instant,
     more: More,
     channels: Vec<Option<TcpStream>>,
+}
+
+impl Session {
+    fn is_complete(&self) -> bool {
+        self.channels.iter().all(Option::is_some)
+    }
 }
 
 #[derive(Debug)]
@@ -284,7 +326,13 @@ impl Listener {
 
     fn put_together(&mut self, preamble: Preamble, stream: TcpStream) {
         let more = preamble.more;
-        let is_new = !self.sessions.contains_key(&preamble.session);
+        let again = preamble.again();
+        let (channel, count) = match again {
+            Some(channel) => (channel, more.page_streams + 1),
+            None => (preamble.channel, more.channels()),
+        };
+        let key = (preamble.session, again.is_some());
+        let is_new = !self.sessions.contains_key(&key);
         if is_new && self.sessions.len() >= SESSIONS_MAX {
             self.refused += 1;
             tracing::warn!(
@@ -292,25 +340,38 @@ impl Listener {
             );
             return;
         }
-        let entry = self.sessions.entry(preamble.session);
+        let entry = self.sessions.entry(key);
         let session = entry.or_insert_with(|| Session {
             since: Instant::now(),
             more,
-            channels: (0..more.channels()).map(|_| None).collect(),
+            channels: (0..count).map(|_| None).collect(),
         });
-        match session.channels.get_mut(preamble.channel) {
+        match session.channels.get_mut(channel) {
             Some(channel) if session.more == more => *channel = Some(stream),
             _ => self.refused += 1,
         }
     }
 
     fn take_complete(&mut self) -> Option<Channels> {
-        let is_complete = |session: &Session| session.channels.iter().all(Option::is_some);
         let mut sessions = self.sessions.iter();
-        let number = *sessions.find(|(_, session)| is_complete(session))?.0;
-        let session = self.sessions.remove(&number)?;
+        let joins = |key: &(u64, bool), session: &Session| !key.1 && session.is_complete();
+        let key = *sessions.find(|(key, session)| joins(key, session))?.0;
+        let session = self.sessions.remove(&key)?;
         let streams = session.channels.into_iter().flatten().collect();
-        Channels::of(number, session.more, streams)
+        Channels::of(key.0, session.more, streams)
+    }
+
+    /// The streams of pages that were opened anew for this session, once all have come; the secondary is told.
+    pub fn take_pages(&mut self, session: u64) -> Option<Vec<TcpStream>> {
+        let key = (session, true);
+        self.sessions.get(&key).filter(|s| s.is_complete())?;
+        let session = self.sessions.remove(&key)?;
+        let mut streams: Vec<_> = session.channels.into_iter().flatten().collect();
+        // Who does not hear it gives the session up.
+        let _ = streams
+            .first_mut()?
+            .write_all(&[streams_byte(session.more)]);
+        Some(streams)
     }
 }
 
@@ -319,6 +380,14 @@ struct Preamble {
     channel: usize,
     more: More,
     session: u64,
+}
+
+impl Preamble {
+    /// Which stream of pages that are opened anew, if it is one.
+    fn again(&self) -> Option<usize> {
+        let stream = self.channel.checked_sub(usize::from(AGAIN))?;
+        (stream <= self.more.page_streams).then_some(stream)
+    }
 }
 
 impl Waiting {
@@ -341,17 +410,20 @@ impl Waiting {
         let version = u16::from_le_bytes([self.got[8], self.got[9]]);
         let (channel, more) = (self.got[10], More::from_byte(self.got[11]));
         let in_range = more.shards < SHARDS_MAX && more.page_streams < page_streams;
-        let is_known = channel == QUESTION || usize::from(channel) < more.channels();
-        if version != LINK_VERSION || !in_range || !is_known {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
         let mut session = [0; 8];
         session.copy_from_slice(&self.got[12..20]);
-        Ok(Some(Preamble {
+        let preamble = Preamble {
             channel: usize::from(channel),
             more,
             session: u64::from_le_bytes(session),
-        }))
+        };
+        let is_known = channel == QUESTION
+            || usize::from(channel) < more.channels()
+            || preamble.again().is_some();
+        if version != LINK_VERSION || !in_range || !is_known {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(Some(preamble))
     }
 }
 
@@ -543,6 +615,38 @@ mod tests {
         assert_eq!(begin(99, 0), (SESSIONS_MAX, 1));
         // Those that began before go on.
         assert_eq!(begin(0, 1), (SESSIONS_MAX, 1));
+    }
+
+    #[test]
+    fn streams_of_pages_are_opened_anew_for_the_session_that_asks() {
+        let (mut listener, address) = listener();
+        let joining = std::thread::spawn(move || connect_pages_again(address, 7, 3).unwrap());
+        let mut theirs = poll_until(|| {
+            // It joins nobody, and another session's are not ours.
+            assert!(listener.poll().is_none() && listener.take_pages(8).is_none());
+            listener.take_pages(7)
+        });
+        let mut ours = joining.join().unwrap();
+        assert_eq!((ours.len(), theirs.len()), (3, 3));
+        for (n, (ours, theirs)) in ours.iter_mut().zip(&mut theirs).enumerate() {
+            ours.write_all(&[n as u8]).unwrap();
+            theirs.set_nonblocking(false).unwrap();
+            let mut byte = [9];
+            theirs.read_exact(&mut byte).unwrap();
+            assert_eq!(usize::from(byte[0]), n, "nothing is left of the answer");
+        }
+        assert!(listener.take_pages(7).is_none() && !listener.is_busy());
+    }
+
+    #[test]
+    fn rule_22_a_primary_that_does_not_open_streams_anew_is_noticed() {
+        let older = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = older.local_addr().unwrap();
+        let asking = std::thread::spawn(move || connect_pages_again(address, 7, 2));
+        for _ in 0..2 {
+            drop(older.accept().unwrap());
+        }
+        assert!(asking.join().unwrap().is_err());
     }
 
     #[test]

@@ -1,37 +1,33 @@
 //! The primary's control thread: carries out what `colo_control::Primary` decides.
 //!
 //! Invariants: it is the only owner of the core, the control channel and the distributions of checkpoints; it never
-//! waits for the peer; link loss is told to the worker before the core, so that a late cut finds no link.
+//! waits for the peer.
 //!
-//! Does not decide anything about roles.
+//! Does not decide anything about roles. Here is what comes in; what follows from it is in `acts`.
 
-use std::io;
-use std::net::{Shutdown, TcpStream};
+mod acts;
+mod link;
+mod status;
+
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
-use colo_control::{
-    Action, Geometry, Msg, Notice, Outcome, Primary, PrimaryEvent, PrimaryState, Record,
-    VERSION_BULK,
-};
+use colo_compare::Cause;
+use colo_control::{Geometry, Msg, Outcome, Primary, PrimaryEvent, PrimaryState, Record};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::PacketLink;
 use colo_fastpath::mailbox::{Mailbox, Post};
-use colo_fastpath::pair::{OnWorkers, PairEvent, PrimaryReport, PrimaryRole};
-use colo_fastpath::worker::Edge;
+use colo_fastpath::pair::PairEvent;
 
 use super::asking::Asking;
-use super::control_link::ControlLink;
-use super::host::{Replica, ReplicaError, page_key, unix_seconds};
-use super::link::{Channels, Listener};
+use super::host::{Replica, ReplicaError, unix_seconds};
+use super::link::Listener;
 use super::opening::Opener;
-use super::report::{CheckpointTimes, PairStatus, Standing, mode_name};
+use super::report::CheckpointTimes;
 use super::wait::Waiter;
 use crate::checkpoint::capture::{CaptureCommand, CaptureEvent, CaptureThread};
 use crate::testpoint::{Point, reached};
-
-/// How often the log tells how fast the guest may run; the status does always.
-const PACE_TOLD_EVERY_US: u64 = 1_000_000;
+use link::Link;
 
 /// A running primary.
 pub struct PrimaryShell {
@@ -59,17 +55,6 @@ pub struct PrimaryShell {
     /// Gaps of the worker's clock that the core has heard of.
     gaps: u64,
     outcome: Option<Outcome>,
-}
-
-/// The channels to the secondary.
-struct Link {
-    session: u64,
-    control: ControlLink,
-    /// Handed to worker and checkpoint thread when the synchronisation starts.
-    packets: Option<Vec<TcpStream>>,
-    pages: Option<Vec<TcpStream>>,
-    /// To end them while the checkpoint thread writes.
-    pages_end: Vec<TcpStream>,
 }
 
 impl PrimaryShell {
@@ -131,6 +116,7 @@ impl PrimaryShell {
         let outcome = loop {
             self.events(&waiter);
             let now = now_us();
+            self.look_at_answers(now);
             if self.core.next_deadline().is_some_and(|at| at <= now) {
                 self.core.handle_timeout(now);
             }
@@ -194,10 +180,11 @@ impl PrimaryShell {
             }
         }
         let calls = self.listener.fds().any(|fd| waiter.may_be_ready(fd));
-        if (calls || self.listener.is_busy())
-            && let Some(channels) = self.listener.poll()
-        {
-            self.link_up(channels);
+        if calls || self.listener.is_busy() {
+            if let Some(channels) = self.listener.poll() {
+                self.link_up(channels);
+            }
+            self.take_pages();
         }
         let is_asked = self.replica.may_be_asked(waiter);
         if is_asked && let Some(fault) = self.replica.guest.fault() {
@@ -217,6 +204,15 @@ impl PrimaryShell {
         while let Some(request) = self.replica.next_request() {
             let config = Box::new(self.replica.config.clone());
             self.order(CaptureCommand::Snapshot { request, config });
+        }
+    }
+
+    /// Heartbeats wake this thread often enough for it.
+    fn look_at_answers(&mut self, now: u64) {
+        if self.core.state() == PrimaryState::Paired {
+            let (answers, late_us) = self.replica.answers.take();
+            self.core
+                .handle(now, PrimaryEvent::Answers { answers, late_us });
         }
     }
 
@@ -269,6 +265,20 @@ impl PrimaryShell {
                 self.core
                     .handle(now, PrimaryEvent::CheckpointFailed { epoch, reason });
             }
+            CaptureEvent::StreamsBroken {
+                session,
+                opened,
+                reason,
+            } => {
+                let link = self.link.as_ref();
+                if let Some(link) =
+                    link.filter(|l| (l.session, l.pages_opened) == (session, opened))
+                {
+                    tracing::warn!("the page streams are of no use, others are needed: {reason}");
+                    // The secondary sees their end.
+                    link.shut_pages();
+                }
+            }
             CaptureEvent::LinkDown { session, reason } => {
                 if self
                     .link
@@ -286,6 +296,7 @@ impl PrimaryShell {
             PairEvent::CheckpointWanted(divergence) => {
                 tracing::debug!("checkpoint wanted: {divergence}");
                 self.cause.get_or_insert(divergence.cause.name());
+                self.waited_in_vain(divergence.cause);
                 self.core.handle(now_us(), PrimaryEvent::CheckpointWanted);
             }
             PairEvent::PeerWantsCheckpoint => {
@@ -300,6 +311,18 @@ impl PrimaryShell {
                 self.core.handle(now_us(), PrimaryEvent::ClockGap);
             }
         }
+    }
+
+    /// An answer that did not come in time is at least as late as that.
+    fn waited_in_vain(&mut self, cause: Cause) {
+        let late_us = match cause {
+            Cause::Deadline => self.replica.limits.compare_deadline_us,
+            Cause::Lag => self.replica.limits.lag_deadline_us,
+            _ => return,
+        };
+        let answers = 1;
+        self.core
+            .handle(now_us(), PrimaryEvent::Answers { answers, late_us });
     }
 
     fn read_control(&mut self) {
@@ -343,317 +366,6 @@ impl PrimaryShell {
             }
             _ => {}
         }
-    }
-
-    fn link_up(&mut self, channels: Channels) {
-        if self.link.is_some() {
-            tracing::warn!("a second secondary tried to join; it was sent away");
-            return;
-        }
-        match Link::new(channels) {
-            Ok(link) => {
-                tracing::info!("a secondary has connected");
-                self.link = Some(link);
-                self.core.handle(now_us(), PrimaryEvent::LinkUp);
-            }
-            Err(e) => tracing::warn!("a secondary's connection failed at once: {e}"),
-        }
-    }
-
-    fn link_down(&mut self, reason: &str) {
-        if self.link.is_none() {
-            return;
-        }
-        tracing::warn!("the link is lost: {reason}");
-        self.close_link(reason);
-        let reason = reason.to_owned();
-        self.core
-            .handle(now_us(), PrimaryEvent::LinkDown { reason });
-    }
-
-    fn close_link(&mut self, reason: &str) {
-        let Some(mut link) = self.link.take() else {
-            return;
-        };
-        // The peer takes a closed channel as our end: be silent before it can see one (rule 18).
-        self.end_lease();
-        self.on_role(|role, edge| role.detach(edge));
-        self.opener.forget();
-        let _ = link.control.flush();
-        for stream in &link.pages_end {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        self.unprotected
-            .get_or_insert((reason.to_owned(), unix_seconds()));
-    }
-
-    // ---- actions out ----
-
-    fn perform(&mut self) {
-        while let Some(action) = self.core.poll_action() {
-            self.act(action);
-        }
-    }
-
-    fn act(&mut self, action: Action) {
-        match action {
-            Action::Send(msg) => self.send(&msg),
-            Action::Arbiter(cas) => self.asking.ask(cas),
-            Action::StartSync => self.start_sync(),
-            Action::Capture {
-                epoch,
-                first,
-                svm_dirty,
-                buffer,
-            } => {
-                let since_us = now_us().saturating_sub(self.checkpoint_begun_us);
-                self.times.svm_stopped(since_us);
-                let generation = self.core.record().generation;
-                self.order(CaptureCommand::Capture {
-                    epoch,
-                    first,
-                    svm_stopped: svm_dirty,
-                    buffer,
-                    generation,
-                });
-            }
-            Action::Commit { epoch } => self.commit(epoch),
-            Action::Abort { epoch } => {
-                self.times.aborted += 1;
-                self.on_role(move |role, edge| role.abort(edge, epoch));
-                self.order(CaptureCommand::Aborted);
-            }
-            Action::GoAlone => {
-                self.on_role(|role, edge| role.go_alone(edge));
-                self.order(CaptureCommand::Detach);
-                tracing::warn!("unprotected: this host runs the VM alone");
-            }
-            Action::Detach => {
-                self.order(CaptureCommand::Detach);
-                tracing::warn!("all output is held until a secondary joins: alone = \"block\"");
-            }
-            Action::Mute(true) => self.on_role(|role, _| role.mute()),
-            Action::Mute(false) => {
-                let gaps = self.gaps;
-                self.on_role(move |role, edge| role.unmute(edge, gaps));
-            }
-            // Nobody waits for more time; that there is none any more is to be heeded before anything else is done.
-            Action::Lease { until_us } if until_us > 0 => told(PrimaryRole::extend_lease(
-                self.replica.machine.workers(),
-                &self.replica.lease,
-                until_us,
-            )),
-            Action::Lease { .. } => self.end_lease(),
-            Action::CloseLink { reason } => {
-                tracing::info!("closing the link: {reason}");
-                self.close_link(&reason);
-            }
-            Action::Stop(outcome) => self.outcome = Some(outcome),
-            Action::Tell(notice) => self.tell(notice),
-            Action::SyncRound => self.order(CaptureCommand::SyncRound),
-            Action::Throttle { run_pct } => self.throttle(run_pct),
-            Action::StopSvm { .. }
-            | Action::Discard { .. }
-            | Action::Apply { .. }
-            | Action::TakeOver { .. } => {}
-        }
-    }
-
-    fn tell(&mut self, notice: Notice) {
-        let now = now_us();
-        match notice {
-            // A guest at its limits is stopped and let go again many times a second.
-            Notice::Throttled { .. } if now < self.pace_told_us + PACE_TOLD_EVERY_US => {
-                tracing::debug!("{notice}");
-            }
-            Notice::Throttled { .. } => {
-                self.pace_told_us = now;
-                tracing::warn!("{notice}");
-            }
-            _ => tracing::warn!("{notice}"),
-        }
-        if let Notice::CannotFollow { reason } | Notice::Refused { reason } = notice {
-            // What a client of the status wants to know until a secondary has joined.
-            let since = self.unprotected.take().map(|(_, since)| since);
-            self.unprotected = Some((reason, since.unwrap_or_else(unix_seconds)));
-        }
-    }
-
-    fn throttle(&self, run_pct: u8) {
-        if let Err(e) = self.replica.machine.throttle_vcpus(run_pct) {
-            tracing::error!("the guest cannot be slowed down: {e}");
-        }
-    }
-
-    /// The vCPUs stand still as long as any shard has no room for output (rule 14).
-    fn hold_full(&mut self, is_full: bool) {
-        let before = self.full_shards;
-        self.full_shards = match is_full {
-            true => before + 1,
-            false => before.saturating_sub(1),
-        };
-        self.times.hold_full += u64::from(is_full);
-        if (before == 0) != (self.full_shards == 0) {
-            self.core.handle(now_us(), PrimaryEvent::HoldFull(is_full));
-        }
-    }
-
-    fn send(&mut self, msg: &Msg) {
-        if let Msg::StopSvm { epoch, .. } = msg {
-            self.checkpoint_begun_us = now_us();
-            let cause = self.cause.take().unwrap_or("periodic");
-            self.times.begun(*epoch, cause);
-        }
-        let Some(link) = &mut self.link else { return };
-        if let Err(e) = link.control.send(msg) {
-            self.link_down(&e.to_string());
-        }
-    }
-
-    fn start_sync(&mut self) {
-        let Some(link) = &mut self.link else { return };
-        let Some(packets) = link.packets.take() else {
-            return;
-        };
-        self.checkpoint_begun_us = now_us();
-        (self.times.sync_rounds, self.times.sync_pages) = (0, 0);
-        self.opener.ask(packets);
-    }
-
-    /// The packet channels are open, and pages may follow.
-    fn sync_over(&mut self, links: io::Result<Vec<PacketLink>>) {
-        let links = match links {
-            Ok(links) => links,
-            Err(e) => return self.link_down(&e.to_string()),
-        };
-        let Some(link) = &mut self.link else { return };
-        let Some(streams) = link.pages.take() else {
-            return;
-        };
-        let session = link.session;
-        let workers = self.replica.machine.workers();
-        let attached = PrimaryRole::on_each(workers, links, PrimaryRole::attach);
-        told(attached);
-        let generation = self.core.record().generation;
-        let theirs = usize::try_from(self.core.peer_ahead_mib()).unwrap_or(usize::MAX);
-        let ahead_mib = self.replica.config.checkpoint.ahead_mib.min(theirs);
-        let lends = self.core.peer_version() >= VERSION_BULK;
-        match page_key() {
-            Ok(key) => self.order(CaptureCommand::Sync {
-                streams,
-                generation,
-                key,
-                session,
-                ahead_mib,
-                lends,
-            }),
-            Err(e) => self.link_down(&e.to_string()),
-        }
-    }
-
-    fn commit(&mut self, epoch: u64) {
-        let generation = self.core.record().generation;
-        self.order(CaptureCommand::Committed { generation });
-        let since_us = now_us().saturating_sub(self.checkpoint_begun_us);
-        let first = self.core.state() == PrimaryState::Paired && self.unprotected.take().is_some();
-        if first {
-            self.times.sync_us = since_us;
-            tracing::info!("protected: the secondary has the state");
-        }
-        let workers = self.replica.machine.workers();
-        let held = PrimaryRole::on_workers(workers, move |role, edge| role.commit(edge, epoch));
-        reached(Point::CommitReleased);
-        if !first {
-            let hold_us = held.iter().flatten().copied().max().unwrap_or(0);
-            self.times.committed(since_us, hold_us);
-        }
-        told(held);
-    }
-
-    fn order(&self, command: CaptureCommand) {
-        if self.capture.send(command).is_err() {
-            tracing::error!("the checkpoint thread has ended");
-        }
-    }
-
-    fn end_lease(&self) {
-        let (workers, lease) = (self.replica.machine.workers(), &self.replica.lease);
-        told(PrimaryRole::end_lease(workers, lease));
-    }
-
-    fn on_role(&self, task: impl Fn(&mut PrimaryRole, &mut Edge) + Clone + Send + 'static) {
-        told(PrimaryRole::on_workers(
-            self.replica.machine.workers(),
-            task,
-        ));
-    }
-
-    // ---- status ----
-
-    fn standing(&self) -> Standing {
-        let state = match self.core.state() {
-            PrimaryState::Alone => "alone",
-            PrimaryState::Syncing | PrimaryState::FirstCheckpoint | PrimaryState::Pairing => {
-                "syncing"
-            }
-            PrimaryState::Paired => "paired",
-            PrimaryState::Deciding => "deciding",
-            PrimaryState::Blocked => "blocked",
-            PrimaryState::ShuttingDown | PrimaryState::Ended => "stopping",
-        };
-        let (reason, since) = self.unprotected.clone().unwrap_or_default();
-        Standing {
-            role: "primary",
-            state,
-            protected: self.core.state() == PrimaryState::Paired,
-            dirty_logging: self.replica.machine.logs_dirty_pages(),
-            dirty_log: Some(self.replica.machine.dirty_stats()),
-            unhurried_pauses: self.replica.machine.unhurried_pauses(),
-            page_streams: self.link.as_ref().map_or(0, |link| link.pages_end.len()),
-            unprotected_reason: reason,
-            unprotected_since: since,
-            generation: self.core.record().generation,
-            epoch: self.core.epoch(),
-            takeovers: self.takeovers,
-            mode: mode_name(self.core.mode()),
-            run_pct: self.core.run_pct(),
-            throttled_us: self.replica.machine.throttled_us(),
-            refused_connections: self.listener.refused,
-            checkpoint_share_pct: self.core.checkpoint_share_pct(now_us()),
-            ..Standing::default()
-        }
-        .counted(self.core.counters())
-    }
-
-    fn status(&self) -> Option<PairStatus> {
-        let standing = self.standing();
-        let workers = self.replica.machine.workers();
-        let reports = PrimaryRole::on_workers(workers, |role, _| role.report())?;
-        let report = PrimaryReport::sum(reports)?;
-        Some(PairStatus::of_primary(standing, &report, &self.times))
-    }
-}
-
-/// Complains if not all workers were there.
-fn told<T>(answers: Option<T>) {
-    if answers.is_none() {
-        tracing::error!("a packet worker has ended or is in another role");
-    }
-}
-
-impl Link {
-    fn new(channels: Channels) -> io::Result<Self> {
-        Ok(Self {
-            session: channels.session,
-            control: ControlLink::new(channels.control)?,
-            pages_end: channels
-                .pages
-                .iter()
-                .map(TcpStream::try_clone)
-                .collect::<io::Result<_>>()?,
-            packets: Some(channels.packets),
-            pages: Some(channels.pages),
-        })
     }
 }
 

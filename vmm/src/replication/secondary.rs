@@ -19,6 +19,7 @@ use colo_fastpath::pair::{
 };
 use colo_fastpath::worker::Edge;
 
+use super::again::PagesAgain;
 use super::applied::ApplyTimes;
 use super::asking::Asking;
 use super::control_link::ControlLink;
@@ -55,6 +56,8 @@ pub struct SecondaryShell {
     asking: Asking,
     control: Option<ControlLink>,
     pages_end: Vec<TcpStream>,
+    /// Opens others in their place.
+    pages_again: PagesAgain,
     pair_post: Post<PairEvent>,
     pair_events: Mailbox<PairEvent>,
     stage_events: Mailbox<StageEvent>,
@@ -86,6 +89,8 @@ impl SecondaryShell {
         let (stage_post, stage_events) = Mailbox::new().map_err(system)?;
         let pages_end = channels.pages.iter().map(TcpStream::try_clone);
         let pages_end = pages_end.collect::<Result<Vec<_>, _>>().map_err(system)?;
+        let (peer, session) = (replica.replication.link_peer, channels.session);
+        let pages_again = PagesAgain::new(peer, session, pages_end.len()).map_err(system)?;
         let links = replica.link_opening().open(channels.packets);
         let links = links.map_err(system)?;
         let role = SecondaryRoleConfig {
@@ -114,6 +119,7 @@ impl SecondaryShell {
             asking,
             control: Some(ControlLink::new(channels.control).map_err(system)?),
             pages_end,
+            pages_again,
             pair_post,
             pair_events,
             stage_events,
@@ -166,6 +172,7 @@ impl SecondaryShell {
         waiter.readable(self.pair_events.poll_fd());
         waiter.readable(self.stage_events.poll_fd());
         waiter.readable(self.asking.poll_fd());
+        waiter.readable(self.pages_again.poll_fd());
         if let Some(control) = &self.control {
             waiter.push(control.pollfd());
         }
@@ -183,6 +190,14 @@ impl SecondaryShell {
         if waiter.may_be_ready(self.stage_events.poll_fd()) {
             while let Some(event) = self.stage_events.try_next() {
                 self.stage_event(event);
+            }
+        }
+        if waiter.may_be_ready(self.pages_again.poll_fd()) {
+            while let Some(opened) = self.pages_again.try_next() {
+                match opened {
+                    Ok(streams) => self.pages_opened(streams),
+                    Err(e) => self.link_down(e.to_string()),
+                }
             }
         }
         if waiter.may_be_ready(self.pair_events.poll_fd()) {
@@ -249,6 +264,7 @@ impl SecondaryShell {
             StageEvent::Applied { epoch, cost } => {
                 tracing::debug!("epoch {epoch} applied: {cost:?}");
                 self.dirty.clear();
+                self.pages_again.committed();
                 self.times.applied(epoch, &cost);
                 self.applied_epoch = epoch;
                 self.core.handle(now, SecondaryEvent::Applied { epoch });
@@ -258,7 +274,40 @@ impl SecondaryShell {
                 self.core
                     .handle(now, SecondaryEvent::ApplyFailed { reason });
             }
+            StageEvent::StreamsBroken { reason } => self.streams_broken(reason),
+            StageEvent::Reopened { waker } => {
+                if let Some(stage) = &mut self.stage {
+                    stage.rewire(waker);
+                }
+            }
             StageEvent::LinkDown { reason } => self.link_down(reason),
+        }
+    }
+
+    /// The pair lives on, if the primary does: it sees the end of the old streams and gets others.
+    fn streams_broken(&mut self, reason: String) {
+        if self.control.is_none() {
+            return;
+        }
+        self.shut_pages();
+        if !self.pages_again.ask() {
+            return self.link_down(reason);
+        }
+        tracing::warn!("the page streams are opened anew: {reason}");
+        self.core
+            .handle(now_us(), SecondaryEvent::PagesLost { reason });
+    }
+
+    fn pages_opened(&mut self, streams: Vec<TcpStream>) {
+        if self.control.is_none() {
+            return;
+        }
+        match streams.iter().map(TcpStream::try_clone).collect() {
+            Ok(ends) => {
+                self.pages_end = ends;
+                self.order(StageCommand::Reopen(streams));
+            }
+            Err(e) => self.link_down(e.to_string()),
         }
     }
 
@@ -309,6 +358,10 @@ impl SecondaryShell {
             let _ = control.flush();
         }
         // The packet channel stays until the takeover has read what is in it; the peer is gone or told.
+        self.shut_pages();
+    }
+
+    fn shut_pages(&self) {
         for stream in &self.pages_end {
             let _ = stream.shutdown(Shutdown::Both);
         }
@@ -501,6 +554,7 @@ impl SecondaryShell {
             dirty_log: Some(self.replica.machine.dirty_stats()),
             unhurried_pauses: self.replica.machine.unhurried_pauses(),
             page_streams: self.pages_end.len(),
+            streams_reopened: self.pages_again.reopened(),
             generation: self.core.generation(),
             epoch: self.applied_epoch + 1,
             mode: mode_name(match self.core.is_halted() {

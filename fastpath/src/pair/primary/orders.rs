@@ -32,6 +32,7 @@ impl PrimaryRole {
     pub fn detach(&mut self, edge: &mut Edge) {
         // What was decided about one secondary's output or input means nothing to the next.
         self.mirrors = false;
+        self.lateness.detached();
         self.reports.forget();
         if let Some(link) = self.link.take() {
             self.past_link.add(&link.stats());
@@ -85,6 +86,7 @@ impl PrimaryRole {
     /// microseconds (rule 17); 0 if nothing does.
     pub fn commit(&mut self, edge: &mut Edge, epoch: u64) -> u64 {
         self.diverging = false;
+        self.lateness.committed(now_us());
         if let Err(e) = self.path.commit(now_us(), &mut edge.frames, epoch) {
             tracing::error!("{e}");
         }

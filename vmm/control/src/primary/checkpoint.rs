@@ -10,6 +10,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::{ABORTS_MAX, Primary, PrimaryState};
+use crate::lag::Change as Lag;
 use crate::pace::{Rate, Round};
 use crate::storm::Change;
 use crate::{Action, Msg, Notice, Standing, Step, VERSION_ABORT_ANSWERED};
@@ -362,6 +363,31 @@ impl Primary {
             self.pacer.relieve(now_us, &pace);
             self.tell_pace();
         }
+    }
+
+    /// The SVM's lag is looked at (rule 16).
+    pub(super) fn answers(&mut self, now_us: u64, answers: u64, late_us: u64) {
+        if self.state != PrimaryState::Paired {
+            return;
+        }
+        let pace = self.switch.protection().pace;
+        let before = self.pacer.lag.level();
+        let change = self.pacer.lag.answers(now_us, &pace, answers, late_us);
+        let lag_us = self.pacer.lag.lag_us();
+        match change {
+            Some(Lag::Slowed) => {
+                self.counters.lag_slowed += 1;
+                if before == 0 {
+                    self.act(Action::Tell(Notice::Lags { lag_us }));
+                }
+            }
+            Some(Lag::Unhelped) => {
+                self.counters.lag_unhelped += 1;
+                self.act(Action::Tell(Notice::LagUnhelped { lag_us }));
+            }
+            Some(Lag::Relieved) | None => {}
+        }
+        self.tell_pace();
     }
 
     pub(super) fn hold_full(&mut self, is_full: bool) {

@@ -255,6 +255,45 @@ fn rule_14_an_abort_lets_the_svm_go_on_and_the_next_checkpoint_come() {
     assert_eq!(b.stop_svm(9), [Action::StopSvm { epoch: 9 }]);
 }
 
+fn pages_lost(b: &mut Bench) -> Vec<Action> {
+    let reason = "damaged".into();
+    b.event(SecondaryEvent::PagesLost { reason })
+}
+
+#[test]
+fn rule_14_page_streams_that_break_abort_the_checkpoint_and_the_pair_goes_on() {
+    let mut b = Bench::staging();
+    let (generation, epoch) = (4, 8);
+    let aborted = Msg::Aborted {
+        generation,
+        epoch,
+        reason: "damaged".into(),
+    };
+    let expected = [Action::Send(aborted), Action::Abort { epoch }];
+    assert_eq!(pages_lost(&mut b), expected);
+    assert_eq!(b.core.state(), SecondaryState::Standby);
+    assert!(pages_lost(&mut b).is_empty(), "nothing is under way");
+    // Before the SVM has stopped, too.
+    b.stop_svm(9);
+    assert!(matches!(pages_lost(&mut b)[1], Action::Abort { epoch: 9 }));
+    assert_eq!(b.stop_svm(10), [Action::StopSvm { epoch: 10 }]);
+}
+
+#[test]
+fn rule_13_page_streams_that_break_behind_the_commit_point_abort_nothing() {
+    let mut b = Bench::staging();
+    b.event(SecondaryEvent::Staged { epoch: 8 });
+    assert!(pages_lost(&mut b).is_empty());
+    b.event(SecondaryEvent::Applied { epoch: 8 });
+    assert_eq!(b.stop_svm(9), [Action::StopSvm { epoch: 9 }]);
+}
+
+#[test]
+fn page_streams_of_a_synchronisation_are_not_opened_anew() {
+    let ended = pages_lost(&mut Bench::syncing());
+    assert!(matches!(ended[..], [Action::Stop(Outcome::NotSynced)]));
+}
+
 #[test]
 fn rule_14_a_refused_stage_is_reported_and_the_svm_goes_on() {
     let mut b = Bench::staging();

@@ -29,7 +29,7 @@ impl CaptureThread {
             return Some(deferred);
         }
         loop {
-            let session = self.session.as_ref();
+            let session = self.session.as_ref().filter(|session| !session.is_broken);
             let Some(wait) = session.and_then(|session| session.outbound.ahead_wait()) else {
                 return commands.recv().ok();
             };
@@ -57,6 +57,7 @@ impl CaptureThread {
                 tracing::warn!("no pages are sent ahead of checkpoints any more: {e}");
                 session.outbound.set_ahead(None);
             }
+            Err(AheadError::Send(e)) if e.is_broken_stream() => self.streams_broken(e.to_string()),
             Err(AheadError::Send(e)) => {
                 self.session = None;
                 self.link_down(e.to_string());

@@ -84,6 +84,7 @@ mod tests {
             frame_slots: 1024,
             gaps: Arc::default(),
             lease: Lease::default(),
+            answers: Default::default(),
             digest_key: None,
         };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

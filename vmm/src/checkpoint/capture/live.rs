@@ -59,6 +59,8 @@ impl CaptureThread {
         Ok(Session {
             outbound,
             stabiliser,
+            opened: 0,
+            is_broken: false,
         })
     }
 
@@ -119,7 +121,9 @@ impl CaptureThread {
 /// Nobody waits for a round any more that one of these follows; a snapshot that a checkpoint has deferred waits on.
 fn ends_round(command: &CaptureCommand) -> bool {
     match command {
-        CaptureCommand::Snapshot { .. } | CaptureCommand::Committed { .. } => false,
+        CaptureCommand::Snapshot { .. }
+        | CaptureCommand::Committed { .. }
+        | CaptureCommand::Reopen { .. } => false,
         CaptureCommand::Sync { .. }
         | CaptureCommand::SyncRound
         | CaptureCommand::Capture { .. }

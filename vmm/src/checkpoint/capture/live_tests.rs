@@ -242,3 +242,72 @@ fn a_round_is_ended_by_what_cannot_wait_for_it() {
     .map(|command| ends_round(&command));
     assert!(!committed && aborted && detach && round);
 }
+
+/// A secondary that has had a first round, whose streams then broke; with the ends of streams that can be opened.
+fn broken(lab: &mut Lab) -> JoinHandle<GuestRam> {
+    let (near, far) = lab.connect();
+    let peer = secondary(far, lab.machine.ram().bytes());
+    lab.begin(near);
+    lab.told();
+    for _ in 0..2 {
+        lab.thread.streams_broken("damaged".to_owned());
+    }
+    let told = lab.events.try_next();
+    assert!(
+        matches!(
+            told,
+            Some(CaptureEvent::StreamsBroken {
+                session: SESSION,
+                opened: 0,
+                ..
+            })
+        ),
+        "{told:?}"
+    );
+    assert!(lab.events.try_next().is_none(), "told once");
+    peer
+}
+
+#[test]
+fn rule_14_a_capture_waits_for_streams_that_are_opened_anew_and_goes_over_them() {
+    let mut lab = Lab::new();
+    let old = broken(&mut lab);
+    let (near, far) = lab.connect();
+    let peer = secondary(far, lab.machine.ram().bytes());
+    let streams = vec![near];
+    lab.orders
+        .send(CaptureCommand::Committed { generation: 1 })
+        .unwrap();
+    let opened = 1;
+    lab.orders
+        .send(CaptureCommand::Reopen { streams, opened })
+        .unwrap();
+    assert!(lab.thread.has_streams(&lab.commands));
+    assert_eq!(lab.thread.deferred.len(), 1, "other orders come in turn");
+    old.join().unwrap();
+    lab.write(FAR, 20, 5);
+    lab.round();
+    lab.round();
+    let found = lab.told().0 + lab.told().0;
+    assert!(found >= 20, "{found}");
+    drop(lab);
+    let theirs = peer.join().unwrap();
+    let mut page = [0; PAGE_BYTES];
+    theirs.copy_page_out(FAR, &mut page).unwrap();
+    assert_eq!(page, [5; PAGE_BYTES]);
+}
+
+#[test]
+fn rule_14_nobody_waits_for_streams_of_a_checkpoint_that_is_off() {
+    let mut lab = Lab::new();
+    let peer = broken(&mut lab);
+    lab.orders.send(CaptureCommand::Aborted).unwrap();
+    assert!(!lab.thread.has_streams(&lab.commands));
+    assert!(matches!(
+        lab.thread.deferred.pop_front(),
+        Some(CaptureCommand::Aborted)
+    ));
+    assert!(lab.thread.session.is_some(), "the next one may have some");
+    drop(lab);
+    peer.join().unwrap();
+}

@@ -125,3 +125,13 @@ pub enum ChannelError {
     #[error("page channel: ended by this host")]
     ShutDown,
 }
+
+impl ChannelError {
+    /// Whether a stream is of no use any more, and another one might be: what came was damaged, or it was cut.
+    pub fn is_broken_stream(&self) -> bool {
+        matches!(
+            self,
+            Self::Header { .. } | Self::Cut { .. } | Self::Socket { .. }
+        )
+    }
+}

@@ -5,6 +5,7 @@
 //!
 //! Does not carry orders out.
 
+use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, Sender};
 
 use crate::checkpoint::channel::Waker;
@@ -32,6 +33,8 @@ pub enum StageCommand {
     },
     /// Forget it.
     Discard,
+    /// The page channel goes on over these.
+    Reopen(Vec<TcpStream>),
 }
 
 /// Gives orders to the thread; dropped, it ends the thread.
@@ -42,6 +45,13 @@ pub struct StageOrders {
 }
 
 impl StageOrders {
+    /// The thread has another channel, which this wakes.
+    pub fn rewire(&mut self, waker: Waker) {
+        self.waker = waker;
+        // For what was ordered meanwhile.
+        self.waker.wake();
+    }
+
     /// False if the thread has ended.
     pub fn give(&self, command: StageCommand) -> bool {
         let given = self.commands.send(command).is_ok();
@@ -78,6 +88,8 @@ pub(super) fn await_word(commands: &Receiver<StageCommand>) -> Word {
             Err(_) => return Word::None,
             // Only the last stop of an SVM has a list that somebody waits for.
             Ok(digests @ StageCommand::Digests { .. }) => later = Some(digests),
+            // Streams are opened anew only by who waits for them.
+            Ok(StageCommand::Reopen(_)) => {}
             Ok(StageCommand::Discard) => return Word::Discard { then: later },
             // The stop of which the list would be is over.
             Ok(StageCommand::Apply { halt }) => return Word::Apply { halt },

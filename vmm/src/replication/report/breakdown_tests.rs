@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use colo_fastpath::link::LinkStats;
+use colo_fastpath::pair::{PrimaryReport, SecondaryReport};
 use serde_json::{Value, json};
 
 use super::*;
 use crate::checkpoint::stage::{ApplyCost, ApplyParts};
+use crate::replication::applied::ApplyTimes;
 
 /// The keys of a document that have percentiles of something measured. Of one value all three are that value.
 fn measured(status: &PairStatus) -> BTreeMap<String, u64> {

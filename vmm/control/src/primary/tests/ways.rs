@@ -25,6 +25,9 @@ fn bench(mode: Mode) -> Bench {
             relief_us: 50_000,
             rejoin_us: 1_000,
             rejoin_max_us: 8_000,
+            lag_us: 100,
+            lag_look_us: 1_000,
+            lag_rest_us: 10_000,
         },
     });
     b
@@ -300,4 +303,88 @@ fn a_slowed_pair_that_needs_no_checkpoint_gets_its_time_back() {
     b.core.peer.as_mut().unwrap().heard_us = b.now;
     b.silence(0);
     assert_eq!(b.core.run_pct(), 100);
+}
+
+/// So many looks at a secondary that lives, each finding answers so late; what follows from each.
+fn looks(b: &mut Bench, many: u32, late_us: u64) -> Vec<Action> {
+    let mut all = Vec::new();
+    for _ in 0..many {
+        b.now += 1_000;
+        b.core.peer.as_mut().unwrap().heard_us = b.now;
+        let answers = 4;
+        all.extend(b.event(PrimaryEvent::Answers {
+            answers,
+            late_us: late_us * answers,
+        }));
+    }
+    all
+}
+
+#[test]
+fn rule_16_a_lag_that_does_not_shrink_slows_the_pvm_and_is_told() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    assert_eq!(looks(&mut b, 2, 300), []);
+    let slowed = looks(&mut b, 1, 300);
+    assert_eq!(
+        slowed,
+        [
+            Action::Tell(Notice::Lags { lag_us: 300 }),
+            Action::Throttle { run_pct: 70 },
+            Action::Tell(Notice::Throttled { run_pct: 70 }),
+        ]
+    );
+    let more = looks(&mut b, 3, 300);
+    assert_eq!(more[0], Action::Throttle { run_pct: 50 }, "told once");
+    assert_eq!((b.core.lag_us(), b.core.counters().lag_slowed), (300, 2));
+    assert_eq!(b.core.counters().lag_unhelped, 0);
+}
+
+#[test]
+fn rule_16_time_comes_back_when_the_lag_is_small_and_at_once_when_slowing_does_not_help() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    looks(&mut b, 3, 300);
+    let back = looks(&mut b, 50, 100);
+    assert_eq!(back[0], Action::Throttle { run_pct: 100 });
+    let vain = looks(&mut b, 18, 300);
+    let unhelped = Action::Tell(Notice::LagUnhelped { lag_us: 300 });
+    assert!(vain.contains(&unhelped), "{vain:?}");
+    assert_eq!(b.core.run_pct(), 100);
+    assert_eq!(b.core.counters().lag_unhelped, 1);
+}
+
+#[test]
+fn rule_16_neither_checkpoints_nor_the_link_are_lag_and_another_secondary_begins_anew() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    let generation = b.core.record().generation;
+    let sent_us = b.now - 250;
+    b.event(PrimaryEvent::Msg(Msg::Echo {
+        generation,
+        sent_us,
+    }));
+    assert_eq!(looks(&mut b, 9, 300), []);
+    assert_eq!(b.core.lag_us(), 50);
+    looks(&mut b, 3, 900);
+    assert_eq!(b.core.run_pct(), 70);
+    b.event(PrimaryEvent::LinkDown {
+        reason: String::new(),
+    });
+    assert_eq!((b.core.run_pct(), b.core.lag_us()), (100, 0));
+    assert_eq!(looks_alone(&mut b), []);
+}
+
+/// Nobody is there to lag.
+fn looks_alone(b: &mut Bench) -> Vec<Action> {
+    let late = PrimaryEvent::Answers {
+        answers: 1,
+        late_us: 1_000_000,
+    };
+    let late = core::iter::repeat_n(late, 9);
+    late.flat_map(|event| {
+        b.now += 1_000;
+        b.event(event)
+    })
+    .collect()
 }
