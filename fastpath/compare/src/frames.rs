@@ -99,3 +99,15 @@ pub trait Frames {
     #[inline]
     fn prefetch(&self, _address: *const u8) {}
 }
+
+/// The index of the first byte in which two slices of the same length differ, `None` when they are equal.
+#[inline]
+pub fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+    // memcmp first: equality is the common case and is the fast one.
+    if a == b { None } else { position(a, b) }
+}
+
+#[cold]
+fn position(a: &[u8], b: &[u8]) -> Option<usize> {
+    a.iter().zip(b).position(|(a, b)| a != b)
+}

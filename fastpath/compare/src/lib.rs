@@ -45,7 +45,7 @@ pub use announce::ANNOUNCEMENT_MAX;
 pub use cause::{Cause, Divergence, SHOWN_BYTES, Shown};
 pub use digest::{DIGEST_HEADERS_MAX, DigestKey};
 pub use flow::{Direction, FlowKey, Protocol};
-pub use frames::{Frames, HEADER_MAX, Token};
+pub use frames::{Frames, HEADER_MAX, Token, first_difference};
 pub use limits::Limits;
 pub use policy::{Opener, Policy, PolicyAction, PolicyProtocol, Prefix, Rule};
 pub use primary::{History, Mode, Pairs, Passed, Pending, PrimaryPath};

@@ -95,7 +95,7 @@ impl Frames for VecFrames {
             &self.bytes(a)[a_at..a_at + n],
             &self.bytes(b)[b_at..b_at + n],
         );
-        a.iter().zip(b).position(|(a, b)| a != b)
+        crate::first_difference(a, b)
     }
 
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]) {
@@ -285,6 +285,32 @@ pub fn echo(side: Side, to_guest: bool, id: u16, payload: &[u8]) -> Vec<u8> {
     bytes.extend_from_slice(&[0, 1]);
     bytes.extend_from_slice(payload);
     ip_frame(side, to_guest, protocol, 64, 0, &bytes)
+}
+
+/// Bytes `from..end` of a UDP message of the guest's as a fragment; `from` is a multiple of 8, and the last fragment has
+/// the message's end.
+pub fn fragment(side: Side, id: u16, message: &[u8], from: usize, end: usize) -> Vec<u8> {
+    let (place, more) = (from as u16, u16::from(end < message.len()));
+    let bytes = &message[from..end];
+    match side {
+        Side::V4 => {
+            // Not as UDP at first, which would get a checksum in each fragment.
+            let mut frame = ip_frame(side, false, 0, 64, id, bytes);
+            frame[20..22].copy_from_slice(&((more << 13) | (place / 8)).to_be_bytes());
+            frame[23] = 17;
+            frame[24..26].fill(0);
+            let sum = !ones_sum(&frame[14..34]);
+            frame[24..26].copy_from_slice(&sum.to_be_bytes());
+            frame
+        }
+        Side::V6 => {
+            let mut body = Vec::from([17, 0]);
+            body.extend_from_slice(&(place | more).to_be_bytes());
+            body.extend_from_slice(&u32::from(id).to_be_bytes());
+            body.extend_from_slice(bytes);
+            ip_frame(side, false, 44, 64, 0, &body)
+        }
+    }
 }
 
 /// Wraps a transport message between the usual two ends and sets its checksum.

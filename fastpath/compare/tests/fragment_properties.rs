@@ -4,8 +4,7 @@
 mod dice;
 mod pair;
 
-use colo_compare::testing::{Side, ip_frame, udp};
-use colo_compare::wire::checksum::ones_sum;
+use colo_compare::testing::{Side, fragment, udp};
 use colo_compare::{Limits, Right};
 use dice::{Dice, limits, tagged};
 use pair::Pair;
@@ -23,28 +22,6 @@ fn message(dice: &mut Dice, side: Side, n: usize) -> Vec<u8> {
     let payload: Vec<u8> = (0..n).map(|_| dice.below(3) as u8).collect();
     let l4 = if side == Side::V4 { 34 } else { 54 };
     udp(side, false, 53, 5000, &payload)[l4..].to_vec()
-}
-
-fn fragment(side: Side, id: u16, message: &[u8], from: usize, end: usize) -> Vec<u8> {
-    let (more, data) = (end < message.len(), &message[from..end]);
-    if side == Side::V6 {
-        let mut body = vec![17, 0];
-        body.extend_from_slice(&(from as u16 | u16::from(more)).to_be_bytes());
-        body.extend_from_slice(&u32::from(id).to_be_bytes());
-        body.extend_from_slice(data);
-        return ip_frame(side, false, 44, 64, 0, &body);
-    }
-    let mut frame = ip_frame(side, false, 17, 64, id, &[&[0; 8], data].concat());
-    // What the builder took for the transport checksum is data here.
-    frame.drain(34..42);
-    frame.truncate(34);
-    frame.extend_from_slice(data);
-    frame[16..18].copy_from_slice(&(20 + data.len() as u16).to_be_bytes());
-    frame[20..22].copy_from_slice(&((from as u16 / 8) | (u16::from(more) << 13)).to_be_bytes());
-    frame[24..26].fill(0);
-    let sum = !ones_sum(&frame[14..34]);
-    frame[24..26].copy_from_slice(&sum.to_be_bytes());
-    frame
 }
 
 /// Cuts at random, in any order; pieces may overlap where `overlaps`.
@@ -90,6 +67,14 @@ fn play(dice: &mut Dice, pair: &mut Pair, pvm: &[Piece], svm: &[Piece]) {
             next_svm += 1;
         }
     }
+}
+
+/// A commit covers what is still held.
+fn end_by_commit(mut pair: Pair) {
+    let epoch = pair.cut();
+    pair.commit(epoch);
+    assert_eq!(pair.path.held_frames(), 0);
+    pair.close();
 }
 
 fn paired(dice: &mut Dice) -> Pair {
@@ -157,10 +142,7 @@ proptest! {
         prop_assert!(pair.path.held_frames() > 0);
         pair.advance(1_000_000);
         prop_assert_eq!(pair.causes.len(), 1);
-        let epoch = pair.cut();
-        pair.commit(epoch);
-        prop_assert_eq!(pair.path.held_frames(), 0);
-        pair.close();
+        end_by_commit(pair);
     }
 
     #[test]
@@ -189,10 +171,7 @@ proptest! {
         }
         prop_assert!(pair.path.held_frames() > 0);
         pair.advance(1_000_000);
-        let epoch = pair.cut();
-        pair.commit(epoch);
-        prop_assert_eq!(pair.path.held_frames(), 0);
-        pair.close();
+        end_by_commit(pair);
     }
 
     #[test]
@@ -226,9 +205,6 @@ proptest! {
             prop_assert!(pair.path.held_frames() > 0);
         }
         pair.advance(1_000_000);
-        let epoch = pair.cut();
-        pair.commit(epoch);
-        prop_assert_eq!(pair.path.held_frames(), 0);
-        pair.close();
+        end_by_commit(pair);
     }
 }

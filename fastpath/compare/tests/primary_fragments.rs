@@ -3,7 +3,7 @@
 
 mod pair;
 
-use colo_compare::testing::{Side, ip_frame, udp};
+use colo_compare::testing::{Side, fragment, ip_frame, udp};
 use colo_compare::{Cause, Limits, Right};
 use pair::{Pair, SIDES};
 
@@ -16,27 +16,8 @@ fn message(len: u8) -> Vec<u8> {
 /// Bytes `from..end` of a packet, as a fragment; both in units of 8 bytes, the end of the last
 /// piece is the end of the packet.
 fn piece(side: Side, id: u16, message: &[u8], (from, end): (usize, usize)) -> Vec<u8> {
-    let more = end * 8 < message.len();
     let end = (end * 8).min(message.len());
-    let bytes = &message[from * 8..end];
-    match side {
-        Side::V4 => {
-            // Not as UDP, which would get a checksum in each piece.
-            let mut frame = ip_frame(side, false, 0, 64, id, bytes);
-            frame[23] = 17;
-            let place = u16::from(more) << 13 | from as u16;
-            frame[20..22].copy_from_slice(&place.to_be_bytes());
-            frame
-        }
-        Side::V6 => {
-            let place = (from as u16) << 3 | u16::from(more);
-            let mut header = vec![17, 0];
-            header.extend_from_slice(&place.to_be_bytes());
-            header.extend_from_slice(&u32::from(id).to_be_bytes());
-            header.extend_from_slice(bytes);
-            ip_frame(side, false, 44, 64, 0, &header)
-        }
-    }
+    fragment(side, id, message, from * 8, end)
 }
 
 fn pieces(side: Side, id: u16, message: &[u8], cuts: &[(usize, usize)]) -> Vec<Vec<u8>> {

@@ -6,7 +6,7 @@
 //!
 //! Does not know flows or verdicts.
 
-use colo_compare::{DigestKey, Frames, HEADER_MAX, Token};
+use colo_compare::{DigestKey, Frames, HEADER_MAX, Token, first_difference};
 
 use crate::hint::prefetch;
 use crate::ring::{GuestRam, Segment, fold};
@@ -158,8 +158,7 @@ impl Frames for FramePool {
         self.settle(b.slot(), CopyCause::Compared);
         let a = &self.host_bytes(a.slot())[a_at..a_at + n];
         let b = &self.host_bytes(b.slot())[b_at..b_at + n];
-        // memcmp first: equality is the common case and is the fast one.
-        if a == b { None } else { position(a, b) }
+        first_difference(a, b)
     }
 
     #[inline]
@@ -223,9 +222,4 @@ impl Frames for FramePool {
     fn prefetch(&self, address: *const u8) {
         prefetch(address);
     }
-}
-
-#[cold]
-fn position(a: &[u8], b: &[u8]) -> Option<usize> {
-    a.iter().zip(b).position(|(a, b)| a != b)
 }

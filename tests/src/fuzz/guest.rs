@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use colo_compare::testing::{Segment, Side, VecFrames, echo, ip_frame, udp};
+use colo_compare::testing::{Segment, Side, VecFrames, echo, fragment, ip_frame, udp};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN};
 use colo_compare::wire::{self, Packet};
 use colo_compare::{Direction, HEADER_MAX, Limits, PrimaryPath, SecondaryPath};
@@ -143,7 +143,7 @@ fn other(choice: u8, bytes: &mut Bytes<'_>) -> Vec<u8> {
     match choice & 3 {
         0 => bytes.take(usize::from(choice >> 2 & 7) * 8).to_vec(),
         1 => ip_frame(side(choice >> 2), false, 47, 64, 0, &[choice >> 3; 10]),
-        2 => fragment(choice, bytes),
+        2 => cut_datagram(choice, bytes),
         _ => {
             let mut arp = vec![0xff; 6];
             arp.extend_from_slice(&[
@@ -171,36 +171,15 @@ fn other(choice: u8, bytes: &mut Bytes<'_>) -> Vec<u8> {
 }
 
 /// A fragment of one of two UDP datagrams of 48 bytes, cut where the input says.
-fn fragment(choice: u8, bytes: &mut Bytes<'_>) -> Vec<u8> {
+fn cut_datagram(choice: u8, bytes: &mut Bytes<'_>) -> Vec<u8> {
     let id = u16::from(choice >> 4 & 1);
-    let whole = udp(side(choice >> 2), false, 53, 5000, &[id as u8; 40]);
-    let (l4, cut) = if choice >> 2 & 1 == 0 {
-        (34, bytes.u8())
-    } else {
-        (54, bytes.u8())
-    };
+    let side = side(choice >> 2);
+    let whole = udp(side, false, 53, 5000, &[id as u8; 40]);
+    let l4 = if side == Side::V4 { 34 } else { 54 };
+    let cut = bytes.u8();
     let from = usize::from(cut & 7) * 8 % 48;
     let to = (from + 8 * (1 + usize::from(cut >> 3 & 7))).min(48);
-    let data = &whole[l4 + from..l4 + to];
-    let offset = (from as u16 / 8) << if l4 == 34 { 0 } else { 3 };
-    let more = to < 48;
-    if l4 == 34 {
-        let mut frame = ip_frame(Side::V4, false, 17, 64, id, data);
-        // The checksum that was put there belongs to a whole datagram.
-        frame[l4..].copy_from_slice(data);
-        let flags = offset | u16::from(more) << 13;
-        frame[20..22].copy_from_slice(&flags.to_be_bytes());
-        frame[24..26].fill(0);
-        let sum = !wire::checksum::ones_sum(&frame[14..34]);
-        frame[24..26].copy_from_slice(&sum.to_be_bytes());
-        frame
-    } else {
-        let mut body = vec![17, 0];
-        body.extend_from_slice(&(offset | u16::from(more)).to_be_bytes());
-        body.extend_from_slice(&u32::from(id).to_be_bytes());
-        body.extend_from_slice(data);
-        ip_frame(Side::V6, false, 44, 64, 0, &body)
-    }
+    fragment(side, id, &whole[l4..], from, to)
 }
 
 /// A frame of a client.

@@ -4,7 +4,7 @@
 //! frame are a copy in the slot, which may be rewritten, everything behind them is read from the
 //! capture where it lies; slots are used again, so their number is that of the frames waiting.
 
-use colo_compare::{Frames, HEADER_MAX, Token};
+use colo_compare::{Frames, HEADER_MAX, Token, first_difference};
 
 use crate::capture::Record;
 
@@ -114,10 +114,8 @@ impl Frames for MappedFrames<'_> {
             let a = self.piece(a, a_at + done, n - done);
             let b = self.piece(b, b_at + done, n - done);
             let len = a.len().min(b.len());
-            // Equality is the common case, and memcmp the fast one.
-            if a[..len] != b[..len] {
-                let differ = a.iter().zip(b).position(|(a, b)| a != b);
-                return differ.map(|at| done + at);
+            if let Some(at) = first_difference(&a[..len], &b[..len]) {
+                return Some(done + at);
             }
             done += len;
         }

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use colo_compare::{Frames, HEADER_MAX, Token};
+use colo_compare::{Frames, HEADER_MAX, Token, first_difference};
 
 use crate::hint::prefetch;
 
@@ -341,8 +341,7 @@ impl Frames for Slab {
         n: usize,
     ) -> Option<usize> {
         let (a, b) = (self.part(a, a_at, n), self.part(b, b_at, n));
-        // memcmp first: equality is the common case and is the fast one.
-        if a == b { None } else { position(a, b) }
+        first_difference(a, b)
     }
 
     fn copy_out(&self, token: &Token, at: usize, out: &mut [u8]) {
@@ -363,11 +362,6 @@ impl Frames for Slab {
     fn prefetch(&self, address: *const u8) {
         prefetch(address);
     }
-}
-
-#[cold]
-fn position(a: &[u8], b: &[u8]) -> Option<usize> {
-    a.iter().zip(b).position(|(a, b)| a != b)
 }
 
 #[cfg(test)]

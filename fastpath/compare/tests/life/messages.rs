@@ -1,6 +1,6 @@
 //! What the guests say: each message as the PVM sends it, and as the SVM does.
 
-use colo_compare::testing::{Segment, Side, echo, ip_frame, udp};
+use colo_compare::testing::{Segment, Side, echo, fragment, ip_frame, udp};
 use colo_compare::wire::tcp::{ACK, FIN, RST, SYN};
 
 use super::Life;
@@ -185,7 +185,11 @@ impl Life {
         let cut = |id: u16, cuts: &[usize]| {
             let ends = cuts.iter().skip(1).copied().chain([8]);
             let pieces = cuts.iter().copied().zip(ends);
-            pieces.map(|at| fragment(side, id, &bytes, at)).collect()
+            let piece = |(from, end): (usize, usize)| {
+                let end = (end * 8).min(bytes.len());
+                fragment(side, id, &bytes, from * 8, end)
+            };
+            pieces.map(piece).collect()
         };
         let other: &[usize] = if is_cut_otherwise {
             &[0, 2, 5]
@@ -206,27 +210,5 @@ fn arp() -> Message {
     Message {
         pvm: Vec::new(),
         svm: vec![frame],
-    }
-}
-
-/// Bytes `from..end` of a packet, in units of 8.
-fn fragment(side: Side, id: u16, bytes: &[u8], (from, end): (usize, usize)) -> Vec<u8> {
-    let more = end * 8 < bytes.len();
-    let bytes = &bytes[from * 8..(end * 8).min(bytes.len())];
-    match side {
-        Side::V4 => {
-            let mut frame = ip_frame(side, false, 0, 64, id, bytes);
-            let place = u16::from(more) << 13 | from as u16;
-            frame[20..22].copy_from_slice(&place.to_be_bytes());
-            frame
-        }
-        Side::V6 => {
-            let place = (from as u16) << 3 | u16::from(more);
-            let mut header = vec![17, 0];
-            header.extend_from_slice(&place.to_be_bytes());
-            header.extend_from_slice(&u32::from(id).to_be_bytes());
-            header.extend_from_slice(bytes);
-            ip_frame(side, false, 44, 64, 0, &header)
-        }
     }
 }
