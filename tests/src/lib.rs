@@ -8,6 +8,7 @@
 
 pub mod bench;
 pub mod clients;
+pub mod compare;
 pub mod fuzz;
 pub mod quota;
 pub mod relay;

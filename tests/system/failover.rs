@@ -14,12 +14,23 @@ use colo_lab::netns::Netns;
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST, GUEST_MAC, Host, pcap_frames};
 use colo_tests::bench::Bench;
-use colo_tests::clients;
+use colo_tests::compare::Compare;
 use colo_tests::streams::Streams;
+use colo_tests::{both_ways, clients};
 use colo_vmm::testpoint::Point;
 use serde_json::Value;
 
-/// So many answers must come after a kill, and in what time.
+// Each of them loses a host in the middle of comparing.
+both_ways!(
+    everything_told_before_a_kill_is_true_after_it,
+    full_streams_opened_after_the_last_checkpoint_survive_a_kill,
+    the_primary_goes_on_without_its_secondary,
+    a_returned_host_protects_again_and_the_other_may_die,
+    a_cut_link_leaves_one_voice,
+    a_frozen_primary_is_silent_when_it_wakes
+);
+
+/// So many answers must come after a kill,, and in what time.
 const AFTERWARDS: u64 = 5_000;
 const AFTERWARDS_TIMEOUT: Duration = Duration::from_secs(60);
 /// Exit code of a host that lost the VM to another.
@@ -110,10 +121,9 @@ fn redis_benchmark_survives_a_kill() {
     });
 }
 
-#[test]
-fn everything_told_before_a_kill_is_true_after_it() {
+fn everything_told_before_a_kill_is_true_after_it(compare: Compare) {
     let Some(bench) = bench() else { return };
-    let mut pair = pair(&bench.settings(), &bench);
+    let mut pair = pair(&compare.settings(&bench), &bench);
     let load = load(&pair);
     until_a_random_moment();
     load.mark_kill();
@@ -143,10 +153,9 @@ fn a_host_that_falls_silent_is_replaced() {
     assert_clean(&report);
 }
 
-#[test]
-fn full_streams_opened_after_the_last_checkpoint_survive_a_kill() {
+fn full_streams_opened_after_the_last_checkpoint_survive_a_kill(compare: Compare) {
     let Some(bench) = bench() else { return };
-    let mut pair = pair(&bench.settings(), &bench);
+    let mut pair = pair(&compare.settings(&bench), &bench);
     let checkpoints = |pair: &Pair| pair.primary.status().unwrap()["checkpoints"].clone();
     // A deadline missed on a busy machine makes a checkpoint; then other streams are opened.
     for _ in 0..10 {
@@ -172,20 +181,17 @@ fn full_streams_opened_after_the_last_checkpoint_survive_a_kill() {
 /// digests are, and they do by AF_XDP.
 fn stopped_at_each(points: &[Point], at: Host, then: impl Fn(Point, &mut Pair, &Bench)) {
     for (n, &point) in points.iter().enumerate() {
-        stopped_at(point, at, n % 2 == 1, |pair, bench| {
-            then(point, pair, bench)
-        });
+        let compare = [Compare::Bytes, Compare::Digests][n % 2];
+        stopped_at(point, at, compare, |pair, bench| then(point, pair, bench));
     }
 }
 
 /// Runs a diverging load until host `at` stops at the named point, then lets `then` act, and expects the
 /// other host to go on with everything intact.
-fn stopped_at(point: Point, at: Host, digests: bool, then: impl FnOnce(&mut Pair, &Bench)) {
+fn stopped_at(point: Point, at: Host, compare: Compare, then: impl FnOnce(&mut Pair, &Bench)) {
     let Some(bench) = bench() else { return };
-    let mut settings = bench.settings();
-    if digests {
-        settings.primary_extra = "[compare]\nmode = \"digest\"\n".to_owned();
-        settings.secondary_extra.clone_from(&settings.primary_extra);
+    let mut settings = compare.settings(&bench);
+    if compare == Compare::Digests {
         settings.xdp = Some("auto".to_owned());
     }
     // Time for the test to act before the other host acts by itself.
@@ -258,10 +264,9 @@ fn rule_18_a_primary_that_was_deposed_in_a_checkpoint_is_silent_when_it_wakes() 
     });
 }
 
-#[test]
-fn the_primary_goes_on_without_its_secondary() {
+fn the_primary_goes_on_without_its_secondary(compare: Compare) {
     let Some(bench) = bench() else { return };
-    let mut pair = pair(&bench.settings(), &bench);
+    let mut pair = pair(&compare.settings(&bench), &bench);
     assert_eq!(pair.primary.status().unwrap()["dirty_logging"], true);
     let load = load(&pair);
     until_a_random_moment();
@@ -279,10 +284,9 @@ fn the_primary_goes_on_without_its_secondary() {
     assert_clean(&load.finish().unwrap());
 }
 
-#[test]
-fn a_returned_host_protects_again_and_the_other_may_die() {
+fn a_returned_host_protects_again_and_the_other_may_die(compare: Compare) {
     let Some(bench) = bench() else { return };
-    let mut pair = pair(&bench.settings(), &bench);
+    let mut pair = pair(&compare.settings(&bench), &bench);
     let load = load(&pair);
     until_a_random_moment();
     pair.primary.kill().unwrap();
@@ -345,10 +349,9 @@ fn assert_one_voice([a, b]: &[Vec<u64>; 2], residue: usize) -> Host {
     Host::B
 }
 
-#[test]
-fn a_cut_link_leaves_one_voice() {
+fn a_cut_link_leaves_one_voice(compare: Compare) {
     let Some(bench) = bench() else { return };
-    let mut pair = pair(&bench.settings(), &bench);
+    let mut pair = pair(&compare.settings(&bench), &bench);
     let voices = Voices::listen(&pair, &bench);
     let load = load(&pair);
     until_a_random_moment();
@@ -362,10 +365,9 @@ fn a_cut_link_leaves_one_voice() {
     assert_eq!(speaker, winner);
 }
 
-#[test]
-fn a_frozen_primary_is_silent_when_it_wakes() {
+fn a_frozen_primary_is_silent_when_it_wakes(compare: Compare) {
     let Some(bench) = bench() else { return };
-    let mut pair = pair(&bench.settings(), &bench);
+    let mut pair = pair(&compare.settings(&bench), &bench);
     let voices = Voices::listen(&pair, &bench);
     let load = load(&pair);
     until_a_random_moment();

@@ -13,7 +13,8 @@ use colo_lab::pair::{Pair, Settings};
 use colo_lab::process::Process;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
-use colo_tests::clients;
+use colo_tests::compare::Compare;
+use colo_tests::{both_ways, clients};
 
 const ENDED: Duration = Duration::from_secs(20);
 
@@ -257,9 +258,17 @@ fn rule_19_a_host_that_may_not_be_alone_is_silent_until_it_is_protected_again() 
     assert_eq!(&again.join().unwrap(), b"again");
 }
 
-/// Both hosts with this carrier of the packet channel.
-fn carried_by(bench: &Bench, packets: &str) -> Settings {
-    let mut settings = bench.settings();
+// The headers of digests are told by what they were before, so the channel's moves must keep their order, too.
+both_ways!(
+    a_pair_over_tcp_serves_and_survives_its_primary,
+    a_pair_over_udp_serves_and_survives_its_primary,
+    a_pair_over_af_xdp_serves_and_survives_its_primary,
+    without_datagrams_a_pair_goes_on_over_tcp_and_later_back
+);
+
+/// Both hosts with this carrier, of the packet channel.
+fn carried_by(bench: &Bench, compare: Compare, packets: &str) -> Settings {
+    let mut settings = compare.settings(bench);
     settings.packets = packets.to_owned();
     settings
 }
@@ -304,11 +313,11 @@ impl Echo {
     }
 }
 
-fn serves_and_survives(packets: &str) {
+fn serves_and_survives(packets: &str, compare: Compare) {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut pair = Pair::start(&carried_by(&bench, packets), bench.dir()).unwrap();
+    let mut pair = Pair::start(&carried_by(&bench, compare, packets), bench.dir()).unwrap();
     for host in [Host::A, Host::B] {
         wait_carrier(&mut pair, host, packets);
     }
@@ -321,25 +330,23 @@ fn serves_and_survives(packets: &str) {
         assert!(link["datagrams_sent"].as_u64() > Some(200), "{link}");
         assert_eq!(link["foreign"], 0, "{link}");
     }
+    compare.assert_used(&pair.primary.status().unwrap());
     pair.primary.kill().unwrap();
     echo.talk(20);
     pair.wait_alone(Host::B).unwrap();
     clients::ping(&pair.topology.client, GUEST[0]);
 }
 
-#[test]
-fn a_pair_over_tcp_serves_and_survives_its_primary() {
-    serves_and_survives("tcp");
+fn a_pair_over_tcp_serves_and_survives_its_primary(compare: Compare) {
+    serves_and_survives("tcp", compare);
 }
 
-#[test]
-fn a_pair_over_udp_serves_and_survives_its_primary() {
-    serves_and_survives("udp");
+fn a_pair_over_udp_serves_and_survives_its_primary(compare: Compare) {
+    serves_and_survives("udp", compare);
 }
 
-#[test]
-fn a_pair_over_af_xdp_serves_and_survives_its_primary() {
-    serves_and_survives("xdp");
+fn a_pair_over_af_xdp_serves_and_survives_its_primary(compare: Compare) {
+    serves_and_survives("xdp", compare);
 }
 
 /// Causes of divergence that are not a matter of time on a busy machine.
@@ -358,12 +365,12 @@ fn let_udp_out(pair: &Pair, host: Host, may: bool) {
     assert!(command.status().unwrap().success());
 }
 
-#[test]
-fn without_datagrams_a_pair_goes_on_over_tcp_and_later_back() {
+fn without_datagrams_a_pair_goes_on_over_tcp_and_later_back(compare: Compare) {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut pair = Pair::start(&carried_by(&bench, "udp"), bench.dir()).unwrap();
+    let settings = carried_by(&bench, compare, "udp");
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
     for host in [Host::A, Host::B] {
         wait_carrier(&mut pair, host, "udp");
     }
@@ -387,6 +394,7 @@ fn without_datagrams_a_pair_goes_on_over_tcp_and_later_back() {
     }
     echo.talk(50);
     assert_eq!(unlike(&pair), Vec::<String>::new());
+    compare.assert_used(&pair.primary.status().unwrap());
 }
 
 /// Sends frames of the link's EtherType to host b, from nobody.
@@ -424,7 +432,7 @@ fn foreign_frames_on_the_link_are_counted_and_harmless() {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut pair = Pair::start(&carried_by(&bench, "xdp"), bench.dir()).unwrap();
+    let mut pair = Pair::start(&carried_by(&bench, Compare::Bytes, "xdp"), bench.dir()).unwrap();
     for host in [Host::A, Host::B] {
         wait_carrier(&mut pair, host, "xdp");
     }
@@ -453,7 +461,7 @@ fn compares_in_place(xdp: Option<&str>) {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut settings = carried_by(&bench, "xdp");
+    let mut settings = carried_by(&bench, Compare::Bytes, "xdp");
     settings.xdp = xdp.map(str::to_owned);
     let topology = settings.topology().unwrap();
     for host in [Host::A, Host::B] {

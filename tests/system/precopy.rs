@@ -9,6 +9,8 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
+use colo_tests::both_ways;
+use colo_tests::compare::Compare;
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -139,13 +141,15 @@ fn most_of_a_quiet_set_travels_before_it_is_needed_by_the_ring() {
     most_of_a_quiet_set_travels_before_it_is_needed(&settings, &bench);
 }
 
-#[test]
-fn rule_4_a_quiet_set_of_a_guest_on_two_workers_travels_before_it_is_needed() {
+both_ways!(rule_4_a_quiet_set_of_a_guest_on_two_workers_travels_before_it_is_needed);
+
+fn rule_4_a_quiet_set_of_a_guest_on_two_workers_travels_before_it_is_needed(compare: Compare) {
     let Some(bench) = Bench::new(&["curl"]) else {
         return;
     };
     let settings = Settings {
         shards: 2,
+        digests: compare == Compare::Digests,
         ..settings(&bench, "")
     };
     let pair = most_of_a_quiet_set_travels_before_it_is_needed(&settings, &bench);

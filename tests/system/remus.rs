@@ -8,15 +8,16 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::Host;
 use colo_tests::bench::Bench;
-use colo_tests::clients;
+use colo_tests::compare::Compare;
+use colo_tests::{both_ways, clients};
 use serde_json::Value;
 
 const ANSWERS: u64 = 1_000;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Both hosts get `lines` in their section of replication.
-fn start(bench: &Bench, lines: &str) -> Pair {
-    let mut settings: Settings = bench.settings();
+fn start(bench: &Bench, compare: Compare, lines: &str) -> Pair {
+    let mut settings: Settings = compare.settings(bench);
     (settings.primary_extra, settings.secondary_extra) = (lines.to_owned(), lines.to_owned());
     Pair::start(&settings, bench.dir()).unwrap()
 }
@@ -49,7 +50,11 @@ fn rule_21_a_pair_in_remus_mode_compares_nothing_and_survives_a_kill() {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut pair = start(&bench, "mode = \"remus\"\nremus_interval_ms = 20\n");
+    let mut pair = start(
+        &bench,
+        Compare::Bytes,
+        "mode = \"remus\"\nremus_interval_ms = 20\n",
+    );
     let load = Load::start(&pair.topology.client, LoadConfig::new(16, 3)).unwrap();
     assert!(
         load.wait_answers(ANSWERS, TIMEOUT),
@@ -70,12 +75,19 @@ fn rule_21_a_pair_in_remus_mode_compares_nothing_and_survives_a_kill() {
     survives_a_kill(pair, load);
 }
 
-#[test]
-fn rule_21_a_storm_of_divergences_leads_to_remus_mode_and_a_kill_there_is_survived() {
+both_ways!(rule_21_a_storm_of_divergences_leads_to_remus_mode_and_a_kill_there_is_survived);
+
+fn rule_21_a_storm_of_divergences_leads_to_remus_mode_and_a_kill_there_is_survived(
+    compare: Compare,
+) {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut pair = start(&bench, "storm_share_pct = 1\nstorm_window_ms = 1000\n");
+    let mut pair = start(
+        &bench,
+        compare,
+        "storm_share_pct = 1\nstorm_window_ms = 1000\n",
+    );
     let load = Load::start(&pair.topology.client, LoadConfig::new(16, 3)).unwrap();
     let stormy = |status: &Value| status["mode"] == "remus";
     let status = pair
@@ -83,6 +95,7 @@ fn rule_21_a_storm_of_divergences_leads_to_remus_mode_and_a_kill_there_is_surviv
         .wait_status("a storm", TIMEOUT, stormy)
         .unwrap();
     assert!(number(&status, "storms") > 0, "{status:#}");
+    compare.assert_used(&status);
     assert!(
         load.wait_answers(ANSWERS, TIMEOUT),
         "the service stands still"

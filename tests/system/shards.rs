@@ -8,15 +8,16 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings, Single};
 use colo_lab::topology::{GUEST, Host, Topology, UPLINK};
 use colo_tests::bench::Bench;
-use colo_tests::clients;
+use colo_tests::compare::Compare;
+use colo_tests::{both_ways, clients};
 use serde_json::Value;
 
 /// Longest wait for answers of the guest.
 const PATIENCE: Duration = Duration::from_secs(30);
 const HOSTS: [Host; 2] = [Host::A, Host::B];
 
-fn settings(bench: &Bench, xdp: Option<&str>) -> Settings {
-    let mut settings = bench.settings();
+fn settings(bench: &Bench, compare: Compare, xdp: Option<&str>) -> Settings {
+    let mut settings = compare.settings(bench);
     settings.shards = 2;
     settings.xdp = xdp.map(str::to_owned);
     settings
@@ -90,7 +91,7 @@ fn wait_xdp(pair: &mut Pair, host: Host) -> Value {
 }
 
 /// Serves clients by packets that go over AF_XDP and come to the wrong shard, loses its primary, pairs again.
-fn crosses_and_survives(mut pair: Pair) {
+fn crosses_and_survives(mut pair: Pair, compare: Compare) {
     for (primary, role) in [(Host::A, "secondary"), (Host::B, "")] {
         for host in HOSTS {
             wait_xdp(&mut pair, host);
@@ -105,6 +106,7 @@ fn crosses_and_survives(mut pair: Pair) {
                 assert!(count > 100, "{counter}: {}", status["link"]);
             }
         }
+        compare.assert_used(&pair.process(primary).status().unwrap());
         load.mark_kill();
         pair.process(primary).kill().unwrap();
         pair.wait_alone(primary.other()).unwrap();
@@ -126,14 +128,16 @@ fn crosses_and_survives(mut pair: Pair) {
     }
 }
 
-#[test]
-fn rule_4_the_links_packets_cross_to_their_shards() {
+both_ways!(rule_4_the_links_packets_cross_to_their_shards);
+
+fn rule_4_the_links_packets_cross_to_their_shards(compare: Compare) {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let settings = settings(&bench, None);
+    let settings = settings(&bench, compare, None);
     let topology = link_by_one_queue(&settings);
-    crosses_and_survives(Pair::start_in(topology, &settings, bench.dir()).unwrap());
+    let pair = Pair::start_in(topology, &settings, bench.dir()).unwrap();
+    crosses_and_survives(pair, compare);
 }
 
 #[test]
@@ -141,9 +145,11 @@ fn rule_4_the_links_packets_cross_where_the_guest_has_the_same_nic() {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let settings = settings(&bench, Some("auto"));
+    let compare = Compare::Digests;
+    let settings = settings(&bench, compare, Some("auto"));
     let topology = all_by_one_queue(&settings);
-    crosses_and_survives(Pair::start_in(topology, &settings, bench.dir()).unwrap());
+    let pair = Pair::start_in(topology, &settings, bench.dir()).unwrap();
+    crosses_and_survives(pair, compare);
 }
 
 /// Without a queue for each shard, or where it is told to, all of them use TCP, and it shows.
@@ -152,7 +158,7 @@ fn with_fewer_queues_than_shards_the_links_packets_go_over_tcp() {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let settings = settings(&bench, None);
+    let settings = settings(&bench, Compare::Bytes, None);
     let topology = settings.topology().unwrap();
     topology.host(Host::B).batch("link del link0\n").unwrap();
     let far = topology.host(Host::B).name();
@@ -182,7 +188,7 @@ fn a_guest_is_served_by_two_workers() {
         let Some(bench) = Bench::new(&clients::PROGRAMS) else {
             return;
         };
-        let single = Single::start(&settings(&bench, xdp), bench.dir()).unwrap();
+        let single = Single::start(&settings(&bench, Compare::Bytes, xdp), bench.dir()).unwrap();
         clients::curl_keeps_its_connection(&single.topology.client, bench.dir());
         for guest in GUEST {
             clients::ping(&single.topology.client, guest);
@@ -202,11 +208,11 @@ fn a_guest_is_served_by_two_workers() {
 
 #[test]
 fn rule_4_a_pair_of_two_shards_takes_checkpoints_and_survives_a_kill() {
-    for xdp in [None, Some("auto")] {
+    for (xdp, compare) in [(None, Compare::Bytes), (Some("auto"), Compare::Digests)] {
         let Some(bench) = Bench::new(&clients::PROGRAMS) else {
             return;
         };
-        let mut pair = Pair::start(&settings(&bench, xdp), bench.dir()).unwrap();
+        let mut pair = Pair::start(&settings(&bench, compare, xdp), bench.dir()).unwrap();
         clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
         clients::curl_sees_state(&pair.topology.client);
         // Some of its answers differ between the guests.
@@ -223,6 +229,7 @@ fn rule_4_a_pair_of_two_shards_takes_checkpoints_and_survives_a_kill() {
             number("checkpoints") > 0 && number("released_by_match") > 100,
             "{status}"
         );
+        compare.assert_used(&status);
 
         load.mark_kill();
         pair.primary.kill().unwrap();
@@ -256,10 +263,10 @@ fn hosts_with_different_numbers_of_shards_do_not_pair() {
     let Some(bench) = Bench::new(&clients::PROGRAMS) else {
         return;
     };
-    let mut pair = Pair::start(&settings(&bench, None), bench.dir()).unwrap();
+    let mut pair = Pair::start(&settings(&bench, Compare::Bytes, None), bench.dir()).unwrap();
     pair.secondary.kill().unwrap();
     pair.wait_alone(Host::A).unwrap();
-    let mut one = settings(&bench, None);
+    let mut one = settings(&bench, Compare::Bytes, None);
     one.shards = 1;
     let file = bench.dir().join("one.toml");
     std::fs::write(&file, one.pair_file(Host::B, bench.dir())).unwrap();

@@ -301,6 +301,12 @@ impl Ledger {
         }
     }
 
+    /// No bytes are on their way.
+    #[inline(always)]
+    pub(crate) fn asks_nothing(&self) -> bool {
+        self.asked.is_empty()
+    }
+
     /// Whether these bytes were asked for. Says so once.
     #[inline(always)]
     pub(crate) fn is_answer(&mut self, svm_seq: u64) -> bool {

@@ -190,6 +190,41 @@ fn other_boundaries_are_fetched_once() {
 }
 
 #[test]
+fn what_the_svm_may_have_said_otherwise_waits_for_the_bytes_though_its_digest_is_equal() {
+    let bytes: Vec<u8> = (0..=255).cycle().take(1000).collect();
+    let side = Side::V4;
+    for lies in [false, true] {
+        let mut repeated = bytes[300..700].to_vec();
+        repeated[100] ^= u8::from(lies);
+        let (whole, repeated) = (
+            segment(side, 0, &bytes[..600]),
+            segment(side, 300, &repeated),
+        );
+        let mut follower = Follower::new(Some(digest_key()));
+        follower.digest(1, &whole);
+        follower.digest(2, &repeated);
+        assert_eq!(follower.wants(), [Fetch(1), Fetch(2)], "cut otherwise");
+        follower.pvm(&whole);
+        assert_eq!(follower.wants(), []);
+        follower.bytes(1, &whole);
+        assert_eq!(follower.wants(), []);
+        follower.bytes(2, &repeated);
+        let wants = follower.wants();
+        if lies {
+            assert!(matches!(wants[..], [Checkpoint(_)]), "{wants:?}");
+        } else {
+            assert_eq!(wants, [matched(&whole), Report(1)]);
+            // What has left waits for nothing.
+            follower.digest(3, &segment(side, 650, &bytes[650..900]));
+            assert_eq!(follower.wants(), [Fetch(3)]);
+            follower.pvm(&segment(side, 100, &bytes[100..300]));
+            assert!(matches!(follower.wants()[..], [Release(_, Right::Free)]));
+        }
+        follower.close();
+    }
+}
+
+#[test]
 fn bytes_that_differ_are_fetched_and_shown_and_never_released() {
     for (frame, payload_at) in [
         (plain(Side::V4)[0].clone(), 54),

@@ -122,7 +122,11 @@ struct BadPort {
     mtu_max: usize,
     network: Arc<Network>,
     dice: u64,
+    lost_in_a_row: u32,
 }
+
+/// Where not all are lost, no more than so many in a row: that path is bad and not broken, however slow this machine is.
+const LOST_IN_A_ROW: u32 = 2;
 
 #[derive(Debug)]
 struct Network {
@@ -151,7 +155,10 @@ impl BadPort {
             .dice
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
-        let lost = (self.dice >> 33) % 100 < u64::from(self.network.loss.load(Ordering::Relaxed));
+        let loss = self.network.loss.load(Ordering::Relaxed);
+        let may = loss == 100 || self.lost_in_a_row < LOST_IN_A_ROW;
+        let lost = may && (self.dice >> 33) % 100 < u64::from(loss);
+        self.lost_in_a_row = if lost { self.lost_in_a_row + 1 } else { 0 };
         lost || len > self.network.longest.load(Ordering::Relaxed)
     }
 }
@@ -273,6 +280,7 @@ impl Ends {
                 mtu_max: 1472,
                 network: network.clone(),
                 dice: key,
+                lost_in_a_row: 0,
             };
             PacketLink::with_ports(stream, vec![Box::new(port)], key, PATIENCE_US).unwrap()
         };
@@ -462,6 +470,35 @@ fn lost_datagrams_are_sent_again() {
     ends.talk(1_000);
     let stats = ends.links[0].stats();
     assert!(stats.retransmitted > 50, "{stats:?}");
+}
+
+#[test]
+fn a_peer_that_had_no_processor_and_whose_first_words_are_lost_is_not_taken_for_a_broken_path() {
+    let network = Network::new(0);
+    let mut ends = Ends::new(&network);
+    ends.until_both_use("udp");
+    ends.talk(50);
+    // The other end does nothing while this one sends the same again and again.
+    let timeouts = |ends: &Ends| ends.links[0].stats().timeouts;
+    let before = timeouts(&ends);
+    ends.say(0, 1);
+    while timeouts(&ends) < before + 8 {
+        ends.flush(0);
+    }
+    network.set_loss(100);
+    for _ in 0..2 {
+        // It answers over TCP.
+        ends.fill(1);
+        ends.hear(1);
+        ends.flush(1);
+        ends.fill(0);
+        ends.hear(0);
+    }
+    ends.flush(0);
+    network.set_loss(0);
+    ends.until_heard();
+    ends.talk(10);
+    assert_eq!(ends.links[0].stats().fallbacks, 0);
 }
 
 #[test]

@@ -9,9 +9,10 @@
 //! repeated or reordered by a move.
 //!
 //! Invariants: units go as datagrams only after a datagram as long as any has been answered, and only while TCP is heard: a
-//! host that is cut off for the control channel is cut off for packets, too (rule 18). A transport is given up when nothing
-//! was heard through three timeouts while the peer answered a question over TCP; what may come by another shard, which
-//! another worker looks at, has longer.
+//! host that is cut off for the control channel is cut off for packets, too (rule 18). A transport is given up when the peer
+//! has answered over TCP, after each of [`SILENCES`] timeouts, and nothing was heard by datagrams: a peer that has no
+//! processor for a while gets its turns, and a few lost datagrams are no broken path. What may come by another shard,
+//! which another worker looks at, has longer.
 //!
 //! Does not interpret messages.
 
@@ -60,6 +61,8 @@ const REST_MIN_US: u64 = 1_000_000;
 const REST_MAX_US: u64 = 60_000_000;
 /// Questions over TCP while one answer is good.
 const PINGS_PER_PATIENCE: u64 = 3;
+/// Timeouts after which the peer answered over TCP and not by datagrams, before TCP carries them.
+const SILENCES: u32 = 4;
 /// So long datagrams that may come by another shard are not answered though TCP is, before TCP carries them.
 const CROSSING_SILENCE_US: u64 = 50_000;
 /// Datagrams taken from a transport at a time.
@@ -83,6 +86,17 @@ struct Probing {
     question: u64,
 }
 
+/// Since datagrams were heard last.
+#[derive(Debug, Default)]
+struct Silence {
+    /// The question that is open, and after which timeout it was asked.
+    ping: Option<u64>,
+    round: u32,
+    /// Questions that were answered, and when the first of them was.
+    answered: u32,
+    answered_us: u64,
+}
+
 #[derive(Debug)]
 pub(super) struct Datagrams {
     ports: Vec<Box<dyn DatagramPort>>,
@@ -97,8 +111,9 @@ pub(super) struct Datagrams {
     probing: Probing,
     /// A transport whose probe was answered.
     confirmed: Option<usize>,
-    /// The first question asked over TCP since datagrams were heard last, the last one, and the last answer.
-    ping: Option<u64>,
+    /// What was asked over TCP because datagrams are not answered.
+    silence: Silence,
+    /// The last question over TCP, and the last answer.
     pings: u64,
     pong: u64,
     next_ping_us: u64,
@@ -112,8 +127,6 @@ pub(super) struct Datagrams {
     pub(super) control: Option<PeerHeard>,
     /// TCP was silent for too long: nothing was sent since.
     silenced: bool,
-    /// When that question was found answered, and datagrams were not.
-    answered_us: Option<u64>,
     /// Messages that found no room, in order.
     overflow: Vec<u8>,
     /// With several shards.
@@ -139,7 +152,7 @@ impl Datagrams {
                 question: 0,
             },
             confirmed: None,
-            ping: None,
+            silence: Silence::default(),
             pings: 0,
             pong: 0,
             next_ping_us: 0,
@@ -149,7 +162,6 @@ impl Datagrams {
             patience_us,
             control: None,
             silenced: false,
-            answered_us: None,
             overflow: Vec::with_capacity(OVERFLOW_BYTES),
             crossing: None,
             stats: LinkStats::default(),
@@ -235,7 +247,7 @@ impl Datagrams {
         if std::mem::replace(&mut self.silenced, silent) && !silent {
             // Datagrams were not even sent: that they were not answered says nothing about them.
             self.core.sender.heard();
-            self.ping = None;
+            self.silence = Silence::default();
         }
         !silent
     }
@@ -275,7 +287,7 @@ impl Datagrams {
             Heard::Dropped => {}
             Heard::Peer => {
                 self.heard_on = Some(index);
-                self.ping = None;
+                self.silence = Silence::default();
             }
             // Without the peer's offer there is no key to answer with; it asks again.
             Heard::Probe(_) if self.common.is_empty() => {}
@@ -465,31 +477,42 @@ impl Datagrams {
         );
         self.core.sender.begin(payload_max, self.peer_window);
         self.carrier = Some(index);
-        self.ping = None;
+        self.silence = Silence::default();
         self.stream_heard_us = now_us;
         self.next_ping_us = now_us;
+    }
+
+    /// Whether the peer answers over TCP and not by datagrams. One question follows each timeout.
+    fn is_silent(&mut self, now_us: u64) -> bool {
+        let rounds = self.core.sender.rounds();
+        let silence = &mut self.silence;
+        // The peer says the same over datagrams before it answers over TCP: that is looked for once more.
+        let has_looked = self.looks > self.pong_looks;
+        if silence.ping.is_some_and(|ping| self.pong >= ping) && has_looked {
+            if silence.answered == 0 {
+                silence.answered_us = now_us;
+            }
+            silence.answered += 1;
+            silence.ping = None;
+        }
+        if silence.ping.is_none() && rounds > silence.round {
+            silence.ping = Some(self.pings + 1);
+            silence.round = rounds;
+            self.next_ping_us = now_us;
+        }
+        // With several shards that says only what the worker of one does; datagrams wait for others, too.
+        let patience_us = if self.crossing.is_some() {
+            CROSSING_SILENCE_US
+        } else {
+            0
+        };
+        silence.answered >= SILENCES && now_us >= silence.answered_us + patience_us
     }
 
     /// Back to TCP, when the peer answers there and is not heard here.
     fn move_back(&mut self, now_us: u64, stream: &mut Stream) {
         let Some(index) = self.carrier else { return };
-        if self.core.sender.rounds() == 0 {
-            return;
-        }
-        let Some(ping) = self.ping else {
-            self.ping = Some(self.pings + 1);
-            self.next_ping_us = now_us;
-            self.answered_us = None;
-            return;
-        };
-        // The peer says the same over datagrams before it answers over TCP: that is looked for once more.
-        let has_looked = self.looks > self.pong_looks;
-        if self.pong < ping || !has_looked || !self.core.sender.is_stalled() {
-            return;
-        }
-        // With several shards that says only what the worker of one does; datagrams wait for others, too.
-        let answered_us = *self.answered_us.get_or_insert(now_us);
-        if self.crossing.is_some() && now_us < answered_us + CROSSING_SILENCE_US {
+        if self.core.sender.rounds() == 0 || !self.is_silent(now_us) {
             return;
         }
         let name = self.ports[index].address().kind().name();
@@ -521,7 +544,11 @@ impl Datagrams {
     /// When the peer is to be asked over TCP. Where it is heard on the control channel, only if it is not answering.
     fn ping_due_us(&self) -> Option<u64> {
         self.carrier?;
-        let Some(control) = self.control.as_ref().filter(|_| self.ping.is_none()) else {
+        let Some(control) = self
+            .control
+            .as_ref()
+            .filter(|_| self.silence.ping.is_none())
+        else {
             return Some(self.next_ping_us);
         };
         let quiet_us = control.last_us() + self.patience_us / PINGS_PER_PATIENCE;

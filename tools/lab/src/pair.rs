@@ -69,6 +69,8 @@ pub struct Settings {
     pub tx: String,
     /// Whether the worker times its stages.
     pub stages: bool,
+    /// Whether the payload of the secondary's output is compared by digests.
+    pub digests: bool,
     /// How long output waits for its counterpart.
     pub compare_deadline_ms: u64,
     /// Time between periodic checkpoints; 0 for none.
@@ -103,6 +105,7 @@ impl Settings {
             shards: 1,
             tx: "twin".to_owned(),
             stages: false,
+            digests: false,
             compare_deadline_ms: 20,
             checkpoint_interval_ms: 0,
             packets: "auto".to_owned(),
@@ -193,6 +196,9 @@ impl Settings {
         write!(text, "\n{extra}").ok();
         if self.audit_every > 0 && !extra.contains("[checkpoint]") {
             text += &format!("\n[checkpoint]\naudit_every = {}\n", self.audit_every);
+        }
+        if self.digests {
+            text += "\n[compare]\nmode = \"digest\"\n";
         }
         text
     }

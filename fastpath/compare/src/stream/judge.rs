@@ -209,10 +209,33 @@ impl Flow {
             }
         }
         if self.stream.has_left(tcp.end()) {
-            Content::Free
-        } else {
-            Content::Matched
+            return Content::Free;
         }
+        if self.is_in_doubt(head.incarnation, floor, tcp, ledger) {
+            return self.wait_unless_reset(head, ledger, frames);
+        }
+        Content::Matched
+    }
+
+    /// Whether the bytes were asked for of a segment of the SVM that reaches into what has not left of this one: until they
+    /// are here, nobody knows whether the SVM has said otherwise there than where it agrees.
+    fn is_in_doubt(&self, incarnation: u32, floor: u32, tcp: &Tcp, ledger: &Ledger) -> bool {
+        if ledger.asks_nothing() {
+            return false;
+        }
+        let (from, end) = (self.stream.get(Mark::LeftHigh), tcp.payload_end());
+        let from = seq::max_known(floor, from);
+        let unreported = Ends {
+            head: self.mark,
+            tail: self.svm.tail,
+        };
+        ledger.svm.iter(&unreported).any(|(_, other)| {
+            let other_tcp = tcp_of(other);
+            other.waits_for_bytes()
+                && other.incarnation == incarnation
+                && seq::lt(other_tcp.payload_seq(), end)
+                && seq::lt(from, other_tcp.payload_end())
+        })
     }
 
     /// The SVM's segment that has the byte at `at`.

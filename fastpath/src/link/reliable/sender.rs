@@ -24,8 +24,6 @@ const OVERTAKEN: u64 = 3;
 const WINDOW_START: usize = 64;
 const WINDOW_MIN: usize = 16;
 const WINDOW_MAX: usize = 4096;
-/// Timeouts without hearing anything after which the path counts as broken.
-const ROUNDS_STALLED: u32 = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -342,11 +340,6 @@ impl Sender {
         }
         self.lost_from = self.first;
         self.arm(now_us);
-    }
-
-    /// Several timeouts have passed, and the peer was not heard meanwhile.
-    pub(in crate::link) fn is_stalled(&self) -> bool {
-        self.rounds >= ROUNDS_STALLED
     }
 
     /// Timeouts since the peer was heard.

@@ -48,6 +48,7 @@ fn ends(mtu: u32, queues: u32, network: &Arc<Network>) -> Ends {
             mtu_max: usize::MAX,
             network: network.clone(),
             dice: end as u64,
+            lost_in_a_row: 0,
         };
         let key = [11, 22][end];
         PacketLink::with_ports(stream, vec![Box::new(port)], key, PATIENCE_US).unwrap()
