@@ -9,5 +9,6 @@
 pub mod bench;
 pub mod clients;
 pub mod fuzz;
+pub mod loads;
 pub mod relay;
 pub mod streams;
