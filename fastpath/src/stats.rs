@@ -139,6 +139,8 @@ counters! {
         busy_batches,
         /// Times it let other threads run though it did not sleep.
         yields,
+        /// Times it waited a moment for more frames.
+        gathers,
         /// Times the worker went to sleep.
         sleeps,
         /// Commands handled.
@@ -147,6 +149,11 @@ counters! {
 }
 
 impl WorkerStats {
+    /// Frames from the guest and for it.
+    pub(crate) fn guest_frames(&self) -> u64 {
+        self.guest_rx_frames.get() + self.guest_tx_frames.get()
+    }
+
     /// Counts payload bytes that were copied.
     pub fn count_copied(&self, cause: CopyCause, bytes: u64) {
         let counter = match cause {

@@ -9,6 +9,7 @@
 mod command;
 mod edge;
 mod front;
+mod gather;
 mod idle;
 mod merge;
 mod offload;
@@ -182,12 +183,14 @@ impl Worker {
                 self.idle.worked();
                 continue;
             }
-            match self.idle.next(now_us) {
+            let frames = self.role.may_gather().then(|| self.stats.guest_frames());
+            match self.idle.next(now_us, frames) {
                 Next::Spin if !self.halted => std::hint::spin_loop(),
                 Next::Yield if !self.halted => {
                     self.stats.yields.add(1);
                     thread::yield_now();
                 }
+                Next::Gather if !self.halted => self.gather(),
                 _ => self.sleep(now_us),
             }
         }
@@ -293,6 +296,17 @@ impl Worker {
             Command::Stop => {}
         }
         self.edge.flush();
+    }
+
+    /// Lets frames gather, as long as there is no command.
+    fn gather(&mut self) {
+        self.stats.gathers.add(1);
+        let mut wake = [readable(self.inbox.wake.as_raw_fd())];
+        wait(&mut wake, Some(gather::WAIT_US));
+        if wake[0].revents != 0 {
+            let _ = self.inbox.wake.read();
+        }
+        self.idle.gathered(crate::clock::now_us());
     }
 
     /// Waits for a command, the guest, the NIC, the role's descriptors or its deadline.

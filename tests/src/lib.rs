@@ -10,6 +10,7 @@ pub mod bench;
 pub mod clients;
 pub mod compare;
 pub mod fuzz;
+pub mod loads;
 pub mod quota;
 pub mod relay;
 pub mod streams;

@@ -13,9 +13,9 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
-use colo_tests::both_ways;
 use colo_tests::compare::Compare;
 use colo_tests::relay::{self, Chunk, Kind, PACKETS, PAGES};
+use colo_tests::{both_ways, loads};
 
 const WAIT: Duration = Duration::from_secs(30);
 
@@ -123,12 +123,7 @@ fn load(pair: &Pair) -> Load {
 fn finish(load: Load) {
     assert!(load.wait_answers(2_000, WAIT), "the service stands still");
     let report = load.finish().unwrap();
-    assert_eq!(
-        (report.client_errors, report.wrong_responses),
-        (0, 0),
-        "{:#?}",
-        report.notes
-    );
+    loads::assert_right(&report);
     assert_eq!(report.requests, report.responses);
     assert!(report.audited > 10, "{report:#?}");
 }

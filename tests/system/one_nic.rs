@@ -12,8 +12,8 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST, Host, Topology, UPLINK};
 use colo_tests::bench::Bench;
-use colo_tests::clients;
 use colo_tests::compare::Compare;
+use colo_tests::{clients, loads};
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -107,14 +107,7 @@ fn survives(pair: &mut Pair, primary: Host, compare: Compare) {
         "no answers after the kill"
     );
     let report = load.finish().unwrap();
-    let survival = report.survival.as_ref().unwrap();
-    assert!(survival.connections_before > 0);
-    assert_eq!(survival.connections_lost, 0);
-    assert_eq!(
-        report.wrong_responses + report.client_errors,
-        0,
-        "{report:?}"
-    );
+    loads::assert_survived(&report);
 }
 
 fn serves_and_survives(mode: &str, compare: Compare) {

@@ -9,8 +9,8 @@ use colo_lab::pair::{Pair, Settings};
 use colo_lab::testpmd::HugePages;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
-use colo_tests::clients;
 use colo_tests::compare::Compare;
+use colo_tests::{clients, loads};
 use serde_json::Value;
 
 /// Longest wait for answers of the guest.
@@ -193,11 +193,7 @@ fn a_pair_that_compares_digests_survives_a_kill() {
         "no answers after the kill"
     );
     let report = load.finish().unwrap();
-    let survival = report.survival.unwrap();
-    assert!(survival.connections_before > 0);
-    assert_eq!(survival.connections_lost, 0, "{:#?}", report.notes);
-    let errors = report.wrong_responses + report.client_errors;
-    assert_eq!(errors, 0, "{report:?}");
+    loads::assert_survived(&report);
 }
 
 #[test]
@@ -238,12 +234,7 @@ fn what_does_not_diverge_is_released_by_match() {
     let load = Load::start(&pair.topology.client, config).unwrap();
     assert!(load.wait_answers(10_000, Duration::from_secs(60)));
     let report = load.finish().unwrap();
-    assert_eq!(
-        (report.client_errors, report.wrong_responses),
-        (0, 0),
-        "{:#?}",
-        report.notes
-    );
+    loads::assert_right(&report);
     let after = pair.primary.status().unwrap();
     let grown = |key| number(&after, key) - number(&before, key);
     let (matched, covered) = (
@@ -279,12 +270,7 @@ fn what_diverges_is_released_by_checkpoint() {
     let load = Load::start(&pair.topology.client, LoadConfig::new(16, 2)).unwrap();
     assert!(load.wait_answers(10_000, Duration::from_secs(60)));
     let report = load.finish().unwrap();
-    assert_eq!(
-        (report.client_errors, report.wrong_responses),
-        (0, 0),
-        "{:#?}",
-        report.notes
-    );
+    loads::assert_right(&report);
     let status = pair.primary.status().unwrap();
     assert!(number(&status, "checkpoints") > 0, "{status:#}");
     assert!(number(&status, "released_by_checkpoint") > 0, "{status:#}");

@@ -9,7 +9,7 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::Pair;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
-use colo_tests::clients;
+use colo_tests::{clients, loads};
 use serde_json::Value;
 
 /// So many answers must come before a kill and after it, and in what time.
@@ -48,11 +48,7 @@ fn live(poll: &str) -> Option<[Value; 2]> {
     pair.wait_protected(Host::B).unwrap();
     assert!(load.wait_answers(ANSWERS, PATIENCE), "none of a new pair");
     let report = load.finish().unwrap();
-    let errors = report.wrong_responses + report.client_errors;
-    assert_eq!(errors, 0, "{:#?}", report.notes);
-    let survival = report.survival.unwrap();
-    assert!(survival.connections_before > 0, "{survival:?}");
-    assert_eq!(survival.connections_lost, 0, "{:#?}", report.notes);
+    loads::assert_survived(&report);
     Some(counted)
 }
 

@@ -9,8 +9,8 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
-use colo_tests::both_ways;
 use colo_tests::compare::Compare;
+use colo_tests::{both_ways, loads};
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -119,8 +119,7 @@ fn survives_a_kill(mut pair: Pair) {
     pair.wait_alone(Host::B).unwrap();
     assert!(load.wait_answers(1_000, WAIT), "the service stands still");
     let report = load.finish().unwrap();
-    let wrong = (report.client_errors, report.wrong_responses);
-    assert_eq!(wrong, (0, 0), "{:#?}", report.notes);
+    loads::assert_right(&report);
 }
 
 #[test]
@@ -294,6 +293,5 @@ fn rule_14_a_primary_that_dies_with_pages_on_their_way_leaves_the_last_commit() 
     pair.restart(Host::A, "secondary").unwrap();
     pair.wait_protected(Host::B).unwrap();
     let report = load.finish().unwrap();
-    let wrong = (report.client_errors, report.wrong_responses);
-    assert_eq!(wrong, (0, 0), "{:#?}", report.notes);
+    loads::assert_right(&report);
 }

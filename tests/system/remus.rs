@@ -9,7 +9,7 @@ use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::Host;
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
-use colo_tests::{both_ways, clients};
+use colo_tests::{both_ways, clients, loads};
 use serde_json::Value;
 
 const ANSWERS: u64 = 1_000;
@@ -38,11 +38,7 @@ fn survives_a_kill(mut pair: Pair, load: Load) {
         "the service stands still"
     );
     let report = load.finish().unwrap();
-    assert_eq!(
-        (report.client_errors, report.wrong_responses),
-        (0, 0),
-        "{report:#?}"
-    );
+    loads::assert_right(&report);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use colo_lab::pair::{Pair, Settings, Single};
 use colo_lab::topology::{GUEST, Host, Topology, UPLINK};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
-use colo_tests::{both_ways, clients};
+use colo_tests::{both_ways, clients, loads};
 use serde_json::Value;
 
 /// Longest wait for answers of the guest.
@@ -120,11 +120,7 @@ fn crosses_and_survives(mut pair: Pair, compare: Compare) {
             assert!(load.wait_answers(300, PATIENCE), "no answers of the pair");
         }
         let report = load.finish().unwrap();
-        let survival = report.survival.unwrap();
-        assert!(survival.connections_before > 0);
-        assert_eq!(survival.connections_lost, 0);
-        let errors = report.wrong_responses + report.client_errors;
-        assert_eq!(errors, 0, "{report:?}");
+        loads::assert_survived(&report);
     }
 }
 
@@ -247,14 +243,7 @@ fn rule_4_a_pair_of_two_shards_takes_checkpoints_and_survives_a_kill() {
         process.wait_status("checkpoint", PATIENCE, more).unwrap();
         assert!(load.wait_answers(500, PATIENCE), "no answers of the pair");
         let report = load.finish().unwrap();
-        let survival = report.survival.unwrap();
-        assert!(survival.connections_before > 0);
-        assert_eq!(survival.connections_lost, 0, "{xdp:?}");
-        assert_eq!(
-            report.wrong_responses + report.client_errors,
-            0,
-            "{report:?}"
-        );
+        loads::assert_survived(&report);
     }
 }
 

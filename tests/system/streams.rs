@@ -13,6 +13,7 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
+use colo_tests::loads;
 use colo_tests::relay::{self, Chunk, Kind, PAGES, PAGES_AGAIN};
 use serde_json::Value;
 
@@ -69,8 +70,7 @@ fn kill_primary(mut pair: Pair) {
 fn finish(load: Load) {
     assert!(load.wait_answers(2_000, WAIT), "the service stands still");
     let report = load.finish().unwrap();
-    let wrong = (report.client_errors, report.wrong_responses);
-    assert_eq!(wrong, (0, 0), "{:#?}", report.notes);
+    loads::assert_right(&report);
     assert_eq!(report.requests, report.responses);
     assert!(report.audited > 10, "{report:#?}");
 }

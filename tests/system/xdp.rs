@@ -10,7 +10,7 @@ use colo_lab::netns::Netns;
 use colo_lab::pair::{Pair, Settings, Single};
 use colo_lab::topology::{GUEST, Host, UPLINK};
 use colo_tests::bench::Bench;
-use colo_tests::clients;
+use colo_tests::{clients, loads};
 use serde_json::Value;
 
 /// Longest wait for answers of the guest.
@@ -105,12 +105,5 @@ fn a_pair_is_served_and_survives_a_kill() {
         "no answers after the kill"
     );
     let report = load.finish().unwrap();
-    let survival = report.survival.unwrap();
-    assert!(survival.connections_before > 0);
-    assert_eq!(survival.connections_lost, 0);
-    assert_eq!(
-        report.wrong_responses + report.client_errors,
-        0,
-        "{report:?}"
-    );
+    loads::assert_survived(&report);
 }

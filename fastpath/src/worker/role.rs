@@ -54,6 +54,12 @@ pub trait Role: Any + Send {
         true
     }
 
+    /// Whether frames may be let gather under a heavy load. Not where a frame passes several workers one after the other,
+    /// each of which would wait.
+    fn may_gather(&self) -> bool {
+        false
+    }
+
     /// Whether the guest is shown the link of this host's NIC. The replica of a guest that runs elsewhere is not.
     fn shows_link(&self) -> bool {
         true
@@ -133,6 +139,10 @@ impl Role for Solo {
 
     fn wants_guest_frames(&self) -> bool {
         self.unsent.is_none()
+    }
+
+    fn may_gather(&self) -> bool {
+        true
     }
 
     fn leave(&mut self, edge: &mut Edge) {
