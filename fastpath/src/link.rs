@@ -10,6 +10,7 @@
 //!
 //! Does not interpret frames.
 
+use std::cell::Cell;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::ops::Range;
@@ -54,9 +55,8 @@ pub use transport::crossing::LinkKeys;
 pub use udp::UdpPort;
 pub use xdp::{GuestNicPort, PoolMemory, XDP_SLOTS_MAX, XdpPort, XdpPortError};
 
-/// While datagrams carry both directions, TCP is looked at this often, when idle and when busy.
-const STREAM_IDLE_US: u64 = 50;
-const STREAM_BUSY_US: u64 = 500;
+/// While datagrams carry both directions, TCP is looked at this often, and after each wait for it.
+const STREAM_LOOKS_US: u64 = 500;
 /// Looks at the datagrams after the end of the connection; the receive window needs fewer.
 const DRAINS_MAX: usize = 8;
 /// So long a channel that is one of several shards' goes on after the end of its connection.
@@ -153,6 +153,8 @@ pub struct PacketLink {
     /// A message of several units, as far as it has come.
     whole: Vec<u8>,
     streamed_us: u64,
+    /// What wakes a thread was asked for since.
+    waited: Cell<bool>,
     eager: bool,
     /// The connection has ended, and what had come as datagrams was taken.
     drained: bool,
@@ -204,6 +206,7 @@ impl PacketLink {
             reading: Reading::Nothing,
             whole: Vec::with_capacity(whole),
             streamed_us: 0,
+            waited: Cell::new(false),
             eager: false,
             frames: FrameCounts::default(),
             transport_refusals: 0,
@@ -241,6 +244,7 @@ impl PacketLink {
 
     /// Adds what to wait for.
     pub fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
+        self.waited.set(true);
         fds.push(self.stream.pollfd());
         if let Some(datagrams) = &self.datagrams {
             datagrams.poll_fds(fds);
@@ -312,10 +316,10 @@ impl PacketLink {
         };
         let now_us = now_us();
         let mut any = !self.drained && datagrams.fill(now_us);
-        let spared_us = match (any, self.units && datagrams.carries() && !self.eager) {
-            (_, false) => 0,
-            (false, true) => STREAM_IDLE_US,
-            (true, true) => STREAM_BUSY_US,
+        let is_spared = self.units && datagrams.carries() && !self.eager;
+        let spared_us = match is_spared && !self.waited.take() {
+            true => STREAM_LOOKS_US,
+            false => 0,
         };
         if now_us >= self.streamed_us + spared_us {
             self.streamed_us = now_us;
@@ -488,6 +492,7 @@ impl PacketLink {
         };
         stats.sent_bytes += self.stream.sent_bytes;
         stats.received_bytes += self.stream.received_bytes;
+        stats.stream_calls = self.stream.calls;
         stats.frames_in_place = self.frames.in_place;
         stats.frames_copied = self.frames.copied;
         stats.slot_waits = self.frames.slot_waits;

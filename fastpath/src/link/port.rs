@@ -81,6 +81,9 @@ pub trait DatagramPort: Send + fmt::Debug {
     /// Sends what was taken, with one wake-up. What the system refuses is lost and counted.
     fn flush(&mut self);
 
+    /// Turns to what has come by now: [`Self::receive`] need not find what comes later.
+    fn look(&mut self) {}
+
     /// The next received datagram.
     fn receive(&mut self) -> Option<Slot>;
 
@@ -151,6 +154,11 @@ pub trait DatagramPort: Send + fmt::Debug {
 
     /// Datagrams that the system refused to send, or lost for lack of room.
     fn errors(&self) -> u64;
+
+    /// System calls that it has made to send and to receive.
+    fn calls(&self) -> u64 {
+        0
+    }
 
     /// For tests: nothing is received any more.
     #[cfg(test)]

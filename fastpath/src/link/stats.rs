@@ -39,6 +39,11 @@ pub struct LinkStats {
     pub out_of_window: u64,
     /// Datagrams that the system refused to send or had no room to receive.
     pub send_errors: u64,
+    /// System calls that sent or received datagrams: wake-ups of AF_XDP, batches of UDP. Those through the guest's NIC are the
+    /// NIC's.
+    pub datagram_calls: u64,
+    /// System calls on the TCP connection.
+    pub stream_calls: u64,
     /// Frames that stayed in the slot of the pool where the NIC had put them.
     pub frames_in_place: u64,
     /// Frames that were copied into a slot.
@@ -86,6 +91,8 @@ impl LinkStats {
             (&mut self.duplicates, earlier.duplicates),
             (&mut self.out_of_window, earlier.out_of_window),
             (&mut self.send_errors, earlier.send_errors),
+            (&mut self.datagram_calls, earlier.datagram_calls),
+            (&mut self.stream_calls, earlier.stream_calls),
             (&mut self.frames_in_place, earlier.frames_in_place),
             (&mut self.frames_copied, earlier.frames_copied),
             (&mut self.slot_waits, earlier.slot_waits),

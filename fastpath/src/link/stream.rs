@@ -28,6 +28,8 @@ pub(super) struct Stream {
     ended: Option<PacketLinkError>,
     pub(super) sent_bytes: u64,
     pub(super) received_bytes: u64,
+    /// System calls.
+    pub(super) calls: u64,
 }
 
 impl Stream {
@@ -46,6 +48,7 @@ impl Stream {
             ended: None,
             sent_bytes: 0,
             received_bytes: 0,
+            calls: 0,
         })
     }
 
@@ -78,6 +81,7 @@ impl Stream {
     /// Sends what the socket takes. An error is kept for [`Self::ended`]: what the peer said before can still be read.
     pub(super) fn flush(&mut self) {
         while self.has_unsent() {
+            self.calls += 1;
             match self.socket.write(&self.out[self.sent..]) {
                 Ok(0) => self.end_with(PacketLinkError::Closed),
                 Ok(n) => {
@@ -109,6 +113,7 @@ impl Stream {
         if self.end == self.input.len() {
             return false;
         }
+        self.calls += 1;
         match self.socket.read(&mut self.input[self.end..]) {
             Ok(0) => self.ended = Some(PacketLinkError::Closed),
             Ok(n) => {

@@ -182,6 +182,9 @@ impl DatagramPort for BadPort {
     fn flush(&mut self) {
         self.port.flush();
     }
+    fn look(&mut self) {
+        self.port.look();
+    }
     fn receive(&mut self) -> Option<Slot> {
         self.port.receive()
     }

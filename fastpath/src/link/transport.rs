@@ -264,6 +264,7 @@ impl Datagrams {
             if self.is_sorted(index) {
                 continue;
             }
+            self.ports[index].look();
             for _ in 0..RECEIVE_MAX {
                 let Some(slot) = self.ports[index].receive() else {
                     break;
@@ -429,6 +430,7 @@ impl Datagrams {
             out_of_window: dropped.beyond,
             send_errors: self.ports.iter().map(|port| port.errors()).sum(),
             pool_refusals: self.ports.iter().map(|port| port.pool_refusals()).sum(),
+            datagram_calls: self.ports.iter().map(|port| port.calls()).sum(),
             ..self.stats
         }
     }

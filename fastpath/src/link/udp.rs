@@ -37,6 +37,9 @@ pub struct UdpPort {
     out: Box<[u8]>,
     out_lens: VecDeque<usize>,
     out_first: usize,
+    /// This look has found all that there was.
+    is_drained: bool,
+    calls: u64,
     errors: u64,
 }
 
@@ -70,6 +73,8 @@ impl UdpPort {
             out: vec![0; SEND_MAX * mtu].into_boxed_slice(),
             out_lens: VecDeque::with_capacity(SEND_MAX),
             out_first: 0,
+            is_drained: false,
+            calls: 0,
             errors: 0,
         })
     }
@@ -89,6 +94,7 @@ impl UdpPort {
             messages[n].msg_hdr.msg_namelen = self.peer_len;
         }
         let fd = self.socket.as_raw_fd();
+        self.calls += 1;
         // SAFETY: `count` messages are initialised; each points to one vector of `vectors` and to `self.peer`, and each
         // vector to bytes inside `self.out`. All of them live, unchanged, through the call; the kernel only reads.
         let n = unsafe {
@@ -116,6 +122,7 @@ impl UdpPort {
             messages[n].msg_hdr.msg_iovlen = 1;
         }
         let fd = self.socket.as_raw_fd();
+        self.calls += 1;
         // SAFETY: `count` messages are initialised; each points to one vector of `vectors`, which points to one free slot
         // of `self.slots`; different slots do not overlap. All of them live through the call, nothing else uses them.
         let n = unsafe {
@@ -133,6 +140,7 @@ impl UdpPort {
             self.lens[slot as usize] = message.msg_len as usize;
             self.received.push_back(slot);
         }
+        self.is_drained = n < count;
         Ok(n)
     }
 
@@ -188,8 +196,12 @@ impl DatagramPort for UdpPort {
         }
     }
 
+    fn look(&mut self) {
+        self.is_drained = false;
+    }
+
     fn receive(&mut self) -> Option<Slot> {
-        if self.received.is_empty() {
+        if self.received.is_empty() && !self.is_drained {
             match self.receive_batch() {
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -222,6 +234,10 @@ impl DatagramPort for UdpPort {
 
     fn errors(&self) -> u64 {
         self.errors
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls
     }
 }
 

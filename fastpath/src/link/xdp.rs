@@ -137,6 +137,7 @@ pub struct XdpPort {
     mac: Mac,
     peer: Mac,
     mtu: usize,
+    calls: u64,
     errors: u64,
 }
 
@@ -273,6 +274,7 @@ impl XdpPort {
             mac,
             peer: mac,
             mtu: mtu.min(memory.payload_max),
+            calls: 0,
             errors: 0,
         };
         port.refill();
@@ -299,9 +301,11 @@ impl XdpPort {
                 queue.lent += 1;
             }
             queue.socket.submit_fill();
-            if queue.socket.fill_needs_wakeup()
-                && let Err(e) = queue.socket.wake_rx()
-            {
+            if !queue.socket.fill_needs_wakeup() {
+                continue;
+            }
+            self.calls += 1;
+            if let Err(e) = queue.socket.wake_rx() {
                 tracing::debug!("packet channel: AF_XDP: {e}");
                 self.errors += 1;
             }
@@ -327,11 +331,15 @@ impl XdpPort {
         queue.socket.submit_tx();
         let calls = queue.socket.tx_pending().div_ceil(KICK_FRAMES) + 1;
         for _ in 0..calls {
-            if queue.socket.tx_pending() == 0 || !queue.socket.tx_needs_wakeup() {
+            let pending = queue.socket.tx_pending();
+            if pending == 0 || !queue.socket.tx_needs_wakeup() {
                 break;
             }
+            self.calls += 1;
             match queue.socket.kick_tx() {
                 Ok(Kick::Done) => {}
+                // As much as it sends in one call.
+                Ok(Kick::Again) if queue.socket.tx_pending() < pending => {}
                 // What stays in the ring is sent with what comes next.
                 Ok(Kick::Again | Kick::Down) => break,
                 Err(e) => {
@@ -509,6 +517,10 @@ impl DatagramPort for XdpPort {
             Some(counted.rx_dropped + counted.rx_ring_full + counted.fill_ring_empty)
         });
         self.errors + lost.sum::<u64>()
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls
     }
 
     #[cfg(test)]

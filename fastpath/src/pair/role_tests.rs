@@ -3,7 +3,7 @@
 //! The workers are halted: the test makes each step, at a time that it names.
 
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +38,7 @@ struct Host {
     guest_tx: DriverMock,
     outputs: u64,
     peer: PacketLink,
-    _events: Mailbox<PairEvent>,
+    events: Mailbox<PairEvent>,
 }
 
 impl Drop for Host {
@@ -108,7 +108,7 @@ impl Host {
             guest_tx,
             outputs: 0,
             peer: PacketLink::new(theirs).unwrap(),
-            _events: events,
+            events,
         }
     }
 
@@ -367,6 +367,43 @@ fn rule_9_reports_are_read_though_the_pool_is_full() {
     let seqs: Vec<u8> = (1..=stored).flat_map(u64::to_le_bytes).collect();
     host.hear(&PacketMsg::Released { seqs: &seqs });
     host.step_until(now_us, |host| host.free_slots() as u64 > stored);
+}
+
+#[test]
+fn rule_5_all_that_a_dead_primary_has_said_is_heard_before_the_takeover() {
+    // More than one look at the link takes.
+    const COUNT: u64 = 600;
+    let mut host = secondary();
+    host.send(&output(1));
+    host.step(now_us());
+    assert_eq!(host.said(1), ["output 1"]);
+    let free = host.free_slots() as u64;
+    host.mirror(1..=COUNT);
+    host.hear(&PacketMsg::Released {
+        seqs: &1u64.to_le_bytes(),
+    });
+    assert!(!host.peer.has_unsent());
+    host.peer.shutdown(Shutdown::Both).unwrap();
+    let mirrored = SecondaryRole::on_worker(&host.worker, |role, edge| {
+        role.hear_rest(edge);
+        role.report().stats.mirrored
+    });
+    assert_eq!(mirrored, Some(COUNT));
+    assert_eq!(
+        host.free_slots() as u64,
+        free + 1 - COUNT,
+        "the report, too"
+    );
+    let event = host.events.try_next();
+    assert!(
+        matches!(event, Some(PairEvent::LinkDown { .. })),
+        "{event:?}"
+    );
+    assert!(host.events.try_next().is_none());
+    // Then there is nothing to be heard.
+    let hear = |role: &mut SecondaryRole, edge: &mut Edge| role.hear_rest(edge);
+    SecondaryRole::on_worker(&host.worker, hear).unwrap();
+    assert!(host.events.try_next().is_none());
 }
 
 // ---- the primary ----

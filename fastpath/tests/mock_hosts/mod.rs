@@ -1,0 +1,398 @@
+//! Two hosts of a pair in this process: a worker in the primary's role and one in the secondary's, each with a guest that is a
+//! driver of this process, and between them the link, which crosses from one network namespace to another.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::process::Command as Process;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use colo_compare::testing::{GUEST_MAC, Side, udp};
+use colo_compare::{Limits, Policy, Token};
+use colo_fastpath::clock::now_us;
+use colo_fastpath::frame::FramePool;
+use colo_fastpath::link::{LinkStats, PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
+use colo_fastpath::mailbox::Mailbox;
+use colo_fastpath::nic::{Filter, Nic, Sent, Sink};
+use colo_fastpath::pair::{
+    Lease, OnWorkers, PairEvent, PrimaryRole, PrimaryRoleConfig, SecondaryRole, SecondaryRoleConfig,
+};
+use colo_fastpath::ring::driver_mock::DriverMock;
+use colo_fastpath::ring::{Call, GuestRam, Pages, Segment};
+use colo_fastpath::worker::{Command, PollMode, PortWiring, WorkerConfig, WorkerHandle, spawn};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+const SLOTS: u32 = 8192;
+const ENTRIES: u16 = 256;
+const BUFFER_BYTES: u64 = 2048;
+const NET_HEADER: usize = 12;
+const RECEIVED: u64 = 0x10_0000;
+const SENT: u64 = 0x20_0000;
+/// Buffers of a queue in use at a time.
+const WINDOW: u64 = 64;
+/// Places of responses. Every other response stays in its place until it has left, and they leave in order: in use are no more
+/// than the last two windows.
+const PLACES: u64 = 4 * WINDOW;
+const PATIENCE: Duration = Duration::from_secs(60);
+const FAR_US: u64 = u64::MAX / 4;
+
+/// Gives as many requests as it is told to; what is sent goes nowhere.
+struct Client {
+    sink: Sink,
+    request: Vec<u8>,
+    left: Arc<AtomicU64>,
+}
+
+impl Nic for Client {
+    fn name(&self) -> &str {
+        "client"
+    }
+
+    fn describe(&self) -> String {
+        "client".to_owned()
+    }
+
+    fn receive(
+        &mut self,
+        frames: &mut FramePool,
+        out: &mut VecDeque<Token>,
+        max: usize,
+    ) -> io::Result<()> {
+        let left = self.left.load(Ordering::Relaxed);
+        for _ in 0..left.min(max as u64) {
+            let Some(token) = frames.from_bytes(&self.request) else {
+                break;
+            };
+            self.left.fetch_sub(1, Ordering::Relaxed);
+            out.push_back(token);
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, frames: &mut FramePool, token: Token) -> Sent {
+        self.sink.send(frames, token)
+    }
+
+    fn poll_fds(&self, _: bool, _: bool, _: &mut Vec<libc::pollfd>) {}
+
+    fn mtu(&self) -> u16 {
+        self.sink.mtu()
+    }
+
+    fn set_filter(&mut self, _: Filter) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The response of number `n`.
+fn response(n: u64, len: usize) -> Vec<u8> {
+    let mut payload = vec![n as u8; len];
+    payload[..8].copy_from_slice(&n.to_be_bytes());
+    udp(Side::V4, false, 53, 40_000, &payload)
+}
+
+/// One host: its worker and its guest.
+pub struct Host {
+    pub worker: WorkerHandle,
+    ram: Arc<GuestRam>,
+    guest_rx: DriverMock,
+    guest_tx: DriverMock,
+    offered: u64,
+    pub received: u64,
+    pub sent: u64,
+    pub used: u64,
+}
+
+impl Host {
+    fn new(name: &str, left: &Arc<AtomicU64>) -> Self {
+        let ram = Arc::new(GuestRam::new(4 << 20, Pages::Small).unwrap());
+        let guest_rx = DriverMock::new(ram.clone(), 0x4000, ENTRIES, true);
+        let guest_tx = DriverMock::new(ram.clone(), 0x8000, ENTRIES, true);
+        let nic = Client {
+            sink: Sink::new(1500),
+            request: udp(Side::V4, true, 53, 40_000, &[1; 100]),
+            left: left.clone(),
+        };
+        let wiring = PortWiring {
+            ram: ram.clone(),
+            call: Arc::new(Call::new(EventFd::new(EFD_NONBLOCK).unwrap())),
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+        };
+        let config = WorkerConfig {
+            name: name.into(),
+            poll: PollMode::Busy,
+            cpu: None,
+            frame_slots: SLOTS,
+            tx: Default::default(),
+            stages: false,
+        };
+        let worker = spawn(config, Box::new(nic), wiring).unwrap();
+        let queues = [guest_rx.queue_state(), guest_tx.queue_state()];
+        worker.activate(queues).unwrap();
+        Self {
+            worker,
+            ram,
+            guest_rx,
+            guest_tx,
+            offered: 0,
+            received: 0,
+            sent: 0,
+            used: 0,
+        }
+    }
+
+    /// The guest takes what it got and gives buffers for more.
+    pub fn look(&mut self) {
+        while self.guest_rx.take_used().unwrap().is_some() {
+            self.offered -= 1;
+            self.received += 1;
+        }
+        while self.offered < WINDOW {
+            // Nobody reads what comes: one place will do for all.
+            let (gpa, len) = (RECEIVED, BUFFER_BYTES as u32);
+            let buffer = Segment { gpa, len };
+            self.guest_rx.offer(&[], &[buffer]).unwrap().unwrap();
+            self.offered += 1;
+        }
+        while self.guest_tx.take_used().unwrap().is_some() {
+            self.used += 1;
+        }
+    }
+
+    /// The guest sends its next response.
+    pub fn respond(&mut self, len: usize) {
+        let frame = response(self.sent, len);
+        let gpa = SENT + self.sent % PLACES * BUFFER_BYTES;
+        self.ram.write(gpa, &[0; NET_HEADER]).unwrap();
+        self.ram.write(gpa + NET_HEADER as u64, &frame).unwrap();
+        let len = (NET_HEADER + frame.len()) as u32;
+        let buffer = Segment { gpa, len };
+        self.guest_tx.offer(&[buffer], &[]).unwrap().unwrap();
+        self.sent += 1;
+    }
+
+    /// A step of a halted worker.
+    pub fn step(&self) -> bool {
+        let step = self.worker.execute(|edge, role| role.step(edge, now_us()));
+        step.unwrap()
+    }
+
+    fn owes_nothing(&self) -> bool {
+        let due_us = self.worker.execute(|_, role| role.deadline_us());
+        due_us.unwrap().is_none()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.worker.stop();
+    }
+}
+
+/// Both, as a pair in its second epoch.
+pub struct Hosts {
+    pub primary: Host,
+    pub secondary: Host,
+    requests: Arc<AtomicU64>,
+    events: [Mailbox<PairEvent>; 2],
+}
+
+impl Hosts {
+    pub fn new(packets: Packets, digests: bool) -> Self {
+        let requests = Arc::default();
+        let primary = Host::new("primary", &requests);
+        let secondary = Host::new("secondary", &Arc::default());
+        let pool = |host: &Host| {
+            let pool = host.worker.execute(|edge, _| PoolMemory::of(&edge.frames));
+            pool.unwrap()
+        };
+        let [near, far] = links(packets, [pool(&primary), pool(&secondary)]);
+        let (limits, mac) = (limits(), GUEST_MAC);
+        let (post, theirs) = Mailbox::new().unwrap();
+        let config = SecondaryRoleConfig { limits, mac };
+        let role = SecondaryRole::new(&config, far, post);
+        secondary.worker.set_role(Box::new(role)).unwrap();
+        let lease = Lease::default();
+        let config = PrimaryRoleConfig {
+            limits,
+            policy: Policy::default(),
+            gap_limit_us: FAR_US,
+            frame_slots: SLOTS,
+            gaps: Arc::default(),
+            lease: lease.clone(),
+            digest_key: digests.then_some([7; 16]),
+        };
+        let (post, ours) = Mailbox::new().unwrap();
+        let role = PrimaryRole::new(&config, mac, post);
+        primary.worker.set_role(Box::new(role)).unwrap();
+        let cut = PrimaryRole::on_worker(&primary.worker, move |role, edge| {
+            role.attach(edge, near);
+            let cut = role.cut(edge, true).unwrap();
+            role.commit(edge, cut.epoch);
+            cut
+        })
+        .unwrap();
+        SecondaryRole::on_worker(&secondary.worker, move |role, edge| {
+            role.commit(edge, cut.epoch, &[], &cut.translations)
+                .unwrap();
+            role.start();
+        })
+        .unwrap();
+        let workers = std::slice::from_ref(&primary.worker);
+        PrimaryRole::extend_lease(workers, &lease, FAR_US).unwrap();
+        let mut hosts = Self {
+            primary,
+            secondary,
+            requests,
+            events: [ours, theirs],
+        };
+        let name = if packets == Packets::Udp {
+            "udp"
+        } else {
+            "xdp"
+        };
+        hosts.until(|hosts| hosts.links().iter().all(|link| link.carrier == name));
+        hosts
+    }
+
+    /// Both guests live until that is so.
+    fn until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
+        let begun = Instant::now();
+        while !done(self) {
+            self.primary.look();
+            self.secondary.look();
+            thread::yield_now();
+            if let Some(event) = self.events.iter().find_map(Mailbox::try_next) {
+                panic!("{event:?}");
+            }
+            assert!(begun.elapsed() < PATIENCE, "{:?}", self.links());
+        }
+    }
+
+    /// `count` requests for both guests, and as many responses of both. Neither gets further ahead of the other than a window.
+    pub fn exchange(&mut self, count: u64) {
+        let mut asked = self.primary.received;
+        let (received, sent) = (asked + count, self.primary.sent + count);
+        self.until(|hosts| {
+            let both = [&hosts.primary, &hosts.secondary];
+            if asked < received && both.iter().all(|host| host.received == asked) {
+                asked = received.min(asked + WINDOW);
+                hosts.request(asked - hosts.primary.received);
+            }
+            let may_send = hosts.primary.used.min(hosts.secondary.used) + WINDOW;
+            let mut done = true;
+            for host in [&mut hosts.primary, &mut hosts.secondary] {
+                if host.sent < sent.min(may_send) {
+                    host.respond([64, 1200][host.sent as usize % 2]);
+                }
+                done &= host.received == received && host.used == sent;
+            }
+            done
+        });
+    }
+
+    /// `count` requests come to the client's NIC.
+    pub fn request(&self, count: u64) {
+        self.requests.store(count, Ordering::Relaxed);
+    }
+
+    /// The workers do only what [`Host::step`] asks of them.
+    pub fn halt(&self) {
+        for host in [&self.primary, &self.secondary] {
+            let (halted, is_halted) = channel();
+            host.worker.send(Command::Halt(halted)).unwrap();
+            is_halted.recv().unwrap();
+        }
+    }
+
+    /// Halted workers step until neither owes the other anything.
+    pub fn settle(&mut self) {
+        self.until(|hosts| {
+            let both = [&hosts.primary, &hosts.secondary];
+            let busy = both.map(|host| host.step());
+            busy == [false; 2] && both.iter().all(|host| host.owes_nothing())
+        });
+    }
+
+    /// The primary's end of the link, and the secondary's.
+    pub fn links(&self) -> [LinkStats; 2] {
+        let near = PrimaryRole::on_worker(&self.primary.worker, |role, _| role.report().link);
+        let far = SecondaryRole::on_worker(&self.secondary.worker, |role, _| role.report().link);
+        [near.unwrap(), far.unwrap()]
+    }
+}
+
+fn limits() -> Limits {
+    Limits {
+        compare_deadline_us: FAR_US,
+        ack_deadline_us: FAR_US,
+        extra_deadline_us: FAR_US,
+        lag_deadline_us: FAR_US,
+        max_flows: 64,
+        ..Limits::default()
+    }
+}
+
+/// Both ends of the packet channel, in network namespaces of their own.
+fn links(packets: Packets, [near_pool, far_pool]: [PoolMemory; 2]) -> [PacketLink; 2] {
+    let (here, there) = channel();
+    let (ready, is_ready) = channel();
+    let far = thread::spawn(move || {
+        unshare();
+        // SAFETY: no preconditions.
+        here.send(unsafe { libc::gettid() }).unwrap();
+        is_ready.recv().unwrap();
+        let listener = TcpListener::bind("10.9.0.2:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let accept = move || open(listener.accept().unwrap().0, packets, &far_pool, 2);
+        (address, thread::spawn(accept))
+    });
+    let near = thread::spawn(move || {
+        unshare();
+        let tid = there.recv().unwrap();
+        run(&format!(
+            "ip link add a0 mtu 2000 type veth peer name a0 mtu 2000 netns {tid}"
+        ));
+        for (address, inside) in [
+            ("10.9.0.1/24", String::new()),
+            ("10.9.0.2/24", format!("nsenter --net=/proc/{tid}/ns/net ")),
+        ] {
+            run(&format!("{inside}ip addr add {address} dev a0"));
+            run(&format!("{inside}ip link set a0 up"));
+        }
+        ready.send(()).unwrap();
+        let (address, far) = far.join().unwrap();
+        let near = open(TcpStream::connect(address).unwrap(), packets, &near_pool, 1);
+        [near, far.join().unwrap()]
+    });
+    near.join().unwrap()
+}
+
+fn open(stream: TcpStream, packets: Packets, pool: &PoolMemory, key: u64) -> PacketLink {
+    let ports = open_ports(&stream, packets, Some(pool), |_| None);
+    assert_eq!(ports.refused, 0);
+    let patience_us = PATIENCE.as_micros() as u64;
+    // The control channel is well, so nobody asks over the packet channel's connection.
+    let control = PeerHeard::default();
+    control.note(FAR_US);
+    let link = PacketLink::with_ports(stream, ports.list, key, patience_us).unwrap();
+    link.beside(control)
+}
+
+/// Moves the calling thread to a network namespace of its own, which lives as long as sockets in it.
+fn unshare() {
+    // SAFETY: unshare changes only the calling thread, which nothing else shares.
+    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    assert_eq!(unshared, 0, "needs root");
+}
+
+fn run(line: &str) {
+    let mut words = line.split(' ');
+    let program = words.next().unwrap();
+    let status = Process::new(program).args(words).status();
+    assert!(status.unwrap().success(), "{line}");
+}
