@@ -14,3 +14,4 @@ pub mod loads;
 pub mod quota;
 pub mod relay;
 pub mod streams;
+pub mod wire;

@@ -4,7 +4,6 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use colo_lab::process::Process;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
+use colo_tests::wire::Wire;
 use colo_tests::{both_ways, clients};
 
 const ENDED: Duration = Duration::from_secs(20);
@@ -399,31 +399,10 @@ fn without_datagrams_a_pair_goes_on_over_tcp_and_later_back(compare: Compare) {
 
 /// Sends frames of the link's EtherType to host b, from nobody.
 fn send_foreign_frames(payloads: &[&[u8]]) {
-    // SAFETY: plain system call that gives a new descriptor or -1.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
-    assert!(fd >= 0);
-    // SAFETY: `fd` was just made and nobody else owns it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: all zero is a valid sockaddr_ll; the name is a C string.
-    let (mut address, index): (libc::sockaddr_ll, _) =
-        unsafe { (std::mem::zeroed(), libc::if_nametoindex(c"link0".as_ptr())) };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_ifindex = index as i32;
+    let wire = Wire::open("link0").unwrap();
     for payload in payloads {
         let head = [2, 0xc0, 0x10, 0, 0, 0x0b, 2, 0, 0, 0, 0, 9, 0x88, 0xb5];
-        let frame = [&head[..], payload].concat();
-        // SAFETY: reads the frame and the address, which live through the call.
-        let sent = unsafe {
-            libc::sendto(
-                fd.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                0,
-                (&raw const address).cast(),
-                size_of::<libc::sockaddr_ll>() as u32,
-            )
-        };
-        assert_eq!(sent, frame.len() as isize);
+        wire.send(&[&head[..], payload].concat()).unwrap();
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
+use std::thread;
 use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
@@ -9,6 +10,7 @@ use colo_lab::pair::{Pair, Settings, Single};
 use colo_lab::topology::{GUEST, Host, Topology, UPLINK};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
+use colo_tests::wire::Wire;
 use colo_tests::{both_ways, clients, loads};
 use serde_json::Value;
 
@@ -271,4 +273,82 @@ fn hosts_with_different_numbers_of_shards_do_not_pair() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(4), "{text}");
     assert!(text.contains("host.shards"), "{text}");
+}
+
+/// Where things are in a frame of the link's: `link/datagram`.
+const ETHERNET: usize = 14;
+const KEY: usize = ETHERNET + 8;
+const HEADER: usize = ETHERNET + 48;
+
+/// Frames with data that host a sends over the link while clients are served.
+fn link_frames(pair: &Pair, from_a: &Wire, count: usize) -> Vec<Vec<u8>> {
+    let client = &pair.topology.client;
+    thread::scope(|scope| {
+        scope.spawn(|| clients::wrk(client, GUEST[0], "/bytes/20000", 16, 2));
+        let frames = std::iter::from_fn(|| from_a.receive(PATIENCE).unwrap());
+        let is_data = |frame: &Vec<u8>| {
+            frame.len() > HEADER && frame[12..ETHERNET] == [0x88, 0xb5] && frame[ETHERNET + 3] == 0
+        };
+        frames.filter(is_data).take(count).collect()
+    })
+}
+
+/// Whoever is on the link's network hears its frames and repeats them, as they were or changed.
+#[test]
+fn frames_that_are_old_cut_changed_or_foreign_reach_no_shard_and_are_counted() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let settings = settings(&bench, Compare::Bytes, None);
+    let topology = link_by_one_queue(&settings);
+    let mut pair = Pair::start_in(topology, &settings, bench.dir()).unwrap();
+    for host in HOSTS {
+        wait_xdp(&mut pair, host);
+    }
+    let switch = &pair.topology.switch;
+    let wire = |port: &'static str| switch.run(move || Wire::open(port).unwrap()).unwrap();
+    let (from_a, to_b) = (wire("link-a"), wire("link-b"));
+    let heard = link_frames(&pair, &from_a, 100);
+    let shards = [0, 1].map(|bit| heard.iter().any(|frame| frame[KEY] & 1 == bit));
+    assert_eq!(shards, [true; 2], "both shards are spoken to");
+    let changed = |frame: &[u8], at: usize, bits: u8| {
+        let mut frame = frame.to_vec();
+        frame[at] ^= bits;
+        frame
+    };
+    let before = pair.secondary.status().unwrap();
+    let mut counts = [0; 4];
+    // One that finds no room is lost, as from everybody.
+    for (n, frame) in heard.iter().cycle().take(10_000).enumerate() {
+        // The other shard's key; nobody's; another payload; cut; noise.
+        for frame in [
+            frame.clone(),
+            changed(frame, KEY, 1),
+            changed(frame, KEY + 4, 0x40),
+            changed(frame, HEADER, 1),
+            frame[..HEADER - 1].to_vec(),
+            [&frame[..ETHERNET], &[0xdb; 200]].concat(),
+        ] {
+            to_b.send(&frame).unwrap();
+        }
+        if n % 20 == 19 {
+            let status = pair.secondary.status().unwrap();
+            counts = ["duplicates", "damaged", "foreign", "truncated"]
+                .map(|counter| of_link(&status, counter) - of_link(&before, counter));
+            if counts.iter().all(|&count| count > 100) {
+                break;
+            }
+        }
+    }
+    assert!(counts.iter().all(|&count| count > 100), "{counts:?}");
+    clients::wrk(&pair.topology.client, GUEST[0], "/bytes/20000", 16, 1);
+    let status = pair.wait_protected(Host::A).unwrap();
+    let causes = status["divergences"].as_object().unwrap();
+    let in_time = |cause: &&String| !cause.contains("deadline");
+    assert_eq!(causes.keys().find(in_time), None, "{causes:?}");
+    for host in HOSTS {
+        let status = pair.process(host).status().unwrap();
+        assert_eq!(of_link(&status, "fallbacks"), 0, "{}", status["link"]);
+        assert_eq!(status["link"]["carrier"], "xdp");
+    }
 }

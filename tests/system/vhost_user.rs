@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,6 +11,7 @@ use colo_lab::netns::Netns;
 use colo_lab::process::Process;
 use colo_lab::testpmd::{End, HugePages, PROGRAM, Testpmd, TestpmdOptions};
 use colo_tests::bench::Bench;
+use colo_tests::wire::Wire;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -85,7 +84,7 @@ impl Port {
     }
 
     fn wire(&self) -> Wire {
-        self.netns.run(|| Wire::open().unwrap()).unwrap()
+        self.netns.run(|| Wire::open(TAP).unwrap()).unwrap()
     }
 }
 
@@ -93,105 +92,27 @@ fn number(document: &Value, path: &str) -> u64 {
     document.pointer(path).and_then(Value::as_u64).unwrap()
 }
 
-/// The host's end of the TAP device.
-struct Wire {
-    socket: OwnedFd,
-}
-
-impl Wire {
-    fn open() -> io::Result<Self> {
-        let all = (libc::ETH_P_ALL as u16).to_be();
-        // SAFETY: plain system call.
-        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just made it, and nobody else owns it.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let name = std::ffi::CString::new(TAP)?;
-        // SAFETY: sockaddr_ll is plain data for which all zeroes is valid.
-        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = all;
-        // SAFETY: a C string that lives through the call.
-        address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
-        let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-        // SAFETY: the address lives through the call and is as long as said.
-        if unsafe { libc::bind(fd, (&raw const address).cast(), length) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { socket })
+/// Sends frame after frame until the guest's side is awake and one has come back; then all of
+/// `count` go to the guest and come back as they were.
+fn echo(wire: &Wire, count: u32) {
+    let deadline = Instant::now() + PATIENCE;
+    wire.send(&probe(u32::MAX)).unwrap();
+    while wire.receive(Duration::from_millis(100)).unwrap().is_none() {
+        assert!(Instant::now() < deadline, "nothing comes back");
+        wire.send(&probe(u32::MAX)).unwrap();
     }
-
-    fn send(&self, frame: &[u8]) {
-        // SAFETY: the frame lives through the call.
-        let sent = unsafe {
-            libc::send(
-                self.socket.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                0,
-            )
-        };
-        assert_eq!(sent, frame.len() as isize, "{}", io::Error::last_os_error());
-    }
-
-    /// The next frame that came out of the device within `patience`.
-    fn receive(&self, patience: Duration) -> Option<Vec<u8>> {
-        let deadline = Instant::now() + patience;
+    for number in 0..count {
+        let frame = probe(number);
+        wire.send(&frame).unwrap();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let mut fd = libc::pollfd {
-                fd: self.socket.as_raw_fd(),
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            // SAFETY: one pollfd on this stack.
-            if unsafe { libc::poll(&raw mut fd, 1, left.as_millis() as i32) } <= 0 {
-                return None;
+            let back = wire
+                .receive(PATIENCE)
+                .unwrap()
+                .expect("a frame that comes back");
+            if back == frame {
+                break;
             }
-            let mut frame = vec![0; 2048];
-            // SAFETY: sockaddr_ll is plain data for which all zeroes is valid.
-            let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-            let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-            // SAFETY: buffer and address live through the call and are as long as said.
-            let got = unsafe {
-                libc::recvfrom(
-                    fd.fd,
-                    frame.as_mut_ptr().cast(),
-                    frame.len(),
-                    0,
-                    (&raw mut from).cast(),
-                    &raw mut length,
-                )
-            };
-            assert!(got >= 0, "{}", io::Error::last_os_error());
-            if from.sll_pkttype != libc::PACKET_OUTGOING {
-                frame.truncate(got as usize);
-                return Some(frame);
-            }
-        }
-    }
-
-    /// Sends frame after frame until the guest's side is awake and one has come back; then all of
-    /// `count` go to the guest and come back as they were.
-    fn echo(&self, count: u32) {
-        let deadline = Instant::now() + PATIENCE;
-        self.send(&probe(u32::MAX));
-        while self.receive(Duration::from_millis(100)).is_none() {
-            assert!(Instant::now() < deadline, "nothing comes back");
-            self.send(&probe(u32::MAX));
-        }
-        for number in 0..count {
-            let frame = probe(number);
-            self.send(&frame);
-            loop {
-                let back = self.receive(PATIENCE).expect("a frame that comes back");
-                if back == frame {
-                    break;
-                }
-                assert_eq!(back, probe(u32::MAX), "frame {number}");
-            }
+            assert_eq!(back, probe(u32::MAX), "frame {number}");
         }
     }
 }
@@ -214,7 +135,10 @@ fn what_testpmd_sends_is_on_the_wire_and_counted() {
     let wire = port.wire();
     let testpmd = port.testpmd("txonly", false);
     for _ in 0..100 {
-        let frame = wire.receive(PATIENCE).expect("a frame of testpmd's");
+        let frame = wire
+            .receive(PATIENCE)
+            .unwrap()
+            .expect("a frame of testpmd's");
         assert_eq!(frame.len(), 300);
         assert_eq!(&frame[6..14], [&GUEST_MAC[..], &[8, 0]].concat());
         // txonly: UDP between the addresses for benchmarks (RFC 2544), port 9 to port 9.
@@ -256,7 +180,7 @@ fn frames_go_through_testpmd_and_come_back_as_they_were() {
             return;
         };
         let _testpmd = port.testpmd("io", huge);
-        port.wire().echo(3000);
+        echo(&port.wire(), 3000);
         let status = port.wait("done", |_| true);
         assert_eq!(number(&status, "/worker/guest_rx_too_small"), 0);
         assert_eq!(number(&status, "/worker/ring_errors"), 0);
@@ -288,7 +212,10 @@ fn a_guest_of_qemu_boots_over_it() {
     let _qemu = Process::spawn("qemu", command, port.bench.dir()).unwrap();
     // The firmware of the network card asks for an address (DHCP, RFC 2131).
     loop {
-        let frame = wire.receive(PATIENCE).expect("a frame of the firmware's");
+        let frame = wire
+            .receive(PATIENCE)
+            .unwrap()
+            .expect("a frame of the firmware's");
         let is_dhcp = frame.len() > 282 && frame[34..38] == [0, 68, 0, 67];
         if is_dhcp && frame[6..12] == GUEST_MAC {
             break;
@@ -307,7 +234,7 @@ fn a_testpmd_that_is_killed_is_followed_by_another() {
     let wire = port.wire();
     for round in 1..=3 {
         let mut testpmd = port.testpmd("io", false);
-        wire.echo(50);
+        echo(&wire, 50);
         testpmd.process.kill().unwrap();
         let status = port.wait("alone", |s| s["guest"] == "absent");
         assert_eq!(number(&status, "/vhost_user/connections"), round);

@@ -223,6 +223,7 @@ impl Hosts {
             gap_limit_us: FAR_US,
             frame_slots: SLOTS,
             gaps: Arc::default(),
+            answers: Default::default(),
             lease: lease.clone(),
             digest_key: digests.then_some([7; 16]),
         };
