@@ -367,6 +367,7 @@ mod tests {
                 let mut heard = 0;
                 while heard < sent {
                     a.flush();
+                    b.look();
                     let Some(slot) = b.receive() else { continue };
                     let bytes = b.bytes(&slot);
                     assert_eq!(bytes[..2], [round, heard]);
@@ -389,10 +390,12 @@ mod tests {
         while kept.len() < RECEIVE_WINDOW + SPARE_SLOTS {
             a.send(&[1], &[]);
             a.flush();
+            b.look();
             kept.extend(b.receive());
         }
         a.send(&[2], &[]);
         a.flush();
+        b.look();
         assert_eq!(b.receive(), None);
         b.release(kept.pop().unwrap());
         let slot = b.receive().unwrap();
