@@ -3,60 +3,22 @@
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
+mod counting;
 mod mock_pair;
 mod mock_shards;
-
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use colo_bpf::Mac;
 use colo_fastpath::frame::TxMode;
 use colo_fastpath::nic::{Filter, Nic, Sink, XdpNic, XdpNicConfig};
-use perf_event::Builder;
-use perf_event::events::Tracepoint;
 
 use colo_fastpath::stats::WorkerSnapshot;
-use colo_fastpath::worker::WorkerHandle;
+use counting::{allocations, can_count, count, stop_counting, turn};
 use mock_shards::MockShards;
 
 use mock_pair::{GUEST_MAC, MockPair, datagram};
 
 const WARM_UP: u64 = 3000;
 const COUNTED: u64 = 20_000;
-const TRACEFS: &str = "/sys/kernel/tracing";
-
-thread_local! {
-    static IS_WORKER: Cell<bool> = const { Cell::new(false) };
-}
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-/// Counts what the worker's thread takes.
-struct Counting;
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if IS_WORKER.with(Cell::get) {
-            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        }
-        // SAFETY: the caller's promises are those of the system's allocator.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the pointer comes from `alloc` above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// The allocator counts for all workers together.
-static TURN: Mutex<()> = Mutex::new(());
-
 /// What the worker did while packets flowed.
 #[derive(Debug)]
 struct Costs {
@@ -85,27 +47,18 @@ fn flow(pair: &mut MockPair, from: u64, frames: u64) {
 }
 
 fn costs_with(nic: Box<dyn Nic>) -> Costs {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     let mut pair = MockPair::new(nic, TxMode::Twin);
     flow(&mut pair, 0, WARM_UP);
-    let tid = pair.worker.execute(|_, _| {
-        IS_WORKER.with(|worker| worker.set(true));
-        // SAFETY: the call has no arguments and cannot fail.
-        unsafe { libc::gettid() }
-    });
-    let mut counter = Builder::new(Tracepoint::with_id(system_call_event().unwrap()))
-        .observe_pid(tid.unwrap())
-        .include_kernel()
-        .build()
-        .unwrap();
+    let mut counter = count(&pair.worker);
     let kicks = nic_kicks(&pair);
     let before = pair.worker.stats();
     // Both are what this process asks of the worker, not what packets cost.
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed);
+    let begun = allocations();
     counter.enable().unwrap();
     flow(&mut pair, WARM_UP, COUNTED);
     counter.disable().unwrap();
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
+    let allocations = allocations() - begun;
     let after = pair.worker.stats();
     let costs = Costs {
         allocations,
@@ -117,25 +70,9 @@ fn costs_with(nic: Box<dyn Nic>) -> Costs {
     };
     let report = pair.report();
     assert_eq!(report.checkpoints, 0, "{report:?}");
-    pair.worker
-        .execute(|_, _| IS_WORKER.with(|worker| worker.set(false)))
-        .unwrap();
+    stop_counting(&pair.worker);
     println!("{costs:?}");
     costs
-}
-
-/// The number of the event "a system call begins".
-fn system_call_event() -> Option<u64> {
-    let file = format!("{TRACEFS}/events/raw_syscalls/sys_enter/id");
-    std::fs::read_to_string(file).ok()?.trim().parse().ok()
-}
-
-fn can_count() -> bool {
-    let found = system_call_event().is_some();
-    if !found {
-        println!("SKIPPED: no tracefs at {TRACEFS}; `mount -t tracefs nodev {TRACEFS}` as root");
-    }
-    found
 }
 
 /// Runs in a thread whose network namespace, with a veth pair in it, dies with it.
@@ -159,16 +96,6 @@ fn on_veth(test: impl FnOnce() + Send + 'static) {
     std::thread::spawn(run).join().unwrap();
 }
 
-/// The number that the kernel gives a worker's thread, from now on counted by the allocator.
-fn count_thread(worker: &WorkerHandle) -> i32 {
-    let tid = worker.execute(|_, _| {
-        IS_WORKER.with(|worker| worker.set(true));
-        // SAFETY: the call has no arguments and cannot fail.
-        unsafe { libc::gettid() }
-    });
-    tid.unwrap()
-}
-
 /// Two shards of a guest that uses one pair of queues: half of what it sends and of what it gets
 /// crosses from one to the other.
 #[test]
@@ -176,27 +103,17 @@ fn crossing_between_shards_asks_nothing_of_the_system() {
     if !can_count() {
         return;
     }
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     let mut bench = MockShards::new();
     bench.exchange(WARM_UP);
-    let mut counters: Vec<_> = bench
-        .workers
-        .iter()
-        .map(|worker| {
-            Builder::new(Tracepoint::with_id(system_call_event().unwrap()))
-                .observe_pid(count_thread(worker))
-                .include_kernel()
-                .build()
-                .unwrap()
-        })
-        .collect();
+    let mut counters: Vec<_> = bench.workers.iter().map(count).collect();
     let sum = |bench: &MockShards, of: fn(&WorkerSnapshot) -> u64| -> u64 {
         bench.workers.iter().map(|w| of(&w.stats())).sum()
     };
     let calls = sum(&bench, |s| s.guest_calls);
     let yields = sum(&bench, |s| s.yields);
     let crossed = sum(&bench, |s| s.crossed_in_frames);
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed);
+    let begun = allocations();
     for counter in &mut counters {
         counter.enable().unwrap();
     }
@@ -204,16 +121,13 @@ fn crossing_between_shards_asks_nothing_of_the_system() {
     for counter in &mut counters {
         counter.disable().unwrap();
     }
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - allocations;
+    let allocations = allocations() - begun;
     let calls = sum(&bench, |s| s.guest_calls) - calls;
     let yields = sum(&bench, |s| s.yields) - yields;
     let crossed = sum(&bench, |s| s.crossed_in_frames) - crossed;
     let system_calls: u64 = counters.iter_mut().map(|c| c.read().unwrap()).sum();
     println!("{crossed} crossed, {system_calls} system calls, {calls} calls of the guest");
-    for worker in &bench.workers {
-        let done = worker.execute(|_, _| IS_WORKER.with(|worker| worker.set(false)));
-        done.unwrap();
-    }
+    bench.workers.iter().for_each(stop_counting);
     assert_eq!(allocations, 0);
     assert!(system_calls <= calls + yields, "{calls} {yields}");
     assert!(calls < 10, "{calls}");
