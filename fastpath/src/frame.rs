@@ -73,7 +73,7 @@ pub struct FramePool {
     memory: SlotMemory,
     slots: Box<[Slot]>,
     /// Where the frames are that are in place.
-    places: Box<[Cell<Place>]>,
+    places: Box<[Place]>,
     free: Vec<u32>,
     /// Where in-place frames lie; one guest at a time.
     guest: Option<Arc<GuestRam>>,
@@ -103,7 +103,7 @@ impl FramePool {
         Ok(Self {
             memory: SlotMemory::map(area, slots, slot_bytes)?,
             slots: (0..slots).map(|_| Slot::default()).collect(),
-            places: (0..slots).map(|_| Cell::default()).collect(),
+            places: (0..slots).map(|_| Place::default()).collect(),
             free: (0..slots).rev().collect(),
             guest: None,
             returned: RefCell::new(Vec::with_capacity(slots as usize)),

@@ -6,7 +6,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::wire::checksum::{be16, be32, fold, ones_sum};
+use crate::wire::checksum::{OnesSum, be16, be32};
 use crate::wire::{ETHERTYPE_ARP, ETHERTYPE_IPV6, Network, Packet};
 
 /// Most addresses that are remembered.
@@ -194,8 +194,11 @@ fn write_neighbour_advertisement(
     out[79] = 1;
     out[80..86].copy_from_slice(&mac);
     // Pseudo-header (RFC 8200 section 8.1): addresses, length, next header.
-    let sum = u32::from(ones_sum(&out[22..54])) + 32 + 58 + u32::from(ones_sum(&out[54..86]));
-    out[56..58].copy_from_slice(&(!fold(sum)).to_be_bytes());
+    let mut sum = OnesSum::default();
+    sum.add(&out[22..54]);
+    sum.add(&[0, 32, 0, 58]);
+    sum.add(&out[54..86]);
+    out[56..58].copy_from_slice(&(!sum.word()).to_be_bytes());
     86
 }
 

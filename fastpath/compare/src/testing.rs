@@ -10,7 +10,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::digest::DigestKey;
 use crate::frames::{Frames, HEADER_MAX, Token};
 use crate::primary::PrimaryPath;
-use crate::wire::checksum::{fold, ones_sum};
+use crate::wire::checksum::{OnesSum, ones_sum};
 use crate::wire::tcp::ACK;
 use crate::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 
@@ -402,11 +402,14 @@ fn transport_sum(frame: &[u8], l4: usize, protocol: u8) -> u16 {
     } else {
         &frame[26..34]
     };
-    let mut sum = u32::from(ones_sum(&frame[l4..]));
+    let mut sum = OnesSum::default();
     if protocol != 1 {
-        sum += u32::from(ones_sum(addresses)) + length + u32::from(protocol);
+        sum.add(addresses);
+        sum.add(&length.to_be_bytes());
+        sum.add(&[0, protocol]);
     }
-    fold(sum)
+    sum.add(&frame[l4..]);
+    sum.word()
 }
 
 /// The digests of tests.

@@ -5,7 +5,7 @@
 //!
 //! Does not read payload.
 
-use crate::ring::fold;
+use colo_compare::wire::checksum::OnesSum;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -30,14 +30,14 @@ pub(super) fn write(header: &mut [u8], len: usize, payload_at: usize, payload: u
     }
     header[field..field + 2].fill(0);
     let (from, end) = layout.addresses;
-    let l4_len = (len - layout.l4) as u64;
-    let total = words(&header[from..end])
-        + u64::from(layout.protocol)
-        + (l4_len & 0xffff)
-        + (l4_len >> 16)
-        + words(&header[layout.l4..payload_at])
-        + u64::from(payload);
-    let sum = match !fold(total) {
+    let l4_len = (len - layout.l4) as u32;
+    let mut total = OnesSum::default();
+    total.add(&header[from..end]);
+    total.add(&l4_len.to_be_bytes());
+    total.add(&[0, layout.protocol]);
+    total.add(&header[layout.l4..payload_at]);
+    total.add_sum(payload, len - payload_at);
+    let sum = match !total.word() {
         // Zero would say that there is none (RFC 768).
         0 if layout.protocol == UDP => 0xffff,
         sum => sum,
@@ -94,15 +94,10 @@ fn half(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]))
 }
 
-/// The sum of big-endian words; an odd byte at the end is a high half.
-pub(crate) fn words(bytes: &[u8]) -> u64 {
-    let word = |pair: &[u8]| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0));
-    bytes.chunks(2).map(word).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use colo_compare::wire::checksum::ones_sum;
 
     /// A UDP datagram over IPv4 whose checksum is known: computed by hand from RFC 768.
     fn datagram(payload: &[u8]) -> Vec<u8> {
@@ -125,11 +120,15 @@ mod tests {
             let mut frame = datagram(&payload);
             let len = frame.len();
             assert!(applies(&frame, len, 42));
-            assert!(write(&mut frame[..42], len, 42, fold(words(&payload))));
+            assert!(write(&mut frame[..42], len, 42, ones_sum(&payload)));
             // Everything with the pseudo header sums to all ones.
             let l4 = &frame[34..];
-            let all = words(&frame[26..34]) + 17 + l4.len() as u64 + words(l4);
-            assert_eq!(fold(all), 0xffff);
+            let mut all = OnesSum::default();
+            all.add(&frame[26..34]);
+            all.add(&[0, UDP]);
+            all.add(&(l4.len() as u32).to_be_bytes());
+            all.add(l4);
+            assert_eq!(all.word(), 0xffff);
         }
     }
 

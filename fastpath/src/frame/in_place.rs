@@ -17,17 +17,19 @@ impl FramePool {
     /// A frame of the guest that stays where it is: `head` is written by `fill` into host memory (at
     /// least [`HEADER_MAX`] bytes of it, given back as its length), the rest lies in `rest`, in
     /// order. The buffer comes back through [`FramePool::take_returned`].
+    #[inline]
     pub fn keep_in_place(
         &mut self,
         buffer: Buffer,
         rest: &[Segment],
         fill: impl FnOnce(&mut [u8]) -> Option<usize>,
     ) -> Option<Token> {
-        let place = Place::new(buffer, rest)?;
+        if !Place::takes(rest) {
+            return None;
+        }
         let token = self.fill(fill)?;
-        let slot = &self.slots[token.slot() as usize];
-        slot.place_rest(&place);
-        self.places[token.slot() as usize].set(place);
+        self.slots[token.slot() as usize].place_rest(rest);
+        self.places[token.slot() as usize].set(buffer, rest);
         self.in_place.set(self.in_place.get() + 1);
         Some(token)
     }
@@ -54,7 +56,8 @@ impl FramePool {
             self.place_of(token.slot()),
             &self.guest,
             self.slots[token.slot() as usize].held(),
-        ) && let [frame] = *place.rest()
+        ) && let Some(frame) = place.rest().next()
+            && place.rest().len() == 1
         {
             let first = &mut first[..len.min(HEADER_MAX)];
             // In RAM when the buffer was taken.
@@ -138,7 +141,7 @@ impl FramePool {
             self.memory.append(slot, at, &self.host_bytes(twin)[held..]);
         } else if let (Some(place), Some(guest)) = (self.place_of(slot), &self.guest) {
             for segment in place.rest() {
-                self.memory.append_guest(slot, at, guest, *segment);
+                self.memory.append_guest(slot, at, guest, segment);
                 at += segment.len as usize;
             }
         }
@@ -148,16 +151,16 @@ impl FramePool {
     }
 
     /// Where the rest of a frame lies that is in place.
-    pub(super) fn place_of(&self, slot: u32) -> Option<Place> {
+    pub(super) fn place_of(&self, slot: u32) -> Option<&Place> {
         let is_there = self.slots[slot as usize].is_in_place();
-        is_there.then(|| self.places[slot as usize].get())
+        is_there.then(|| &self.places[slot as usize])
     }
 
     pub(super) fn drop_place(&self, slot: u32) {
         if self.slots[slot as usize].leave_place() {
-            let place = self.places[slot as usize].get();
             self.in_place.set(self.in_place.get() - 1);
-            self.returned.borrow_mut().push(place.buffer());
+            let buffer = self.places[slot as usize].buffer();
+            self.returned.borrow_mut().push(buffer);
         }
     }
 }

@@ -6,20 +6,21 @@
 //!
 //! Does not know flows or verdicts.
 
+use colo_compare::wire::checksum::OnesSum;
 use colo_compare::{DigestKey, Frames, HEADER_MAX, Token, first_difference};
 
 use crate::hint::prefetch;
-use crate::ring::{GuestRam, Segment, fold};
+use crate::ring::{GuestRam, Segment};
 
 use super::slots::{CopyCause, Place};
-use super::{FramePool, TxMode, checksum};
+use super::{FramePool, TxMode};
 
 /// A frame in place beside the host bytes that its payload is to equal, which are as long.
 struct Beside<'a> {
     guest: &'a GuestRam,
     /// What of the payload the slot holds, and the bytes for it.
     held: (&'a [u8], &'a [u8]),
-    place: Place,
+    place: &'a Place,
     /// The bytes for what lies in the guest.
     rest: &'a [u8],
 }
@@ -32,10 +33,10 @@ impl<'a> Beside<'a> {
     /// What lies in the guest, segment by segment, each with its bytes.
     fn segments(&self) -> impl Iterator<Item = (Segment, &'a [u8])> {
         let mut rest = self.rest;
-        self.place.rest().iter().map(move |segment| {
+        self.place.rest().map(move |segment| {
             let (bytes, behind) = rest.split_at(segment.len as usize);
             rest = behind;
-            (*segment, bytes)
+            (segment, bytes)
         })
     }
 }
@@ -89,17 +90,15 @@ impl FramePool {
         if !both.is_held_same() {
             return Some(false);
         }
-        let (mut sum, mut done) = (checksum::words(both.held.0), both.held.0.len());
+        let mut sum = OnesSum::default();
+        sum.add(both.held.0);
         for (segment, bytes) in both.segments() {
             let Some(part) = both.guest.equals_and_sum(segment.gpa, bytes).ok()? else {
                 return Some(false);
             };
-            // At an odd place the halves of the words are exchanged.
-            let is_odd = done % 2 == 1;
-            sum += u64::from(if is_odd { part.swap_bytes() } else { part });
-            done += bytes.len();
+            sum.add_sum(part, bytes.len());
         }
-        state.set_sum(at, fold(sum));
+        state.set_sum(at, sum.word());
         Some(true)
     }
 

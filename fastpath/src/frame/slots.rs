@@ -54,36 +54,39 @@ pub enum CopyCause {
     Crossing,
 }
 
-/// What of a frame still lies in the guest.
-#[derive(Clone, Copy, Debug, Default)]
+/// What of a frame still lies in the guest. Cells, so that it is written where it stays, field by field: what was just
+/// written in small parts and is then copied in large ones has to wait for all of them.
+#[derive(Debug, Default)]
 pub(super) struct Place {
-    buffer: Buffer,
-    segments: [Segment; SEGMENTS_MAX],
-    count: usize,
+    buffer: Cell<Buffer>,
+    segments: [Cell<Segment>; SEGMENTS_MAX],
+    count: Cell<u32>,
 }
 
 impl Place {
-    /// `None`: too scattered.
-    pub(super) fn new(buffer: Buffer, rest: &[Segment]) -> Option<Self> {
-        let mut segments = [Segment { gpa: 0, len: 0 }; SEGMENTS_MAX];
-        segments.get_mut(..rest.len())?.copy_from_slice(rest);
-        Some(Self {
-            buffer,
-            segments,
-            count: rest.len(),
-        })
+    /// Whether a frame of so many pieces can stay.
+    pub(super) fn takes(rest: &[Segment]) -> bool {
+        rest.len() <= SEGMENTS_MAX
+    }
+
+    #[inline]
+    pub(super) fn set(&self, buffer: Buffer, rest: &[Segment]) {
+        assert!(Self::takes(rest), "{} pieces in a place", rest.len());
+        self.buffer.set(buffer);
+        for (to, segment) in self.segments.iter().zip(rest) {
+            to.set(*segment);
+        }
+        self.count.set(rest.len() as u32);
     }
 
     pub(super) fn buffer(&self) -> Buffer {
-        self.buffer
+        self.buffer.get()
     }
 
-    pub(super) fn rest(&self) -> &[Segment] {
-        &self.segments[..self.count]
-    }
-
-    fn bytes(&self) -> usize {
-        self.rest().iter().map(|segment| segment.len as usize).sum()
+    #[inline]
+    pub(super) fn rest(&self) -> impl ExactSizeIterator<Item = Segment> {
+        let segments = &self.segments[..self.count.get() as usize];
+        segments.iter().map(Cell::get)
     }
 }
 
@@ -147,8 +150,10 @@ impl Slot {
         self.stamp_ns.get()
     }
 
-    pub(super) fn place_rest(&self, place: &Place) {
-        self.len.set(self.held.get() + place.bytes() as u32);
+    #[inline]
+    pub(super) fn place_rest(&self, rest: &[Segment]) {
+        let bytes: u32 = rest.iter().map(|segment| segment.len).sum();
+        self.len.set(self.held.get() + bytes);
         self.in_place.set(true);
     }
 

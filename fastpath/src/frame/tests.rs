@@ -1,7 +1,8 @@
 use colo_compare::HEADER_MAX;
+use colo_compare::wire::checksum::OnesSum;
 
 use super::*;
-use crate::ring::{Pages, Segment, fold};
+use crate::ring::{Pages, Segment};
 
 const LEN: usize = 1000;
 const AT: usize = 54;
@@ -247,8 +248,12 @@ fn datagram() -> Vec<u8> {
 /// Whether the transport checksum of a UDP frame holds.
 fn verifies(frame: &[u8]) -> bool {
     let l4 = &frame[34..];
-    let sum = checksum::words(&frame[26..34]) + 17 + l4.len() as u64 + checksum::words(l4);
-    fold(sum) == 0xffff
+    let mut sum = OnesSum::default();
+    sum.add(&frame[26..34]);
+    sum.add(&[0, 17]);
+    sum.add(&(l4.len() as u32).to_be_bytes());
+    sum.add(l4);
+    sum.word() == 0xffff
 }
 
 #[test]

@@ -10,11 +10,10 @@
 
 use std::ops::Range;
 
+use colo_compare::wire::checksum::OnesSum;
 use colo_compare::{Frames, HEADER_MAX, Pairs, Passed, Token};
 
-use crate::frame::checksum::words;
 use crate::frame::{Buffer, FramePool, IN_PLACE_MIN, TxMode};
-use crate::ring::fold;
 use crate::worker::{FRONT_FRAMES, Front, Shown};
 
 /// Of the SVM's frame so much is read into host memory: Ethernet, IPv4, and TCP with all its options.
@@ -142,8 +141,12 @@ fn keep_one(
                 return false;
             }
             // The header is copied to its end at an even place, or the checksum would not bind.
-            let rest = pvm.equal_and_sum(HEADER_MAX, svm);
-            bound = rest.map(|rest| (at, fold(words(&ours[at..]) + u64::from(rest))));
+            bound = pvm.equal_and_sum(HEADER_MAX, svm).map(|rest| {
+                let mut sum = OnesSum::default();
+                sum.add(&ours[at..]);
+                sum.add_sum(rest, len - HEADER_MAX);
+                (at, sum.word())
+            });
             bound.is_some()
         };
         let passed = pairs.take_by((ours, len), (&head, len), equal);

@@ -8,12 +8,22 @@
 
 use core::arch::asm;
 use core::arch::x86_64::{
-    __m128i, _mm_add_epi64, _mm_and_si128, _mm_cmpeq_epi8, _mm_cvtsi128_si64, _mm_movemask_epi8,
-    _mm_sad_epu8, _mm_set1_epi8, _mm_set1_epi16, _mm_setzero_si128, _mm_srli_epi16, _mm_srli_si128,
-    _mm_storeu_si128,
+    __m128i, __m256i, _mm_add_epi64, _mm_and_si128, _mm_cmpeq_epi8, _mm_cvtsi128_si64,
+    _mm_movemask_epi8, _mm_set1_epi8, _mm_set1_epi64x, _mm_setzero_si128, _mm_srli_epi64,
+    _mm_srli_si128, _mm_storeu_si128, _mm256_add_epi64, _mm256_and_si256, _mm256_castsi256_si128,
+    _mm256_extracti128_si256, _mm256_or_si256, _mm256_set1_epi64x, _mm256_setzero_si256,
+    _mm256_srli_epi64, _mm256_testz_si256, _mm256_xor_si256,
 };
+use std::arch::is_x86_feature_detected;
+
+use colo_compare::wire::checksum::fold;
 
 const LANE: usize = size_of::<__m128i>();
+const WIDE_LANE: usize = size_of::<__m256i>();
+/// So much is compared before anybody looks whether it was the same.
+const WIDE_BLOCK: usize = 4 * WIDE_LANE;
+/// The lower of two 32-bit words.
+const LOWER: i64 = 0xffff_ffff;
 
 /// The ones' complement sum (RFC 1071: big-endian words, folded, not inverted) of the guest's
 /// bytes if the `len` others are the same, else `None`.
@@ -21,32 +31,89 @@ const LANE: usize = size_of::<__m128i>();
 /// # Safety
 ///
 /// `len` bytes at `guest` and at `others` are mapped.
-#[target_feature(enable = "sse2")]
+#[inline]
 pub(super) unsafe fn compare_and_sum(
     guest: *const u8,
     others: *const u8,
     len: usize,
 ) -> Option<u16> {
-    let zero = _mm_setzero_si128();
-    let low = _mm_set1_epi16(0x00ff);
-    let (mut high_sum, mut low_sum) = (zero, zero);
+    let front_len = match is_x86_feature_detected!("avx2") {
+        true => len / WIDE_LANE * WIDE_LANE,
+        false => 0,
+    };
+    // SAFETY: the ranges are the caller's, in two parts, and the processor has what the first part asks for.
+    let words = unsafe {
+        let front = match front_len {
+            0 => 0,
+            _ => wide_words(guest, others, front_len)?,
+        };
+        let rest = (guest.add(front_len), others.add(front_len));
+        front + lanes_words(rest.0, rest.1, len - front_len)?
+    };
+    // RFC 1071 section 2 (B): the order of bytes may wait until here.
+    Some(fold(words).swap_bytes())
+}
+
+/// The sum of the guest's 32-bit words, as this processor reads them, if the `len` others are the same.
+///
+/// # Safety
+///
+/// `len` bytes at `guest` and at `others` are mapped; `len` is a multiple of [`WIDE_LANE`].
+#[target_feature(enable = "avx2")]
+unsafe fn wide_words(guest: *const u8, others: *const u8, len: usize) -> Option<u64> {
+    let zero = _mm256_setzero_si256();
+    let lower = _mm256_set1_epi64x(LOWER);
+    let (mut lower_sum, mut upper_sum) = (zero, zero);
+    let mut begin = 0;
+    while begin < len {
+        let end = len.min(begin + WIDE_BLOCK);
+        let mut differing = zero;
+        for at in (begin..end).step_by(WIDE_LANE) {
+            // SAFETY: as in `lanes_words`, 32 bytes.
+            let (ours, theirs) = unsafe {
+                (
+                    load_wide_once(guest.add(at)),
+                    load_wide_once(others.add(at)),
+                )
+            };
+            differing = _mm256_or_si256(differing, _mm256_xor_si256(ours, theirs));
+            lower_sum = _mm256_add_epi64(lower_sum, _mm256_and_si256(ours, lower));
+            upper_sum = _mm256_add_epi64(upper_sum, _mm256_srli_epi64::<32>(ours));
+        }
+        if _mm256_testz_si256(differing, differing) == 0 {
+            return None;
+        }
+        begin = end;
+    }
+    let sums = _mm256_add_epi64(lower_sum, upper_sum);
+    let [first, second] = [
+        _mm256_castsi256_si128(sums),
+        _mm256_extracti128_si256::<1>(sums),
+    ];
+    Some(lanes(_mm_add_epi64(first, second)))
+}
+
+/// As [`wide_words`], of any length: what is behind the last whole word has zeros behind it.
+///
+/// # Safety
+///
+/// `len` bytes at `guest` and at `others` are mapped.
+#[target_feature(enable = "sse2")]
+unsafe fn lanes_words(guest: *const u8, others: *const u8, len: usize) -> Option<u64> {
+    let lower = _mm_set1_epi64x(LOWER);
+    let mut sums = _mm_setzero_si128();
     let whole = len / LANE * LANE;
-    let mut at = 0;
-    while at < whole {
+    for at in (0..whole).step_by(LANE) {
         // SAFETY: 16 bytes from `at` on are inside the mapped range; the guest may write them, and
         // reading bytes that change gives some bytes (x86-64 loads do not tear below a byte).
-        let ours = unsafe { load_once(guest.add(at)) };
-        // SAFETY: as above.
-        let theirs = unsafe { load_once(others.add(at)) };
+        let (ours, theirs) = unsafe { (load_once(guest.add(at)), load_once(others.add(at))) };
         if _mm_movemask_epi8(_mm_cmpeq_epi8(ours, theirs)) != 0xffff {
             return None;
         }
-        // Bytes at even places are the high halves of big-endian words.
-        high_sum = _mm_add_epi64(high_sum, _mm_sad_epu8(_mm_and_si128(ours, low), zero));
-        low_sum = _mm_add_epi64(low_sum, _mm_sad_epu8(_mm_srli_epi16::<8>(ours), zero));
-        at += LANE;
+        sums = _mm_add_epi64(sums, _mm_and_si128(ours, lower));
+        sums = _mm_add_epi64(sums, _mm_srli_epi64::<32>(ours));
     }
-    let mut sum = (lanes(high_sum) << 8) + lanes(low_sum);
+    let mut words = lanes(sums);
     for at in whole..len {
         // SAFETY: inside the mapped ranges; a volatile read happens once.
         let (ours, theirs) = unsafe {
@@ -58,9 +125,9 @@ pub(super) unsafe fn compare_and_sum(
         if ours != theirs {
             return None;
         }
-        sum += u64::from(ours) << (if at % 2 == 0 { 8 } else { 0 });
+        words += u64::from(ours) << (if at % 2 == 0 { 0 } else { 8 });
     }
-    Some(fold(sum))
+    Some(words)
 }
 
 /// Copies the guest's bytes to `to`; whether the `len` others are the same. All are copied, also when they are not.
@@ -118,6 +185,28 @@ unsafe fn load_once(from: *const u8) -> __m128i {
     value
 }
 
+/// Loads 32 bytes with one instruction.
+///
+/// # Safety
+///
+/// They are mapped.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn load_wide_once(from: *const u8) -> __m256i {
+    let value: __m256i;
+    // SAFETY: the caller has checked the range; nothing is written, and no flag changes.
+    unsafe {
+        asm!(
+            "vmovdqu {value}, [{from}]",
+            from = in(reg) from,
+            value = out(ymm_reg) value,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+    value
+}
+
+/// The sum of both numbers.
 #[target_feature(enable = "sse2")]
 fn lanes(sums: __m128i) -> u64 {
     let (first, second) = (
@@ -125,14 +214,6 @@ fn lanes(sums: __m128i) -> u64 {
         _mm_cvtsi128_si64(_mm_srli_si128::<8>(sums)),
     );
     first.cast_unsigned() + second.cast_unsigned()
-}
-
-/// Folds a sum of words to one.
-pub fn fold(mut sum: u64) -> u16 {
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
 }
 
 #[cfg(test)]
@@ -147,13 +228,22 @@ mod tests {
     #[test]
     fn equal_bytes_give_their_sum_and_others_none_and_all_are_copied() {
         let bytes: Vec<u8> = (0..3000_u32).map(|n| (n * 31 + n / 7) as u8).collect();
-        for len in [0, 1, 2, 15, 16, 17, 31, 64, 65, 1459, 1460, 2999] {
+        for len in [
+            0, 1, 2, 15, 16, 17, 31, 64, 65, 127, 128, 129, 300, 1459, 1460, 2999,
+        ] {
             for from in [0, 1, 7] {
                 let host = &bytes[from..(from + len).min(bytes.len())];
                 let mut guest = host.to_vec();
                 let sum_of = |guest: &[u8]| {
+                    let (ours, theirs) = (guest.as_ptr(), host.as_ptr());
                     // SAFETY: both are as long as `host`.
-                    unsafe { compare_and_sum(guest.as_ptr(), host.as_ptr(), host.len()) }
+                    let sums = unsafe {
+                        let narrow = lanes_words(ours, theirs, host.len());
+                        let narrow = narrow.map(|words| fold(words).swap_bytes());
+                        [compare_and_sum(ours, theirs, host.len()), narrow]
+                    };
+                    assert_eq!(sums[0], sums[1], "{len} bytes from {from}");
+                    sums[0]
                 };
                 let copy_of = |guest: &[u8]| {
                     let mut copy = vec![0; host.len()];

@@ -15,7 +15,6 @@ pub mod xsk;
 
 pub use area::Area;
 pub use call::Call;
-pub(crate) use checked::fold;
 pub use error::{MemoryError, RingError};
 pub use guard::WriteGuard;
 pub use memory::{

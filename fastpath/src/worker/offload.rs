@@ -5,6 +5,8 @@
 //!
 //! Does not parse frames: the guest says where the sum begins and where it goes.
 
+use colo_compare::wire::checksum::OnesSum;
+
 use crate::ring::{GuestRam, RingError, Segment};
 
 use super::port::NET_HEADER_BYTES;
@@ -64,7 +66,7 @@ impl PartialChecksum {
         if self.field + 2 > held.len() {
             return Ok(false);
         }
-        let mut sum = Sum::default();
+        let mut sum = OnesSum::default();
         sum.add(front);
         let mut chunk = [0; CHUNK_BYTES];
         for segment in rest {
@@ -75,60 +77,13 @@ impl PartialChecksum {
                 sum.add(chunk);
             }
         }
-        held[self.field..self.field + 2].copy_from_slice(&sum.checksum().to_be_bytes());
-        Ok(true)
-    }
-}
-
-/// A ones' complement sum over pieces of any length (RFC 1071).
-#[derive(Default)]
-pub(super) struct Sum {
-    sum: u64,
-    odd: bool,
-}
-
-impl Sum {
-    pub(super) fn add(&mut self, mut bytes: &[u8]) {
-        if self.odd
-            && let Some((&first, rest)) = bytes.split_first()
-        {
-            self.sum += u64::from(first);
-            self.odd = false;
-            bytes = rest;
-        }
-        let mut words = bytes.chunks_exact(4);
-        for word in &mut words {
-            self.sum += u64::from(u32::from_be_bytes([word[0], word[1], word[2], word[3]]));
-        }
-        let mut pairs = words.remainder().chunks_exact(2);
-        for pair in &mut pairs {
-            self.sum += u64::from(u16::from_be_bytes([pair[0], pair[1]]));
-        }
-        if let [last] = *pairs.remainder() {
-            self.sum += u64::from(last) << 8;
-            self.odd = true;
-        }
-    }
-
-    /// What goes into the field: never 0, which UDP takes for "none" (RFC 768); to others it is the same.
-    fn checksum(&self) -> u16 {
-        match !self.folded() {
+        let checksum = match !sum.word() {
+            // UDP takes 0 for "none" (RFC 768); to others it is the same.
             0 => 0xffff,
             checksum => checksum,
-        }
-    }
-
-    /// What was added is covered by a checksum that holds.
-    pub(super) fn is_all_ones(&self) -> bool {
-        self.folded() == 0xffff
-    }
-
-    fn folded(&self) -> u16 {
-        let mut sum = self.sum;
-        while sum > 0xffff {
-            sum = (sum & 0xffff) + (sum >> 16);
-        }
-        sum as u16
+        };
+        held[self.field..self.field + 2].copy_from_slice(&checksum.to_be_bytes());
+        Ok(true)
     }
 }
 
@@ -136,28 +91,6 @@ impl Sum {
 mod tests {
     use super::*;
     use crate::ring::Pages;
-
-    #[test]
-    fn pieces_of_any_length_sum_up_as_the_whole_does() {
-        let bytes: Vec<u8> = (0..1000).map(|n| (n * 31 + 7) as u8).collect();
-        let mut whole = Sum::default();
-        whole.add(&bytes);
-        for cut in [1, 2, 3, 7, 64, 999] {
-            let mut parts = Sum::default();
-            for part in bytes.chunks(cut) {
-                parts.add(part);
-            }
-            assert_eq!(parts.checksum(), whole.checksum(), "{cut}");
-        }
-        // RFC 1071, section 3: the sum is ddf2.
-        let mut sum = Sum::default();
-        sum.add(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]);
-        assert_eq!(sum.checksum(), !0xddf2);
-        assert_eq!(Sum::default().checksum(), 0xffff);
-        let mut sum = Sum::default();
-        sum.add(&[0xff, 0xff]);
-        assert_eq!(sum.checksum(), 0xffff, "never 0");
-    }
 
     #[test]
     fn places_outside_of_what_is_held_are_refused() {
@@ -173,6 +106,19 @@ mod tests {
             field: 58,
         };
         assert!(request.complete(&mut held, &[], &ram).unwrap());
+    }
+
+    #[test]
+    fn a_checksum_is_never_zero() {
+        let ram = GuestRam::new(4096, Pages::Small).unwrap();
+        let mut held = [0; 60];
+        held[36..38].fill(0xff);
+        let request = PartialChecksum {
+            start: 34,
+            field: 40,
+        };
+        assert!(request.complete(&mut held, &[], &ram).unwrap());
+        assert_eq!(held[40..42], [0xff, 0xff]);
     }
 
     #[test]

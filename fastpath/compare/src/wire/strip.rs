@@ -3,7 +3,7 @@
 //!
 //! Invariant: both checksums are right afterwards, for the shorter packet.
 
-use super::checksum::{fold, ones_sum};
+use super::checksum::{OnesSum, ones_sum};
 use super::tcp::{FIN, PSH, URG};
 use super::{Layout, Network};
 
@@ -35,9 +35,12 @@ pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Layout) {
         }
     };
     header[l4 + 16..l4 + 18].fill(0);
-    let pseudo = u32::from(ones_sum(&header[addresses])) + (end - l4) as u32 + 6;
-    let sum = !fold(pseudo + u32::from(ones_sum(&header[l4..end])));
-    header[l4 + 16..l4 + 18].copy_from_slice(&sum.to_be_bytes());
+    let mut sum = OnesSum::default();
+    sum.add(&header[addresses]);
+    sum.add(&((end - l4) as u16).to_be_bytes());
+    sum.add(&[0, 6]);
+    sum.add(&header[l4..end]);
+    header[l4 + 16..l4 + 18].copy_from_slice(&(!sum.word()).to_be_bytes());
 }
 
 #[cfg(test)]
