@@ -147,6 +147,11 @@ fn errors_name_file_field_value_and_remedy() {
         ),
         ("[replication]", "[replication]\nalone = \"maybe\"", "maybe"),
         (
+            "tap = \"tap0\"",
+            "tap = \"tap0\"\nxdp = \"driver\"",
+            "net.xdp = driver: it says how net.interface is used",
+        ),
+        (
             "[replication]",
             "[checkpoint]\nstreams = 0\n[replication]",
             "checkpoint.streams = 0: must be from 1 to 8",
@@ -170,6 +175,38 @@ fn errors_name_file_field_value_and_remedy() {
         assert!(error.contains("/etc/colo/demo.toml"), "{error}");
         assert!(error.contains(expected), "{error}");
     }
+}
+
+#[test]
+fn numbers_that_would_overflow_are_refused_by_name() {
+    let most = i64::MAX;
+    for (section, field) in [
+        ("replication", "heartbeat_ms"),
+        ("replication", "compare_deadline_ms"),
+        ("replication", "ack_deadline_ms"),
+        ("replication", "checkpoint_interval_ms"),
+        ("replication", "remus_interval_ms"),
+        ("replication", "storm_window_ms"),
+        ("checkpoint", "arena_mib"),
+        ("checkpoint", "stage_mib"),
+        ("checkpoint", "ahead_mib"),
+        ("checkpoint", "cache_mib"),
+        ("checkpoint", "ahead_interval_ms"),
+        ("checkpoint", "stall_ms"),
+    ] {
+        let text = match section {
+            "replication" => format!("{GOOD}{field} = {most}\n"),
+            section => format!("{GOOD}[{section}]\n{field} = {most}\n"),
+        };
+        let error = parse(&text).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("{section}.{field} = {most}: must be")),
+            "{error}"
+        );
+    }
+    let error = parse(&format!("{GOOD}heartbeat_count = {}\n", u32::MAX)).unwrap_err();
+    let expected = "replication.heartbeat_count = 4294967295: must be from 1 to 1000";
+    assert!(error.to_string().contains(expected), "{error}");
 }
 
 #[test]

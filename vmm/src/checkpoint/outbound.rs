@@ -150,7 +150,8 @@ pub struct SvmStop {
 #[derive(Debug)]
 pub struct Outbound {
     channel: PageChannel,
-    settings: Settings,
+    /// The SVM's list may have gone over the streams before these.
+    is_reopened: bool,
     chunk_bytes: usize,
     /// How long the secondary may say nothing.
     timeout: Duration,
@@ -186,7 +187,7 @@ impl Outbound {
         channel.chunk_bytes = channel.chunk_bytes.max(2 * RECORD_MAX_BYTES);
         Ok(Self {
             channel: PageChannel::new(streams, channel)?,
-            settings: channel,
+            is_reopened: false,
             chunk_bytes: channel.chunk_bytes,
             timeout: channel.timeout,
             lends: settings.lends,
@@ -208,10 +209,14 @@ impl Outbound {
         })
     }
 
-    /// Goes on over other sockets, with nothing under way. What was sent ahead over the old ones is of no use.
+    /// Goes on over other sockets, with nothing under way. What was sent ahead over the old ones is of no use; what becomes of
+    /// a checkpoint that had gone whole is not known yet (rule 13).
     pub fn reopen(&mut self, streams: Vec<TcpStream>) -> Result<(), ChannelError> {
-        self.channel = PageChannel::new(streams, self.settings)?;
-        self.aborted();
+        self.channel = self.channel.over(streams)?;
+        self.is_reopened = true;
+        if let Some(ahead) = self.ahead.as_mut().filter(|ahead| ahead.is_resting()) {
+            ahead.rest(Instant::now());
+        }
         Ok(())
     }
 
@@ -310,6 +315,7 @@ impl Outbound {
                 return Err(e);
             }
         };
+        self.is_reopened = false;
         let finishing = Instant::now();
         self.channel.finish()?;
         self.handed_over += finishing.elapsed();
@@ -344,9 +350,9 @@ impl Outbound {
     /// reads nothing of the capture any more (rule 15).
     fn give_up(&mut self) -> Result<(), SendError> {
         self.channel.abort()?;
-        // Half a list would count as a peer that stands still later.
+        // Half a list would count as a peer that stands still later. One that went over streams which broke does not come.
         let mut last = (self.channel.counters().received_bytes, Instant::now());
-        while !self.list.is_over() {
+        while !self.list.is_over() && (self.list.has_begun() || !self.is_reopened) {
             match self.look(&mut || false) {
                 Err(e) if !e.spares_channel() => return Err(e),
                 // It spoils nothing more.
@@ -545,6 +551,9 @@ impl Outbound {
     }
 }
 
+#[cfg(test)]
+#[path = "outbound/reopen_tests.rs"]
+mod reopen_tests;
 #[cfg(test)]
 #[path = "outbound/tests.rs"]
 mod tests;

@@ -191,7 +191,6 @@ struct StageThread {
     machine: Arc<Machine>,
     post: Post<StageEvent>,
     channel: PageChannel,
-    settings: Settings,
     commands: Receiver<StageCommand>,
     /// Came while a checkpoint waited for the word of the control thread.
     ordered: Option<StageCommand>,
@@ -252,7 +251,6 @@ pub fn spawn(
             machine,
             post,
             channel,
-            settings: settings.channel,
             commands,
             ordered: None,
             key: None,

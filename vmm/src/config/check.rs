@@ -1,7 +1,9 @@
 //! Whether the values of a file make sense, one by one and together.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
+use colo_fastpath::nic::XdpNicMode;
 use colo_fastpath::shard::SHARDS_MAX;
 
 use super::{ConfigError, HostConfig, NetConfig, VmConfig};
@@ -70,6 +72,9 @@ impl Check<'_> {
             name,
             "an interface name has 1 to 15 characters",
         )?;
+        let is_used = net.interface.is_some() || net.xdp == XdpNicMode::Auto;
+        let advice = "it says how net.interface is used, and there is net.tap; leave it out";
+        self.that(is_used, "net.xdp", xdp_name(net.xdp), advice)?;
         let unicast = net.mac[0] & 1 == 0 && net.mac != [0; 6];
         let advice = "the guest needs a unicast address (even first byte, not all zero)";
         self.that(unicast, "net.mac", format!("{:02x?}", net.mac), advice)?;
@@ -115,6 +120,17 @@ impl Check<'_> {
         )
     }
 
+    /// A number from these.
+    pub(super) fn within(
+        &self,
+        range: RangeInclusive<u64>,
+        field: &'static str,
+        value: u64,
+    ) -> Result<(), ConfigError> {
+        let advice = format!("must be from {} to {}", range.start(), range.end());
+        self.that(range.contains(&value), field, value, advice)
+    }
+
     pub(super) fn that(
         &self,
         good: bool,
@@ -132,6 +148,16 @@ impl Check<'_> {
             value: value.to_string(),
             advice: advice.into(),
         })
+    }
+}
+
+/// As the file has it.
+fn xdp_name(mode: XdpNicMode) -> &'static str {
+    match mode {
+        XdpNicMode::Auto => "auto",
+        XdpNicMode::ZeroCopy => "zero-copy",
+        XdpNicMode::Driver => "driver",
+        XdpNicMode::Generic => "generic",
     }
 }
 

@@ -14,6 +14,8 @@ use crate::replication::link::PAGE_STREAMS_MAX;
 /// Arena of captured pages without `arena_mib`, at most.
 const ARENA_MIB_MAX: u64 = 512;
 const PAGES_PER_MIB: u64 = 256;
+/// Twice the largest guest.
+const MIB_MAX: u64 = 256 << 10;
 
 /// `[checkpoint]`
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -132,6 +134,14 @@ impl Check<'_> {
         let is_good = (1..=60_000).contains(&interval_ms);
         let advice = "must be from 1 to 60000; ahead_mib = 0 switches it off";
         self.that(is_good, "checkpoint.ahead_interval_ms", interval_ms, advice)?;
+        for (field, mib) in [
+            ("checkpoint.arena_mib", checkpoint.arena_mib),
+            ("checkpoint.stage_mib", checkpoint.stage_mib),
+            ("checkpoint.ahead_mib", checkpoint.ahead_mib as u64),
+            ("checkpoint.cache_mib", checkpoint.cache_mib as u64),
+        ] {
+            self.within(0..=MIB_MAX, field, mib)?;
+        }
         let streams = checkpoint.streams;
         let is_good = (1..=PAGE_STREAMS_MAX).contains(&streams);
         self.that(
@@ -140,8 +150,6 @@ impl Check<'_> {
             streams,
             "must be from 1 to 8",
         )?;
-        let stall_ms = checkpoint.stall_ms;
-        let advice = "must be at least 100";
-        self.that(stall_ms >= 100, "checkpoint.stall_ms", stall_ms, advice)
+        self.within(100..=3_600_000, "checkpoint.stall_ms", checkpoint.stall_ms)
     }
 }

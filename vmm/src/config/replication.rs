@@ -10,6 +10,12 @@ use serde::Deserialize;
 
 use super::{Check, ConfigError, HostConfig};
 
+/// Nothing of the protocol takes longer; and what is multiplied later must not overflow.
+const MINUTE_MS: u64 = 60_000;
+const HOUR_MS: u64 = 60 * MINUTE_MS;
+const DAY_MS: u64 = 24 * HOUR_MS;
+const HEARTBEATS_MAX: u64 = 1000;
+
 /// What a primary does without a secondary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -117,47 +123,44 @@ impl Check<'_> {
         r: &ReplicationConfig,
         host: &HostConfig,
     ) -> Result<(), ConfigError> {
-        let at_least_one = "must be at least 1";
-        self.that(
-            r.heartbeat_ms > 0,
-            "replication.heartbeat_ms",
-            r.heartbeat_ms,
-            at_least_one,
-        )?;
-        let count = r.heartbeat_count;
-        self.that(
-            count > 0,
-            "replication.heartbeat_count",
-            count,
-            at_least_one,
-        )?;
-        let deadline = r.compare_deadline_ms;
-        self.that(
-            deadline > 0,
-            "replication.compare_deadline_ms",
-            deadline,
-            at_least_one,
-        )?;
-        let advice = "must exceed the guest's delayed ACK of 40 ms (rule 6)";
+        for (range, field, value) in [
+            (1..=MINUTE_MS, "replication.heartbeat_ms", r.heartbeat_ms),
+            (
+                1..=HEARTBEATS_MAX,
+                "replication.heartbeat_count",
+                r.heartbeat_count.into(),
+            ),
+            (
+                1..=MINUTE_MS,
+                "replication.compare_deadline_ms",
+                r.compare_deadline_ms,
+            ),
+            (
+                0..=DAY_MS,
+                "replication.checkpoint_interval_ms",
+                r.checkpoint_interval_ms,
+            ),
+            (
+                1..=MINUTE_MS,
+                "replication.remus_interval_ms",
+                r.remus_interval_ms,
+            ),
+            (
+                1..=HOUR_MS,
+                "replication.storm_window_ms",
+                r.storm_window_ms,
+            ),
+        ] {
+            self.within(range, field, value)?;
+        }
+        let advice =
+            "must be more than the guest's delayed ACK of 40 ms (rule 6), and 60000 at most";
         let deadline = r.ack_deadline_ms;
         self.that(
-            deadline > 40,
+            (41..=MINUTE_MS).contains(&deadline),
             "replication.ack_deadline_ms",
             deadline,
             advice,
-        )?;
-        let (interval, window) = (r.remus_interval_ms, r.storm_window_ms);
-        self.that(
-            interval > 0,
-            "replication.remus_interval_ms",
-            interval,
-            at_least_one,
-        )?;
-        self.that(
-            window > 0,
-            "replication.storm_window_ms",
-            window,
-            at_least_one,
         )?;
         // What a host listens at is a part of its name at the arbiter (rule 18).
         for (field, address) in [

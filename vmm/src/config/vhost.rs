@@ -37,6 +37,9 @@ impl VhostConfig {
         let named = config.net.vhost_user.is_some();
         check.that(named, "net.vhost_user", "none", advice)?;
         check.host(&config.host)?;
+        let shards = config.host.shards;
+        let advice = "a guest behind a socket has one queue pair and one worker; leave it out";
+        check.that(shards == 1, "host.shards", shards, advice)?;
         Ok(config)
     }
 
@@ -71,6 +74,11 @@ status = "run.sock"
         for (from, to, expected) in [
             ("vhost_user = \"guest.sock\"", "", "net.vhost_user = none"),
             ("\"tap0\"", "\"\"", "net.tap"),
+            (
+                "[host]",
+                "[host]\nshards = 2",
+                "host.shards = 2: a guest behind a socket",
+            ),
             ("[host]", "[vm]\nname = \"x\"\n[host]", "unknown field"),
         ] {
             let error = parse(&GOOD.replacen(from, to, 1)).unwrap_err().to_string();

@@ -44,8 +44,10 @@ pub struct PrimaryShell {
     capture_thread: Option<JoinHandle<()>>,
     times: CheckpointTimes,
     checkpoint_begun_us: u64,
-    /// What asked for the next checkpoint first.
+    /// What asked for the next checkpoint first,
     cause: Option<&'static str>,
+    /// and for the one in flight: should it be aborted, for the next.
+    asked: Option<&'static str>,
     unprotected: Option<(String, u64)>,
     takeovers: u64,
     /// Shards without room for more held output.
@@ -101,6 +103,7 @@ impl PrimaryShell {
             times: CheckpointTimes::default(),
             checkpoint_begun_us: 0,
             cause: None,
+            asked: None,
             unprotected: Some((reason.to_owned(), unix_seconds())),
             takeovers,
             full_shards: 0,

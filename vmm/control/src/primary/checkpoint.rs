@@ -22,6 +22,8 @@ pub(super) struct Checkpoint {
     pub(super) step: Step,
     pub(super) since_us: u64,
     begun_us: u64,
+    /// The packet path, the operator or a limit has asked for it.
+    wanted: bool,
     /// The epoch that follows is buffered.
     buffer: bool,
     /// Our shell is at the capture.
@@ -117,6 +119,7 @@ impl Primary {
             step: Step::Capture,
             since_us: now_us,
             begun_us: now_us,
+            wanted: false,
             buffer,
             capturing: true,
             cut: false,
@@ -162,6 +165,7 @@ impl Primary {
             step: Step::Stop,
             since_us: now_us,
             begun_us: now_us,
+            wanted,
             buffer,
             capturing: false,
             cut: false,
@@ -338,7 +342,8 @@ impl Primary {
     }
 
     fn abort(&mut self, now_us: u64, epoch: u64, reason: &str) {
-        self.checkpoint = None;
+        // Who asked for it asks for the next one.
+        self.wanted |= self.checkpoint.take().is_some_and(|c| c.wanted);
         self.aborts += 1;
         self.counters.aborts += 1;
         self.act(Action::Abort { epoch });

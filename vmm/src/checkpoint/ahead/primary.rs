@@ -126,6 +126,11 @@ impl Ahead {
         self.round_at = Some(now + self.interval);
     }
 
+    /// No checkpoint is in flight, and there was one.
+    pub fn is_resting(&self) -> bool {
+        self.is_resting
+    }
+
     /// Until when there is nothing to do; `None`: until the end of a checkpoint.
     pub fn next_at(&self) -> Option<Instant> {
         let chunk_at = self.chunk_at.filter(|_| self.has_due());

@@ -68,6 +68,11 @@ impl Assembly {
         self.generation = self.generation.max(generation);
     }
 
+    /// What is older is refused.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
     /// Since when more is expected on a stream.
     pub(super) fn expected_since(&self, stream: usize) -> Option<Instant> {
         let open = self.open.as_ref()?;

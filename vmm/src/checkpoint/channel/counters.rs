@@ -1,6 +1,6 @@
 //! What a page channel has counted.
 
-/// Counts since the channel was made.
+/// Counts since the channel was first made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Counters {
     /// Chunks handed to the kernel whole.
@@ -44,4 +44,33 @@ pub struct Counters {
     pub unknown_chunks: u64,
     /// Checkpoints whose bytes or order were wrong.
     pub damaged_checkpoints: u64,
+}
+
+impl Counters {
+    /// What both have counted, one after the other.
+    pub(super) fn and(&self, other: &Self) -> Self {
+        Self {
+            sent_chunks: self.sent_chunks + other.sent_chunks,
+            sent_bytes: self.sent_bytes + other.sent_bytes,
+            received_chunks: self.received_chunks + other.received_chunks,
+            received_bytes: self.received_bytes + other.received_bytes,
+            short_sends: self.short_sends + other.short_sends,
+            landed_bytes: self.landed_bytes + other.landed_bytes,
+            unlanded_bytes: self.unlanded_bytes + other.unlanded_bytes,
+            fixed_bytes: self.fixed_bytes + other.fixed_bytes,
+            unregistered_receives: self.unregistered_receives + other.unregistered_receives,
+            receives_beyond_registered: self.receives_beyond_registered
+                + other.receives_beyond_registered,
+            buffer_waits: self.buffer_waits + other.buffer_waits,
+            enters: self.enters + other.enters,
+            zero_copy_sends: self.zero_copy_sends + other.zero_copy_sends,
+            zero_copy_copied: self.zero_copy_copied + other.zero_copy_copied,
+            zero_copy_off: self.zero_copy_off + other.zero_copy_off,
+            unregistered_buffers: self.unregistered_buffers.max(other.unregistered_buffers),
+            stale_chunks: self.stale_chunks + other.stale_chunks,
+            old_generation_chunks: self.old_generation_chunks + other.old_generation_chunks,
+            unknown_chunks: self.unknown_chunks + other.unknown_chunks,
+            damaged_checkpoints: self.damaged_checkpoints + other.damaged_checkpoints,
+        }
+    }
 }

@@ -15,6 +15,7 @@
 //! Whoever sends much must receive, too, or two such peers wait for each other until the timeout: see
 //! [`PageChannel::try_next_buffer`].
 
+mod again;
 mod assembly;
 mod bulk;
 mod counters;
@@ -74,6 +75,8 @@ pub struct PageChannel {
     assembly: Assembly,
     settings: Settings,
     counters: Counters,
+    /// Of the sockets before these.
+    counted: Counters,
     waker: Waker,
     woken: bool,
     /// The owner wants to know when a buffer is free.
@@ -129,6 +132,7 @@ impl PageChannel {
             sockets,
             settings,
             counters,
+            counted: Counters::default(),
             waker,
             woken: false,
             wants_buffer: false,
@@ -149,13 +153,13 @@ impl PageChannel {
 
     /// What was counted so far.
     pub fn counters(&self) -> Counters {
-        Counters {
+        self.counted.and(&Counters {
             enters: self.operations.enters(),
             fixed_bytes: self.operations.fixed_bytes(),
             unregistered_receives: self.operations.unregistered_receives(),
             receives_beyond_registered: self.operations.receives_beyond(),
             ..self.counters
-        }
+        })
     }
 
     /// The generation of what is sent from now on; what is older is refused from now on (rule 18).

@@ -57,6 +57,11 @@ impl DigestList {
         self.pages.at(number)
     }
 
+    /// Something of it has come, and not all.
+    pub(super) fn has_begun(&self) -> bool {
+        self.is_it
+    }
+
     /// Nothing more of it will come.
     pub(super) fn is_over(&self) -> bool {
         self.is_over

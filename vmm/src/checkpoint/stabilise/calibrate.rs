@@ -3,6 +3,7 @@
 //! Does not know what KVM adds for a running guest.
 
 use std::io;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use colo_fastpath::ring::{GuestRam, Pages};
@@ -37,15 +38,17 @@ pub(super) fn wake_ns() -> io::Result<u64> {
 /// The middle of some faults that another thread answers by a release.
 fn fault_ns(scratch: &GuestRam, uffd: &Uffd) -> io::Result<u64> {
     uffd.protect(0, FAULTS)?;
-    let mut times: Vec<Duration> = std::thread::scope(|scope| {
-        scope.spawn(|| answer(uffd));
+    let times: io::Result<Vec<Duration>> = thread::scope(|scope| {
+        let answering = thread::Builder::new().name("page-faults".to_owned());
+        answering.spawn_scoped(scope, || answer(uffd))?;
         let one = |page| {
             let begun = Instant::now();
             touch(scratch, page);
             begun.elapsed()
         };
-        (0..FAULTS).map(one).collect()
+        Ok((0..FAULTS).map(one).collect())
     });
+    let mut times = times?;
     times.sort_unstable();
     Ok(times[FAULTS / 2].as_nanos() as u64)
 }

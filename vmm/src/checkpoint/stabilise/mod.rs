@@ -31,8 +31,9 @@ mod stable;
 mod uffd;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use colo_fastpath::ring::{GuestRam, WriteGuard};
@@ -423,6 +424,13 @@ fn copy_all(shared: &Shared, set: &PageBitmap, out: &mut [u8]) {
         return copy_words(shared, set.set_words(), out);
     }
     // The vCPUs stand still, so there is a core for a second thread.
+    copy_by_two(shared, set, out, thread::Builder::new());
+}
+
+/// The same by this thread and another one, or by this one alone where there are no more: the guest stands still, whatever
+/// limits its host has.
+fn copy_by_two(shared: &Shared, set: &PageBitmap, out: &mut [u8], other: thread::Builder) {
+    let pages = out.len() / PAGE_BYTES;
     let (mut half, mut below) = (0, 0);
     for (at, word) in set.set_words() {
         if below >= pages / 2 {
@@ -431,13 +439,23 @@ fn copy_all(shared: &Shared, set: &PageBitmap, out: &mut [u8]) {
         (half, below) = (at + 1, below + word.count_ones() as usize);
     }
     let (low, high) = out.split_at_mut(below * PAGE_BYTES);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let words = set.set_words().skip_while(|&(at, _)| at < half);
-            copy_words(shared, words, high);
-        });
-        let words = set.set_words().take_while(|&(at, _)| at < half);
-        copy_words(shared, words, low);
+    let upper = || set.set_words().skip_while(|&(at, _)| at < half);
+    // Whoever comes first copies it: a thread that was not made drops what it was to do.
+    let high = Mutex::new(Some(high));
+    let copy_high = || {
+        let high = high.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(high) = high {
+            copy_words(shared, upper(), high);
+        }
+    };
+    thread::scope(|scope| {
+        let spawned = other.spawn_scoped(scope, copy_high);
+        let lower = set.set_words().take_while(|&(at, _)| at < half);
+        copy_words(shared, lower, low);
+        if let Err(e) = spawned {
+            tracing::warn!("no second thread to copy captured pages with: {e}");
+            copy_high();
+        }
     });
 }
 

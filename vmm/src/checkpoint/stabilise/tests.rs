@@ -9,6 +9,7 @@ use colo_fastpath::ring::Pages;
 use super::*;
 use crate::checkpoint::guests::{FOR_EVER, Guest, ON_ORDER, ORDERS, is_no_page_table};
 
+mod alone;
 mod early;
 
 const BASE: u64 = 0x40_0000;

@@ -5,7 +5,7 @@
 
 use std::net::TcpStream;
 
-use super::{Over, PageChannel, StageCommand, StageEvent, StageThread};
+use super::{Over, StageCommand, StageEvent, StageThread};
 
 impl StageThread {
     /// Tells that the streams are of no use, and waits for others.
@@ -26,7 +26,7 @@ impl StageThread {
     }
 
     fn reopen(&mut self, streams: Vec<TcpStream>) -> Result<(), Over> {
-        self.channel = PageChannel::new(streams, self.settings)?;
+        self.channel = self.channel.over(streams)?;
         self.channel.land_in(self.staging.landings());
         let waker = self.channel.waker();
         self.post.send(StageEvent::Reopened { waker });

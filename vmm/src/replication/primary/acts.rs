@@ -38,6 +38,8 @@ impl PrimaryShell {
             } => {
                 let since_us = now_us().saturating_sub(self.checkpoint_begun_us);
                 self.times.svm_stopped(since_us);
+                // What was asked for while the SVM stopped is covered by this one.
+                self.asked = self.asked.or(self.cause.take());
                 let generation = self.core.record().generation;
                 self.order(CaptureCommand::Capture {
                     epoch,
@@ -50,6 +52,7 @@ impl PrimaryShell {
             Action::Commit { epoch } => self.commit(epoch),
             Action::Abort { epoch } => {
                 self.times.aborted += 1;
+                self.cause = self.asked.take().or(self.cause);
                 self.on_role(move |role, edge| role.abort(edge, epoch));
                 self.order(CaptureCommand::Aborted);
             }
@@ -131,8 +134,8 @@ impl PrimaryShell {
     fn send(&mut self, msg: &Msg) {
         if let Msg::StopSvm { epoch, .. } = msg {
             self.checkpoint_begun_us = now_us();
-            let cause = self.cause.take().unwrap_or("periodic");
-            self.times.begun(*epoch, cause);
+            self.asked = self.cause.take();
+            self.times.begun(*epoch, self.asked.unwrap_or("periodic"));
         }
         let Some(link) = &mut self.link else { return };
         if let Err(e) = link.control.send(msg) {
@@ -146,6 +149,7 @@ impl PrimaryShell {
             return;
         };
         self.checkpoint_begun_us = now_us();
+        (self.cause, self.asked) = (None, None);
         (self.times.sync_rounds, self.times.sync_pages) = (0, 0);
         self.opener.ask(packets);
     }

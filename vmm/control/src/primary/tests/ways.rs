@@ -168,6 +168,21 @@ fn rule_21_comparing_is_tried_again_and_a_storm_that_goes_on_backs_off() {
 }
 
 #[test]
+fn rule_21_a_divergence_counts_though_its_first_checkpoint_is_aborted() {
+    let mut b = bench(Mode::Colo);
+    b.pair();
+    let epoch = b.core.epoch();
+    b.event(PrimaryEvent::CheckpointWanted);
+    b.svm_stopped(epoch);
+    b.event(PrimaryEvent::Captured { epoch });
+    let again = b.aborted(epoch);
+    checkpoint(&mut b, &again, 1_000);
+    assert!(b.core.checkpoint_share_pct(b.now) > 0);
+    // Once: what comes by itself afterwards is nobody's wish.
+    assert!(!b.core.wanted);
+}
+
+#[test]
 fn rule_21_an_aborted_checkpoint_changes_no_way() {
     let mut b = bench(Mode::Colo);
     b.pair();

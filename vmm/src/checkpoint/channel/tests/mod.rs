@@ -1,5 +1,6 @@
 //! Tests of the page channel over real TCP on loopback, both ends in threads.
 
+mod again;
 mod bad_peer;
 mod fixed;
 mod lent;
