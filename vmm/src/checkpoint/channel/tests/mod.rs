@@ -2,6 +2,7 @@
 
 mod bad_peer;
 mod fixed;
+mod laid;
 mod lent;
 mod limits;
 mod round_trip;
