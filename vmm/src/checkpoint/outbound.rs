@@ -64,9 +64,10 @@ pub struct OutboundSettings {
 pub struct Sent {
     /// From the first chunk until all was handed to the kernel.
     pub transfer_us: u64,
-    /// Part of it: the begin and the states, handed to the kernel.
+    /// Part of it: the begin and the states, put before the first pages; large ones are handed to the kernel.
     pub begin_us: u64,
-    /// Part of it: handing the pages and the end to the kernel. What is left of all is choosing how pages travel.
+    /// Part of it: handing the pages, with what is before them, and the end to the kernel. What is left of all is choosing how
+    /// pages travel.
     pub hand_over_us: u64,
     /// Part of it: waiting for the SVM's digests.
     pub digest_wait_us: u64,
@@ -183,8 +184,8 @@ impl Outbound {
         settings: &OutboundSettings,
     ) -> Result<Self, ChannelError> {
         let mut channel = settings.channel;
-        // A chunk takes any page.
-        channel.chunk_bytes = channel.chunk_bytes.max(2 * RECORD_MAX_BYTES);
+        // Half a chunk takes any page: the other half may be of states.
+        channel.chunk_bytes = channel.chunk_bytes.max(4 * RECORD_MAX_BYTES);
         Ok(Self {
             channel: PageChannel::new(streams, channel)?,
             is_reopened: false,
@@ -268,7 +269,7 @@ impl Outbound {
         Ok(sent)
     }
 
-    /// Sends a checkpoint. `midway` is called behind the states; `is_off` is asked between chunks.
+    /// Sends a checkpoint. `midway` is called when a part of it is on its way; `is_off` is asked between chunks.
     pub fn send(
         &mut self,
         epoch: u64,
@@ -286,6 +287,7 @@ impl Outbound {
         );
         self.list.begin(epoch, stop.number, &stop.dirty)?;
         self.link.is_bottleneck = false;
+        self.chooser.begin(stop.dirty.set_words().next().is_none());
         self.names = Names::default();
         self.handed_over = Duration::ZERO;
         let mut states_sent = Duration::ZERO;
@@ -293,15 +295,12 @@ impl Outbound {
         if let Some(slots) = stable.slots() {
             self.digester.begin(&stable.keeper(), slots);
         }
-        let begun_channel = self.channel.begin(epoch, &self.key);
+        let begun_channel = self.channel.lay_begin(epoch, &self.key);
         let outcome = begun_channel
             .map_err(SendError::from)
             .and_then(|()| self.send_states(states, &mut is_off))
-            .inspect(|()| {
-                states_sent = begun.elapsed();
-                midway();
-            })
-            .and_then(|()| self.send_pages(stable, &mut is_off))
+            .inspect(|()| states_sent = begun.elapsed())
+            .and_then(|()| self.send_pages(stable, midway, &mut is_off))
             .and_then(|waited| Ok(waited + self.send_names(&mut is_off)?))
             .and_then(|waited| Ok(waited + self.await_end_of_list(&mut is_off)?));
         self.digester.end();
@@ -396,19 +395,20 @@ impl Outbound {
         }
     }
 
+    /// States that fit leave with the first pages.
     fn send_states(
         &mut self,
         states: &[State],
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<(), SendError> {
         for state in states {
-            for (head, body) in state.parts(self.chunk_bytes) {
+            for (head, body) in state.parts(self.chunk_bytes / 2) {
                 self.await_buffer(is_off)?;
                 let buffer = self.channel.next_buffer()?;
                 buffer[..PART_HEAD_BYTES].copy_from_slice(&head);
                 let length = PART_HEAD_BYTES + body.len();
                 buffer[PART_HEAD_BYTES..length].copy_from_slice(body);
-                self.channel.submit(Kind::State, 1, length)?;
+                self.channel.lay(Kind::State, 1, length)?;
             }
         }
         Ok(())
@@ -418,8 +418,10 @@ impl Outbound {
     fn send_pages(
         &mut self,
         stable: &mut Stable,
+        midway: impl FnOnce(),
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
+        let mut midway = Some(midway);
         let mut waited = Duration::ZERO;
         let lends = self.lends && stable.slots().is_some();
         // A set that does not fit pushes out what it puts in.
@@ -481,11 +483,16 @@ impl Outbound {
                 true => self.channel.submit(Kind::Pages, items, length)?,
                 false => {
                     let slots = (&self.lent[..], PAGE_BYTES);
-                    self.channel.submit_lent(items, length, &keeper, slots)?;
+                    match next {
+                        None => self.channel.lay_lent(items, length, &keeper, slots)?,
+                        Some(_) => self.channel.submit_lent(items, length, &keeper, slots)?,
+                    }
                 }
             }
             self.handed_over += submitting.elapsed();
+            midway.take().into_iter().for_each(|midway| midway());
         }
+        midway.into_iter().for_each(|midway| midway());
         Ok(waited)
     }
 
@@ -508,8 +515,13 @@ impl Outbound {
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         let begun = Instant::now();
+        // What has come costs nobody a wait; what has not must not keep the last pages here.
+        let mut patience = Duration::ZERO;
         while !self.list.is_over() {
-            self.look(is_off)?;
+            if !self.look_for(patience, is_off)? {
+                self.channel.send_laid()?;
+                patience = LOOK;
+            }
         }
         Ok(begun.elapsed())
     }
@@ -524,22 +536,34 @@ impl Outbound {
     }
 
     fn look(&mut self, is_off: &mut impl FnMut() -> bool) -> Result<(), SendError> {
+        self.look_for(LOOK, is_off).map(drop)
+    }
+
+    /// Gives whether something came within that time.
+    fn look_for(
+        &mut self,
+        patience: Duration,
+        is_off: &mut impl FnMut() -> bool,
+    ) -> Result<bool, SendError> {
         if is_off() {
             return Err(SendError::CalledOff);
         }
         let list = &mut self.list;
-        match self.channel.poll(LOOK)? {
-            Event::Chunk(chunk) => list.take(&chunk),
-            Event::Complete { .. } => list.complete(),
-            Event::Damaged { epoch, reason } => list.spoil(epoch, reason),
-            Event::Aborted { epoch } => list.spoil(epoch, "given up by the secondary".to_owned()),
-            Event::Closed => Err(ChannelError::Cut {
-                stream: 0,
-                step: Step::SendChunk,
+        match self.channel.poll(patience)? {
+            Event::Chunk(chunk) => list.take(&chunk)?,
+            Event::Complete { .. } => list.complete()?,
+            Event::Damaged { epoch, reason } => list.spoil(epoch, reason)?,
+            Event::Aborted { epoch } => {
+                list.spoil(epoch, "given up by the secondary".to_owned())?
             }
-            .into()),
-            _ => Ok(()),
+            Event::Closed => {
+                let (stream, step) = (0, Step::SendChunk);
+                return Err(ChannelError::Cut { stream, step }.into());
+            }
+            Event::Idle => return Ok(false),
+            _ => {}
         }
+        Ok(true)
     }
 
     fn measure_link(&mut self, bytes: u64, transfer: Duration) {

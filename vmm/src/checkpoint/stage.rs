@@ -44,8 +44,8 @@ pub use orders::{StageCommand, StageOrders};
 
 /// How long one wait lasts; a wake-up ends it.
 const LOOK: Duration = Duration::from_secs(1);
-/// The first list of digests; the following ones grow.
-const DIGESTS_AT_FIRST: u64 = 64;
+/// The first list of digests, which is there before the primary is through with its pause; the following ones grow.
+const DIGESTS_AT_FIRST: u64 = 256;
 /// Differences that an audit names.
 const DIFFERENCES_MAX: usize = 8;
 
@@ -195,6 +195,8 @@ struct StageThread {
     /// Came while a checkpoint waited for the word of the control thread.
     ordered: Option<StageCommand>,
     key: Option<PageKey>,
+    /// It was made of these.
+    key_bytes: Option<[u8; KEY_BYTES]>,
     staging: Staging,
     /// What has come ahead of the next checkpoint.
     area: Area,
@@ -254,6 +256,7 @@ pub fn spawn(
             commands,
             ordered: None,
             key: None,
+            key_bytes: None,
             open: None,
             live: false,
         };
@@ -343,7 +346,10 @@ impl StageThread {
                 if self.open.is_none() {
                     self.staging.clear();
                     self.area.begin();
-                    self.key = key.map(PageKey::new);
+                    if key != self.key_bytes {
+                        self.key = key.map(PageKey::new);
+                        self.key_bytes = key;
+                    }
                     self.open = Some(Open {
                         since: Instant::now(),
                         is_empty: true,
@@ -425,7 +431,7 @@ impl StageThread {
     ) -> Result<(), Over> {
         let Some(key) = &self.key else { return Ok(()) };
         let ram = self.machine.ram().clone();
-        self.channel.begin(epoch, &stop.to_bytes())?;
+        self.channel.lay_begin(epoch, &stop.to_bytes())?;
         let mut page = [0; PAGE_BYTES];
         let mut numbers = dirty.iter().peekable();
         let mut sent = 0;

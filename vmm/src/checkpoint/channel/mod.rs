@@ -44,7 +44,7 @@ use frame::Header;
 use memory::Buffer;
 use operations::{Completion, Operations, What};
 use receive::Incoming;
-use send::Outgoing;
+use send::{LAID_STREAM, Outgoing};
 
 pub use bulk::Keeper;
 pub use counters::Counters;
@@ -55,6 +55,8 @@ pub use landing::{Landing, LandingError, Landings};
 pub use settings::{CHUNK_BYTES, STREAMS_MAX, Settings};
 pub use wake::Waker;
 
+const NO_BUFFER: ChannelError =
+    ChannelError::Usage("there is no buffer with room for it; get one first");
 /// What is read from an eventfd.
 const WAKE_BYTES: usize = 8;
 
@@ -172,6 +174,9 @@ impl PageChannel {
     /// it is submitted; what is in it at first is of no meaning.
     pub fn next_buffer(&mut self) -> Result<&mut [u8], ChannelError> {
         self.incoming.release();
+        if self.outgoing.has_laid_bulk() {
+            self.send_laid()?;
+        }
         if !self.outgoing.has_free() {
             self.turn(Duration::ZERO)?;
         }
@@ -188,6 +193,9 @@ impl PageChannel {
     /// free. For whoever receives meanwhile.
     pub fn try_next_buffer(&mut self) -> Result<Option<&mut [u8]>, ChannelError> {
         self.incoming.release();
+        if self.outgoing.has_laid_bulk() {
+            self.send_laid()?;
+        }
         if !self.outgoing.has_free() {
             self.turn(Duration::ZERO)?;
         }
@@ -197,6 +205,12 @@ impl PageChannel {
 
     /// Begins a checkpoint; the receiver gets `payload` before anything else of it.
     pub fn begin(&mut self, epoch: u64, payload: &[u8]) -> Result<(), ChannelError> {
+        self.lay_begin(epoch, payload)?;
+        self.send_laid()
+    }
+
+    /// The same, but the begin leaves with the first chunk: see [`Self::lay`].
+    pub fn lay_begin(&mut self, epoch: u64, payload: &[u8]) -> Result<(), ChannelError> {
         if self.outgoing.open.is_some() {
             return Err(ChannelError::Usage(
                 "a checkpoint is open already; end or abort it",
@@ -206,26 +220,44 @@ impl PageChannel {
             return Err(ChannelError::Usage("more than a chunk holds"));
         }
         self.outgoing.open(epoch);
-        for stream in 0..self.sockets.len() {
+        // The receiver begins with that of the first stream, whatever comes before on others.
+        for stream in (0..self.sockets.len()).rev() {
             self.next_buffer()?[..payload.len()].copy_from_slice(payload);
-            self.send_chunk(stream, Kind::Begin, (epoch, 0, payload.len()))?;
+            let chunk = (epoch, 0, payload.len());
+            match stream {
+                LAID_STREAM => self.lay_chunk(Kind::Begin, chunk)?,
+                _ => self.send_chunk(stream, Kind::Begin, chunk)?,
+            }
         }
         Ok(())
+    }
+
+    /// As [`Self::submit`], but the chunk, and what was laid before it, leaves with the next one, in one send. As long as
+    /// something is laid, [`Self::next_buffer`] gives what is left of its buffer, which is half of one or more. Whoever submits
+    /// nothing after it has to [`Self::flush`].
+    pub fn lay(&mut self, kind: Kind, items: u32, length: usize) -> Result<(), ChannelError> {
+        let epoch = self.open_for(kind)?;
+        self.lay_chunk(kind, (epoch, items, length))
     }
 
     /// Sends the first `length` bytes of the buffer that was got last, as a chunk of the open checkpoint with so many
     /// pages, states or digests.
     pub fn submit(&mut self, kind: Kind, items: u32, length: usize) -> Result<(), ChannelError> {
-        let Some(epoch) = self.outgoing.open else {
-            return Err(ChannelError::Usage("no checkpoint is open; begin one"));
-        };
-        if !kind.is_content() {
-            return Err(ChannelError::Usage(
-                "a checkpoint has states, pages, names and digests",
-            ));
-        }
+        let epoch = self.open_for(kind)?;
         let stream = self.outgoing.shortest();
         self.send_chunk(stream, kind, (epoch, items, length))
+    }
+
+    /// The epoch of the open checkpoint, for a chunk of this kind.
+    fn open_for(&self, kind: Kind) -> Result<u64, ChannelError> {
+        let none = ChannelError::Usage("no checkpoint is open; begin one");
+        let epoch = self.outgoing.open.ok_or(none)?;
+        match kind.is_content() {
+            true => Ok(epoch),
+            false => Err(ChannelError::Usage(
+                "a checkpoint has states, pages, names and digests",
+            )),
+        }
     }
 
     /// As [`Self::submit`] with pages, and behind them those that lie in `slots` of `keeper`, of so many bytes each. No
@@ -233,6 +265,34 @@ impl PageChannel {
     pub fn submit_lent(
         &mut self,
         items: u32,
+        length: usize,
+        keeper: &Arc<dyn Keeper>,
+        slots: (&[u32], usize),
+    ) -> Result<(), ChannelError> {
+        self.lend(length, keeper, slots)?;
+        let submitted = self.submit(Kind::Pages, items, length);
+        self.outgoing.bulk.clear();
+        submitted
+    }
+
+    /// The same for the last pages of a checkpoint: they leave with its end, in one send, if nothing else comes before that.
+    pub fn lay_lent(
+        &mut self,
+        items: u32,
+        length: usize,
+        keeper: &Arc<dyn Keeper>,
+        slots: (&[u32], usize),
+    ) -> Result<(), ChannelError> {
+        self.lend(length, keeper, slots)?;
+        let laid = self.lay(Kind::Pages, items, length);
+        if laid.is_err() {
+            self.outgoing.bulk.clear();
+        }
+        laid
+    }
+
+    fn lend(
+        &mut self,
         length: usize,
         keeper: &Arc<dyn Keeper>,
         (slots, slot_bytes): (&[u32], usize),
@@ -243,9 +303,7 @@ impl PageChannel {
         let bulk = &mut self.outgoing.bulk;
         slots.iter().for_each(|&slot| bulk.push(slot, slot_bytes));
         bulk.keep(keeper.clone());
-        let submitted = self.submit(Kind::Pages, items, length);
-        self.outgoing.bulk.clear();
-        submitted
+        Ok(())
     }
 
     /// Sends the first `length` bytes of the buffer that was got last, as pages outside a checkpoint: live ones of the
@@ -280,7 +338,7 @@ impl PageChannel {
         };
         for stream in 0..self.sockets.len() {
             let totals = self.outgoing.totals(stream).to_bytes();
-            self.next_buffer()?[..totals.len()].copy_from_slice(&totals);
+            self.buffer_behind_laid()?[..totals.len()].copy_from_slice(&totals);
             self.send_chunk(stream, Kind::End, (epoch, 0, totals.len()))?;
         }
         self.outgoing.close();
@@ -293,7 +351,7 @@ impl PageChannel {
             return Ok(());
         };
         for stream in 0..self.sockets.len() {
-            self.next_buffer()?;
+            self.buffer_behind_laid()?;
             self.send_chunk(stream, Kind::Abort, (epoch, 0, 0))?;
         }
         self.outgoing.close();
@@ -303,7 +361,7 @@ impl PageChannel {
     /// Waits until everything is handed to the kernel. To be called before the channel is dropped, or that is lost.
     pub fn flush(&mut self) -> Result<(), ChannelError> {
         self.incoming.release();
-        self.turn(Duration::ZERO)?;
+        self.send_laid()?;
         while !self.outgoing.is_drained() {
             self.wait_for_peer()?;
         }
@@ -444,10 +502,33 @@ impl PageChannel {
             self.outgoing
                 .queue(&mut self.operations, stream, kind, (epoch, items, length));
         if !queued {
-            return Err(ChannelError::Usage(
-                "there is no buffer to submit; get one first",
-            ));
+            return Err(NO_BUFFER);
         }
+        self.turn(Duration::ZERO)
+    }
+
+    /// Sends what is laid when it fills half of its buffer.
+    fn lay_chunk(&mut self, kind: Kind, chunk: (u64, u32, usize)) -> Result<(), ChannelError> {
+        if !self.outgoing.lay(LAID_STREAM, kind, chunk) {
+            return Err(NO_BUFFER);
+        }
+        if self.outgoing.payload().len() >= self.settings.chunk_bytes / 2 {
+            return Ok(());
+        }
+        self.send_laid()
+    }
+
+    /// For the few bytes of an end, which fit behind whatever is laid.
+    fn buffer_behind_laid(&mut self) -> Result<&mut [u8], ChannelError> {
+        match self.outgoing.has_laid() {
+            true => Ok(self.outgoing.payload()),
+            false => self.next_buffer(),
+        }
+    }
+
+    /// What is laid leaves now.
+    pub fn send_laid(&mut self) -> Result<(), ChannelError> {
+        self.outgoing.queue_laid(&mut self.operations, LAID_STREAM);
         self.turn(Duration::ZERO)
     }
 

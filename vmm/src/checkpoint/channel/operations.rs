@@ -95,8 +95,8 @@ struct Held {
     is_fixed: bool,
     /// What of the buffer comes into the stream's page of the landing's block instead, with the landing in between.
     aside: Option<Aside>,
-    /// Of the buffer to be sent, if there is a bulk.
-    head_bytes: usize,
+    /// Of the buffer to be sent behind the bulk, if there is one; what lies before it in the buffer goes before.
+    tail: Range<usize>,
     /// For the kernel to read at the next submission.
     vectors: Vec<libc::iovec>,
     /// For the kernel to read then, and of a receive to write when it ends.
@@ -203,11 +203,11 @@ impl Operations {
         index
     }
 
-    /// The same, with bytes that lie elsewhere behind the buffer's first `head_bytes`.
-    pub(super) fn hold_with(&mut self, buffer: Buffer, head_bytes: usize, bulk: &mut Bulk) -> u32 {
+    /// The same, with bytes that lie elsewhere before those at `tail` of the buffer.
+    pub(super) fn hold_with(&mut self, buffer: Buffer, tail: Range<usize>, bulk: &mut Bulk) -> u32 {
         let index = self.hold(buffer);
         let held = &mut self.held[index as usize];
-        held.head_bytes = head_bytes;
+        held.tail = tail;
         std::mem::swap(&mut held.bulk, bulk);
         index
     }
@@ -385,12 +385,11 @@ impl Operations {
 impl Held {
     /// One send of what the buffer and the bulk have behind their first `sent` bytes.
     fn gather(&mut self, stream: usize, sent: usize, zero_copy: bool) -> io::Result<squeue::Entry> {
-        let head = self
-            .buffer
-            .as_deref()
-            .and_then(|buffer| buffer.get(..self.head_bytes));
-        let head = head.ok_or_else(|| io::Error::other("a send without its buffer"))?;
-        let parts = std::iter::once(head).chain(self.bulk.parts());
+        let buffer = self.buffer.as_deref();
+        let buffer = buffer.and_then(|buffer| buffer.get(..self.tail.end));
+        let halves = buffer.and_then(|buffer| buffer.split_at_checked(self.tail.start));
+        let (head, tail) = halves.ok_or_else(|| io::Error::other("a send without its buffer"))?;
+        let parts = [head].into_iter().chain(self.bulk.parts()).chain([tail]);
         bulk::vectors(parts, sent, &mut self.vectors);
         let (file, message) = (Fixed(stream as u32), self.message().cast_const());
         Ok(match zero_copy {

@@ -1,7 +1,11 @@
 //! The sending side: buffers, a queue for each stream, what the open checkpoint has on each.
 //!
+//! Chunks that are *laid* lie in one buffer, one behind the other, and leave with the next one in a single send: on the wire
+//! they are what they would be otherwise.
+//!
 //! Invariants: at most one send of a stream is under way, so its bytes stay in order however short a send is; a buffer
-//! is free, claimed by the owner, or held by `operations` until the kernel is done with it (rule 15).
+//! is free, claimed by the owner, or held by `operations` until the kernel is done with it (rule 15); what is laid is of the
+//! first stream.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,6 +18,8 @@ use super::frame::{HEADER_BYTES, Header, Kind, Totals};
 use super::memory::Buffer;
 use super::operations::Operations;
 
+/// The stream of what is laid.
+pub(super) const LAID_STREAM: usize = 0;
 /// Below it, pinning pages costs more than copying them.
 const ZERO_COPY_MIN_BYTES: usize = 32 << 10;
 
@@ -23,6 +29,16 @@ struct Queued {
     index: u32,
     bytes: usize,
     sent: usize,
+    chunks: u64,
+}
+
+/// Chunks in the claimed buffer that leave with the next one.
+#[derive(Debug, Clone, Copy, Default)]
+struct Laid {
+    bytes: usize,
+    chunks: u64,
+    /// So many of the bytes lie before the bulk of one of them; the others are behind it.
+    head: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -43,6 +59,7 @@ struct Lane {
 pub(super) struct Outgoing {
     free: Vec<Buffer>,
     claimed: Option<Buffer>,
+    laid: Laid,
     /// What is to lie behind the claimed buffer's bytes.
     pub(super) bulk: Bulk,
     lanes: Vec<Lane>,
@@ -74,6 +91,7 @@ impl Outgoing {
         Self {
             free: buffers,
             claimed: None,
+            laid: Laid::default(),
             bulk: Bulk::default(),
             lanes,
             next: 0,
@@ -98,10 +116,14 @@ impl Outgoing {
 
     /// The claimed buffer's place for a payload; empty without a claim.
     pub(super) fn payload(&mut self) -> &mut [u8] {
-        match &mut self.claimed {
-            Some(buffer) => &mut buffer[HEADER_BYTES..],
-            None => &mut [],
-        }
+        let from = self.laid.bytes + HEADER_BYTES;
+        let buffer = self.claimed.as_deref_mut().unwrap_or_default();
+        buffer.get_mut(from..).unwrap_or_default()
+    }
+
+    /// Chunks wait in the claimed buffer for the next one.
+    pub(super) fn has_laid(&self) -> bool {
+        self.laid.chunks > 0
     }
 
     /// A new checkpoint is open.
@@ -123,8 +145,16 @@ impl Outgoing {
         self.lanes[stream].totals
     }
 
-    /// The stream with the least to send.
+    /// One of them has a bulk; it is the only one of its buffer, and little may lie behind it.
+    pub(super) fn has_laid_bulk(&self) -> bool {
+        self.laid.head.is_some()
+    }
+
+    /// The stream with the least to send, unless something is laid already.
     pub(super) fn shortest(&mut self) -> usize {
+        if self.has_laid() {
+            return LAID_STREAM;
+        }
         let count = self.lanes.len();
         let rotated = (0..count).map(|i| (self.next + i) % count);
         let stream = rotated
@@ -134,20 +164,43 @@ impl Outgoing {
         stream
     }
 
-    /// Puts a header before the claimed buffer's payload and the chunk into a stream's queue; gives false without a claim.
+    /// Puts a header before the claimed buffer's payload and the chunk into a stream's queue, behind what is laid there; gives
+    /// false without a claim.
     pub(super) fn queue(
         &mut self,
         operations: &mut Operations,
         stream: usize,
         kind: Kind,
+        chunk: (u64, u32, usize),
+    ) -> bool {
+        let laid = self.lay(stream, kind, chunk);
+        if laid {
+            self.queue_laid(operations, stream);
+        }
+        laid
+    }
+
+    /// Puts a header before the claimed buffer's payload; the chunk leaves with the next one. Gives false without a claim, or
+    /// room.
+    pub(super) fn lay(
+        &mut self,
+        stream: usize,
+        kind: Kind,
         (epoch, items, length): (u64, u32, usize),
     ) -> bool {
-        let Some(mut buffer) = self.claimed.take() else {
+        let chunk = self.claimed.as_deref_mut().unwrap_or_default();
+        let chunk = chunk.get_mut(self.laid.bytes..).unwrap_or_default();
+        let Some((head, payload)) = chunk.split_first_chunk_mut::<HEADER_BYTES>() else {
+            return false;
+        };
+        let Some(payload) = payload.get(..length) else {
             return false;
         };
         let lane = &mut self.lanes[stream];
-        let (head, payload) = buffer.split_at_mut(HEADER_BYTES);
-        let bulk = self.bulk.length();
+        let bulk = match self.laid.head {
+            None => self.bulk.length(),
+            Some(_) => 0,
+        };
         let loose = matches!(kind, Kind::Sync | Kind::Ahead);
         let header = Header {
             kind: kind as u16,
@@ -158,29 +211,47 @@ impl Outgoing {
             attempt: if loose { 0 } else { self.attempt },
             sequence: if loose { 0 } else { lane.sequence },
             items,
-            payload_crc: crc32fast::hash(&payload[..length]),
+            payload_crc: crc32fast::hash(payload),
             bulk: bulk as u32,
         };
-        head.copy_from_slice(&header.to_bytes());
+        *head = header.to_bytes();
         if !loose {
             lane.sequence += 1;
         }
         if kind.is_content() {
             lane.totals.add_chunk(kind, items);
         }
+        self.laid.bytes += HEADER_BYTES + length;
+        self.laid.chunks += 1;
+        if bulk > 0 {
+            self.laid.head = Some(self.laid.bytes);
+        }
+        true
+    }
+
+    /// Puts what is laid into a stream's queue.
+    pub(super) fn queue_laid(&mut self, operations: &mut Operations, stream: usize) {
+        let Laid {
+            bytes,
+            chunks,
+            head,
+        } = std::mem::take(&mut self.laid);
+        let Some(buffer) = self.claimed.take_if(|_| chunks > 0) else {
+            return;
+        };
+        let lane = &mut self.lanes[stream];
         if lane.queue.is_empty() {
             lane.since = Instant::now();
         }
-        let head_bytes = HEADER_BYTES + length;
-        let index = operations.hold_with(buffer, head_bytes, &mut self.bulk);
-        let bytes = head_bytes + bulk;
+        let with_bulk = bytes + self.bulk.length();
+        let index = operations.hold_with(buffer, head.unwrap_or(bytes)..bytes, &mut self.bulk);
         lane.queue.push_back(Queued {
             index,
-            bytes,
+            bytes: with_bulk,
             sent: 0,
+            chunks,
         });
-        lane.queued_bytes += bytes;
-        true
+        lane.queued_bytes += with_bulk;
     }
 
     /// Lets every idle stream with something to send begin.
@@ -238,7 +309,7 @@ impl Outgoing {
             counters.short_sends += 1;
             return Ok(());
         }
-        counters.sent_chunks += 1;
+        counters.sent_chunks += first.chunks;
         let index = first.index;
         lane.queue.pop_front();
         // With SEND_ZC the kernel may still read it: it comes back with the notification.

@@ -25,6 +25,8 @@ use crate::checkpoint::pages::PAGE_BYTES;
 pub const SMALL_MAX_BYTES: usize = PAGE_BYTES * 3 / 4;
 /// What is smaller is no reason to send a page before it is needed.
 const CHEAP_MAX_BYTES: usize = PAGE_BYTES / 8;
+/// What it takes to keep a page for the next checkpoint, about: a copy into memory that is in no cache.
+const KEEPING_NS: u64 = 300;
 /// A delta takes about as long as a few readings of the clock.
 const DELTA_TIMED_ONE_IN: u32 = 8;
 
@@ -109,6 +111,10 @@ pub struct Chooser {
     verify_one_in: u32,
     equal_since_proof: u32,
     shrinker: Shrinker,
+    /// What pages of the last commit are good for. Where both VMs write to the same pages, the SVM has none of them any more.
+    bases: Payoff,
+    /// The SVM has written nothing: each of them is good.
+    svm_is_clean: bool,
     counters: PageCounters,
 }
 
@@ -121,8 +127,15 @@ impl Chooser {
             verify_one_in,
             equal_since_proof: 0,
             shrinker: Shrinker::new(),
+            bases: Payoff::new(1),
+            svm_is_clean: false,
             counters: PageCounters::default(),
         }
+    }
+
+    /// A checkpoint begins. `svm_is_clean`: the SVM has written nothing since the last one.
+    pub fn begin(&mut self, svm_is_clean: bool) {
+        self.svm_is_clean = svm_is_clean;
     }
 
     /// The session's key.
@@ -130,10 +143,11 @@ impl Chooser {
         &self.key
     }
 
-    /// False while deltas rest. Bases then serve only to find pages equal that the SVM did not write, and a caller may
-    /// save the copies into the cache.
+    /// False while deltas rest, or bases were of no use. They would then serve only to find pages equal that the SVM did not
+    /// write, and a caller may save the copies into the cache.
     pub fn wants_bases(&self) -> bool {
-        !self.shrinker.delta_payoff.is_resting()
+        let are_good = self.svm_is_clean || !self.bases.is_resting();
+        are_good && !self.shrinker.delta_payoff.is_resting()
     }
 
     /// What was decided so far.
@@ -141,6 +155,7 @@ impl Chooser {
         PageCounters {
             delta_attempts: self.shrinker.delta_payoff.counter(),
             lz4_attempts: self.shrinker.lz4_payoff.counter(),
+            base_attempts: self.bases.counter(),
             ..self.counters
         }
     }
@@ -171,7 +186,14 @@ impl Chooser {
         self.counters.late_digests += u64::from(known.svm == SvmPage::Pending);
         let is_zero = digest == self.key.of_zeros();
         let is_equal = known.svm_digest() == Some(digest);
+        let by_base = is_equal && known.svm == SvmPage::Clean;
+        // While deltas rest, nothing is tried with a base.
+        let is_tried = self.bases.allows() && known.base.is_some() && self.wants_bases();
         if is_equal && !self.has_to_prove() {
+            if is_tried {
+                let saved = by_base.then_some(PAGE_BYTES);
+                self.bases.note(link.bytes_per_s, KEEPING_NS, saved);
+            }
             self.counters.equal += 1;
             return Choice::Equal { digest };
         }
@@ -183,7 +205,16 @@ impl Chooser {
                 self.shrinker.shrink(page, base, link, &mut now_ns)
             }
         };
-        self.counters.count(payload.kind(), payload.data().len());
+        let (kind, bytes) = (payload.kind(), payload.data().len());
+        if is_tried {
+            let saved = match kind {
+                Kind::Delta => Some(PAGE_BYTES - bytes),
+                Kind::Same if by_base => Some(PAGE_BYTES),
+                _ => None,
+            };
+            self.bases.note(link.bytes_per_s, KEEPING_NS, saved);
+        }
+        self.counters.count(kind, bytes);
         Choice::Send { payload, digest }
     }
 
@@ -468,6 +499,47 @@ mod tests {
             fast[rest + 1..].iter().all(|&deltas| deltas == 8),
             "{fast:?}"
         );
+    }
+
+    #[test]
+    fn bases_that_the_svm_has_written_over_are_not_kept_for_long() {
+        let (mut chooser, mut cache) = (chooser(), PageCache::new(1, 8));
+        // Both VMs write to the same pages, and not the same.
+        let mut differ = |chooser: &mut Chooser| {
+            let mut kept = 0;
+            chooser.begin(false);
+            for number in 0..8 {
+                let page = noise(number);
+                let svm = SvmPage::Dirty(key().of(&noise(100 + number)));
+                let base = cache.get(number);
+                let chosen = kind(chooser, &page, Known { svm, base }, IDLE);
+                assert_eq!(chosen, Some(Kind::Raw));
+                kept += u32::from(chooser.wants_bases());
+                match chooser.wants_bases() {
+                    true => drop(cache.insert(number, &page, key().of(&page))),
+                    false => cache.supersede(number),
+                }
+            }
+            cache.commit();
+            kept
+        };
+        let kept: Vec<_> = (0..100).map(|_| differ(&mut chooser)).collect();
+        // The first has none to find, the next eight are a window, the rest is the first of rests.
+        assert!(kept[..8].iter().all(|&kept| kept == 8), "{kept:?}");
+        let rest = 9 + REST_MIN_PAGES as usize / 8;
+        assert!(kept[9..rest - 1].iter().all(|&kept| kept == 0), "{kept:?}");
+        assert!(kept[rest..rest + 8].iter().all(|&kept| kept == 8));
+        assert!(!chooser.wants_bases());
+        let counter = chooser.counters().base_attempts;
+        assert_eq!(counter.rests, 2);
+        assert_eq!((counter.tried, counter.refused), (128, 128));
+        // An SVM that stands still has all of them, whatever was before.
+        chooser.begin(true);
+        assert!(chooser.wants_bases());
+        let found = deltas(&mut chooser, &mut cache, 3, 0);
+        assert_eq!(found, [0, 8, 8]);
+        chooser.begin(false);
+        assert!(!chooser.wants_bases(), "not for those that it writes");
     }
 
     #[test]

@@ -50,6 +50,8 @@ pub struct PageCounters {
     pub delta_attempts: AttemptCounter,
     /// How compression did.
     pub lz4_attempts: AttemptCounter,
+    /// How keeping pages of the last commit did: `tried` came again, and of these `refused` gained nothing by it.
+    pub base_attempts: AttemptCounter,
 }
 
 impl PageCounters {
@@ -107,6 +109,7 @@ impl PageCounters {
             late_digests: of(self.late_digests, other.late_digests),
             delta_attempts: attempt(self.delta_attempts, other.delta_attempts),
             lz4_attempts: attempt(self.lz4_attempts, other.lz4_attempts),
+            base_attempts: attempt(self.base_attempts, other.base_attempts),
         }
     }
 

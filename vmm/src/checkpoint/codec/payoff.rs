@@ -87,16 +87,28 @@ impl Payoff {
             self.timed_ns += took_ns;
             self.longest_ns = self.longest_ns.max(took_ns);
         }
+        let saved = bytes.map(|bytes| PAGE_BYTES.saturating_sub(bytes.len()));
+        self.count(link_bytes_per_s, saved);
+        bytes
+    }
+
+    /// An attempt that is known to take so long, and has saved so many bytes.
+    pub fn note(&mut self, link_bytes_per_s: u64, took_ns: u64, saved_bytes: Option<usize>) {
+        self.timed += 1;
+        self.timed_ns += took_ns;
+        self.count(link_bytes_per_s, saved_bytes);
+    }
+
+    fn count(&mut self, link_bytes_per_s: u64, saved_bytes: Option<usize>) {
         self.counter.tried += 1;
         self.attempts += 1;
-        match bytes {
-            Some(bytes) => self.saved_bytes += PAGE_BYTES.saturating_sub(bytes.len()) as u64,
+        match saved_bytes {
+            Some(bytes) => self.saved_bytes += bytes as u64,
             None => self.counter.refused += 1,
         }
         if self.attempts == WINDOW {
             self.end_window(link_bytes_per_s);
         }
-        bytes
     }
 
     fn end_window(&mut self, link_bytes_per_s: u64) {
@@ -115,6 +127,8 @@ impl Payoff {
         let attempts = u128::from(self.attempts);
         let (timed, timed_ns) = match self.timed {
             0 | 1 => (1, self.timed_ns),
+            // None was longest where none was measured.
+            timed if self.longest_ns == 0 => (timed, self.timed_ns),
             timed => (timed - 1, self.timed_ns - self.longest_ns),
         };
         let cpu_ns = u128::from(timed_ns) * attempts / u128::from(timed);

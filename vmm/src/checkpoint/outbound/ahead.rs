@@ -135,6 +135,9 @@ impl Outbound {
         let mut names = NameList::new(self.chunk_bytes);
         let (relied_on, history) = ahead.relied_on();
         for (number, digest) in relied_on {
+            if self.list.at(number) == SvmPage::Pending {
+                self.channel.send_laid().map_err(SendError::from)?;
+            }
             waited += self.await_digest(number, is_off)?;
             let is_equal = self.svm_has(number, digest);
             history.learn(number, is_equal);
