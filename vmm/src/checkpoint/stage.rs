@@ -123,6 +123,8 @@ struct StageThread {
     commands: Receiver<StageCommand>,
     /// Came while a checkpoint waited for the word of the control thread.
     ordered: Option<StageCommand>,
+    /// The order for digests that was carried out last, while the primary may wait for them.
+    listed: Option<StageCommand>,
     key: Option<PageKey>,
     staging: Staging,
     /// What has come ahead of the next checkpoint.
@@ -183,6 +185,7 @@ pub fn spawn(
             settings: settings.channel,
             commands,
             ordered: None,
+            listed: None,
             key: None,
             open: None,
             live: false,
@@ -225,6 +228,8 @@ impl StageThread {
                 Err(Over::Quietly) => return,
                 Err(Over::Link(reason) | Over::Streams(reason)) => {
                     self.post.send(StageEvent::LinkDown { reason });
+                    // The primary hears why before it sees these streams end.
+                    while self.commands.recv().is_ok() {}
                     return;
                 }
             }
@@ -238,10 +243,12 @@ impl StageThread {
                 generation,
                 stop,
                 dirty,
-            } = command
+            } = &command
             {
-                self.channel.set_generation(generation);
-                self.send_digests(epoch, stop, &dirty)?;
+                self.channel.set_generation(*generation);
+                let sent = self.send_digests(*epoch, *stop, dirty);
+                self.listed = Some(command);
+                sent?;
             }
         }
         match self.channel.poll(LOOK)? {
@@ -420,7 +427,10 @@ impl StageThread {
     fn decided(&mut self, accepted: Accepted, stage_us: u64) -> Result<(), Over> {
         let epoch = accepted.epoch;
         let halt = match await_word(&self.commands) {
-            Word::Apply { halt } => halt,
+            Word::Apply { halt } => {
+                self.listed = None;
+                halt
+            }
             Word::Discard { then } => {
                 self.ordered = then;
                 return Ok(());

@@ -48,7 +48,11 @@ impl StageThread {
     }
 
     /// Makes the machine what was captured, and lets it run, or stand still there (`halt`).
-    pub(super) fn apply(&mut self, accepted: Accepted, halt: bool) -> Result<ApplyCost, StageError> {
+    pub(super) fn apply(
+        &mut self,
+        accepted: Accepted,
+        halt: bool,
+    ) -> Result<ApplyCost, StageError> {
         reached(Point::CommitSent);
         let mut laps = Laps::start();
         let machine = &self.machine;
