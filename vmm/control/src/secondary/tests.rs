@@ -1,7 +1,8 @@
 //! The secondary's rules, each in a test that carries its number.
 
 use super::*;
-use crate::{Record, StepLimits};
+use crate::farewell::farewell;
+use crate::{Cas, Record, Standing, StepLimits};
 use alloc::vec;
 
 mod farewell;
