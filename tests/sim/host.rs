@@ -7,6 +7,7 @@ mod ahead;
 mod checkpoint;
 mod messages;
 mod perform;
+mod streams;
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -16,15 +17,16 @@ use colo_compare::{
     ANNOUNCEMENT_MAX, Action as PathAction, Mode, PrimaryPath, SecondaryAction, SecondaryPath,
 };
 use colo_control::{
-    Action, Cas, Msg, Primary, PrimaryEvent, PrimaryState, Record, Reply, Secondary,
+    Action, Cas, Msg, Notice, Primary, PrimaryEvent, PrimaryState, Record, Reply, Secondary,
     SecondaryEvent, SecondaryState, Standing, Step,
 };
 
 pub use ahead::AheadChunk;
 use ahead::{AheadSide, AreaSide};
+use streams::{Arriving, CaptureOrder, Streams};
 
 use crate::guest::{Guest, PAGES, PageSet};
-use crate::link::{Channel, Image, LinkMsg};
+use crate::link::{Channel, Image, LinkMsg, PageMsg};
 use crate::plan::{Mutation, Plan};
 use crate::world::{HostEvent, NAMES, World, show};
 
@@ -40,11 +42,10 @@ const NIC_RING: usize = 256;
 pub enum Command {
     /// The worker gets the packet channel.
     Attach(usize),
-    Capture {
-        epoch: u64,
-        first: bool,
-        svm_dirty: u64,
-        buffer: bool,
+    Capture(CaptureOrder),
+    /// The page channel goes on over these.
+    Reopen {
+        opened: u64,
     },
     /// A round of the synchronisation; the first sends everything.
     SyncRound {
@@ -103,8 +104,10 @@ pub struct SecondarySide {
     stopped: bool,
     /// What came before the first checkpoint.
     live: Guest,
-    arriving: Option<(Rc<Image>, u64)>,
-    staged: Option<Rc<Image>>,
+    arriving: Option<Arriving>,
+    staged: Option<Arriving>,
+    /// What has come behind a stage that waits for the word about it.
+    behind: Vec<(u64, PageMsg)>,
     /// What has come ahead of the next checkpoint.
     area: AreaSide,
     digest_at_stop: Option<u64>,
@@ -125,6 +128,7 @@ pub struct Process {
     pub inc: u64,
     pub role: Role,
     pub link: Option<usize>,
+    streams: Streams,
     frames: VecFrames,
     guest: Option<Guest>,
     runs: bool,
@@ -143,6 +147,7 @@ impl Process {
             inc,
             role,
             link: None,
+            streams: Streams::default(),
             frames: VecFrames::new(SLOTS),
             runs: guest.is_some(),
             guest,
@@ -174,6 +179,7 @@ impl Process {
             live: Guest::default(),
             arriving: None,
             staged: None,
+            behind: Vec::new(),
             area: AreaSide::new(),
             digest_at_stop: None,
             link: None,
@@ -339,10 +345,14 @@ impl Shell<'_> {
                 sent_pages,
                 took_us,
             } => self.round_sent(sent_pages, took_us),
+            HostEvent::StreamsBroken { link, opened } => self.streams_broken(link, opened),
+            HostEvent::StreamsAwaited => self.streams_awaited(),
+            HostEvent::NotDialled { link, opened } => self.not_dialled(link, opened),
             HostEvent::Timer => self.p.timer_us = u64::MAX,
         }
         self.tell_answers();
         self.pump();
+        self.take_streams();
         if self.p.alive {
             self.tell_room();
             self.check_bounds();
@@ -397,6 +407,9 @@ impl Shell<'_> {
         side.core.handle(now, event);
         let coalesced = side.core.counters().coalesced - before;
         self.world.outcome.coalesced += coalesced;
+        if self.p.has_broken_streams() {
+            self.world.outcome.coalesced_without_streams += coalesced;
+        }
     }
 
     fn secondary_core(&mut self, event: SecondaryEvent) {
@@ -421,16 +434,13 @@ impl Shell<'_> {
                 }
             }
             Command::SyncRound { first } => self.sync_round(first),
-            Command::Capture {
-                epoch,
-                first,
-                svm_dirty,
-                buffer,
-            } => self.capture(epoch, first, svm_dirty, buffer),
+            Command::Capture(order) => self.capture(order),
+            Command::Reopen { opened } => self.reopen(opened),
             Command::Captured { epoch, image } => self.captured(epoch, image),
             Command::Apply { epoch, halt } => self.apply(epoch, halt),
             Command::Commit { epoch } => self.commit(now, epoch),
             Command::Abort { epoch } => {
+                self.forget_capture();
                 let p = &mut *self.p;
                 let keeps = self.world.plan.mutation != Mutation::DropCarry;
                 if let Role::Primary(side) = &mut p.role {
@@ -443,12 +453,14 @@ impl Shell<'_> {
                 self.rest_ahead();
             }
             Command::Detach => {
+                self.forget_capture();
                 if let Some(side) = self.primary() {
                     side.sending = None;
                     (side.in_flight, side.carry) = (0, 0);
                 }
             }
             Command::GoAlone => {
+                self.forget_capture();
                 let p = &mut *self.p;
                 if let Role::Primary(side) = &mut p.role {
                     side.sending = None;

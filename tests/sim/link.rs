@@ -1,7 +1,8 @@
-//! The link between two processes: three ordered channels with delays of their own, that can stall and end.
+//! The link between two processes: three ordered channels with delays of their own, that can stall and end, and whose page
+//! streams can be opened anew.
 //!
 //! Invariants: a channel delivers in order and nothing twice; what stalls is delivered after healing, unless the
-//! receiver has closed by then.
+//! receiver has closed by then; of page streams that were torn nothing more arrives.
 
 use std::rc::Rc;
 
@@ -15,6 +16,8 @@ pub enum Channel {
     Control,
     Packets,
     Pages,
+    /// The handshake of page streams that are opened anew, on connections of its own.
+    Dial,
 }
 
 /// A captured machine.
@@ -78,6 +81,26 @@ pub enum LinkMsg {
         epoch: u64,
     },
     CheckpointWanted,
+    /// On the page streams with this number; those that the link began with are 0.
+    Pages {
+        opened: u64,
+        msg: PageMsg,
+    },
+    /// The secondary opens page streams anew, with this number.
+    Dial {
+        opened: u64,
+    },
+    /// The primary has taken them.
+    Dialled {
+        opened: u64,
+    },
+    /// The page channel stood still for too long.
+    PagesStalled,
+}
+
+/// What travels over page streams.
+#[derive(Debug, Clone)]
+pub enum PageMsg {
     /// A round of a synchronisation.
     Live(Rc<PageSet>),
     /// Pages that a later checkpoint may name.
@@ -88,13 +111,17 @@ pub enum LinkMsg {
         of: u64,
         image: Rc<Image>,
     },
+    /// Something without a head that makes sense.
+    Damaged,
+    /// They have ended.
+    End,
 }
 
 /// How it behaves.
 #[derive(Debug, Clone)]
 pub struct LinkPlan {
-    pub delay_us: [u64; 3],
-    pub jitter_us: [u64; 3],
+    pub delay_us: [u64; 4],
+    pub jitter_us: [u64; 4],
 }
 
 /// One connection of all channels between two processes.
@@ -108,7 +135,14 @@ pub struct Link {
     pub cut: [bool; 2],
     /// For this host, in order of sending.
     pub stalled: [Vec<(Channel, LinkMsg)>; 2],
-    last_us: [[u64; 3]; 2],
+    /// Page streams that were torn: all below this number.
+    pub torn: u64,
+    /// The next thing that reaches this host over page streams is damaged.
+    pub damages: [bool; 2],
+    /// Until when nothing reaches this host over page streams, and what should have.
+    pub pages_stall_us: [u64; 2],
+    pub pages_stalled: [Vec<LinkMsg>; 2],
+    last_us: [[u64; 4]; 2],
     plan: LinkPlan,
 }
 
@@ -119,7 +153,11 @@ impl Link {
             open: [(true, true); 2],
             cut: [false; 2],
             stalled: [Vec::new(), Vec::new()],
-            last_us: [[0; 3]; 2],
+            torn: 0,
+            damages: [false; 2],
+            pages_stall_us: [0; 2],
+            pages_stalled: [Vec::new(), Vec::new()],
+            last_us: [[0; 4]; 2],
             plan,
         }
     }

@@ -120,6 +120,21 @@ fn every_seed_keeps_every_promise() {
         "{} pages ahead, {} written again, {} named",
         total.ahead_sent, total.ahead_wasted, total.ahead_used
     );
+    let broken = Step::ALL.map(|step| format!("{step} {}", total.streams_broken_at[step.index()]));
+    println!(
+        "page streams broken in the middle of: {}; {} synchronisations torn, {} reopened, {} broke again and again, {} stalled, {} links given up; \
+         meanwhile {} requests coalesced, {} captures waited and {} were called off, {} takeovers",
+        broken.join(", "),
+        total.syncs_torn,
+        total.streams_reopened,
+        total.streams_given_up,
+        total.streams_stalled,
+        total.given_up,
+        total.coalesced_without_streams,
+        total.captures_waited,
+        total.captures_called_off,
+        total.takeovers_without_streams
+    );
     if let Some(&seed) = failed.first() {
         panic!(
             "{} seeds failed: {failed:?}\n{}",
@@ -140,6 +155,15 @@ fn every_seed_keeps_every_promise() {
             total.coalesced,
             total.lags,
             total.lags_unhelped,
+            total.syncs_torn,
+            total.streams_reopened,
+            total.streams_given_up,
+            total.streams_stalled,
+            total.coalesced_without_streams,
+            total.captures_waited,
+            total.captures_called_off,
+            total.takeovers_without_streams,
+            total.given_up,
         ];
         assert!(!ways.contains(&0), "a way is never gone");
         for step in Step::ALL {
@@ -148,6 +172,10 @@ fn every_seed_keeps_every_promise() {
             // Before a secondary holds a state it takes nothing over.
             let happens = total.takeovers_at[step.index()] > 0 || step == Step::Sync;
             assert!(happens, "no takeover in the middle of step {step}");
+            // A synchronisation and an apply are no steps of the primary's checkpoint, nor is the filling of a stage.
+            let happens = total.streams_broken_at[step.index()] > 0
+                || matches!(step, Step::Sync | Step::Stage | Step::Apply);
+            assert!(happens, "no streams break in the middle of step {step}");
         }
     }
 }
@@ -222,6 +250,11 @@ fn canary_the_pages_of_an_aborted_checkpoint_are_forgotten() {
 #[test]
 fn canary_a_page_ahead_that_was_written_again_is_not_dropped() {
     caught(Mutation::StaleAhead, "all or nothing");
+}
+
+#[test]
+fn canary_half_a_stage_outlives_its_page_streams() {
+    caught(Mutation::KeepHalfStage, "all or nothing");
 }
 
 #[test]

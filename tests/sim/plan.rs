@@ -6,8 +6,9 @@ use colo_compare::{DigestKey, Limits, testing};
 use colo_control::{Mode, Pace, Protection, StepLimits, Storm, Timing};
 
 use crate::client::Plan as ClientPlan;
-use crate::link::LinkPlan;
+use crate::link::{Channel, LinkPlan};
 use crate::prng::Prng;
+use crate::world::StreamFault;
 
 /// A mistake in the shell or in a core, to see that a checker finds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +42,8 @@ pub enum Mutation {
     RunHalted,
     /// What was written again after it went ahead counts as there (against rule 13).
     StaleAhead,
+    /// What was staged of a checkpoint outlives the page streams that it came over (against rule 13).
+    KeepHalfStage,
 }
 
 /// Whom a fault hits.
@@ -79,6 +82,8 @@ pub enum Fault {
     ArbiterOutage(u64),
     /// The guest loses power or the operator stops it.
     ShutDown,
+    /// The page streams of its link break; all else goes on.
+    Streams(StreamFault),
 }
 
 /// A fault with its place and time.
@@ -91,6 +96,11 @@ pub struct Strike {
 
 /// Points that a process passes, where strikes can hit.
 pub const POINTS: &[(Target, &str)] = &[
+    (Target::Primary, "streams_broken"),
+    (Target::Primary, "streams_reopened"),
+    (Target::Secondary, "dialled"),
+    (Target::Secondary, "streams_back"),
+    (Target::Primary, "live_sent"),
     (Target::Primary, "stop_svm_sent"),
     (Target::Primary, "svm_stopped_received"),
     (Target::Primary, "cut"),
@@ -106,6 +116,7 @@ pub const POINTS: &[(Target, &str)] = &[
     (Target::Primary, "paired_asked"),
     (Target::Primary, "paired_sent"),
     (Target::Primary, "mirrored"),
+    (Target::Secondary, "live_received"),
     (Target::Secondary, "stop_svm_received"),
     (Target::Secondary, "svm_stopped_sent"),
     (Target::Secondary, "chunk_received"),
@@ -119,6 +130,9 @@ pub const POINTS: &[(Target, &str)] = &[
     (Target::Secondary, "take_over_asked"),
     (Target::Secondary, "took_over"),
 ];
+
+/// The first of these are passed while page streams are opened anew.
+const STREAMS_ANEW: usize = 4;
 
 /// How the clients' network behaves, per mille and microseconds.
 #[derive(Debug, Clone)]
@@ -166,6 +180,8 @@ pub struct Plan {
     pub ahead_chunk_bytes: usize,
     /// Times of a capture and of an apply, at most.
     pub pause_us: u64,
+    /// How long a page channel may stand still.
+    pub stall_us: u64,
     /// Guests run so long after they could, at most, by host.
     pub guest_delay_us: [u64; 2],
     /// So many times longer on the secondary.
@@ -188,7 +204,8 @@ impl Plan {
         if mutation == Mutation::EndlessSteps {
             timing.steps = ENDLESS;
         }
-        let strikes = strikes(chance, &timing, calm_us);
+        let mut strikes = strikes(chance, &timing, calm_us);
+        stream_strikes(chance, &timing, calm_us, &mut strikes);
         let mut limits = limits(chance);
         limits.canary_equal = mutation == Mutation::AlwaysEqual;
         if mutation == Mutation::IgnoreRoom {
@@ -233,6 +250,7 @@ impl Plan {
             ahead_mib_per_s: chance.range(1, 64) as u32,
             ahead_chunk_bytes: chance.range(8_000, 70_000) as usize,
             pause_us: chance.range(100, 5_000),
+            stall_us: chance.range(10_000, 150_000),
             guest_delay_us: std::array::from_fn(|_| chance.range(20, 800)),
             slow_svm: if chance.chance(200) {
                 chance.range(3, 40)
@@ -319,10 +337,15 @@ fn link(chance: &mut Prng, timing: &Timing) -> LinkPlan {
     } else {
         300
     };
-    LinkPlan {
+    let mut plan = LinkPlan {
         delay_us: std::array::from_fn(|_| chance.range(10, most)),
         jitter_us: std::array::from_fn(|_| chance.below(most)),
+    };
+    if chance.chance(300) {
+        // Streams are opened anew more slowly than a capture may take.
+        plan.delay_us[Channel::Dial as usize] = chance.below(50_000);
     }
+    plan
 }
 
 fn limits(chance: &mut Prng) -> Limits {
@@ -401,6 +424,74 @@ fn strikes(chance: &mut Prng, timing: &Timing, calm_us: u64) -> Vec<Strike> {
         });
     }
     strikes
+}
+
+/// Points at which page streams are used, or others are made.
+const STREAM_POINTS: &[&str] = &[
+    "live_sent",
+    "live_received",
+    "streams_broken",
+    "streams_reopened",
+    "dialled",
+    "streams_back",
+    "stop_svm_sent",
+    "svm_stopped_sent",
+    "svm_stopped_received",
+    "cut",
+    "captured",
+    "chunk_sent",
+    "chunk_received",
+    "sent",
+    "staged",
+    "ahead_sent",
+    "ahead_received",
+    "committed_sent",
+    "committed_received",
+    "aborted_sent",
+    "aborted_received",
+    "applied",
+    "commit",
+    "take_over_asked",
+];
+
+/// Adds broken page streams.
+fn stream_strikes(chance: &mut Prng, timing: &Timing, calm_us: u64, strikes: &mut Vec<Strike>) {
+    let count = [0, 0, 0, 1, 2, 6][chance.below(6) as usize];
+    for _ in 0..count {
+        let fault = match chance.below(5) {
+            0 | 1 => StreamFault::End {
+                lossy: chance.chance(500),
+            },
+            2 | 3 => StreamFault::Damage,
+            _ => StreamFault::Stall(chance.range(1_000, 200_000)),
+        };
+        let when = match chance.chance(700) {
+            true => {
+                let point = STREAM_POINTS[chance.below(STREAM_POINTS.len() as u64) as usize];
+                When::Passing(point, chance.range(1, 8))
+            }
+            false => When::At(chance.range(5_000, calm_us - 300_000)),
+        };
+        let target = match chance.chance(300) {
+            true => Target::Primary,
+            false => Target::Secondary,
+        };
+        strikes.push(Strike {
+            when,
+            target,
+            fault: Fault::Streams(fault),
+        });
+        // And something else while they are opened anew.
+        if chance.chance(250) {
+            let points = &POINTS[..STREAMS_ANEW];
+            let (target, point) = points[chance.below(points.len() as u64) as usize];
+            strikes.push(Strike {
+                when: When::Passing(point, chance.range(1, 3)),
+                target,
+                fault: self::fault(chance, timing),
+            });
+        }
+    }
 }
 
 fn fault(chance: &mut Prng, timing: &Timing) -> Fault {

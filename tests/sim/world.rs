@@ -5,19 +5,22 @@
 //! and *bounded*, which look at the hosts' memory.
 
 mod arbiter;
+mod clients;
 mod faults;
+mod links;
 mod outcome;
+mod streams;
 
+pub use clients::show;
 pub use outcome::Outcome;
+pub use streams::StreamFault;
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-use colo_compare::testing::GUEST_MAC;
-use colo_compare::{Direction, Protocol, wire};
 use colo_control::{Cas, PrimaryEvent, Record, Reply, Standing, Step};
 
-use crate::client::{DatagramClient, Oracle, TcpClient, addressee};
+use crate::client::{DatagramClient, Oracle, TcpClient};
 use crate::host::{Command, Process, Role, Shell};
 use crate::link::{Channel, Link, LinkMsg};
 use crate::plan::{Fault, Mutation, Plan, Target, When};
@@ -45,6 +48,18 @@ pub enum HostEvent {
     RoundSent {
         sent_pages: u64,
         took_us: u64,
+    },
+    /// The control thread hears that the checkpoint thread has found these page streams broken.
+    StreamsBroken {
+        link: usize,
+        opened: u64,
+    },
+    /// A capture has waited long for page streams.
+    StreamsAwaited,
+    /// No word has come of those that were dialled, if none has.
+    NotDialled {
+        link: usize,
+        opened: u64,
     },
     Timer,
 }
@@ -79,6 +94,8 @@ enum Event {
         inc: u64,
     },
     Heal(usize, usize),
+    StreamsTested(usize, usize),
+    StreamsMove(usize, usize),
     Resume(usize),
     Join,
 }
@@ -369,6 +386,8 @@ impl World {
             Event::Strike(n) => self.strike(n),
             Event::PowerOff { host, inc } => self.power_off(host, inc),
             Event::Heal(link, host) => self.heal(link, host),
+            Event::StreamsTested(link, host) => self.test_streams(link, host),
+            Event::StreamsMove(link, host) => self.move_streams(link, host),
             Event::Resume(host) => self.resume(host),
             Event::Join => self.join(),
         }
@@ -410,238 +429,4 @@ impl World {
             self.at_host(host, inc, event);
         }
     }
-
-    // ---- the clients' network ----
-
-    fn plan_client(&mut self, n: usize) {
-        let at = self.tcp[n].deadline().unwrap_or(u64::MAX).max(self.now);
-        if at < self.tcp_at[n] {
-            self.tcp_at[n] = at;
-            self.at(at, Event::Client(n));
-        }
-    }
-
-    fn run_client(&mut self, n: usize) {
-        if self.tcp_at[n] <= self.now {
-            self.tcp_at[n] = u64::MAX;
-        }
-        let mut out = Vec::new();
-        self.tcp[n].wake(self.now, &mut self.oracle, &mut out);
-        self.client_frames(out);
-        self.plan_client(n);
-    }
-
-    fn plan_datagrams(&mut self, n: usize) {
-        let at = self.datagrams[n]
-            .deadline()
-            .unwrap_or(u64::MAX)
-            .max(self.now);
-        if at < self.datagrams_at[n] {
-            self.datagrams_at[n] = at;
-            self.at(at, Event::Datagrams(n));
-        }
-    }
-
-    fn run_datagrams(&mut self, n: usize) {
-        if self.datagrams_at[n] <= self.now {
-            self.datagrams_at[n] = u64::MAX;
-        }
-        let mut out = Vec::new();
-        self.datagrams[n].wake(self.now, &self.oracle, &mut out);
-        self.client_frames(out);
-        self.plan_datagrams(n);
-    }
-
-    fn client_frames(&mut self, frames: Vec<Vec<u8>>) {
-        for frame in frames {
-            for delay in self.transit() {
-                self.later(delay, Event::ToGuest(frame.clone()));
-            }
-        }
-    }
-
-    /// When the copies of a frame arrive, after now.
-    fn transit(&mut self) -> Vec<u64> {
-        let (net, chance) = (&self.plan.net, &mut self.chance);
-        let calm = self.now > self.plan.calm_us;
-        let mut delay = net.delay_us + chance.below(net.jitter_us + 1);
-        if calm {
-            return vec![delay];
-        }
-        if chance.chance(net.loss) {
-            return Vec::new();
-        }
-        if chance.chance(net.reorder) {
-            delay += chance.below(20_000);
-        }
-        if chance.chance(net.duplicate) {
-            return vec![delay, delay + chance.below(30_000)];
-        }
-        vec![delay]
-    }
-
-    fn reach_guest(&mut self, frame: Vec<u8>) {
-        self.trace(|| format!("in {}", show(&frame)));
-        let ports = match self.guest_port {
-            Some(host) => host..=host,
-            None => 0..=1,
-        };
-        for host in ports {
-            let event = HostEvent::Frame(frame.clone());
-            self.host_event(self.now, host, 0, event);
-        }
-    }
-
-    /// A frame leaves a host's NIC: the *one voice* checker stands here.
-    pub fn nic_frame(&mut self, host: usize, frame: &[u8]) {
-        let speaks = self.record.holder == NAMES[host];
-        // What the comparator or the lease let go just before the word of the arbiter.
-        let residue_us = self.plan.timing.detection_us() * 5 / 4 + 5_000;
-        let lost = self.hosts[host].lost_holder_us;
-        if !speaks && lost.is_none_or(|at| self.now > at + residue_us) {
-            let holder = &self.record.holder;
-            let text = format!(
-                "{} sends, {holder} holds since {lost:?}: {}",
-                NAMES[host],
-                show(frame)
-            );
-            self.fail("one voice", text);
-        }
-        if frame[6..12] == GUEST_MAC {
-            self.guest_port = Some(host);
-        }
-        for delay in self.transit() {
-            self.later(delay, Event::ToClients(frame.to_vec()));
-        }
-    }
-
-    fn reach_clients(&mut self, frame: &[u8]) {
-        let Some((protocol, port)) = addressee(frame, &mut self.oracle) else {
-            return;
-        };
-        match protocol {
-            Protocol::Tcp => {
-                if let Some(n) = self.tcp.iter().position(|c| c.owns(port)) {
-                    self.tcp[n].receive(self.now, frame, &mut self.oracle);
-                    self.run_client(n);
-                }
-            }
-            Protocol::Udp => {
-                if let Some(n) = self.datagrams.iter().position(|c| c.owns(port)) {
-                    self.datagrams[n].receive(frame, &mut self.oracle);
-                    self.run_datagrams(n);
-                }
-            }
-            _ => self.datagrams.iter_mut().for_each(|c| c.pong(port)),
-        }
-    }
-
-    // ---- the link ----
-
-    /// Sends over a link from `host`.
-    pub fn link_send(&mut self, link: usize, host: usize, channel: Channel, msg: LinkMsg) {
-        let to = 1 - host;
-        let at = self.links[link].arrival(self.now, to, channel, &mut self.chance);
-        self.at(
-            at,
-            Event::Link {
-                link,
-                to,
-                channel,
-                msg,
-            },
-        );
-    }
-
-    fn arrive(&mut self, n: usize, to: usize, channel: Channel, msg: LinkMsg) {
-        let link = &mut self.links[n];
-        if link.cut[to] || !link.stalled[to].is_empty() {
-            link.stalled[to].push((channel, msg));
-            return;
-        }
-        let open = match channel {
-            Channel::Packets => link.open[to].1,
-            Channel::Control | Channel::Pages => link.open[to].0,
-        };
-        if open {
-            let inc = link.ends[to];
-            self.host_event(self.now, to, inc, HostEvent::Link(n, channel, msg));
-        }
-    }
-
-    fn heal(&mut self, n: usize, to: usize) {
-        self.links[n].cut[to] = false;
-        for (channel, msg) in std::mem::take(&mut self.links[n].stalled[to]) {
-            self.arrive(n, to, channel, msg);
-        }
-    }
-
-    /// One end closes its sockets.
-    pub fn close(&mut self, link: usize, host: usize, with_packets: bool) {
-        let open = &mut self.links[link].open[host];
-        let told = !open.0;
-        *open = (false, open.1 && !with_packets);
-        if !told {
-            self.link_send(link, host, Channel::Control, LinkMsg::Down);
-            self.link_send(link, host, Channel::Packets, LinkMsg::Down);
-        }
-    }
-
-    /// A fresh secondary starts beside a primary that has none.
-    fn join(&mut self) {
-        if self.plan.respawn {
-            self.later(50_000, Event::Join);
-        }
-        let waits = |host: &Host| host.process.as_ref().is_some_and(Process::wants_secondary);
-        let Some(primary) = (0..2).find(|&n| waits(&self.hosts[n])) else {
-            return;
-        };
-        let host = 1 - primary;
-        if self.hosts[host].process.is_some() || self.hosts[host].may_start_us > self.now {
-            return;
-        }
-        self.incarnations += 1;
-        let inc = self.incarnations;
-        self.hosts[host].process = Some(Process::secondary(&self.plan, inc, host));
-        self.hosts[host].paused_until_us = 0;
-        self.hosts[host].gap_us = 0;
-        let mut ends = [inc; 2];
-        ends[primary] = self.hosts[primary].process.as_ref().map_or(0, |p| p.inc);
-        self.links.push(Link::new(ends, self.plan.link.clone()));
-        let link = self.links.len() - 1;
-        self.outcome.joins += 1;
-        self.trace(|| format!("{} starts as secondary {inc}", NAMES[host]));
-        self.link_send(link, 0, Channel::Control, LinkMsg::Up);
-        self.link_send(link, 1, Channel::Control, LinkMsg::Up);
-    }
-}
-
-/// A frame in a line.
-pub fn show(frame: &[u8]) -> String {
-    let direction = if frame[6..12] == GUEST_MAC {
-        Direction::FromGuest
-    } else {
-        Direction::ToGuest
-    };
-    let packet = wire::parse(frame, frame.len(), direction);
-    let tcp = packet.tcp.map(|t| {
-        format!(
-            " seq {:x} ack {:x} flags {:02x} len {}",
-            t.seq, t.ack, t.flags, t.payload_len
-        )
-    });
-    let ts = packet.tcp.and_then(|t| t.timestamps(frame));
-    let ts = ts.map(|(val, ecr)| format!(" ts {val:x} {ecr:x}"));
-    let ends = format!(
-        "{direction:?} {:?} {} {}:{}",
-        packet.key.protocol(),
-        packet.key.guest_port(),
-        packet.key.peer(),
-        packet.key.peer_port()
-    );
-    format!(
-        "{ends}{}{}",
-        tcp.unwrap_or_default(),
-        ts.unwrap_or_default()
-    )
 }

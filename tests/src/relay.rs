@@ -9,6 +9,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread;
 
@@ -35,6 +36,14 @@ const HEAD: usize = 64;
 /// What a chunk of a stream of pages holds, as its head says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// Live pages of a synchronisation.
+    Sync,
+    /// The first of a checkpoint, on each stream.
+    Begin,
+    /// A record of machine state.
+    State,
+    /// The last of a checkpoint, on each stream.
+    End,
     /// Pages of a checkpoint.
     Pages,
     /// Digests of the stopped SVM's pages.
@@ -68,6 +77,10 @@ impl Chunk {
     /// What it holds.
     pub fn kind(&self) -> Kind {
         match self.head[6] {
+            1 => Kind::Sync,
+            2 => Kind::Begin,
+            3 => Kind::State,
+            6 => Kind::End,
             4 => Kind::Pages,
             5 => Kind::Digests,
             8 => Kind::Ahead,
@@ -88,6 +101,17 @@ pub type Pass = dyn Fn(u8, &mut TcpStream, &mut TcpStream) -> io::Result<()> + S
 /// Passes a channel on as it is.
 pub fn plainly(from: &mut TcpStream, to: &mut TcpStream) -> io::Result<()> {
     io::copy(from, to).map(drop)
+}
+
+/// Whether a host has ended a stream, though what it has sent before may not be read yet.
+pub fn has_ended(stream: &TcpStream) -> bool {
+    let mut poll = libc::pollfd {
+        fd: stream.as_raw_fd(),
+        events: libc::POLLRDHUP,
+        revents: 0,
+    };
+    // SAFETY: one descriptor, valid during the call.
+    unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
 }
 
 /// A pair whose secondary joins through a relay of so many connections; `pass` gets what the primary sends.
@@ -112,15 +136,35 @@ pub fn pair_between(
     connections: usize,
     passes: [Arc<Pass>; 2],
 ) -> Pair {
+    let mut pair = primary_alone(bench, settings);
+    join(&mut pair, bench, settings, connections, passes);
+    pair.wait_protected(Host::A).unwrap();
+    pair
+}
+
+/// A pair whose secondary is gone.
+pub fn primary_alone(bench: &Bench, settings: &Settings) -> Pair {
     let mut pair = Pair::start(settings, bench.dir()).unwrap();
     pair.secondary.kill().unwrap();
     pair.wait_alone(Host::A).unwrap();
+    pair
+}
+
+/// Starts another secondary, which joins through a relay of so many connections. Does not wait for it.
+pub fn join(
+    pair: &mut Pair,
+    bench: &Bench,
+    settings: &Settings,
+    connections: usize,
+    passes: [Arc<Pass>; 2],
+) {
     let host = pair.topology.host(Host::B);
     let bind = || TcpListener::bind((Host::B.link_address(), RELAY_PORT)).unwrap();
     let listener = host.run(bind).unwrap();
     host.spawn("relay", move || {
         for near in listener.incoming().take(connections) {
-            forward(near.unwrap(), &passes).unwrap();
+            // A primary that is gone refuses whoever still calls.
+            let _ = forward(near.unwrap(), &passes);
         }
     })
     .unwrap();
@@ -135,8 +179,6 @@ pub fn pair_between(
     command.arg("secondary").arg(&file);
     let through = Process::spawn("b-through", command, bench.dir()).unwrap();
     pair.secondary = through.with_status(&bench.dir().join("b.sock"));
-    pair.wait_protected(Host::A).unwrap();
-    pair
 }
 
 /// Connects to the primary, in host b's namespace, and passes both directions on.

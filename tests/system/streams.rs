@@ -260,8 +260,10 @@ fn streams_that_cannot_be_opened_anew_end_the_link_and_the_pair_forms_again() {
     ask(&pair, "POST", "/dirty/3000/0/4096");
     let (winner, other) = pair.wait_winner().unwrap();
     assert!(!seen.armed.load(Ordering::SeqCst));
-    // 3: another host holds the VM now.
-    assert_eq!(other.code(), Some(3));
+    // The primary lives, so nobody takes the VM from it (rule 19). 3: another host holds it.
+    assert_eq!((winner, other.code()), (Host::A, Some(3)));
+    let status = pair.primary.status().unwrap();
+    assert_eq!(number(&status, "links_given_up"), 1, "{status:#}");
     pair.restart(winner.other(), "secondary").unwrap();
     let status = pair.wait_protected(winner).unwrap();
     assert_eq!(status["page_streams"], 4);

@@ -34,8 +34,6 @@ pub struct AreaSide {
     area: Area,
     /// What bytes stand for.
     pages: HashMap<u64, Rc<Page>>,
-    /// What has come behind a stage that waits for the word about it.
-    behind: Vec<AheadChunk>,
 }
 
 /// Pages on their way.
@@ -50,8 +48,13 @@ impl AreaSide {
         Self {
             area: Area::new(PAGES, AREA_MIB),
             pages: HashMap::new(),
-            behind: Vec::new(),
         }
+    }
+
+    /// Nothing of it is of use.
+    pub fn clear(&mut self) {
+        self.area.clear();
+        self.pages.clear();
     }
 
     fn take(&mut self, chunk: &AheadChunk, key: &PageKey) {
@@ -79,8 +82,7 @@ impl AreaSide {
                 guest.write_pages(&vec![(number as usize, page.clone())]);
             }
         }
-        self.area.clear();
-        self.pages.clear();
+        self.clear();
         Ok(numbers.len() as u64)
     }
 }
@@ -158,7 +160,13 @@ impl Shell<'_> {
         else {
             return;
         };
-        let Some(ahead) = side.ahead.as_mut().filter(|ahead| ahead.turn == turn) else {
+        // Nothing is looked at without streams; those that come begin anew.
+        let waits = p.streams.is_broken();
+        let Some(ahead) = side
+            .ahead
+            .as_mut()
+            .filter(|ahead| ahead.turn == turn && !waits)
+        else {
             return;
         };
         if ahead.ahead.is_round_due(now) {
@@ -197,10 +205,10 @@ impl Shell<'_> {
             pages: Rc::new(pages),
         };
         self.trace(|| format!("sends ahead {:?}", chunk.numbers()));
-        self.world
-            .link_send(link, self.host, Channel::Pages, LinkMsg::Ahead(chunk));
-        self.plan_ahead();
-        self.pass("ahead_sent");
+        if self.send_pages(PageMsg::Ahead(chunk)) {
+            self.plan_ahead();
+            self.pass("ahead_sent");
+        }
     }
 
     /// What of a capture has to be kept, and the names of what the secondary has.
@@ -229,18 +237,15 @@ impl Shell<'_> {
         (kept, names.finish().to_vec())
     }
 
-    pub(super) fn receive_ahead(&mut self, link: usize, chunk: AheadChunk) {
+    pub(super) fn receive_ahead(&mut self, link: usize, chunk: &AheadChunk) {
         self.pass("ahead_received");
         let is_damaged = self.failure(self.world.plan.stage_failures / 4);
         let Some(side) = self.secondary() else { return };
-        if side.staged.is_some() {
-            return side.area.behind.push(chunk);
-        }
         // It comes behind the mark that ends what was given up.
-        side.arriving = None;
+        side.forget_arriving();
         match is_damaged {
             true => side.area.area.refuse_chunk(),
-            false => side.area.take(&chunk, &key(link)),
+            false => side.area.take(chunk, &key(link)),
         }
     }
 
@@ -263,15 +268,6 @@ impl Shell<'_> {
         match side.area.write_named(guest) {
             Ok(pages) => self.world.outcome.ahead_used += pages,
             Err(text) => self.fail("all or nothing", text),
-        }
-    }
-
-    /// There was a word about the stage: the page channel is read again.
-    pub(super) fn read_behind(&mut self) {
-        let Some(side) = self.secondary() else { return };
-        let Some(link) = side.link else { return };
-        for chunk in std::mem::take(&mut side.area.behind) {
-            side.area.take(&chunk, &key(link));
         }
     }
 }

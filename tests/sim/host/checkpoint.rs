@@ -24,7 +24,7 @@ impl Shell<'_> {
         }
         let stuck = self.gets_stuck();
         let p = &mut *self.p;
-        let (Role::Primary(side), Some(guest), Some(link)) = (&mut p.role, &mut p.guest, p.link)
+        let (Role::Primary(side), Some(guest), Some(_)) = (&mut p.role, &mut p.guest, p.link)
         else {
             return;
         };
@@ -39,8 +39,12 @@ impl Shell<'_> {
         }
         let set = std::mem::take(&mut guest.dirty);
         let pages = Rc::new(guest.pages(set));
-        self.world
-            .link_send(link, self.host, Channel::Pages, LinkMsg::Live(pages));
+        if !self.send_pages(PageMsg::Live(pages)) {
+            // Nothing tells which live pages have come.
+            self.world.outcome.syncs_torn += 1;
+            return self.pages_gone("torn");
+        }
+        self.pass("live_sent");
         let took_us = 200 + self.below(20_000);
         let event = HostEvent::RoundSent {
             sent_pages: u64::from(set.count_ones()),
@@ -63,9 +67,19 @@ impl Shell<'_> {
         if let Some(side) = self.secondary() {
             side.live.write_pages(pages);
         }
+        self.pass("live_received");
     }
 
-    pub(super) fn capture(&mut self, epoch: u64, first: bool, svm_dirty: u64, buffer: bool) {
+    pub(super) fn capture(&mut self, order: CaptureOrder) {
+        if self.waits_for_streams(order) {
+            return;
+        }
+        let CaptureOrder {
+            epoch,
+            first,
+            svm_dirty,
+            buffer,
+        } = order;
         let attached = self.primary().and_then(|side| side.packets);
         let refused = self.failure(self.world.plan.capture_failures);
         let Some(link) = attached.filter(|_| !refused) else {
@@ -124,7 +138,7 @@ impl Shell<'_> {
         self.world.host_event(at, self.host, self.p.inc, event);
     }
 
-    fn capture_failed(&mut self, epoch: u64) {
+    pub(super) fn capture_failed(&mut self, epoch: u64) {
         let reason = "capture failed".into();
         self.tell_primary_core(PrimaryEvent::CheckpointFailed { epoch, reason });
     }
@@ -155,7 +169,9 @@ impl Shell<'_> {
     pub(super) fn send_chunk(&mut self) {
         let fails = self.failure(self.world.plan.capture_failures / 4);
         let stuck = self.gets_stuck();
-        let Some(link) = self.p.link else { return };
+        if self.p.link.is_none() {
+            return;
+        }
         let Some(side) = self.primary() else { return };
         let Some((image, index, of)) = side.sending.take() else {
             return;
@@ -169,18 +185,21 @@ impl Shell<'_> {
         if stuck {
             return;
         }
-        let msg = LinkMsg::Chunk {
+        let msg = PageMsg::Chunk {
             index,
             of,
             image: image.clone(),
         };
+        if !self.send_pages(msg) {
+            return self.capture_failed(epoch);
+        }
+        let Some(side) = self.primary() else { return };
         if index + 1 < of {
             side.sending = Some((image, index + 1, of));
             self.plan_chunk();
         } else {
             self.tell_primary_core(PrimaryEvent::Sent { epoch });
         }
-        self.world.link_send(link, self.host, Channel::Pages, msg);
         self.pass(if index + 1 < of { "chunk_sent" } else { "sent" });
     }
 
@@ -218,15 +237,17 @@ impl Shell<'_> {
         }
         let Some(side) = self.secondary() else { return };
         let epoch = image.epoch;
-        let expected = match &side.arriving {
-            Some((before, n)) if Rc::ptr_eq(before, &image) => *n,
-            _ => 0,
+        let goes_on = |before: &mut Arriving| before.is_stale || Rc::ptr_eq(&before.image, &image);
+        let mut arriving = match side.arriving.take_if(goes_on) {
+            Some(before) => before,
+            None => Arriving::new(image.clone()),
         };
-        if index != expected {
+        if index != arriving.chunks && !arriving.is_stale {
             return; // the rest of a checkpoint whose beginning was thrown away
         }
-        side.arriving = Some((image.clone(), index + 1));
-        if index + 1 < of {
+        arriving.add(index, of, &image);
+        if arriving.chunks < of {
+            side.arriving = Some(arriving);
             return;
         }
         side.arriving = None;
@@ -240,7 +261,7 @@ impl Shell<'_> {
             return self.secondary_core(SecondaryEvent::StageFailed { epoch, reason });
         }
         if let Some(side) = self.secondary() {
-            side.staged = Some(image);
+            side.staged = Some(arriving);
         }
         self.secondary_core(SecondaryEvent::Staged { epoch });
         self.pass("staged");
@@ -270,7 +291,7 @@ impl Shell<'_> {
         let Role::Secondary(side) = &mut p.role else {
             return;
         };
-        let Some(image) = side.staged.take() else {
+        let Some(Arriving { image, pages, .. }) = side.staged.take() else {
             return self.fail(
                 "all or nothing",
                 format!("epoch {epoch} is applied without a stage"),
@@ -285,7 +306,7 @@ impl Shell<'_> {
             .path
             .commit(now, &mut p.frames, image.epoch, pending, &image.record);
         let guest = p.guest.get_or_insert_with(|| side.live.clone());
-        guest.write_pages(&image.pages);
+        guest.write_pages(&pages);
         (guest.state, guest.dirty) = (image.state.clone(), 0);
         self.apply_named();
         let p = &mut *self.p;
@@ -308,6 +329,7 @@ impl Shell<'_> {
         if let Err(e) = result {
             return self.fail("protocol", format!("commit on the secondary: {e}"));
         }
+        self.streams_proved();
         self.read_behind();
         self.secondary_core(SecondaryEvent::Applied { epoch });
         self.pass("applied");
@@ -317,7 +339,8 @@ impl Shell<'_> {
         let digest = self.p.guest.as_ref().map(Guest::digest);
         let Some(side) = self.secondary() else { return };
         side.path.resume_unchanged();
-        (side.stopped, side.staged, side.arriving) = (false, None, None);
+        (side.stopped, side.staged) = (false, None);
+        side.forget_arriving();
         let unchanged = side
             .digest_at_stop
             .is_none_or(|before| digest == Some(before));
@@ -357,6 +380,8 @@ impl Shell<'_> {
         p.link = None;
         p.run_pct = 100;
         self.world.outcome.takeovers += 1;
+        self.world.outcome.takeovers_without_streams += u64::from(p.has_broken_streams());
+        p.streams = Streams::default();
         for step in side.proposed_at.into_iter().flatten().flatten() {
             self.world.outcome.takeovers_at[step.index()] += 1;
         }

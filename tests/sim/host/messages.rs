@@ -15,9 +15,10 @@ impl Shell<'_> {
                     self.control_msg(msg);
                 }
             }
-            LinkMsg::Chunk { index, of, image } => self.receive_chunk(index, of, image),
-            LinkMsg::Ahead(chunk) => self.receive_ahead(link, chunk),
-            LinkMsg::Live(pages) => self.receive_live(&pages),
+            LinkMsg::Pages { opened, msg } => self.page_msg(link, opened, msg),
+            LinkMsg::Dial { .. } | LinkMsg::Dialled { .. } => self.dial_msg(link, &msg),
+            LinkMsg::PagesStalled if self.p.link == Some(link) => self.pages_gone("stalled"),
+            LinkMsg::PagesStalled => {}
             LinkMsg::CheckpointWanted => self.tell_primary_core(PrimaryEvent::CheckpointWanted),
             packet => {
                 debug_assert_eq!(channel, Channel::Packets);
@@ -103,6 +104,7 @@ impl Shell<'_> {
             return;
         }
         self.p.link = Some(link);
+        self.p.streams = Streams::default();
         match &mut self.p.role {
             Role::Primary(_) => self.primary_core(PrimaryEvent::LinkUp),
             Role::Secondary(side) => {
@@ -130,6 +132,7 @@ impl Shell<'_> {
             return;
         };
         self.trace(|| "closes the link".into());
+        self.p.streams.close();
         let is_primary = match &mut self.p.role {
             Role::Primary(side) => {
                 (side.packets, side.mirrors, side.ahead) = (None, false, None);

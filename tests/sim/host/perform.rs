@@ -88,16 +88,16 @@ impl Shell<'_> {
                 let mut bytes = [0; PAGES / 8];
                 bytes[..svm_dirty.len()].copy_from_slice(&svm_dirty);
                 let svm_dirty = u64::from_le_bytes(bytes);
-                let command = Command::Capture {
+                let order = CaptureOrder {
                     epoch,
                     first,
                     svm_dirty,
                     buffer,
                 };
-                self.tell_worker(command, 300);
+                self.tell_worker(Command::Capture(order), 300);
             }
             Action::Throttle { run_pct } => self.p.run_pct = u64::from(run_pct),
-            Action::Tell(notice) => self.world.outcome.notice(&notice),
+            Action::Tell(notice) => self.tell(&notice),
             Action::Discard { .. } => {
                 if let Some(side) = self.secondary() {
                     side.staged = None;
@@ -128,6 +128,17 @@ impl Shell<'_> {
                 self.p.die();
                 self.world.ended(self.host, &outcome);
             }
+        }
+    }
+
+    fn tell(&mut self, notice: &Notice) {
+        self.world.outcome.notice(notice);
+        if let Notice::StepTimedOut {
+            step: Step::Send | Step::Commit,
+            ..
+        } = notice
+        {
+            self.shut_streams();
         }
     }
 

@@ -115,6 +115,7 @@ impl World {
                     self.host_event(self.now, host, inc, event);
                 }
             }
+            Fault::Streams(fault) => self.hit_streams(host, p, fault),
             Fault::ArbiterOutage(us) => self.arbiter_down_until_us = self.now + us,
             Fault::ShutDown => {
                 let event = HostEvent::PrimaryCore(PrimaryEvent::ShutDown);

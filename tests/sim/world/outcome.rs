@@ -37,6 +37,23 @@ pub struct Outcome {
     pub ahead_used: u64,
     /// Steps that took too long.
     pub timeouts: [u64; Step::COUNT],
+    /// Page streams that were found broken, by the step that the primary's checkpoint was in.
+    pub streams_broken_at: [u64; Step::COUNT],
+    /// Synchronisations that this ended.
+    pub syncs_torn: u64,
+    /// Streams that went on in their place, and links that ended because these broke again and again.
+    pub streams_reopened: u64,
+    pub streams_given_up: u64,
+    /// Links that ended because page streams stood still.
+    pub streams_stalled: u64,
+    /// Links that were given up though both hosts lived.
+    pub given_up: u64,
+    /// While streams were broken: requests that another checkpoint covered, captures that waited, those of them that were called
+    /// off, takeovers.
+    pub coalesced_without_streams: u64,
+    pub captures_waited: u64,
+    pub captures_called_off: u64,
+    pub takeovers_without_streams: u64,
     pub events: u64,
     pub vm_lost: bool,
     /// Runs in which the VM was lost, in a sum.
@@ -69,12 +86,34 @@ impl Outcome {
             (&mut self.ahead_sent, other.ahead_sent),
             (&mut self.ahead_wasted, other.ahead_wasted),
             (&mut self.ahead_used, other.ahead_used),
+            (&mut self.syncs_torn, other.syncs_torn),
+            (&mut self.streams_reopened, other.streams_reopened),
+            (&mut self.streams_given_up, other.streams_given_up),
+            (&mut self.streams_stalled, other.streams_stalled),
+            (&mut self.given_up, other.given_up),
+            (
+                &mut self.coalesced_without_streams,
+                other.coalesced_without_streams,
+            ),
+            (&mut self.captures_waited, other.captures_waited),
+            (&mut self.captures_called_off, other.captures_called_off),
+            (
+                &mut self.takeovers_without_streams,
+                other.takeovers_without_streams,
+            ),
             (&mut self.events, other.events),
             (&mut self.lost, other.lost + u64::from(other.vm_lost)),
         ];
         let steps = self.timeouts.iter_mut().zip(other.timeouts);
         let takeovers = self.takeovers_at.iter_mut().zip(other.takeovers_at);
-        for (sum, n) in pairs.into_iter().chain(steps).chain(takeovers) {
+        let broken = self.streams_broken_at.iter_mut();
+        let broken = broken.zip(other.streams_broken_at);
+        for (sum, n) in pairs
+            .into_iter()
+            .chain(steps)
+            .chain(takeovers)
+            .chain(broken)
+        {
             *sum += n;
         }
     }
@@ -87,6 +126,7 @@ impl Outcome {
             Notice::StormOver => self.returns += 1,
             Notice::Throttled { run_pct: 0 } => self.stopped += 1,
             Notice::Throttled { .. } => self.slowed += 1,
+            Notice::GivenUp { .. } => self.given_up += 1,
             Notice::CannotFollow { .. } => self.not_followed += 1,
             Notice::Lags { .. } => self.lags += 1,
             Notice::LagUnhelped { .. } => self.lags_unhelped += 1,

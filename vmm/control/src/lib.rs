@@ -12,6 +12,7 @@ extern crate alloc;
 
 mod arbiter;
 mod busy;
+mod farewell;
 mod lag;
 mod msg;
 mod notice;

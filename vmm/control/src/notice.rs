@@ -50,6 +50,11 @@ pub enum Notice {
         /// In words.
         reason: String,
     },
+    /// The link is given up though both hosts live: the page channel is of no use, or no checkpoint comes to an end.
+    GivenUp {
+        /// In words.
+        reason: String,
+    },
     /// A synchronisation was given up.
     CannotFollow {
         /// In words: what the guest does and what the link carries.
@@ -97,7 +102,7 @@ impl fmt::Display for Notice {
                  for a while; give the secondary's host more processor time"
             ),
             Self::Refused { reason } => write!(f, "the secondary refused: {reason}"),
-            Self::CannotFollow { reason } => f.write_str(reason),
+            Self::GivenUp { reason } | Self::CannotFollow { reason } => f.write_str(reason),
         }
     }
 }
@@ -120,6 +125,8 @@ pub struct Counters {
     /// Requests for a checkpoint that another one covers: it is in flight and captures nothing yet, or it is asked for already
     /// (rule 14).
     pub coalesced: u64,
+    /// Links given up though both hosts lived: the page channel was of no use any more, or no checkpoint came to an end.
+    pub given_up: u64,
     /// Synchronisations given up because the guest dirties faster than the link carries.
     pub not_followed: u64,
     /// How often the PVM was slowed down one level because the SVM lags (rule 16),

@@ -13,6 +13,7 @@ use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::{String, ToString};
 
+use crate::farewell::NO_EPOCH;
 use crate::pace::Pacer;
 use crate::storm::Switch;
 use crate::{
@@ -34,6 +35,11 @@ pub enum PrimaryEvent {
     /// A channel closed or failed.
     LinkDown {
         /// For the log.
+        reason: String,
+    },
+    /// The page channel is of no use any more, and no other one is wanted; all else is.
+    PagesGone {
+        /// In words.
         reason: String,
     },
     /// A control message came.
@@ -263,6 +269,7 @@ impl Primary {
         match event {
             PrimaryEvent::LinkUp => self.link_up(now_us),
             PrimaryEvent::LinkDown { .. } => self.peer_lost(),
+            PrimaryEvent::PagesGone { reason } => self.give_link_up(reason),
             PrimaryEvent::Msg(msg) => self.message(now_us, msg),
             PrimaryEvent::CheckpointWanted => self.checkpoint_wanted(now_us),
             PrimaryEvent::SyncRound {
@@ -466,6 +473,11 @@ impl Primary {
             }
             Msg::SvmStopped { epoch, dirty, .. } => self.svm_stopped(now_us, epoch, dirty),
             Msg::Committed { epoch, .. } => self.verdict(now_us, epoch, Ok(())),
+            Msg::Aborted {
+                epoch: NO_EPOCH,
+                reason,
+                ..
+            } => self.give_link_up(reason),
             Msg::Aborted { epoch, reason, .. } => self.verdict(now_us, epoch, Err(reason)),
             Msg::OffAck { .. } if self.state == PrimaryState::ShuttingDown => {
                 self.end(Outcome::Off);

@@ -3,13 +3,14 @@
 //! Invariants: a stage that is whole and accepted is applied, come what may (rule 13); before that point a takeover
 //! continues the old SVM (rule 14); nothing is taken over without the arbiter's word (rule 18).
 
+mod takeover;
+
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use crate::{
-    Action, Cas, Counters, Expect, Geometry, HOLDER, Msg, Notice, Outcome, Reply, Standing,
-};
+use crate::farewell::NO_EPOCH;
+use crate::{Action, Counters, Geometry, HOLDER, Msg, Notice, Outcome, Reply};
 use crate::{Step, Timing, VERSION_ABORT_ANSWERED, VERSION_MAX, VERSION_MIN};
 
 /// What happened on the secondary.
@@ -52,6 +53,11 @@ pub enum SecondaryEvent {
     },
     /// The streams of pages broke, and others are being opened: nothing comes of a checkpoint that is under way.
     PagesLost {
+        /// In words.
+        reason: String,
+    },
+    /// The page channel is of no use any more, and no other one is wanted; all else is.
+    PagesGone {
         /// In words.
         reason: String,
     },
@@ -133,6 +139,8 @@ pub struct Secondary {
     heartbeat_due_us: u64,
     question_open: bool,
     retry_us: Option<u64>,
+    /// The link is given up though the primary lives: until then it may end it and ask the arbiter.
+    farewell_us: Option<u64>,
     won: Option<u64>,
     actions: VecDeque<Action>,
 }
@@ -160,6 +168,7 @@ impl Secondary {
             heartbeat_due_us: u64::MAX,
             question_open: false,
             retry_us: None,
+            farewell_us: None,
             won: None,
             actions: VecDeque::new(),
         }
@@ -214,13 +223,14 @@ impl Secondary {
         }
         match event {
             SecondaryEvent::LinkUp => self.link_up(now_us),
-            SecondaryEvent::LinkDown { .. } => self.peer_lost(),
+            SecondaryEvent::LinkDown { .. } => self.peer_lost(now_us),
             SecondaryEvent::Msg(msg) => self.message(now_us, msg),
             SecondaryEvent::SvmStopped { epoch, dirty } => self.svm_stopped(now_us, epoch, dirty),
             SecondaryEvent::Staged { epoch } => self.staged(now_us, epoch),
             SecondaryEvent::StageFailed { epoch, reason } => self.stage_failed(epoch, &reason),
             SecondaryEvent::Unfit { epoch, reason } => self.unfit(epoch, reason),
-            SecondaryEvent::PagesLost { reason } => self.pages_lost(&reason),
+            SecondaryEvent::PagesLost { reason } => self.pages_lost(now_us, &reason),
+            SecondaryEvent::PagesGone { reason } => self.pages_gone(now_us, &reason),
             SecondaryEvent::Applied { epoch } => self.applied(now_us, epoch),
             SecondaryEvent::ApplyFailed { reason } => self.end(Outcome::Failed { reason }),
             SecondaryEvent::Arbiter(reply) => self.arbiter(now_us, reply),
@@ -238,7 +248,11 @@ impl Secondary {
             .connected
             .then_some(self.silence_at_us().min(self.heartbeat_due_us));
         let step = self.step_deadline().map(|(at_us, _, _)| at_us);
-        [self.retry_us, link, step].into_iter().flatten().min()
+        let farewell = self.farewell_us.filter(|_| self.connected);
+        [self.retry_us, link, step, farewell]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// When a primary that says nothing counts as lost. What has no state to take over with can wait.
@@ -270,10 +284,9 @@ impl Secondary {
             return;
         }
         if self.silence_at_us() <= now_us {
-            self.act(Action::CloseLink {
-                reason: "no heartbeat from the primary".to_string(),
-            });
-            self.peer_lost();
+            self.close_link(now_us, "no heartbeat from the primary");
+        } else if self.farewell_us.is_some_and(|at| at <= now_us) {
+            self.close_link(now_us, "given up, but the primary does not end it");
         } else if self.heartbeat_due_us <= now_us {
             self.heartbeat_due_us = now_us + self.timing.heartbeat_us;
             let generation = self.generation;
@@ -282,6 +295,13 @@ impl Secondary {
                 sent_us: now_us,
             });
         }
+    }
+
+    fn close_link(&mut self, now_us: u64, reason: &str) {
+        self.act(Action::CloseLink {
+            reason: reason.to_string(),
+        });
+        self.peer_lost(now_us);
     }
 
     fn act(&mut self, action: Action) {
@@ -339,6 +359,9 @@ impl Secondary {
             }
             Msg::Paired { generation } => self.generation = generation,
             Msg::StopSvm { epoch, halt, .. } => self.stop_svm(now_us, Order { epoch, halt }),
+            Msg::Aborted {
+                epoch: NO_EPOCH, ..
+            } => self.farewell_us = Some(now_us + self.timing.detection_us()),
             Msg::Aborted { epoch, .. } => self.aborted(epoch),
             Msg::Off { generation } => {
                 self.send(Msg::OffAck { generation });
@@ -353,6 +376,9 @@ impl Secondary {
     }
 
     fn stop_svm(&mut self, now_us: u64, order: Order) {
+        if self.farewell_us.is_some() {
+            return; // nothing would come of it
+        }
         if let Phase::Applying(_) = self.phase {
             // The primary is ahead: our apply ends first, then the request is served.
             self.next = Some(order);
@@ -442,6 +468,7 @@ impl Secondary {
 
     fn stage_failed(&mut self, epoch: u64, reason: &str) {
         if self.state == SecondaryState::Syncing {
+            self.tell_aborted(epoch, reason, VERSION_MIN);
             self.end(Outcome::NotSynced);
         } else if matches!(self.phase, Phase::Staging(order) if order.epoch == epoch) {
             self.tell_aborted(epoch, reason, VERSION_MIN);
@@ -450,9 +477,9 @@ impl Secondary {
     }
 
     /// Before the commit point there is nothing left to commit; what is past it goes forward (rule 13).
-    fn pages_lost(&mut self, reason: &str) {
+    fn pages_lost(&mut self, now_us: u64, reason: &str) {
         if self.state == SecondaryState::Syncing && !matches!(self.phase, Phase::Applying(_)) {
-            self.end(Outcome::NotSynced);
+            self.pages_gone(now_us, reason);
         } else if let Phase::Stopping(order) | Phase::Staging(order) = self.phase {
             self.tell_aborted(order.epoch, reason, VERSION_MIN);
             self.leave_checkpoint(order.epoch);
@@ -520,87 +547,6 @@ impl Secondary {
         // Our shell never came to an end, or the primary neither sends nor gives up: the SVM goes on.
         self.tell_aborted(epoch, &reason, VERSION_MIN);
         self.leave_checkpoint(epoch);
-    }
-
-    fn peer_lost(&mut self) {
-        self.connected = false;
-        match self.state {
-            SecondaryState::Joining => self.end(Outcome::NotSynced),
-            // Past the commit point the state is whole; whether it counts the arbiter knows.
-            SecondaryState::Syncing if !matches!(self.phase, Phase::Applying(_)) => {
-                self.end(Outcome::NotSynced);
-            }
-            SecondaryState::Syncing | SecondaryState::Standby => {
-                self.state = SecondaryState::TakingOver;
-                self.propose();
-            }
-            _ => {}
-        }
-    }
-
-    fn propose(&mut self) {
-        if self.state != SecondaryState::TakingOver || self.question_open {
-            return;
-        }
-        self.question_open = true;
-        self.act(Action::Arbiter(Cas::Swap {
-            expect: Expect::PairedWith {
-                session: self.session,
-            },
-            holder: self.host.clone(),
-            standing: Standing::Alone,
-        }));
-    }
-
-    fn arbiter(&mut self, now_us: u64, reply: Reply) {
-        self.question_open = false;
-        match reply {
-            Reply::Unavailable(_) => self.retry_us = Some(now_us + self.timing.arbiter_retry_us),
-            Reply::Lost(record)
-                if !(record.holder == self.host && record.generation > self.generation) =>
-            {
-                let outcome = match record.standing {
-                    Standing::Off => Outcome::Off,
-                    _ => Outcome::Deposed { record },
-                };
-                self.end(outcome);
-            }
-            // A lost answer's deed: nobody else writes our name.
-            Reply::Won(record) | Reply::Lost(record) => {
-                self.won = Some(record.generation);
-                self.finish_takeover();
-            }
-        }
-    }
-
-    /// Whether the arbiter has said that this host has the VM now: it is not left before somebody who can note its end
-    /// runs it (rule 20).
-    pub const fn has_won(&self) -> bool {
-        self.won.is_some()
-    }
-
-    fn finish_takeover(&mut self) {
-        let Some(generation) = self.won else { return };
-        match self.phase {
-            Phase::Applying(_) => return, // goes only forward: `Applied` comes back here
-            Phase::Stopping(Order { epoch, .. }) | Phase::Staging(Order { epoch, .. }) => {
-                self.act(Action::Abort { epoch });
-            }
-            Phase::Resting => {
-                if let Some(epoch) = self.halted {
-                    self.act(Action::Abort { epoch });
-                }
-            }
-        }
-        self.phase = Phase::Resting;
-        self.generation = generation;
-        self.state = SecondaryState::TookOver;
-        self.act(Action::TakeOver { generation });
-    }
-
-    fn end(&mut self, outcome: Outcome) {
-        self.state = SecondaryState::Ended;
-        self.act(Action::Stop(outcome));
     }
 }
 

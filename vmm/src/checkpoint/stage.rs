@@ -4,10 +4,13 @@
 //! touches the machine before the whole of it was received and accepted (rule 13); an apply that has begun is
 //! finished or fatal.
 //!
-//! Does not decide: the control thread orders the apply (`orders`). What a checkpoint must have is in `accept`.
+//! Does not decide: the control thread orders the apply (`orders`). What a checkpoint must have is in `accept`, what follows
+//! from the commit point on in `apply`.
 
 mod accept;
+mod apply;
 mod cost;
+mod error;
 mod orders;
 mod reopen;
 
@@ -18,36 +21,29 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use colo_fastpath::mailbox::Post;
-use colo_fastpath::pair::{OnWorkers, SecondaryRole};
-use colo_fastpath::ring::MemoryError;
-use colo_fastpath::worker::Edge;
 
 use super::ahead;
-use super::ahead::area::{Area, AreaError};
-use super::audit::{AuditError, Image, StateRecords, Summary};
+use super::ahead::area::Area;
 use super::channel::{ChannelError, Event, Kind, PageChannel, Settings, Waker};
 use super::codec::digest::KEY_BYTES;
 use super::codec::{DigestListEncoder, PageKey};
 use super::pages::{PAGE_BYTES, PageBitmap};
-use super::staging::{LiveMemory, Staging, StagingError};
+use super::staging::{LiveMemory, Staging};
 use super::stop::StopNumber;
-use crate::machine::record::RecordError;
-use crate::machine::{ClockJump, Machine, MachineError};
+use crate::machine::Machine;
 use crate::testpoint::{Point, reached};
 
 use accept::Accepted;
-use cost::Laps;
 use orders::{Word, await_word};
 
 pub use cost::{ApplyCost, ApplyParts};
+pub use error::StageError;
 pub use orders::{StageCommand, StageOrders};
 
 /// How long one wait lasts; a wake-up ends it.
 const LOOK: Duration = Duration::from_secs(1);
 /// The first list of digests, which is there before the primary is through with its pause; the following ones grow.
 const DIGESTS_AT_FIRST: u64 = 256;
-/// Differences that an audit names.
-const DIFFERENCES_MAX: usize = 8;
 
 /// How checkpoints are received.
 #[derive(Debug, Clone, Copy)]
@@ -107,74 +103,6 @@ pub enum StageEvent {
     },
 }
 
-/// Why a stage is refused or an apply failed.
-#[derive(Debug, thiserror::Error)]
-pub enum StageError {
-    /// The checkpoint lacks something or has too much of it.
-    #[error("checkpoint has {found} {what} records, {expected} needed")]
-    Count {
-        /// Which kind.
-        what: &'static str,
-        /// How many came.
-        found: usize,
-        /// How many this machine needs.
-        expected: usize,
-    },
-    /// A record of a kind that this build does not know.
-    #[error("checkpoint has a state record of unknown kind {0}; update the secondary")]
-    UnknownKind(u16),
-    /// A record that its owner refuses.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// The worker is gone or in another role.
-    #[error("the packet worker is not in the secondary's role")]
-    Role,
-    /// The packet core refuses the translations.
-    #[error("translations: {0}")]
-    Translations(String),
-    /// A chunk makes no sense, or there is no memory for it.
-    #[error(transparent)]
-    Staging(#[from] StagingError),
-    /// A checkpoint names pages that had not come ahead, or its list of them is none.
-    #[error(transparent)]
-    Area(#[from] AreaError),
-    /// The primary has not told the key of page digests.
-    #[error("a checkpoint without the key of its page digests")]
-    NoKey,
-    /// The audit found something.
-    #[error("audit: the applied image is not the captured one: {0}")]
-    Different(String),
-    /// The audit could not be made.
-    #[error("audit: {0}")]
-    Audit(#[from] AuditError),
-    /// Live pages for a machine that has run.
-    #[error("live pages came after the first checkpoint")]
-    LateSync,
-    /// Guest memory can't be written.
-    #[error("guest memory: {0}")]
-    Memory(#[from] MemoryError),
-}
-
-impl StageError {
-    /// Whether the next checkpoint would be refused for the same reason (rule 22).
-    fn is_unfit(&self) -> bool {
-        match self {
-            Self::Count { .. } | Self::UnknownKind(_) | Self::Translations(_) => true,
-            // What was not committed is in the next one, too.
-            Self::Staging(e) => {
-                matches!(e, StagingError::TooLarge { .. } | StagingError::NoMemory(_))
-            }
-            Self::Machine(e) => match e {
-                MachineError::Record(e) => !matches!(e, RecordError::Damaged(_)),
-                MachineError::Kvm(e) => !e.is_passing(),
-                MachineError::Shape { .. } => true,
-                _ => false,
-            },
-            _ => false,
-        }
-    }
-}
-
 /// A checkpoint that comes in.
 #[derive(Debug)]
 struct Open {
@@ -194,6 +122,8 @@ struct StageThread {
     commands: Receiver<StageCommand>,
     /// Came while a checkpoint waited for the word of the control thread.
     ordered: Option<StageCommand>,
+    /// The order for digests that was carried out last, while the primary may wait for them.
+    listed: Option<StageCommand>,
     key: Option<PageKey>,
     /// It was made of these.
     key_bytes: Option<[u8; KEY_BYTES]>,
@@ -255,6 +185,7 @@ pub fn spawn(
             channel,
             commands,
             ordered: None,
+            listed: None,
             key: None,
             key_bytes: None,
             open: None,
@@ -298,6 +229,8 @@ impl StageThread {
                 Err(Over::Quietly) => return,
                 Err(Over::Link(reason) | Over::Streams(reason)) => {
                     self.post.send(StageEvent::LinkDown { reason });
+                    // The primary hears why before it sees these streams end.
+                    while self.commands.recv().is_ok() {}
                     return;
                 }
             }
@@ -311,10 +244,12 @@ impl StageThread {
                 generation,
                 stop,
                 dirty,
-            } = command
+            } = &command
             {
-                self.channel.set_generation(generation);
-                self.send_digests(epoch, stop, &dirty)?;
+                self.channel.set_generation(*generation);
+                let sent = self.send_digests(*epoch, *stop, dirty);
+                self.listed = Some(command);
+                sent?;
             }
         }
         match self.channel.poll(LOOK)? {
@@ -496,7 +431,10 @@ impl StageThread {
     fn decided(&mut self, accepted: Accepted, stage_us: u64) -> Result<(), Over> {
         let epoch = accepted.epoch;
         let halt = match await_word(&self.commands) {
-            Word::Apply { halt } => halt,
+            Word::Apply { halt } => {
+                self.listed = None;
+                halt
+            }
             Word::Discard { then } => {
                 self.ordered = then;
                 return Ok(());
@@ -520,141 +458,5 @@ impl StageThread {
                 Err(Over::Quietly)
             }
         }
-    }
-
-    /// All of guest memory, in digests, before the worker may write to it.
-    fn memory_image(&self) -> Result<Image, StageError> {
-        let key = self.key.as_ref().ok_or(StageError::NoKey)?;
-        Ok(Image::of_memory(0, key, self.machine.ram())?)
-    }
-
-    /// Whether the machine is what the primary captured (rule 16).
-    fn audit(&self, captured: &Summary, memory: Image) -> Result<(), StageError> {
-        let key = self.key.as_ref().ok_or(StageError::NoKey)?;
-        let machine = &self.machine;
-        let (mut vcpus, mut platform) = (Vec::new(), Vec::new());
-        machine.save_vcpu_records(&mut vcpus)?;
-        machine.save_platform(&mut platform)?;
-        let devices = machine.save_devices()?;
-        machine.resume_workers()?;
-        let records = StateRecords {
-            vcpus: &vcpus,
-            platform: &platform,
-            devices: &devices,
-        };
-        let image = memory.with_states(key, records)?;
-        let differences = image.compare(key, captured, DIFFERENCES_MAX);
-        if differences.is_empty() {
-            return Ok(());
-        }
-        let named: Vec<_> = differences.iter().map(ToString::to_string).collect();
-        Err(StageError::Different(named.join("; ")))
-    }
-
-    fn apply(&mut self, accepted: Accepted, halt: bool) -> Result<ApplyCost, StageError> {
-        reached(Point::CommitSent);
-        let mut laps = Laps::start();
-        let machine = &self.machine;
-        if !self.live {
-            machine.set_dirty_logging(true)?;
-            self.live = true;
-        }
-        // The worker looks at the rings even while its role stands still; half-written ones make no sense.
-        machine.release_queues()?;
-        self.staging.write_pages(machine.ram())?;
-        self.area.write_named(machine.ram())?;
-        reached(Point::PagesWritten);
-        // What the apply wrote is what the primary has, so the SVM's dirty set starts empty here; whatever is written from
-        // now on is not, and belongs to it.
-        let mut forget = PageBitmap::new(machine.ram().page_count());
-        machine.take_dirty(&mut forget)?;
-        let write_us = laps.next_us();
-        let memory = accepted.audit.as_ref().map(|_| self.memory_image());
-        let memory = memory.transpose()?;
-        let digest_us = laps.next_us();
-        let jump = ClockJump::SinceCapture {
-            begun: accepted.begun,
-        };
-        machine.restore_vcpus(&accepted.vcpus, jump)?;
-        machine.restore_platform(&accepted.platform, jump)?;
-        machine.restore_devices(&accepted.devices)?;
-        let mut load_us = laps.next_us();
-        let mut audit_us = 0;
-        if let (Some(captured), Some(memory)) = (&accepted.audit, memory) {
-            self.audit(captured, memory)?;
-            audit_us = digest_us + laps.next_us();
-        }
-        let epoch = accepted.epoch;
-        on_each(machine, accepted.shards, move |role, edge, shard| {
-            role.commit(edge, epoch, &shard.pending, &shard.translations)
-        })?;
-        load_us += laps.next_us();
-        reached(Point::Applied);
-        let all = vec![(); machine.workers().len()];
-        on_each(machine, all, move |role, _, ()| {
-            match halt {
-                true => role.halt(),
-                false => role.start(),
-            }
-            Ok(())
-        })?;
-        if !halt {
-            machine.resume_vcpus()?;
-        }
-        let resume_us = laps.next_us();
-        let parts = ApplyParts {
-            stage_us: 0,
-            apply_us: laps.all_us(),
-            write_us,
-            load_us,
-            audit_us,
-            resume_us,
-            pages: (self.staging.page_count() + self.area.named().len()) as u64,
-        };
-        Ok(ApplyCost {
-            parts,
-            area: self.area.counters(),
-            channel: self.channel.counters(),
-            staged: self.staging.counters(),
-        })
-    }
-}
-
-/// Runs `task` on the roles of all shards; the first refusal counts.
-fn on_each<I: Send + 'static>(
-    machine: &Machine,
-    items: Vec<I>,
-    task: impl Fn(&mut SecondaryRole, &mut Edge, I) -> Result<(), String> + Clone + Send + 'static,
-) -> Result<(), StageError> {
-    let results = SecondaryRole::on_each(machine.workers(), items, task).ok_or(StageError::Role)?;
-    let all: Result<(), String> = results.into_iter().collect();
-    all.map_err(StageError::Translations)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rule_22_what_this_host_cannot_have_is_told_from_what_was_damaged() {
-        let unfit = |e: MachineError| StageError::from(e).is_unfit();
-        assert!(unfit(MachineError::Shape {
-            found: 2,
-            expected: 1
-        }));
-        let (theirs, ours) = ("2 kHz".to_owned(), "1 kHz".to_owned());
-        let differs = RecordError::Unfit {
-            what: "vCPU",
-            field: "TSC frequency".to_owned(),
-            theirs,
-            ours,
-        };
-        assert!(unfit(differs.into()));
-        assert!(!unfit(RecordError::Damaged("vCPU").into()));
-        let too_large = StageError::from(StagingError::TooLarge { limit_mib: 1 });
-        assert!(too_large.is_unfit() && too_large.to_string().contains("stage_mib = 1"));
-        let twice = StagingError::Twice { number: 7 };
-        assert!(!StageError::from(twice).is_unfit());
-        assert!(StageError::UnknownKind(99).is_unfit());
     }
 }

@@ -288,7 +288,8 @@ impl PrimaryShell {
                     .as_ref()
                     .is_some_and(|link| link.session == session)
                 {
-                    self.link_down(&reason);
+                    tracing::warn!("the link is given up: {reason}");
+                    self.core.handle(now, PrimaryEvent::PagesGone { reason });
                 }
             }
         }

@@ -196,7 +196,7 @@ impl SecondaryShell {
             while let Some(opened) = self.pages_again.try_next() {
                 match opened {
                     Ok(streams) => self.pages_opened(streams),
-                    Err(e) => self.link_down(e.to_string()),
+                    Err(e) => self.pages_gone(e.to_string()),
                 }
             }
         }
@@ -280,7 +280,7 @@ impl SecondaryShell {
                     stage.rewire(waker);
                 }
             }
-            StageEvent::LinkDown { reason } => self.link_down(reason),
+            StageEvent::LinkDown { reason } => self.pages_gone(reason),
         }
     }
 
@@ -291,7 +291,7 @@ impl SecondaryShell {
         }
         self.shut_pages();
         if !self.pages_again.ask() {
-            return self.link_down(reason);
+            return self.pages_gone(reason);
         }
         tracing::warn!("the page streams are opened anew: {reason}");
         self.core
@@ -307,8 +307,17 @@ impl SecondaryShell {
                 self.pages_end = ends;
                 self.order(StageCommand::Reopen(streams));
             }
-            Err(e) => self.link_down(e.to_string()),
+            Err(e) => self.pages_gone(e.to_string()),
         }
+    }
+
+    /// No page comes over this link any more, but the primary can be told.
+    fn pages_gone(&mut self, reason: String) {
+        if self.control.is_some() {
+            tracing::warn!("the link is given up: {reason}");
+        }
+        self.core
+            .handle(now_us(), SecondaryEvent::PagesGone { reason });
     }
 
     fn pair_event(&mut self, event: PairEvent) {

@@ -61,8 +61,8 @@ impl Primary {
         let reason = notice.to_string();
         self.act(Action::Tell(notice));
         match step {
-            Step::Abort | Step::Sync => self.drop_link(&reason),
-            _ if !self.answers_aborts() => self.drop_link(&reason),
+            Step::Abort | Step::Sync => self.give_link_up(reason),
+            _ if !self.answers_aborts() => self.give_link_up(reason),
             _ => {
                 if matches!(step, Step::Send | Step::Commit) {
                     self.pacer.slow_down();
@@ -348,8 +348,7 @@ impl Primary {
         self.counters.aborts += 1;
         self.act(Action::Abort { epoch });
         if self.state == PrimaryState::FirstCheckpoint || self.aborts >= ABORTS_MAX {
-            self.drop_link(reason);
-            return;
+            return self.give_link_up(reason.to_string());
         }
         self.begin_checkpoint(now_us);
     }

@@ -1,9 +1,10 @@
 //! Who speaks: questions to the arbiter, loss of the secondary, the end of the VM.
 
-use alloc::string::ToString;
+use alloc::string::{String, ToString};
 
 use super::{Primary, PrimaryState};
-use crate::{Action, Cas, Expect, Msg, Outcome, Reply, Standing};
+use crate::farewell::farewell;
+use crate::{Action, Cas, Expect, Msg, Notice, Outcome, Reply, Standing};
 
 impl Primary {
     // ---- the secondary is gone ----
@@ -13,6 +14,17 @@ impl Primary {
             reason: reason.to_string(),
         });
         self.peer_lost();
+    }
+
+    /// The link is of no use though both hosts live, or the secondary says so.
+    pub(super) fn give_link_up(&mut self, reason: String) {
+        if self.peer.is_none() {
+            return;
+        }
+        self.counters.given_up += 1;
+        self.send(farewell(self.record.generation, &reason));
+        self.drop_link(&reason);
+        self.act(Action::Tell(Notice::GivenUp { reason }));
     }
 
     pub(super) fn peer_lost(&mut self) {

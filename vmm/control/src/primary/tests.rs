@@ -5,6 +5,7 @@ use crate::{StepLimits, VERSION_BULK};
 use alloc::vec;
 use alloc::vec::Vec;
 
+mod farewell;
 mod steps;
 mod ways;
 

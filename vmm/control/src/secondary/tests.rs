@@ -1,9 +1,11 @@
 //! The secondary's rules, each in a test that carries its number.
 
 use super::*;
-use crate::{Record, StepLimits};
+use crate::farewell::farewell;
+use crate::{Cas, Record, Standing, StepLimits};
 use alloc::vec;
 
+mod farewell;
 mod steps;
 
 const T: Timing = Timing {
@@ -291,7 +293,9 @@ fn rule_13_page_streams_that_break_behind_the_commit_point_abort_nothing() {
 #[test]
 fn page_streams_of_a_synchronisation_are_not_opened_anew() {
     let ended = pages_lost(&mut Bench::syncing());
-    assert!(matches!(ended[..], [Action::Stop(Outcome::NotSynced)]));
+    let told = farewell(3, "damaged");
+    let expected = [Action::Send(told), Action::Stop(Outcome::NotSynced)];
+    assert_eq!(ended, expected);
 }
 
 #[test]

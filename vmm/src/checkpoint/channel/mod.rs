@@ -407,11 +407,11 @@ impl PageChannel {
                 return Ok(Event::Closed);
             }
             let left = timeout.saturating_sub(begun.elapsed());
+            // Something may be there already; only what is not is waited for. Who looks in for a moment at a time judges, too.
+            let patience = self.patience(looked)?;
             if left.is_zero() && looked {
                 return Ok(Event::Idle);
             }
-            // Something may be there already; only what is not is waited for.
-            let patience = self.patience(looked)?;
             looked = true;
             self.turn(left.min(patience))?;
         };

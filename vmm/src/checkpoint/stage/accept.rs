@@ -7,7 +7,8 @@
 
 use std::time::Instant;
 
-use super::{StageError, StageThread, on_each};
+use super::apply::on_each;
+use super::{StageError, StageThread};
 use crate::checkpoint::audit::Summary;
 use crate::checkpoint::pending;
 use crate::checkpoint::staging::StagingError;

@@ -1,7 +1,8 @@
 //! Streams of pages that broke on the secondary: what was under way is forgotten, and the thread goes on over others.
 //!
-//! Invariants: nothing of what came over the old streams is left, neither of a checkpoint nor ahead of one; an order for
-//! digests that comes meanwhile is carried out afterwards, the last one only: the others are of stops that are over.
+//! Invariants: nothing of what came over the old streams is left, neither of a checkpoint nor ahead of one; the last order for
+//! digests is carried out afterwards, whether it comes meanwhile or was carried out over the old streams, where nobody may have
+//! read them: the primary waits for the end of the list even if the checkpoint is off. The others are of stops that are over.
 
 use std::net::TcpStream;
 
@@ -11,6 +12,7 @@ impl StageThread {
     /// Tells that the streams are of no use, and waits for others.
     pub(super) fn go_on(&mut self, reason: String) -> Result<(), Over> {
         self.open = None;
+        self.ordered = self.ordered.take().or(self.listed.take());
         self.staging.clear();
         self.area.clear();
         self.post.send(StageEvent::StreamsBroken { reason });

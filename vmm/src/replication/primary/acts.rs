@@ -4,7 +4,7 @@
 
 use std::io;
 
-use colo_control::{Action, Msg, Notice, PrimaryEvent, PrimaryState, VERSION_BULK};
+use colo_control::{Action, Msg, Notice, PrimaryEvent, PrimaryState, Step, VERSION_BULK};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::PacketLink;
 use colo_fastpath::pair::{OnWorkers, PrimaryRole};
@@ -105,7 +105,19 @@ impl PrimaryShell {
             }
             _ => tracing::warn!("{notice}"),
         }
-        if let Notice::CannotFollow { reason } | Notice::Refused { reason } = notice {
+        if let Notice::StepTimedOut {
+            step: Step::Send | Step::Commit,
+            ..
+        } = notice
+            && let Some(link) = &self.link
+        {
+            // What was sent may be stuck in the streams, and the next checkpoint would be stuck behind it.
+            link.shut_pages();
+        }
+        if let Notice::CannotFollow { reason }
+        | Notice::Refused { reason }
+        | Notice::GivenUp { reason } = notice
+        {
             // What a client of the status wants to know until a secondary has joined.
             let since = self.unprotected.take().map(|(_, since)| since);
             self.unprotected = Some((reason, since.unwrap_or_else(unix_seconds)));

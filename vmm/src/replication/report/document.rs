@@ -58,6 +58,9 @@ pub struct Standing {
     pub lag_slowed: u64,
     /// and how often it got all of its time back because that did not help.
     pub lag_unhelped: u64,
+    /// Links given up though both hosts lived: the page channel stood still, broke again and again or in a synchronisation, or
+    /// no checkpoint came to an end. `unprotected_reason` says which, until another secondary has the state.
+    pub links_given_up: u64,
     /// Synchronisations given up because the guest dirties memory faster than the link carries it.
     pub not_followed: u64,
     /// Storms of divergences so far.
@@ -85,6 +88,7 @@ impl Standing {
     /// With what the core has counted.
     pub fn counted(self, counters: &Counters) -> Self {
         Self {
+            links_given_up: counters.given_up,
             not_followed: counters.not_followed,
             lag_slowed: counters.lag_slowed,
             lag_unhelped: counters.lag_unhelped,

@@ -118,6 +118,33 @@ fn a_peer_that_stands_still_is_named_with_its_step() {
 }
 
 #[test]
+fn a_peer_that_stands_still_is_noticed_by_who_only_looks_in_for_a_moment_at_a_time() {
+    let short = Settings {
+        timeout: SHORT,
+        ..settings()
+    };
+    let (near, far) = sockets(1);
+    let mut channel = PageChannel::new(near, short).unwrap();
+    (&far[0])
+        .write_all(&chunk(header(Kind::Begin, 1, 0), &[]))
+        .unwrap();
+    let begun = Instant::now();
+    let error = loop {
+        assert!(begun.elapsed() < Duration::from_secs(20), "never noticed");
+        match channel.poll(Duration::ZERO) {
+            Ok(Event::Idle) => std::thread::yield_now(),
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    let step = Step::ReceiveCheckpoint;
+    assert!(
+        matches!(error, ChannelError::TimedOut { stream: 0, step: s, .. } if s == step),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_stream_that_lags_behind_the_others_is_named() {
     let short = Settings {
         timeout: SHORT,
