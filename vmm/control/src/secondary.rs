@@ -133,6 +133,8 @@ pub struct Secondary {
     heartbeat_due_us: u64,
     question_open: bool,
     retry_us: Option<u64>,
+    /// What came last does not fit this host, and nothing did since: a primary that lives is to keep the VM.
+    yields: bool,
     won: Option<u64>,
     actions: VecDeque<Action>,
 }
@@ -160,6 +162,7 @@ impl Secondary {
             heartbeat_due_us: u64::MAX,
             question_open: false,
             retry_us: None,
+            yields: false,
             won: None,
             actions: VecDeque::new(),
         }
@@ -175,6 +178,11 @@ impl Secondary {
     /// Where it is.
     pub fn state(&self) -> SecondaryState {
         self.state
+    }
+
+    /// The protocol version of the link, as negotiated (rule 22).
+    pub fn version(&self) -> u16 {
+        self.version
     }
 
     /// The generation it was last told.
@@ -214,7 +222,7 @@ impl Secondary {
         }
         match event {
             SecondaryEvent::LinkUp => self.link_up(now_us),
-            SecondaryEvent::LinkDown { .. } => self.peer_lost(),
+            SecondaryEvent::LinkDown { .. } => self.link_down(now_us),
             SecondaryEvent::Msg(msg) => self.message(now_us, msg),
             SecondaryEvent::SvmStopped { epoch, dirty } => self.svm_stopped(now_us, epoch, dirty),
             SecondaryEvent::Staged { epoch } => self.staged(now_us, epoch),
@@ -459,8 +467,11 @@ impl Secondary {
         }
     }
 
+    /// Who holds a state keeps it: should the primary die now, that one is as good as it ever was (rule 14). A primary that
+    /// lives will part with a secondary that none of its states fit, and then both ask the arbiter; see [`Self::link_down`].
     fn unfit(&mut self, epoch: u64, reason: String) {
         if self.state != SecondaryState::Syncing {
+            self.yields = true;
             return self.stage_failed(epoch, &reason);
         }
         self.send(Msg::Refuse {
@@ -477,6 +488,7 @@ impl Secondary {
             return;
         }
         self.phase = Phase::Resting;
+        self.yields = false;
         self.halted = order.halt.then_some(epoch);
         if self.state == SecondaryState::Syncing {
             self.state = SecondaryState::Standby;
@@ -522,6 +534,16 @@ impl Secondary {
         self.leave_checkpoint(epoch);
     }
 
+    /// Either host may win, and whichever does, clients see one VM: what they have had is in both. But where the primary has
+    /// closed the link because its states do not fit here, its own is the newer one, and needs no takeover: it has the time of
+    /// a detection to ask first (rule 18). One that is dead has not asked by then.
+    fn link_down(&mut self, now_us: u64) {
+        if self.yields && self.state == SecondaryState::Standby {
+            self.retry_us = Some(now_us + self.timing.detection_us());
+        }
+        self.peer_lost();
+    }
+
     fn peer_lost(&mut self) {
         self.connected = false;
         match self.state {
@@ -539,7 +561,8 @@ impl Secondary {
     }
 
     fn propose(&mut self) {
-        if self.state != SecondaryState::TakingOver || self.question_open {
+        if self.state != SecondaryState::TakingOver || self.question_open || self.retry_us.is_some()
+        {
             return;
         }
         self.question_open = true;

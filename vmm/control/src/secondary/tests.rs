@@ -524,3 +524,45 @@ fn rule_22_a_first_state_that_does_not_fit_is_refused_for_good_and_the_primary_t
         [Action::Send(told), Action::Abort { epoch: 8 }]
     );
 }
+
+#[test]
+fn rule_22_the_primary_says_which_version_the_secondary_speaks() {
+    for version in VERSION_MIN..=VERSION_MAX {
+        let mut b = Bench::new();
+        assert_eq!(b.core.version(), VERSION_MIN);
+        b.msg(Msg::Welcome {
+            version,
+            generation: 3,
+            halt: false,
+        });
+        assert_eq!(b.core.version(), version);
+    }
+}
+
+#[test]
+fn rule_18_a_primary_that_parts_with_a_secondary_that_its_states_do_not_fit_asks_first() {
+    let unfit = |b: &mut Bench| {
+        b.event(SecondaryEvent::Unfit {
+            epoch: 8,
+            reason: "no room".into(),
+        })
+    };
+    let mut b = Bench::staging();
+    unfit(&mut b);
+    assert_eq!(question(&b.lose_peer()), None);
+    assert_eq!(b.core.state(), SecondaryState::TakingOver);
+    // A primary that is dead has not asked: the VM lives on here.
+    assert_eq!(question(&b.silence(T.detection_us() - 1)), None);
+    let asked = b.silence(1);
+    assert_eq!(b.answer(paired(), &asked), [TAKEN]);
+
+    // One that fits later is as good as any.
+    let mut b = Bench::staging();
+    unfit(&mut b);
+    b.stop_svm(8);
+    let dirty = vec![];
+    b.event(SecondaryEvent::SvmStopped { epoch: 8, dirty });
+    b.event(SecondaryEvent::Staged { epoch: 8 });
+    b.event(SecondaryEvent::Applied { epoch: 8 });
+    assert!(question(&b.lose_peer()).is_some());
+}
