@@ -39,7 +39,7 @@ use crate::config::Config;
 use crate::machine::{Machine, MachineError, Urgency};
 use crate::requests::Request;
 use crate::snapshot;
-use crate::testpoint::{Point, reached};
+use crate::testpoint::{Point, is_awaited, reached};
 use cut::cut_all;
 
 /// How checkpoints are taken.
@@ -420,7 +420,7 @@ impl CaptureThread {
                 |c: &CaptureCommand| matches!(c, CaptureCommand::Aborted | CaptureCommand::Detach);
             deferred.iter().any(ends)
         };
-        let midway = || reached(Point::MidTransfer);
+        let midway = is_awaited(Point::MidTransfer).then_some(|| reached(Point::MidTransfer));
         let sent = session
             .outbound
             .send(epoch, &states, &mut stable, &stop, midway, is_off);
