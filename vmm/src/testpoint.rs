@@ -99,6 +99,11 @@ fn stop() -> Option<&'static Stop> {
     .as_ref()
 }
 
+/// A test wants to stop the process there.
+pub fn is_awaited(point: Point) -> bool {
+    stop().is_some_and(|stop| stop.name == point.name())
+}
+
 /// The process is at `point`.
 pub fn reached(point: Point) {
     let Some(stop) = stop() else { return };

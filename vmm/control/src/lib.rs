@@ -25,7 +25,7 @@ mod timing;
 pub use arbiter::{Cas, Expect, Record, Reply, Standing};
 pub use msg::{
     Geometry, HOLDER, Msg, MsgError, NOTHING, VERSION_ABORT_ANSWERED, VERSION_BULK, VERSION_MAX,
-    VERSION_MIN,
+    VERSION_MIN, VERSION_SPARSE,
 };
 pub use notice::{Counters, Notice};
 pub use primary::{Primary, PrimaryEvent, PrimaryState};

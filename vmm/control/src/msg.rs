@@ -11,13 +11,16 @@ use core::fmt;
 /// Oldest protocol version that this build speaks.
 pub const VERSION_MIN: u16 = 1;
 /// Newest protocol version that this build speaks. Since 2 an abort by the primary is answered by the secondary, and
-/// the SVM can be told to stand still after a commit. Since 3 the secondary takes pages apart from their records.
-pub const VERSION_MAX: u16 = 3;
+/// the SVM can be told to stand still after a commit. Since 3 the secondary takes pages apart from their records. Since 4 it
+/// leaves out what is clear of the dirty bitmap that it tells.
+pub const VERSION_MAX: u16 = 4;
 /// First version in which [`Msg::Aborted`] of the primary has an answer.
 pub const VERSION_ABORT_ANSWERED: u16 = 2;
 /// First version in which whole pages lie behind the records of a page chunk, outside its checksum.
 pub const VERSION_BULK: u16 = 3;
-/// Longest message in bytes: the dirty bitmap of 2 TiB of guest RAM.
+/// First version in which [`Msg::SvmStopped`] has only the words of the bitmap that are not 0.
+pub const VERSION_SPARSE: u16 = 4;
+/// Longest message in bytes: the dirty bitmap of 2 TiB of guest RAM, or of somewhat less if most of it is set.
 pub const LEN_MAX: usize = 64 << 20;
 
 /// After the commit the SVM stands still.
@@ -67,7 +70,7 @@ pub enum Msg {
         epoch: u64,
         halt: bool,
     },
-    /// Secondary: stopped; the pages it dirtied, a little-endian bitmap.
+    /// Secondary: stopped; the pages it dirtied, in bytes of the negotiated version that the shells know.
     SvmStopped {
         generation: u64,
         epoch: u64,

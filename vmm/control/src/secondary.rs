@@ -186,6 +186,11 @@ impl Secondary {
         self.state
     }
 
+    /// The protocol version of the link, as negotiated (rule 22).
+    pub fn version(&self) -> u16 {
+        self.version
+    }
+
     /// The generation it was last told.
     pub fn generation(&self) -> u64 {
         self.generation
@@ -486,6 +491,8 @@ impl Secondary {
         }
     }
 
+    /// Who holds a state keeps it: should the primary die now, that one is as good as it ever was (rule 14). A primary that
+    /// lives parts with a secondary that none of its states fit, says farewell, and asks the arbiter first.
     fn unfit(&mut self, epoch: u64, reason: String) {
         if self.state != SecondaryState::Syncing {
             return self.stage_failed(epoch, &reason);

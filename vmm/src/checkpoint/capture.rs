@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
+use colo_control::{VERSION_BULK, VERSION_MIN};
 use colo_fastpath::mailbox::Post;
 use colo_fastpath::pair::CutState;
 use colo_fastpath::worker::PortState;
@@ -38,7 +39,7 @@ use crate::config::Config;
 use crate::machine::{Machine, MachineError, Urgency};
 use crate::requests::Request;
 use crate::snapshot;
-use crate::testpoint::{Point, reached};
+use crate::testpoint::{Point, is_awaited, reached};
 use cut::cut_all;
 
 /// How checkpoints are taken.
@@ -71,8 +72,8 @@ pub enum CaptureCommand {
         session: u64,
         /// Memory for pages that come ahead of a checkpoint, ours and the secondary's; 0: none come.
         ahead_mib: usize,
-        /// It takes pages apart from their records.
-        lends: bool,
+        /// The link's protocol version, as negotiated (rule 22).
+        version: u16,
     },
     /// Send what became dirty in the round before.
     SyncRound,
@@ -271,6 +272,8 @@ pub struct CaptureThread {
     post: Post<CaptureEvent>,
     session: Option<Session>,
     session_number: u64,
+    /// Of the link to that secondary.
+    version: u16,
     /// Pages still owed to the secondary besides what the dirty logs say.
     carry: PageBitmap,
     /// Pages of the checkpoint in flight.
@@ -297,6 +300,7 @@ impl CaptureThread {
             post,
             session: None,
             session_number: 0,
+            version: VERSION_MIN,
             carry: PageBitmap::new(pages),
             in_flight: PageBitmap::new(pages),
             written: PageBitmap::new(pages),
@@ -320,10 +324,11 @@ impl CaptureThread {
                     key,
                     session,
                     ahead_mib,
-                    lends,
+                    version,
                 } => {
                     self.session_number = session;
-                    self.settings.outbound.lends = lends;
+                    self.settings.outbound.lends = version >= VERSION_BULK;
+                    self.version = version;
                     self.begin_sync(streams, generation, key, commands);
                     self.prepare_ahead(ahead_mib);
                 }
@@ -415,7 +420,7 @@ impl CaptureThread {
                 |c: &CaptureCommand| matches!(c, CaptureCommand::Aborted | CaptureCommand::Detach);
             deferred.iter().any(ends)
         };
-        let midway = || reached(Point::MidTransfer);
+        let midway = is_awaited(Point::MidTransfer).then_some(|| reached(Point::MidTransfer));
         let sent = session
             .outbound
             .send(epoch, &states, &mut stable, &stop, midway, is_off);
@@ -462,7 +467,7 @@ impl CaptureThread {
     fn capture(&mut self, order: Order<'_>) -> Result<(CaptureCost, Capture), CaptureError> {
         self.is_cut = false;
         let words = self.machine.ram().bitmap_words();
-        let stopped = stop::from_bytes(order.svm_stopped, words);
+        let stopped = stop::from_bytes(order.svm_stopped, words, self.version);
         let (dirty, number) = stopped.ok_or(CaptureError::DirtySet)?;
         let stop = SvmStop { number, dirty };
         // What is known before is put together while the guest runs: it takes longer the more memory there is.

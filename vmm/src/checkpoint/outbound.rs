@@ -269,14 +269,15 @@ impl Outbound {
         Ok(sent)
     }
 
-    /// Sends a checkpoint. `midway` is called when a part of it is on its way; `is_off` is asked between chunks.
+    /// Sends a checkpoint. `midway` is called when its states are on their way, which they then are alone; `is_off` is asked
+    /// between chunks.
     pub fn send(
         &mut self,
         epoch: u64,
         states: &[State],
         stable: &mut Stable,
         stop: &SvmStop,
-        midway: impl FnOnce(),
+        midway: Option<impl FnOnce()>,
         mut is_off: impl FnMut() -> bool,
     ) -> Result<Sent, SendError> {
         let begun = Instant::now();
@@ -300,7 +301,11 @@ impl Outbound {
             .map_err(SendError::from)
             .and_then(|()| self.send_states(states, &mut is_off))
             .inspect(|()| states_sent = begun.elapsed())
-            .and_then(|()| self.send_pages(stable, midway, &mut is_off))
+            .and_then(|()| match midway {
+                Some(midway) => Ok(self.channel.send_laid().map(|()| midway())?),
+                None => Ok(()),
+            })
+            .and_then(|()| self.send_pages(stable, &mut is_off))
             .and_then(|waited| Ok(waited + self.send_names(&mut is_off)?))
             .and_then(|waited| Ok(waited + self.await_end_of_list(&mut is_off)?));
         self.digester.end();
@@ -418,10 +423,8 @@ impl Outbound {
     fn send_pages(
         &mut self,
         stable: &mut Stable,
-        midway: impl FnOnce(),
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
-        let mut midway = Some(midway);
         let mut waited = Duration::ZERO;
         let lends = self.lends && stable.slots().is_some();
         // A set that does not fit pushes out what it puts in.
@@ -490,9 +493,7 @@ impl Outbound {
                 }
             }
             self.handed_over += submitting.elapsed();
-            midway.take().into_iter().for_each(|midway| midway());
         }
-        midway.into_iter().for_each(|midway| midway());
         Ok(waited)
     }
 

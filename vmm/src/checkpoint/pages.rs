@@ -6,7 +6,7 @@
 pub const PAGE_BYTES: usize = 4096;
 
 /// Words that are looked at together: most of a large guest's are 0.
-const BLOCK_WORDS: usize = 32;
+pub(super) const BLOCK_WORDS: usize = 32;
 /// Pages of these.
 pub const BLOCK_PAGES: usize = 64 * BLOCK_WORDS;
 
@@ -23,7 +23,7 @@ pub fn set_words(words: &[u64]) -> impl Iterator<Item = (usize, u64)> + '_ {
 
 /// One bit per guest page, and one more for each [`BLOCK_PAGES`] of them, so that a small set of a large guest costs what is
 /// in it: a pause must not grow with the size of RAM.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct PageBitmap {
     /// Bit `n % 64` of word `n / 64` is page `n`.
     words: Vec<u64>,
@@ -62,6 +62,17 @@ impl PageBitmap {
     pub fn words_mut(&mut self) -> &mut [u64] {
         self.marks.fill(u64::MAX);
         &mut self.words
+    }
+
+    /// The words of each block that has a page, with the number of the block, rising.
+    pub fn set_blocks(&self) -> impl Iterator<Item = (usize, &[u64])> + '_ {
+        let blocks = bits_of(self.marks.iter().copied().enumerate());
+        let blocks = blocks.filter_map(|block| {
+            let from = block as usize * BLOCK_WORDS;
+            let end = self.words.len().min(from + BLOCK_WORDS);
+            Some((block as usize, self.words.get(from..end)?))
+        });
+        blocks.filter(|(_, words)| words.iter().any(|&word| word != 0))
     }
 
     /// One word of these; 0 beyond our size.
@@ -149,6 +160,18 @@ impl PageBitmap {
             bitmap.add(at, word);
         }
         bitmap
+    }
+}
+
+/// Costs what is in it, too: memory that is 0 is had for nothing.
+impl Clone for PageBitmap {
+    fn clone(&self) -> Self {
+        let mut copy = Self {
+            words: vec![0; self.words.len()],
+            marks: vec![0; self.marks.len()],
+        };
+        copy.merge(self);
+        copy
     }
 }
 

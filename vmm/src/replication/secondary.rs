@@ -409,7 +409,7 @@ impl SecondaryShell {
                         stop,
                         dirty,
                     });
-                    let dirty = stop::to_bytes(&self.dirty, stop);
+                    let dirty = stop::to_bytes(&self.dirty, stop, self.core.version());
                     self.core
                         .handle(now_us(), SecondaryEvent::SvmStopped { epoch, dirty });
                 }

@@ -528,3 +528,17 @@ fn rule_22_a_first_state_that_does_not_fit_is_refused_for_good_and_the_primary_t
         [Action::Send(told), Action::Abort { epoch: 8 }]
     );
 }
+
+#[test]
+fn rule_22_the_primary_says_which_version_the_secondary_speaks() {
+    for version in VERSION_MIN..=VERSION_MAX {
+        let mut b = Bench::new();
+        assert_eq!(b.core.version(), VERSION_MIN);
+        b.msg(Msg::Welcome {
+            version,
+            generation: 3,
+            halt: false,
+        });
+        assert_eq!(b.core.version(), version);
+    }
+}

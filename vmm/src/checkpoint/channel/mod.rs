@@ -2,7 +2,7 @@
 //!
 //! A checkpoint is begun, filled with chunks that spread over the streams, and ended; the receiver gets each chunk where
 //! the kernel has put it, and is told when the checkpoint is complete. `frame` is a chunk as bytes, `assembly` puts
-//! checkpoints together, `bulk` names memory that chunks leave from without being copied into buffers, `landing` is
+//! checkpoints together, `laid` lets small ones leave together, `bulk` names memory that chunks leave from without being copied into buffers, `landing` is
 //! memory that pages are received into and stay in, `send` and `receive` queue and find chunks, `operations` lends buffers
 //! to the kernel, `pinned` knows which memory is registered for receives, `ring` is the restricted ring, `wake` its bell.
 //!
@@ -22,6 +22,7 @@ mod counters;
 mod error;
 mod event;
 mod frame;
+mod laid;
 mod landing;
 mod memory;
 mod operations;
@@ -44,7 +45,7 @@ use frame::Header;
 use memory::Buffer;
 use operations::{Completion, Operations, What};
 use receive::Incoming;
-use send::{LAID_STREAM, Outgoing};
+use send::Outgoing;
 
 pub use bulk::Keeper;
 pub use counters::Counters;
@@ -209,37 +210,6 @@ impl PageChannel {
         self.send_laid()
     }
 
-    /// The same, but the begin leaves with the first chunk: see [`Self::lay`].
-    pub fn lay_begin(&mut self, epoch: u64, payload: &[u8]) -> Result<(), ChannelError> {
-        if self.outgoing.open.is_some() {
-            return Err(ChannelError::Usage(
-                "a checkpoint is open already; end or abort it",
-            ));
-        }
-        if payload.len() > self.settings.chunk_bytes {
-            return Err(ChannelError::Usage("more than a chunk holds"));
-        }
-        self.outgoing.open(epoch);
-        // The receiver begins with that of the first stream, whatever comes before on others.
-        for stream in (0..self.sockets.len()).rev() {
-            self.next_buffer()?[..payload.len()].copy_from_slice(payload);
-            let chunk = (epoch, 0, payload.len());
-            match stream {
-                LAID_STREAM => self.lay_chunk(Kind::Begin, chunk)?,
-                _ => self.send_chunk(stream, Kind::Begin, chunk)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// As [`Self::submit`], but the chunk, and what was laid before it, leaves with the next one, in one send. As long as
-    /// something is laid, [`Self::next_buffer`] gives what is left of its buffer, which is half of one or more. Whoever submits
-    /// nothing after it has to [`Self::flush`].
-    pub fn lay(&mut self, kind: Kind, items: u32, length: usize) -> Result<(), ChannelError> {
-        let epoch = self.open_for(kind)?;
-        self.lay_chunk(kind, (epoch, items, length))
-    }
-
     /// Sends the first `length` bytes of the buffer that was got last, as a chunk of the open checkpoint with so many
     /// pages, states or digests.
     pub fn submit(&mut self, kind: Kind, items: u32, length: usize) -> Result<(), ChannelError> {
@@ -273,22 +243,6 @@ impl PageChannel {
         let submitted = self.submit(Kind::Pages, items, length);
         self.outgoing.bulk.clear();
         submitted
-    }
-
-    /// The same for the last pages of a checkpoint: they leave with its end, in one send, if nothing else comes before that.
-    pub fn lay_lent(
-        &mut self,
-        items: u32,
-        length: usize,
-        keeper: &Arc<dyn Keeper>,
-        slots: (&[u32], usize),
-    ) -> Result<(), ChannelError> {
-        self.lend(length, keeper, slots)?;
-        let laid = self.lay(Kind::Pages, items, length);
-        if laid.is_err() {
-            self.outgoing.bulk.clear();
-        }
-        laid
     }
 
     fn lend(
@@ -504,31 +458,6 @@ impl PageChannel {
         if !queued {
             return Err(NO_BUFFER);
         }
-        self.turn(Duration::ZERO)
-    }
-
-    /// Sends what is laid when it fills half of its buffer.
-    fn lay_chunk(&mut self, kind: Kind, chunk: (u64, u32, usize)) -> Result<(), ChannelError> {
-        if !self.outgoing.lay(LAID_STREAM, kind, chunk) {
-            return Err(NO_BUFFER);
-        }
-        if self.outgoing.payload().len() >= self.settings.chunk_bytes / 2 {
-            return Ok(());
-        }
-        self.send_laid()
-    }
-
-    /// For the few bytes of an end, which fit behind whatever is laid.
-    fn buffer_behind_laid(&mut self) -> Result<&mut [u8], ChannelError> {
-        match self.outgoing.has_laid() {
-            true => Ok(self.outgoing.payload()),
-            false => self.next_buffer(),
-        }
-    }
-
-    /// What is laid leaves now.
-    pub fn send_laid(&mut self) -> Result<(), ChannelError> {
-        self.outgoing.queue_laid(&mut self.operations, LAID_STREAM);
         self.turn(Duration::ZERO)
     }
 

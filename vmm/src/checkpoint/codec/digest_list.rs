@@ -14,6 +14,7 @@
 
 use super::PageDigest;
 use super::digest::DIGEST_BYTES;
+use crate::checkpoint::pages::PageBitmap;
 
 /// Bytes before the first digest of a chunk.
 pub const LIST_HEAD_BYTES: usize = 16;
@@ -126,7 +127,9 @@ pub enum SvmPage {
 pub struct SvmDigests {
     pages: usize,
     dirty: Vec<u64>,
-    /// For each word of `dirty`: how many pages are set before it.
+    /// The words of it that are not 0.
+    set: Vec<usize>,
+    /// For each of these: how many pages are set before it.
     before: Vec<u32>,
     /// By place.
     digests: Vec<u128>,
@@ -143,6 +146,7 @@ impl SvmDigests {
         Self {
             pages,
             dirty: vec![0; words],
+            set: Vec::new(),
             before: vec![0; words],
             digests: vec![0; pages],
             has_come: vec![0; words],
@@ -151,24 +155,26 @@ impl SvmDigests {
         }
     }
 
-    /// Starts a checkpoint with the SVM's dirty bitmap, bit `n % 64` of word `n / 64` for page `n`: all that it wrote since
-    /// the last *commit*. After an abort (rule 14) the pages of the checkpoint that failed are in it again.
-    pub fn begin(&mut self, dirty: &[u64]) -> Result<(), DigestListError> {
+    /// Starts a checkpoint with the SVM's dirty pages: all that it wrote since the last *commit*. After an abort (rule 14) the
+    /// pages of the checkpoint that failed are in it again.
+    pub fn begin(&mut self, dirty: &PageBitmap) -> Result<(), DigestListError> {
         let pages = self.pages;
         let beyond = match pages % 64 {
             0 => 0,
             used => u64::MAX << used,
         };
-        let last = dirty.last().copied().unwrap_or(0);
-        if dirty.len() != self.dirty.len() || last & beyond != 0 {
+        let words = dirty.words().len();
+        if words != self.dirty.len() || dirty.word(words.saturating_sub(1)) & beyond != 0 {
             return Err(DigestListError::Bitmap { pages });
         }
         self.has_come[..self.expected.div_ceil(64)].fill(0);
-        self.dirty.copy_from_slice(dirty);
+        // Only what is set is looked at: a transfer must not grow with guest memory.
+        self.set.drain(..).for_each(|at| self.dirty[at] = 0);
         self.expected = 0;
         self.received = 0;
-        for (before, word) in self.before.iter_mut().zip(dirty) {
-            *before = self.expected as u32;
+        for (at, word) in dirty.set_words() {
+            self.set.push(at);
+            (self.dirty[at], self.before[at]) = (word, self.expected as u32);
             self.expected += word.count_ones() as usize;
         }
         Ok(())
@@ -252,12 +258,12 @@ mod tests {
         PageDigest::from_bytes((u128::from(number) << 64 | 0xd).to_le_bytes())
     }
 
-    fn bitmap(numbers: &[u64]) -> Vec<u64> {
-        let mut words = vec![0; PAGES.div_ceil(64)];
-        numbers
-            .iter()
-            .for_each(|n| words[*n as usize / 64] |= 1 << (n % 64));
-        words
+    fn bitmap(numbers: &[u64]) -> PageBitmap {
+        let mut bitmap = PageBitmap::new(PAGES);
+        for n in numbers {
+            bitmap.add(*n as usize / 64, 1 << (n % 64));
+        }
+        bitmap
     }
 
     fn chunk(first: u64, numbers: &[u64]) -> Vec<u8> {
@@ -319,8 +325,8 @@ mod tests {
     fn what_is_not_of_this_checkpoint_is_refused() {
         let mut table = SvmDigests::new(PAGES);
         let refused = Err(DigestListError::Bitmap { pages: PAGES });
-        assert_eq!(table.begin(&[0; 4]), refused);
-        assert_eq!(table.begin(&[0, 0, 0, 0, 1 << 44]), refused);
+        assert_eq!(table.begin(&PageBitmap::new(4 * 64)), refused);
+        assert_eq!(table.begin(&bitmap(&[300])), refused);
         table.begin(&bitmap(&[1, 2, 3])).unwrap();
         assert_eq!(table.accept(&chunk(0, &[1, 2])), Ok(2));
         let twice = DigestListError::Twice { place: 1 };

@@ -44,7 +44,7 @@ impl DigestList {
         stop: Option<StopNumber>,
         dirty: &PageBitmap,
     ) -> Result<(), SendError> {
-        self.pages.begin(dirty.words())?;
+        self.pages.begin(dirty)?;
         (self.epoch, self.awaited) = (epoch, stop);
         self.is_it = false;
         self.is_over = stop.is_none();

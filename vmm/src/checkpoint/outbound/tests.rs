@@ -155,7 +155,7 @@ impl Pair {
         };
         let states = [State::new(StateKind::Vcpu, 0, vec![1; 100])];
         let send = &mut self.outbound;
-        let sent = send.send(epoch, &states, &mut stable, &stop, || (), || false);
+        let sent = send.send(epoch, &states, &mut stable, &stop, None::<fn()>, || false);
         let after = || Arc::strong_count(&keeper);
         // The thread for digests lets go of them in its own time; nobody turns the channel meanwhile.
         let begun = Instant::now();

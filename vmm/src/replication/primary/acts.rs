@@ -4,7 +4,7 @@
 
 use std::io;
 
-use colo_control::{Action, Msg, Notice, PrimaryEvent, PrimaryState, Step, VERSION_BULK};
+use colo_control::{Action, Msg, Notice, PrimaryEvent, PrimaryState, Step};
 use colo_fastpath::clock::now_us;
 use colo_fastpath::link::PacketLink;
 use colo_fastpath::pair::{OnWorkers, PrimaryRole};
@@ -183,7 +183,7 @@ impl PrimaryShell {
         let generation = self.core.record().generation;
         let theirs = usize::try_from(self.core.peer_ahead_mib()).unwrap_or(usize::MAX);
         let ahead_mib = self.replica.config.checkpoint.ahead_mib.min(theirs);
-        let lends = self.core.peer_version() >= VERSION_BULK;
+        let version = self.core.peer_version();
         match page_key() {
             Ok(key) => self.order(CaptureCommand::Sync {
                 streams,
@@ -191,7 +191,7 @@ impl PrimaryShell {
                 key,
                 session,
                 ahead_mib,
-                lends,
+                version,
             }),
             Err(e) => self.link_down(&e.to_string()),
         }
