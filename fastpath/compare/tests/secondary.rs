@@ -114,6 +114,37 @@ fn rule_5_input_is_acknowledged_in_batches_and_gaps_are_refused() {
 }
 
 #[test]
+fn rule_4_input_that_comes_after_the_commit_that_includes_it_is_not_delivered_again() {
+    // Checkpoints and mirrored input travel by different connections.
+    let mut follower = Follower::new();
+    follower.path.stop();
+    follower.commit(2, Vec::new());
+    assert_eq!(follower.actions(), [SecondaryAction::CaughtUp { epoch: 3 }]);
+    follower.mirror(2, &message(1));
+    follower.mirror(2, &request(100, b"include"));
+    assert_eq!(follower.actions(), [SecondaryAction::AckInput { up_to: 2 }]);
+    assert_eq!(follower.deliver(), None);
+    assert_eq!(
+        (follower.path.input_frames(), follower.frames.used()),
+        (0, 0)
+    );
+    assert_eq!(follower.path.stats().dropped_by_commit, 2);
+    follower.mirror(3, &message(2));
+    assert_eq!(follower.deliver(), Some(message(2)));
+    // It counts as consumed.
+    follower.path.stop();
+    follower.commit(3, Vec::new());
+    assert_eq!(
+        follower.actions(),
+        [
+            SecondaryAction::CaughtUp { epoch: 4 },
+            SecondaryAction::AckInput { up_to: 3 }
+        ]
+    );
+    follower.close();
+}
+
+#[test]
 fn rule_4_input_of_the_next_epoch_waits_for_the_commit() {
     let mut follower = Follower::new();
     follower.mirror(2, &message(1));

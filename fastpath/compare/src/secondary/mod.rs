@@ -2,7 +2,7 @@
 //! output, translated, to the comparator.
 //!
 //! Invariants: input reaches the SVM in the PVM's order, none of an epoch that the SVM has not
-//! reached; a TCP segment is kept until the SVM's own ACK covers it or a commit includes it
+//! reached or that a commit includes; a TCP segment is kept until the SVM's own ACK covers it or a commit includes it
 //! (rule 5); output is kept until the primary says that it has left (rule 9). Nothing here reaches
 //! a client before [`SecondaryPath::take_over`]. Nothing allocates after `new` before that, as long
 //! as the primary keeps to [`Limits::max_unacked_inputs`] and the shell asks
@@ -188,6 +188,13 @@ impl SecondaryPath {
         }
         self.received_seq = input_seq;
         self.stats.mirrored += 1;
+        if epoch < self.epoch {
+            // The commit has overtaken it on the link: the SVM has it already (rule 4).
+            frames.release(token);
+            self.delivered_seq = input_seq;
+            self.stats.dropped_by_commit += 1;
+            return Ok(());
+        }
         self.queue.push_back(Queued {
             epoch,
             input_seq,
