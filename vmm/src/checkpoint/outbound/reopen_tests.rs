@@ -101,7 +101,7 @@ impl Primary {
         };
         let stop = SvmStop { number, dirty };
         let outbound = &mut self.outbound;
-        outbound.send(epoch, &[], &mut stable, &stop, || (), || is_off)
+        outbound.send(epoch, &[], &mut stable, &stop, None::<fn()>, || is_off)
     }
 }
 
