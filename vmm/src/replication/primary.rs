@@ -47,6 +47,8 @@ pub struct PrimaryShell {
     /// What asked for the next checkpoint first.
     cause: Option<&'static str>,
     unprotected: Option<(String, u64)>,
+    /// Why a link was given up last though both hosts lived.
+    given_up: String,
     takeovers: u64,
     /// Shards without room for more held output.
     full_shards: usize,
@@ -102,6 +104,7 @@ impl PrimaryShell {
             checkpoint_begun_us: 0,
             cause: None,
             unprotected: Some((reason.to_owned(), unix_seconds())),
+            given_up: String::new(),
             takeovers,
             full_shards: 0,
             pace_told_us: 0,
