@@ -78,7 +78,8 @@ impl Striker {
     /// Takes nothing and passes nothing on until the test is over, or the stream.
     fn hold(&self, from: &TcpStream, passes_end: bool) {
         let mut over = self.over.lock().unwrap();
-        while !*over && !(passes_end && relay::has_ended(from)) {
+        let has_ended = || passes_end && relay::has_ended(from);
+        while !(*over || has_ended()) {
             over = self.ends.wait_timeout(over, LOOK).unwrap().0;
         }
     }
@@ -183,10 +184,10 @@ fn finish(load: Load) {
 
 /// What the primary says when it has given the link up.
 fn given_up(pair: &mut Pair) -> String {
-    let told = |status: &Value| number(status, "links_given_up") == 1 && status["state"] == "alone";
+    let told = |status: &Value| number(status, "links_given_up") == 1;
     let waited = pair.primary.wait_status("given up", WAIT, told);
     let status = waited.unwrap();
-    status["unprotected_reason"].as_str().unwrap().to_owned()
+    status["link_given_up_reason"].as_str().unwrap().to_owned()
 }
 
 #[test]

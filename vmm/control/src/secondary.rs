@@ -351,6 +351,8 @@ impl Secondary {
                 self.heartbeat_due_us = now_us + self.timing.heartbeat_us;
             }
             Msg::Refuse { reason } => self.end(Outcome::Refused { reason }),
+            // The lease that an answer gives must have ended when this host may ask the arbiter (rule 18).
+            Msg::Heartbeat { .. } if self.farewell_us.is_some() => {}
             Msg::Heartbeat {
                 generation,
                 sent_us,

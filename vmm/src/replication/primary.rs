@@ -49,6 +49,8 @@ pub struct PrimaryShell {
     /// and for the one in flight: should it be aborted, for the next.
     asked: Option<&'static str>,
     unprotected: Option<(String, u64)>,
+    /// Why a link was given up last though both hosts lived.
+    given_up: String,
     takeovers: u64,
     /// Shards without room for more held output.
     full_shards: usize,
@@ -105,6 +107,7 @@ impl PrimaryShell {
             cause: None,
             asked: None,
             unprotected: Some((reason.to_owned(), unix_seconds())),
+            given_up: String::new(),
             takeovers,
             full_shards: 0,
             pace_told_us: 0,

@@ -114,6 +114,9 @@ impl PrimaryShell {
             // What was sent may be stuck in the streams, and the next checkpoint would be stuck behind it.
             link.shut_pages();
         }
+        if let Notice::GivenUp { reason } = &notice {
+            self.given_up.clone_from(reason);
+        }
         if let Notice::CannotFollow { reason }
         | Notice::Refused { reason }
         | Notice::GivenUp { reason } = notice

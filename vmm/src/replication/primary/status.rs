@@ -31,6 +31,7 @@ impl PrimaryShell {
             streams_reopened: self.link.as_ref().map_or(0, |link| link.pages_opened),
             unprotected_reason: reason,
             unprotected_since: since,
+            link_given_up_reason: self.given_up.clone(),
             generation: self.core.record().generation,
             epoch: self.core.epoch(),
             takeovers: self.takeovers,

@@ -59,8 +59,10 @@ pub struct Standing {
     /// and how often it got all of its time back because that did not help.
     pub lag_unhelped: u64,
     /// Links given up though both hosts lived: the page channel stood still, broke again and again or in a synchronisation, or
-    /// no checkpoint came to an end. `unprotected_reason` says which, until another secondary has the state.
+    /// no checkpoint came to an end.
     pub links_given_up: u64,
+    /// Which of these it was the last time.
+    pub link_given_up_reason: String,
     /// Synchronisations given up because the guest dirties memory faster than the link carries it.
     pub not_followed: u64,
     /// Storms of divergences so far.

@@ -49,10 +49,11 @@ fn rule_19_a_primary_that_does_not_end_the_link_is_left() {
     // It lives, as its heartbeats say.
     let (generation, sent_us) = (4, 0);
     b.now += T.detection_us() - 1;
-    b.msg(Msg::Heartbeat {
+    let answer = b.msg(Msg::Heartbeat {
         generation,
         sent_us,
     });
+    assert_eq!(answer, [], "rule 18: its lease ends before");
     let actions = wait(&mut b, 1);
     assert!(
         matches!(actions[0], Action::CloseLink { .. }),
