@@ -333,6 +333,9 @@ impl Config {
             config.vm.kernel = base.join(file).to_string_lossy().into_owned();
         }
         config.host.status = config.host.status.map(|status| base.join(status));
+        if let Some(replication) = &mut config.replication {
+            replication.find_arbiter(base);
+        }
         config.compare.read(path, base)?;
         let check = Check { path };
         check.vm(&config.vm)?;

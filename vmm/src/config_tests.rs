@@ -36,6 +36,7 @@ fn a_good_file_gives_defaults_and_absolute_paths() {
     assert_eq!(config.net.mac, [0x52, 0x54, 0, 0xc0, 0x10, 1]);
     assert_eq!((config.net.mtu, config.vm.vcpus), (1500, 1));
     let replication = config.replication.unwrap();
+    assert_eq!(replication.arbiter, "file:/etc/colo/generation");
     assert_eq!(replication.compare_deadline_ms, 20);
     assert_eq!(replication.alone, Alone::Continue);
     let builtin = parse(&GOOD.replace("guest.elf", "builtin:demo")).unwrap();

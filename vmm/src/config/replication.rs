@@ -1,6 +1,7 @@
 //! `[replication]`: how a pair is protected, and where its hosts find each other.
 
 use std::net::SocketAddr;
+use std::path::Path;
 
 use colo_control::Storm;
 use colo_fastpath::link::Packets;
@@ -10,6 +11,8 @@ use serde::Deserialize;
 
 use super::{Check, ConfigError, HostConfig};
 
+/// The scheme of an arbiter that is a file.
+const FILE: &str = "file:";
 /// Nothing of the protocol takes longer; and what is multiplied later must not overflow.
 const MINUTE_MS: u64 = 60_000;
 const HOUR_MS: u64 = 60 * MINUTE_MS;
@@ -117,6 +120,15 @@ const fn default_storm_window_ms() -> u64 {
     5000
 }
 
+impl ReplicationConfig {
+    /// Where the arbiter's file is, wherever this program was started: two hosts that mean different files have no arbiter.
+    pub(super) fn find_arbiter(&mut self, base: &Path) {
+        if let Some(file) = self.arbiter.strip_prefix(FILE).filter(|f| !f.is_empty()) {
+            self.arbiter = format!("{FILE}{}", base.join(file).display());
+        }
+    }
+}
+
 impl Check<'_> {
     pub(super) fn replication(
         &self,
@@ -182,7 +194,7 @@ impl Check<'_> {
         self.that(other, "replication.link_peer", r.link_peer, advice)?;
         let file = r
             .arbiter
-            .strip_prefix("file:")
+            .strip_prefix(FILE)
             .is_some_and(|path| !path.is_empty());
         let advice = "write \"file:\" and a path that both hosts reach";
         self.that(file, "replication.arbiter", &r.arbiter, advice)?;

@@ -27,6 +27,7 @@ use crate::devices::virtio_mmio::{DeviceState, NOTIFY_OFFSET, VirtioMmio};
 use super::boot::{self, BootError, MMIO_BASE};
 use super::cpuid;
 use super::exits::{ExitSnapshot, Platform, VmExit, lock};
+use super::host_memory;
 use super::kvm::KvmError;
 use super::record::RecordError;
 use super::states::StateKeeper;
@@ -159,7 +160,7 @@ impl Machine {
         nics: Vec<Box<dyn Nic>>,
         console: Box<dyn Write + Send>,
     ) -> Result<(Self, Events), MachineError> {
-        check_memory(config.vm.ram_mib)?;
+        host_memory::check(config.vm.ram_mib, config.vm.pages())?;
         let ram = Arc::new(GuestRam::new(config.vm.ram_mib << 20, config.vm.pages())?);
         let vm = Vm::new(ram, config.dirty_settings())?;
         Self::create_in(vm, config, nics, console)
@@ -446,23 +447,4 @@ fn clock_arguments(fd: &kvm_ioctls::VcpuFd) -> Result<String, KvmError> {
     let since_ns = u128::from(tsc) * 1_000_000 / u128::from(khz.max(1));
     let wall_ns = now_ns.saturating_sub(since_ns as u64);
     Ok(format!("tsc_khz={khz} wall_ns={wall_ns}"))
-}
-
-/// A guest that does not fit is refused here; later the kernel would kill something.
-fn check_memory(wanted_mib: u64) -> Result<(), MachineError> {
-    let free_mib = std::fs::read_to_string("/proc/meminfo")
-        .ok()
-        .and_then(|text| {
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-        });
-    match free_mib.map(|kib| kib / 1024) {
-        Some(free_mib) if free_mib < wanted_mib => Err(MachineError::NoMemory {
-            wanted_mib,
-            free_mib,
-        }),
-        _ => Ok(()),
-    }
 }

@@ -6,6 +6,7 @@ mod clock;
 mod cpuid;
 mod duty;
 mod exits;
+mod host_memory;
 mod kvm;
 mod platform_state;
 pub(crate) mod record;

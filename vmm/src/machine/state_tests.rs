@@ -16,6 +16,7 @@ use super::vcpu_record::differing_parts;
 use super::vcpu_shape::{VcpuShape, read_msr, write_msr};
 use super::vcpu_state::{TscTarget, VcpuState};
 use super::vm::Vm;
+use crate::checkpoint::dirty::DirtyMechanism;
 
 struct Bare {
     // Before the machine that it is in.
@@ -371,4 +372,12 @@ fn rule_16_kvmclock_goes_forward_by_what_has_passed_and_never_back() {
     state.write(other.vm.fd(), shape, passed).unwrap();
     let there_ns = other.vm.fd().get_clock().unwrap().clock;
     assert!(there_ns < captured_ns + 60_000_000_000, "{there_ns}");
+}
+
+#[test]
+fn invariant_8_a_machine_that_is_not_replicated_has_no_dirty_rings() {
+    // So much that a replicated one would have them.
+    let ram = Arc::new(GuestRam::new(4 << 30, Pages::Small).unwrap());
+    let vm = Vm::new(ram, None).unwrap();
+    assert_ne!(vm.dirty().snapshot().mechanism, DirtyMechanism::Ring);
 }

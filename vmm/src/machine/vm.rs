@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::kvm::{KvmError, open};
 use super::vcpu_ioctl::enable_all_events;
 use super::view::GuestView;
-use crate::checkpoint::dirty::{DirtySettings, DirtyTracker};
+use crate::checkpoint::dirty::{DirtyChoice, DirtySettings, DirtyTracker};
 use crate::checkpoint::pages::PageBitmap;
 
 /// A KVM machine with its RAM.
@@ -48,7 +48,11 @@ impl Vm {
         enable_all_events(&fd);
         let fd = Arc::new(fd);
         let view = dirty.and_then(|_| view_of(&ram)).map(Arc::new);
-        let settings = dirty.unwrap_or_default();
+        // What is never logged needs no rings.
+        let settings = dirty.unwrap_or(DirtySettings {
+            choice: DirtyChoice::Bitmap,
+            ..DirtySettings::default()
+        });
         let dirty = DirtyTracker::new(fd.clone(), ram.clone(), settings)?;
         let vm = Self {
             dirty: Arc::new(dirty),

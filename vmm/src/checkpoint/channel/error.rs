@@ -127,11 +127,17 @@ pub enum ChannelError {
 }
 
 impl ChannelError {
-    /// Whether a stream is of no use any more, and another one might be: what came was damaged, or it was cut.
+    /// Whether a stream is of no use any more, and another one might be: what came was damaged, or it was cut, be it alone.
     pub fn is_broken_stream(&self) -> bool {
         matches!(
             self,
-            Self::Header { .. } | Self::Cut { .. } | Self::Socket { .. }
+            Self::Header { .. }
+                | Self::Cut { .. }
+                | Self::Socket { .. }
+                | Self::TimedOut {
+                    step: Step::Close,
+                    ..
+                }
         )
     }
 }

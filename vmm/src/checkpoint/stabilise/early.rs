@@ -133,12 +133,17 @@ impl Stabiliser {
     }
 
     /// Copies pages while the guest runs, after the dirty log was collected: what is written from then on is what
-    /// [`Self::take_since`] has to be told. Gives how many, which is none if they do not fit.
+    /// [`Self::take_since`] has to be told. Gives how many, which is none if they do not fit, or a writer of the host has not let
+    /// go of the capture before.
     pub fn copy_early(&mut self, set: &PageBitmap) -> u64 {
         self.early.forget();
         let shared = self.shared.clone();
         let pages = set.count() as u64;
         if shared.busy.load(Ordering::Acquire) || pages > u64::from(shared.arena.limit()) {
+            return 0;
+        }
+        // Nobody stands still here: a writer may not have come to the end of what it had to save for the capture before.
+        if !shared.nobody_saves() {
             return 0;
         }
         {

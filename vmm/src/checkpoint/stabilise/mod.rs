@@ -127,6 +127,8 @@ pub struct StabiliseSnapshot {
     pub early_left: u64,
     /// Pages that were copied before the pause and written again before it.
     pub early_again_pages: u64,
+    /// Large sets that one thread copied, because the host had no other to give.
+    pub copied_alone: u64,
     /// Captures that were protected.
     pub protects: u64,
     /// Captures that were both.
@@ -396,6 +398,7 @@ impl Stabiliser {
             early: self.early.captures,
             early_left: self.early.left,
             early_again_pages: self.early.again_pages,
+            copied_alone: of(&counts.alone),
             protects: self.protects,
             mixed: self.mixed,
             fallbacks: self.fallbacks,
@@ -453,7 +456,9 @@ fn copy_by_two(shared: &Shared, set: &PageBitmap, out: &mut [u8], other: thread:
         let lower = set.set_words().take_while(|&(at, _)| at < half);
         copy_words(shared, lower, low);
         if let Err(e) = spawned {
-            tracing::warn!("no second thread to copy captured pages with: {e}");
+            if shared.counts.alone.fetch_add(1, Ordering::Relaxed) == 0 {
+                tracing::warn!("no second thread to copy captured pages with: {e}");
+            }
             copy_high();
         }
     });

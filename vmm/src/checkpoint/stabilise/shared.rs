@@ -8,7 +8,7 @@
 //! the guard; what a slot holds is complete before the state names it (release), and is read after (acquire).
 
 use std::ops::{Range, RangeInclusive};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,7 @@ pub(super) struct Counts {
     pub(super) host_saves: AtomicU64,
     pub(super) arena_waits: AtomicU64,
     pub(super) lost: AtomicU64,
+    pub(super) alone: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -51,10 +52,21 @@ pub(super) struct Shared {
     wake_ns: u64,
     /// A capture is alive.
     pub(super) busy: AtomicBool,
+    /// Writers of the host that are saving pages.
+    savers: AtomicU32,
     /// Held while faults are answered, and while pages are released in bulk.
     serving: Mutex<()>,
     /// Pages that vCPUs wait for because the arena was full, and since when. As many as there are vCPUs at most.
     waits: Mutex<Vec<(usize, Instant)>>,
+}
+
+/// A writer of the host that is saving pages.
+struct Saving<'a>(&'a AtomicU32);
+
+impl Drop for Saving<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
 }
 
 /// What became of a page that is to be written.
@@ -79,6 +91,7 @@ impl Shared {
             counts: Counts::default(),
             wake_ns,
             busy: AtomicBool::new(false),
+            savers: AtomicU32::new(0),
             serving: Mutex::new(()),
             waits: Mutex::new(Vec::new()),
         }
@@ -87,6 +100,21 @@ impl Shared {
     /// Keeps faults from being answered.
     pub(super) fn hold_faults(&self) -> MutexGuard<'_, ()> {
         self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether no writer of the host is saving a page, be it for a capture that is over: slots may be given out anew though
+    /// these writers run.
+    pub(super) fn nobody_saves(&self) -> bool {
+        // With the same in `saving`: either we see a writer here, or it sees that no page is due any more.
+        fence(Ordering::SeqCst);
+        // Acquire: what it has written to its slot is there.
+        self.savers.load(Ordering::Acquire) == 0
+    }
+
+    fn saving(&self) -> Saving<'_> {
+        self.savers.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        Saving(&self.savers)
     }
 
     /// Copies pages of the guest in a row.
@@ -205,6 +233,7 @@ impl Shared {
 
 impl WriteGuard for Shared {
     fn before_write(&self, pages: RangeInclusive<usize>) {
+        let _saving = self.saving();
         for page in pages {
             match self.states.get(page) {
                 Some(state) if state.load(Ordering::Acquire) == DUE => {}

@@ -23,4 +23,5 @@ fn a_set_is_copied_though_there_is_no_second_thread() {
         copy_by_two(&shared, &set, &mut out, other);
         assert!(out == expected, "{stack_bytes}");
     }
+    assert_eq!(shared.counts.alone.load(Ordering::Relaxed), 1);
 }

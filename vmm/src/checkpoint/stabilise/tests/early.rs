@@ -220,3 +220,43 @@ fn nothing_is_copied_early_while_a_capture_is_read_nor_used_where_pages_are_prot
     let all = PageBitmap::full(limit + 1);
     assert_eq!(stabiliser.copy_early(&all), 0);
 }
+
+#[test]
+fn rule_15_no_slot_is_given_out_anew_that_a_writer_of_the_host_still_fills() {
+    let mut lab = Lab::new(ON_ORDER, 1);
+    let Lab {
+        guest, stabiliser, ..
+    } = &mut lab;
+    let shared = stabiliser.shared.clone();
+    let due = set(guest, FIRST, 10);
+    let stable = stabiliser.take(&due, StabilisePolicy::Protect).unwrap();
+    // Whoever writes to the first slot stops there.
+    let arena_bytes = u64::from(shared.arena.limit()) * PAGE_BYTES as u64;
+    let arena = uffd::Uffd::new(shared.arena.page(0).as_ptr() as u64, arena_bytes).unwrap();
+    arena.protect(0, 1).unwrap();
+    let next_stop = || {
+        (0..).find_map(|_| {
+            arena.next_fault().or_else(|| {
+                thread::yield_now();
+                None
+            })
+        })
+    };
+    let (early, others) = thread::scope(|scope| {
+        let writer = scope.spawn(|| shared.before_write(FIRST..=FIRST));
+        next_stop();
+        // The capture is over, and the next one begins.
+        drop(stable);
+        let early = scope.spawn(|| stabiliser.copy_early(&due));
+        let mut others = 0;
+        while !early.is_finished() && others == 0 {
+            others += arena.next_fault().iter().count();
+            thread::yield_now();
+        }
+        arena.release(0, 1).unwrap();
+        writer.join().unwrap();
+        (early.join().unwrap(), others)
+    });
+    assert_eq!((early, others), (0, 0), "the writer alone has the slot");
+    assert_eq!(stabiliser.copy_early(&due), 10);
+}
