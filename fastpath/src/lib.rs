@@ -12,6 +12,7 @@ pub mod net_offer;
 pub mod nic;
 pub mod pair;
 pub mod policy;
+pub mod processor;
 pub mod ring;
 pub mod shard;
 pub mod stages;

@@ -139,6 +139,10 @@ counters! {
         busy_batches,
         /// Times it let other threads run though it did not sleep.
         yields,
+        /// Times it asked the system how often others had run meanwhile.
+        looks_around,
+        /// Times it moved to another processor because it polled beside another thread that polls.
+        moves,
         /// Times it waited a moment for more frames.
         gathers,
         /// Times the worker went to sleep.

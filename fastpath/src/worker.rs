@@ -7,6 +7,7 @@
 //! Does not decide which frames may leave; its [`Role`] does.
 
 mod command;
+mod crowd;
 mod edge;
 mod front;
 mod gather;
@@ -33,6 +34,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::clock::now_us;
 use crate::frame::{FramePool, TxMode};
 use crate::nic::Nic;
+use crate::processor;
 use crate::ring::Area;
 use crate::shard::ShardGroup;
 use crate::stats::WorkerStats;
@@ -50,6 +52,7 @@ pub use wires::PortWiring;
 pub(crate) use front::{FRONT_FRAMES, Front, Shown};
 
 use command::Inbox;
+use crowd::Crowd;
 use idle::{Idle, Next};
 
 /// How to run a worker.
@@ -138,6 +141,7 @@ impl Prepared {
                 wake: wake.clone(),
             },
             idle: Idle::new(config.poll),
+            crowd: Crowd::default(),
             stats: stats.clone(),
             halted: false,
             quiesced: false,
@@ -160,6 +164,7 @@ struct Worker {
     role: Box<dyn Role>,
     inbox: Inbox,
     idle: Idle,
+    crowd: Crowd,
     stats: Arc<WorkerStats>,
     /// Frames stand still.
     halted: bool,
@@ -181,6 +186,7 @@ impl Worker {
             if worked {
                 self.stats.busy_batches.add(1);
                 self.idle.worked();
+                self.crowd.worked();
                 continue;
             }
             let frames = self.role.may_gather().then(|| self.stats.guest_frames());
@@ -189,6 +195,9 @@ impl Worker {
                 Next::Yield if !self.halted => {
                     self.stats.yields.add(1);
                     thread::yield_now();
+                    if self.crowd.yielded() && self.role.passes_on() {
+                        self.look_around(now_us);
+                    }
                 }
                 Next::Gather if !self.halted => self.gather(),
                 _ => self.sleep(now_us),
@@ -298,6 +307,20 @@ impl Worker {
         self.edge.flush();
     }
 
+    /// Moves to another processor if others that poll have been on this one for long.
+    #[cold]
+    fn look_around(&mut self, now_us: u64) {
+        self.stats.looks_around.add(1);
+        if !self.crowd.look(processor::switches(), now_us) {
+            return;
+        }
+        match processor::leave() {
+            Ok(true) => self.stats.moves.add(1),
+            Ok(false) => {}
+            Err(e) => debug!("this thread cannot leave its processor: {e}"),
+        }
+    }
+
     /// Lets frames gather, as long as there is no command.
     fn gather(&mut self) {
         self.stats.gathers.add(1);
@@ -401,3 +424,7 @@ mod feature_tests;
 #[cfg(test)]
 #[path = "worker/shard_tests.rs"]
 mod shard_tests;
+
+#[cfg(test)]
+#[path = "worker/crowd_tests.rs"]
+mod crowd_tests;

@@ -533,6 +533,10 @@ impl Role for PrimaryRole {
         self.takes_input(edge)
     }
 
+    fn passes_on(&self) -> bool {
+        self.link.is_some()
+    }
+
     fn poll_fds(&self, fds: &mut Vec<libc::pollfd>) {
         if let Some(link) = &self.link {
             link.poll_fds(fds);

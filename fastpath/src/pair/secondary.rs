@@ -531,6 +531,10 @@ impl Role for SecondaryRole {
         !self.stopped
     }
 
+    fn passes_on(&self) -> bool {
+        true
+    }
+
     fn shows_link(&self) -> bool {
         false
     }

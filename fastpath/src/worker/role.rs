@@ -60,6 +60,11 @@ pub trait Role: Any + Send {
         false
     }
 
+    /// Whether a frame passes several workers one after the other, which poll for each other.
+    fn passes_on(&self) -> bool {
+        false
+    }
+
     /// Whether the guest is shown the link of this host's NIC. The replica of a guest that runs elsewhere is not.
     fn shows_link(&self) -> bool {
         true

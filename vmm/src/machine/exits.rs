@@ -73,6 +73,8 @@ counters! {
         signal,
         /// Stops because the dirty ring was full.
         dirty_ring_full,
+        /// Times the thread moved to another processor because it had to wait for this one.
+        moves,
     }
 }
 

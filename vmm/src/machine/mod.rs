@@ -20,6 +20,7 @@ mod vcpu_shape;
 mod vcpu_state;
 mod view;
 mod vm;
+mod waits;
 mod workers;
 
 #[cfg(test)]

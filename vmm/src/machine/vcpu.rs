@@ -16,9 +16,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use colo_fastpath::processor;
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, Msrs, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use tracing::warn;
+use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -28,6 +29,7 @@ use super::kvm::KvmError;
 use super::urgent::Raised;
 use super::vcpu_shape::VcpuShape;
 use super::vcpu_state::{TscTarget, VcpuState};
+use super::waits::Waits;
 use crate::checkpoint::dirty::DirtyTracker;
 
 /// Base of the code segment and instruction pointer of a vCPU that was reset.
@@ -123,6 +125,7 @@ impl VcpuHandle {
             stats: stats.clone(),
             mode: Mode::Paused,
             duty: Duty::new(stood.clone()),
+            waits: Waits::none(),
             on_end: Box::new(on_end),
         };
         let thread = thread::Builder::new()
@@ -367,11 +370,13 @@ struct Vcpu {
     stats: Arc<ExitStats>,
     mode: Mode,
     duty: Duty,
+    waits: Waits,
     on_end: Box<dyn Fn(VmExit) + Send>,
 }
 
 impl Vcpu {
     fn run(mut self) {
+        self.waits = Waits::of_this_thread();
         while self.obey() {
             if let Some(time) = self.duty.must_stand() {
                 self.stand(time);
@@ -487,12 +492,26 @@ impl Vcpu {
         let line = &self.platform.interrupt;
         let mut fds = [readable(line), readable(&self.kick.event)];
         let limit = (limit_us > 0).then(|| Duration::from_micros(limit_us.into()));
+        self.waits.lie_down();
         wait(&mut fds, limit);
         if fds[0].revents != 0 {
             let _ = line.read();
+            if self.waits.get_up() {
+                self.move_over();
+            }
         }
         if let Some(begun) = begun {
             self.duty.rested(begun.elapsed());
+        }
+    }
+
+    /// Leaves a processor on which it waits for somebody else each time.
+    #[cold]
+    fn move_over(&self) {
+        match processor::leave() {
+            Ok(true) => self.stats.moves.add(1),
+            Ok(false) => {}
+            Err(e) => debug!("a vCPU cannot leave its processor: {e}"),
         }
     }
 
