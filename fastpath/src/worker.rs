@@ -189,7 +189,8 @@ impl Worker {
                 self.crowd.worked();
                 continue;
             }
-            let frames = self.role.may_gather().then(|| self.stats.guest_frames());
+            let may_gather = self.role.may_gather(&self.edge);
+            let frames = may_gather.then(|| self.stats.guest_frames());
             match self.idle.next(now_us, frames) {
                 Next::Spin if !self.halted => std::hint::spin_loop(),
                 Next::Yield if !self.halted => {

@@ -79,6 +79,11 @@ fn errors_name_file_field_value_and_remedy() {
         ("tap = \"tap0\"", "interface = \"\"", "net.interface"),
         (
             "tap = \"tap0\"",
+            "tap = \"tap0\"\nxdp = \"zero-copy\"",
+            "net.xdp = \"zero-copy\": a TAP device has no such modes",
+        ),
+        (
+            "tap = \"tap0\"",
             "interface = \"e\"\nxdp = \"magic\"",
             "magic",
         ),

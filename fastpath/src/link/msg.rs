@@ -5,6 +5,8 @@
 //!
 //! Does not interpret frames.
 
+use super::digests::DIGESTS_MAX;
+
 /// Bytes before the body.
 pub const HEAD_BYTES: usize = 24;
 /// Longest body in bytes: a jumbo frame, or a list of sequence numbers.
@@ -204,7 +206,8 @@ impl<'a> PacketMsg<'a> {
             5 => Self::PendingReleased { epoch },
             6 => Self::CaughtUp { epoch },
             7 => Self::CheckpointWanted,
-            8 => Self::Digests {
+            // More than a writer packs, each with a slot for its headers, might be more than there are slots.
+            8 if len <= DIGESTS_MAX => Self::Digests {
                 epoch,
                 entries: body,
             },
@@ -283,7 +286,8 @@ mod tests {
             bytes[4] = kind;
             bytes
         };
-        for (kind, len) in [(0, 0), (1, 13), (3, 0), (4, 12), (10, 15)] {
+        let digests = DIGESTS_MAX as u32 + 1;
+        for (kind, len) in [(0, 0), (1, 13), (3, 0), (4, 12), (8, digests), (10, 15)] {
             let bytes = head(kind, len);
             let len = len as usize;
             assert_eq!(read(&bytes), Err(Malformed { kind, len }));

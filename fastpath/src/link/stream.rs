@@ -40,7 +40,8 @@ impl Stream {
         socket.set_nodelay(true)?;
         Ok(Self {
             socket,
-            out: Vec::with_capacity(OUT_HIGH + BODY_MAX + reserve),
+            // What was sent stays in it until it is a half of this.
+            out: Vec::with_capacity(OUT_HIGH / 2 + OUT_HIGH + BODY_MAX + reserve),
             sent: 0,
             input: vec![0; IN_CAPACITY],
             start: 0,
@@ -166,5 +167,28 @@ impl Stream {
         // Nobody reads it.
         self.out.clear();
         self.sent = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn no_memory_is_taken_however_much_of_what_is_said_the_socket_has_taken() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut stream = Stream::new(socket, 0).unwrap();
+        let capacity = stream.out.capacity();
+        for sent in [0, OUT_HIGH / 2] {
+            // As after a flush.
+            stream.sent = sent;
+            while stream.has_room() {
+                stream.push(&[7; HEAD_BYTES], &[7; BODY_MAX]);
+            }
+        }
+        assert_eq!(stream.out.capacity(), capacity);
     }
 }

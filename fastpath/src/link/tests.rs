@@ -654,6 +654,46 @@ fn rule_18_who_hears_the_peer_on_the_control_channel_does_not_ask_it_and_stops_w
 }
 
 #[test]
+fn rule_18_what_may_not_be_said_keeps_nobody_awake() {
+    let mut ends = Ends::through_relay(&Network::new(0));
+    let heard = [0, 1].map(|_| PeerHeard::default());
+    let mut of_end = heard.iter().cloned();
+    ends.links = ends.links.map(|link| link.beside(of_end.next().unwrap()));
+    ends.until_both_use("udp");
+    ends.talk(20);
+    // Closed, it would be heard of.
+    let _relay = ends.relay.take();
+    // One end alone hears the other on the control channel.
+    let begun_us = now_us();
+    while now_us() < begun_us + 2 * PATIENCE_US {
+        heard[1].note(now_us());
+        ends.step();
+    }
+    ends.say(1, 1);
+    while !ends.unheard[1].is_empty() {
+        heard[1].note(now_us());
+        ends.flush(1);
+        ends.fill(0);
+        ends.hear(0);
+    }
+    let sent = ends.links[0].stats().datagrams_sent;
+    let received_us = now_us();
+    // An acknowledgement is due, and is not said.
+    while now_us() < received_us + 1_000 {}
+    let looked_us = now_us();
+    ends.flush(0);
+    assert_eq!(ends.links[0].stats().datagrams_sent, sent);
+    let deadline_us = ends.links[0].deadline_us();
+    assert!(
+        deadline_us.is_some_and(|at| at > looked_us),
+        "{deadline_us:?}"
+    );
+    heard[0].note(now_us());
+    ends.flush(0);
+    assert!(ends.links[0].stats().datagrams_sent > sent);
+}
+
+#[test]
 fn datagrams_that_are_not_answered_are_given_up_beside_a_control_channel_too() {
     let network = Network::new(0);
     let mut ends = Ends::new(&network);

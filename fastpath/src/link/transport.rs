@@ -59,6 +59,9 @@ const PROBES: u32 = 24;
 /// Rest after all transports failed or one was given up.
 const REST_MIN_US: u64 = 1_000_000;
 const REST_MAX_US: u64 = 60_000_000;
+/// While nothing may be said, it is looked this often whether that has ended: nobody is woken for what the control
+/// channel hears.
+const SILENT_LOOKS_US: u64 = 5_000;
 /// Questions over TCP while one answer is good.
 const PINGS_PER_PATIENCE: u64 = 3;
 /// Timeouts after which the peer answered over TCP and not by datagrams, before TCP carries them.
@@ -127,6 +130,8 @@ pub(super) struct Datagrams {
     pub(super) control: Option<PeerHeard>,
     /// TCP was silent for too long: nothing was sent since.
     silenced: bool,
+    /// When that was looked at last.
+    silence_looked_us: u64,
     /// Messages that found no room, in order.
     overflow: Vec<u8>,
     /// With several shards.
@@ -162,6 +167,7 @@ impl Datagrams {
             patience_us,
             control: None,
             silenced: false,
+            silence_looked_us: 0,
             overflow: Vec::with_capacity(OVERFLOW_BYTES),
             crossing: None,
             stats: LinkStats::default(),
@@ -243,6 +249,7 @@ impl Datagrams {
 
     /// Whether datagrams may be sent, as far as TCP says (rule 18).
     fn look_for_silence(&mut self, now_us: u64) -> bool {
+        self.silence_looked_us = now_us;
         let silent = self.carrier.is_some() && now_us >= self.heard_us() + self.patience_us;
         if std::mem::replace(&mut self.silenced, silent) && !silent {
             // Datagrams were not even sent: that they were not answered says nothing about them.
@@ -406,7 +413,10 @@ impl Datagrams {
             true => Some(self.probing.next_us),
             false => self.ping_due_us(),
         };
-        let core_us = self.core.deadline_us();
+        let core_us = match self.silenced {
+            true => Some(self.silence_looked_us + SILENT_LOOKS_US),
+            false => self.core.deadline_us(),
+        };
         [probe_us, core_us].into_iter().flatten().min()
     }
 

@@ -25,6 +25,7 @@ mod cut;
 mod error;
 mod link;
 mod membership;
+mod news;
 mod open;
 mod queue;
 mod recover;

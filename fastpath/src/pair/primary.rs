@@ -116,6 +116,8 @@ pub struct PrimaryRole {
     muted: bool,
     /// A checkpoint was asked for and is not committed: what is undecided lies in copies.
     diverging: bool,
+    /// Input that an earlier life of this VM owes to the guest waits for room, whose coming wakes the worker.
+    awaits_room: bool,
     past_link: LinkStats,
 }
 
@@ -161,6 +163,7 @@ impl PrimaryRole {
             mirrors: false,
             muted: false,
             diverging: false,
+            awaits_room: false,
             past_link: LinkStats::default(),
         }
     }
@@ -312,12 +315,18 @@ impl PrimaryRole {
 
     fn take_input(&mut self, edge: &mut Edge, now_us: u64) -> usize {
         let mut n = 0;
-        while n < BATCH && self.takes_input(edge) {
+        self.awaits_room = false;
+        while n < BATCH {
+            if !self.takes_input(edge) {
+                self.awaits_room = true;
+                break;
+            }
             // What an earlier life of this VM owes to the guest comes first (rule 5).
             if let Some(token) = self.path.poll_deliver(now_us, &mut edge.frames) {
                 match edge.guest_deliver(token) {
                     Handed::Now(Delivery::NoRoom, token) => {
                         self.path.undelivered(token);
+                        self.awaits_room = true;
                         break;
                     }
                     Handed::Now(delivery, token) => self.delivered(edge, now_us, delivery, token),
@@ -474,7 +483,7 @@ impl Role for PrimaryRole {
         let mut n = self.poll_link(edge, now_us);
         n += self.take_output(edge, now_us);
         n += self.take_input(edge, now_us);
-        if self.path.next_deadline().is_some_and(|at| at <= now_us) {
+        if self.path.next_timeout().is_some_and(|at| at <= now_us) {
             self.path.handle_timeout(now_us, &mut edge.frames);
         }
         n += self.act_at(edge, now_us);
@@ -514,15 +523,14 @@ impl Role for PrimaryRole {
     fn deadline_us(&self) -> Option<u64> {
         let link_us = self.link.as_ref().and_then(PacketLink::deadline_us);
         let hold_us = self.hold.deadline_us();
-        [
-            self.path.next_deadline(),
-            link_us,
-            hold_us,
-            self.reports.due_us(),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        let path_us = match self.awaits_room {
+            true => self.path.next_timeout(),
+            false => self.path.next_deadline(),
+        };
+        [path_us, link_us, hold_us, self.reports.due_us()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn wants_guest_frames(&self) -> bool {

@@ -35,7 +35,8 @@ impl Reports {
             left: 0,
             waiting: VecDeque::with_capacity(frames),
             waiting_pending: None,
-            seqs: Vec::with_capacity(BYTES_MAX),
+            // All of them may leave at once: when the NIC has room again, or muteness ends.
+            seqs: Vec::with_capacity(frames * size_of::<u64>()),
             pending: None,
             delay: Delayed::default(),
         }
@@ -107,5 +108,26 @@ impl Reports {
         self.seqs.clear();
         self.pending = None;
         self.delay.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_memory_is_taken_when_all_that_waited_leaves_at_once() {
+        const FRAMES: u64 = 10_000;
+        let mut reports = Reports::new(FRAMES as usize);
+        let capacities = |reports: &Reports| (reports.waiting.capacity(), reports.seqs.capacity());
+        let before = capacities(&reports);
+        for seq in 0..FRAMES {
+            reports.frame_released();
+            reports.note(seq);
+        }
+        (0..FRAMES).for_each(|_| reports.frame_left());
+        reports.collect();
+        assert_eq!(reports.seqs.len() as u64, 8 * FRAMES);
+        assert_eq!(capacities(&reports), before);
     }
 }

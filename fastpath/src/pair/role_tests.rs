@@ -408,10 +408,8 @@ fn rule_5_all_that_a_dead_primary_has_said_is_heard_before_the_takeover() {
 
 // ---- the primary ----
 
-/// In epoch 2 of a pair, without a lease.
-fn primary() -> (Host, Lease) {
-    let lease = Lease::default();
-    let config = PrimaryRoleConfig {
+fn primary_config(lease: &Lease) -> PrimaryRoleConfig {
+    PrimaryRoleConfig {
         limits: limits(),
         policy: Policy::default(),
         gap_limit_us: u64::MAX / 8,
@@ -420,7 +418,45 @@ fn primary() -> (Host, Lease) {
         lease: lease.clone(),
         answers: Default::default(),
         digest_key: None,
-    };
+    }
+}
+
+#[test]
+fn rule_5_a_guest_without_room_for_what_a_takeover_owes_it_keeps_no_worker_awake() {
+    // More than the guest has buffers for.
+    const COUNT: u64 = 2 * MANY + 10;
+    let mut host = secondary();
+    let now_us = now_us();
+    host.mirror(1..=COUNT);
+    host.step_until(now_us, |host| host.mirrored() == COUNT);
+    let (post, _events) = Mailbox::new().unwrap();
+    let config = primary_config(&Lease::default());
+    let role = SecondaryRole::on_worker(&host.worker, move |role, edge| {
+        role.take_over(edge, &config, post)
+    });
+    host.worker.set_role(role.flatten().unwrap()).unwrap();
+    while host.step(now_us) {}
+    // Not before the takeover is announced again.
+    assert!(host.deadline_us().is_some_and(|at| at > now_us));
+    let mut received = 0;
+    while host.has_received() {
+        received += 1;
+    }
+    assert_eq!(received, 2 * MANY);
+    for n in 0..10 {
+        let (gpa, len) = (RECEIVED + n * BUFFER_BYTES, BUFFER_BYTES as u32);
+        let offered = host.guest_rx.offer(&[], &[Segment { gpa, len }]);
+        offered.unwrap().unwrap();
+    }
+    for _ in 0..10 {
+        host.step_until(now_us, Host::has_received);
+    }
+}
+
+/// In epoch 2 of a pair, without a lease.
+fn primary() -> (Host, Lease) {
+    let lease = Lease::default();
+    let config = primary_config(&lease);
     let mut link = None;
     let mut host = Host::new(|to_peer, post| {
         link = Some(to_peer);

@@ -8,7 +8,7 @@
 //! average, and are given up for [`REST_US`] otherwise. Frames that are answered one for one by so many clients as fill
 //! no batch are therefore not waited for, but for a small part of the time.
 //!
-//! Only for a VM that is not replicated ([`super::Role::may_gather`]). Does not wait itself.
+//! Only for a VM that is not replicated, with one worker ([`super::Role::may_gather`]). Does not wait itself.
 
 /// How long to wait. The kernel's timer may add half as much.
 pub(super) const WAIT_US: u64 = 100;

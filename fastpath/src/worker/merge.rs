@@ -2,9 +2,9 @@
 //! 5.1.6.3 and 5.1.6.4).
 //!
 //! Invariants: all buffers of a frame become visible to the guest at once, the first of them says how many
-//! they are; buffers that do not suffice go back untouched.
+//! they are; buffers that do not suffice go back untouched; nothing allocates after [`Merge::for_bytes`].
 
-use crate::ring::{Chain, GuestRam, RingError, Segment, Virtqueue};
+use crate::ring::{Chain, GuestRam, QUEUE_SIZE_MAX, RingError, Segment, Virtqueue};
 
 use super::port::{Delivery, NET_HEADER_BYTES, header_of, scatter};
 
@@ -24,6 +24,15 @@ struct Taken {
 }
 
 impl Merge {
+    /// For frames that take up to `need` bytes, the header included.
+    pub(super) fn for_bytes(need: usize) -> Self {
+        Self {
+            chains: Vec::with_capacity(QUEUE_SIZE_MAX.into()),
+            // However small the guest's buffers are, each has a byte.
+            segments: Vec::with_capacity(need),
+        }
+    }
+
     /// Whether there are buffers for `need` bytes, or as many buffers as the queue can have.
     pub(super) fn has_room(
         &mut self,
@@ -107,5 +116,43 @@ impl Merge {
             });
         }
         Ok(room)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::ring::Pages;
+    use crate::ring::driver_mock::DriverMock;
+
+    #[test]
+    fn no_memory_is_taken_however_small_the_guests_buffers_are() {
+        const NEED: usize = 200;
+        let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
+        let mut driver = DriverMock::new(ram.clone(), 0x4000, 256, true);
+        let buffer = |n: u64| Segment {
+            gpa: 0x8000 + n,
+            len: 1,
+        };
+        let first: Vec<_> = (0..NET_HEADER_BYTES as u64).map(buffer).collect();
+        driver.offer(&[], &first).unwrap().unwrap();
+        for n in NET_HEADER_BYTES..NEED {
+            driver.offer(&[], &[buffer(n as u64)]).unwrap().unwrap();
+        }
+        let mut queue = Virtqueue::new(ram.clone(), driver.queue_state()).unwrap();
+        let (mut merge, mut chain) = (Merge::for_bytes(NEED), Chain::default());
+        let capacities = |merge: &Merge| (merge.chains.capacity(), merge.segments.capacity());
+        let before = capacities(&merge);
+        assert!(merge.has_room(&mut queue, &mut chain, NEED).unwrap());
+        let frame = [7; NEED - NET_HEADER_BYTES];
+        let done = merge.deliver(&mut queue, &mut chain, &ram, &frame, false);
+        assert_eq!(done.unwrap(), Delivery::Done);
+        let mut written = frame;
+        ram.read(0x8000 + NET_HEADER_BYTES as u64, &mut written)
+            .unwrap();
+        assert_eq!(written, frame);
+        assert_eq!(capacities(&merge), before);
     }
 }

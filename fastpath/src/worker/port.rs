@@ -98,6 +98,7 @@ impl GuestPort {
     /// Sets how long frames for the guest are at most.
     pub(super) fn set_frame_max(&mut self, frame_max: usize) {
         self.frame_max = frame_max;
+        self.merge = Merge::for_bytes(NET_HEADER_BYTES + frame_max);
     }
 
     /// Connects a guest that brings its own memory, and serves its queues.

@@ -56,7 +56,7 @@ pub trait Role: Any + Send {
 
     /// Whether frames may be let gather under a heavy load. Not where a frame passes several workers one after the other,
     /// each of which would wait.
-    fn may_gather(&self) -> bool {
+    fn may_gather(&self, _edge: &Edge) -> bool {
         false
     }
 
@@ -146,8 +146,8 @@ impl Role for Solo {
         self.unsent.is_none()
     }
 
-    fn may_gather(&self) -> bool {
-        true
+    fn may_gather(&self, edge: &Edge) -> bool {
+        !edge.is_sharded()
     }
 
     fn leave(&mut self, edge: &mut Edge) {

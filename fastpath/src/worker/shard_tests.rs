@@ -503,3 +503,14 @@ fn shards_that_do_not_fit_together_are_refused() {
     let refused = spawn_shards(Vec::new(), Vec::new(), Vec::new()).unwrap_err();
     assert!(refused.to_string().contains("from 1 to 8"), "{refused}");
 }
+
+#[test]
+fn frames_gather_only_where_they_pass_one_worker() {
+    for shards in [1, 2] {
+        let bench = bench(shards, PollMode::Adaptive);
+        for worker in &bench.workers {
+            let may_gather = worker.execute(|edge, role| role.may_gather(edge));
+            assert_eq!(may_gather.unwrap(), shards == 1);
+        }
+    }
+}

@@ -54,6 +54,11 @@ impl Check<'_> {
 
     pub(super) fn net(&self, net: &NetConfig) -> Result<(), ConfigError> {
         let (field, name) = match (&net.tap, &net.interface) {
+            (Some(_), None) if net.xdp != XdpNicMode::Auto => {
+                let advice = "a TAP device has no such modes; name an interface as net.interface, or leave it out";
+                let mode = toml::Value::try_from(net.xdp).map(|mode| mode.to_string());
+                return self.that(false, "net.xdp", mode.unwrap_or_default(), advice);
+            }
             (Some(tap), None) => ("net.tap", tap.as_str()),
             (None, Some(interface)) => ("net.interface", interface.as_str()),
             (Some(_), Some(name)) => {

@@ -324,14 +324,17 @@ impl PrimaryPath {
         self.paired && self.cut.is_none() && !self.frozen && !self.muted
     }
 
-    /// When [`PrimaryPath::handle_timeout`] may have something to do; never later than it has.
+    /// When [`PrimaryPath::handle_timeout`] or [`PrimaryPath::poll_deliver`] may have something to do; never later than
+    /// they have.
     pub fn next_deadline(&self) -> Option<u64> {
+        let all = [self.inherited.next_due_us(), self.next_timeout()];
+        all.into_iter().flatten().min()
+    }
+
+    /// The same of [`PrimaryPath::handle_timeout`] alone: for a shell that has no room for what there is to deliver.
+    pub fn next_timeout(&self) -> Option<u64> {
         let of_flows = self.flows.next_due_us().filter(|_| self.time_runs());
-        let all = [
-            self.inherited.next_due_us(),
-            self.announce_again.due_us(),
-            of_flows,
-        ];
+        let all = [self.announce_again.due_us(), of_flows];
         all.into_iter().flatten().min()
     }
 

@@ -8,14 +8,14 @@
 //! Does not bind sockets.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use colo_bpf::{GuestFrames, LINK_ETHERTYPE, LinkChannel, Mac, XdpProgram};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::membership::Membership;
+use super::news::News;
 use super::{XdpAbilities, XdpNicError, XdpNicMode};
 use crate::nic::Filter;
 
@@ -52,13 +52,11 @@ pub(super) struct Control {
 pub(super) struct Common {
     control: Mutex<Control>,
     shards: u32,
-    /// Counts what the ends have to look at.
-    changes: AtomicU64,
+    /// Of what the ends have to look at.
+    news: News,
     /// The guest hears nothing (rule 24).
     is_closed: AtomicBool,
     has_link: AtomicBool,
-    /// One for each end.
-    wakes: Box<[EventFd]>,
 }
 
 impl Common {
@@ -69,7 +67,6 @@ impl Common {
         filter: Filter,
         shards: u32,
     ) -> io::Result<Self> {
-        let wakes = (0..shards).map(|_| EventFd::new(EFD_NONBLOCK));
         Ok(Self {
             control: Mutex::new(Control {
                 interface: interface.to_owned(),
@@ -83,10 +80,9 @@ impl Common {
                 link_ends: 0,
             }),
             shards,
-            changes: AtomicU64::new(0),
+            news: News::new(shards)?,
             is_closed: AtomicBool::new(filter == Filter::DropAll),
             has_link: AtomicBool::new(true),
-            wakes: wakes.collect::<io::Result<_>>()?,
         })
     }
 
@@ -102,24 +98,17 @@ impl Common {
 
     /// Changes so far.
     pub(super) fn changes(&self) -> u64 {
-        self.changes.load(Ordering::Acquire)
+        self.news.changes()
     }
 
     /// Readable when there was a change; for an end that sleeps.
     pub(super) fn poll_fd(&self, shard: u32) -> RawFd {
-        self.wakes[shard as usize].as_raw_fd()
+        self.news.poll_fd(shard)
     }
 
-    /// An end has seen what there is.
-    pub(super) fn seen(&self, shard: u32) {
-        let _ = self.wakes[shard as usize].read();
-    }
-
-    fn changed(&self) {
-        self.changes.fetch_add(1, Ordering::AcqRel);
-        for wake in &self.wakes {
-            let _ = wake.write(1);
-        }
+    /// An end is about to look at all that there is: which changes that covers.
+    pub(super) fn heed(&self, shard: u32) -> u64 {
+        self.news.heed(shard)
     }
 
     /// Whether the guest is to hear nothing.
@@ -133,7 +122,7 @@ impl Common {
 
     pub(super) fn set_link(&self, has_link: bool) {
         if self.has_link.swap(has_link, Ordering::Relaxed) != has_link {
-            self.changed();
+            self.news.tell();
         }
     }
 
@@ -154,7 +143,7 @@ impl Common {
         self.is_closed
             .store(filter == Filter::DropAll, Ordering::Relaxed);
         drop(control);
-        self.changed();
+        self.news.tell();
         Ok(())
     }
 
@@ -178,7 +167,7 @@ impl Common {
         control.ready = 0;
         if control.attachment.take().is_some() {
             drop(control);
-            self.changed();
+            self.news.tell();
         }
     }
 
@@ -189,7 +178,7 @@ impl Common {
         attachment.number = control.last_number;
         control.attachment = Some(attachment);
         drop(control);
-        self.changed();
+        self.news.tell();
         attachment
     }
 
@@ -200,7 +189,7 @@ impl Common {
             attachment.queues = queues;
         }
         drop(control);
-        self.changed();
+        self.news.tell();
     }
 
     /// An end has its sockets on this attachment. The last one proves that all are reached and lets

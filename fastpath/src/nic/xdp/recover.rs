@@ -88,8 +88,7 @@ impl XdpNic {
 
     /// Heeds what another end has changed.
     pub(super) fn heed(&mut self, frames: &mut FramePool) {
-        self.heeded = self.common.changes();
-        self.common.seen(self.shard);
+        self.heeded = self.common.heed(self.shard);
         self.heed_filter();
         let now = self.common.attachment();
         let number = |attachment: Option<Attachment>| attachment.map(|a| a.number);

@@ -66,11 +66,7 @@ impl Watch {
     pub(super) fn start(name: &str, seen: Seen) -> io::Result<Self> {
         let netlink = Rtnetlink::open(true)?;
         let stop = EventFd::new(EFD_NONBLOCK)?;
-        let shared = Arc::new(Shared {
-            changed: AtomicBool::new(false),
-            seen: Mutex::new(seen),
-            wake: EventFd::new(EFD_NONBLOCK)?,
-        });
+        let shared = Arc::new(Shared::new(seen)?);
         let watcher = Watcher {
             name: name.to_owned(),
             netlink,
@@ -89,13 +85,7 @@ impl Watch {
 
     /// What is there now, if that has changed since the last call.
     pub(super) fn changed(&self) -> Option<Seen> {
-        if !self.shared.changed.load(Ordering::Relaxed) {
-            return None;
-        }
-        let _ = self.shared.wake.read();
-        let seen = self.shared.lock();
-        self.shared.changed.store(false, Ordering::Relaxed);
-        Some(seen.clone())
+        self.shared.take()
     }
 
     /// Readable when something has changed.
@@ -114,6 +104,37 @@ impl Drop for Watch {
 }
 
 impl Shared {
+    /// For an interface that is known to be as `seen`.
+    fn new(seen: Seen) -> io::Result<Self> {
+        Ok(Self {
+            changed: AtomicBool::new(false),
+            seen: Mutex::new(seen),
+            wake: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+
+    /// It is like that now.
+    fn report(&self, now: Seen) {
+        let mut seen = self.lock();
+        if *seen != now {
+            *seen = now;
+            self.changed.store(true, Ordering::Relaxed);
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// What was reported since the last call.
+    fn take(&self) -> Option<Seen> {
+        if !self.changed.load(Ordering::Relaxed) {
+            return None;
+        }
+        let seen = self.lock();
+        // Under the lock, under which it was written: who has taken a report is not woken for it any more.
+        let _ = self.wake.read();
+        self.changed.store(false, Ordering::Relaxed);
+        Some(seen.clone())
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
         // Nothing is left half done under this lock.
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
@@ -147,12 +168,52 @@ impl Watcher {
 
     /// Looks after the messages are drained, so that none is missed.
     fn look(&self) {
-        let now = Seen::of(&self.name);
-        let mut seen = self.shared.lock();
-        if *seen != now {
-            *seen = now;
-            self.shared.changed.store(true, Ordering::Relaxed);
-            let _ = self.shared.wake.write(1);
-        }
+        self.shared.report(Seen::of(&self.name));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_readable(fd: RawFd) -> bool {
+        let mut fd = libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd on this stack, no wait.
+        unsafe { libc::poll(&raw mut fd, 1, 0) == 1 }
+    }
+
+    /// Who sleeps with a descriptor that stays readable does not sleep.
+    #[test]
+    fn a_report_that_was_taken_wakes_nobody_any_more() {
+        const ROUNDS: u32 = 2000;
+        let shared = Shared::new(Seen::default()).unwrap();
+        let taken = std::sync::atomic::AtomicU32::new(0);
+        let mut stale = 0;
+        let report = |round: u32| {
+            shared.report(Seen {
+                rx_queues: round,
+                ..Seen::default()
+            });
+            while taken.load(Ordering::Acquire) < round {
+                thread::yield_now();
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| (1..=ROUNDS).for_each(report));
+            for round in 1..=ROUNDS {
+                // Most often it sees the report while that is being made.
+                while shared.take().is_none() {
+                    std::hint::spin_loop();
+                }
+                stale += u32::from(is_readable(shared.wake.as_raw_fd()));
+                taken.store(round, Ordering::Release);
+            }
+        });
+        assert_eq!(stale, 0);
+        assert_eq!(shared.lock().rx_queues, ROUNDS);
     }
 }

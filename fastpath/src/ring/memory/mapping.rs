@@ -97,7 +97,9 @@ impl GuestRam {
     /// RAM that lies where `sources` say, in any order, without overlaps.
     pub fn from_regions(mut sources: Vec<RegionSource>) -> Result<Self, MemoryError> {
         sources.sort_by_key(|source| source.gpa);
-        let total: u64 = sources.iter().map(|source| source.bytes).sum();
+        let mut sizes = sources.iter().map(|source| source.bytes);
+        let total = sizes.try_fold(0, u64::checked_add);
+        let total = total.ok_or(MemoryError::BadSize(u64::MAX))?;
         let refused = |source| MemoryError::Map {
             bytes: total,
             source,

@@ -187,3 +187,15 @@ fn ram_leaves_the_register_windows_free() {
 fn huge_pages_fall_back() {
     assert!(GuestRam::new(4 << 20, Pages::HugeIfReserved).is_ok());
 }
+
+#[test]
+fn regions_that_are_more_than_can_be_counted_are_refused() {
+    let sources = [0, 1 << 63].map(|gpa| RegionSource {
+        gpa,
+        bytes: 1 << 63,
+        file: tempfile::tempfile().unwrap(),
+        offset: 0,
+    });
+    let refused = GuestRam::from_regions(sources.into()).unwrap_err();
+    assert!(matches!(refused, MemoryError::BadSize(_)), "{refused}");
+}
