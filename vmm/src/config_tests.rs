@@ -153,11 +153,6 @@ fn errors_name_file_field_value_and_remedy() {
         ),
         ("[replication]", "[replication]\nalone = \"maybe\"", "maybe"),
         (
-            "tap = \"tap0\"",
-            "tap = \"tap0\"\nxdp = \"driver\"",
-            "net.xdp = driver: it says how net.interface is used",
-        ),
-        (
             "[replication]",
             "[checkpoint]\nstreams = 0\n[replication]",
             "checkpoint.streams = 0: must be from 1 to 8",

@@ -77,9 +77,6 @@ impl Check<'_> {
             name,
             "an interface name has 1 to 15 characters",
         )?;
-        let is_used = net.interface.is_some() || net.xdp == XdpNicMode::Auto;
-        let advice = "it says how net.interface is used, and there is net.tap; leave it out";
-        self.that(is_used, "net.xdp", xdp_name(net.xdp), advice)?;
         let unicast = net.mac[0] & 1 == 0 && net.mac != [0; 6];
         let advice = "the guest needs a unicast address (even first byte, not all zero)";
         self.that(unicast, "net.mac", format!("{:02x?}", net.mac), advice)?;
@@ -153,16 +150,6 @@ impl Check<'_> {
             value: value.to_string(),
             advice: advice.into(),
         })
-    }
-}
-
-/// As the file has it.
-fn xdp_name(mode: XdpNicMode) -> &'static str {
-    match mode {
-        XdpNicMode::Auto => "auto",
-        XdpNicMode::ZeroCopy => "zero-copy",
-        XdpNicMode::Driver => "driver",
-        XdpNicMode::Generic => "generic",
     }
 }
 
