@@ -48,6 +48,8 @@ struct Lane {
     /// A send of the first one is under way.
     busy: bool,
     zero_copy: bool,
+    /// Buffers that were sent with SEND_ZC and are still the kernel's: the peer has not taken them.
+    unreturned: usize,
     /// Last time that something moved, or that there was nothing to move.
     since: Instant,
     sequence: u32,
@@ -83,6 +85,7 @@ impl Outgoing {
             queued_bytes: 0,
             busy: false,
             zero_copy,
+            unreturned: 0,
             since,
             sequence: 0,
             totals: Totals::default(),
@@ -313,7 +316,10 @@ impl Outgoing {
         let index = first.index;
         lane.queue.pop_front();
         // With SEND_ZC the kernel may still read it: it comes back with the notification.
-        self.free.extend(operations.take(index));
+        match operations.take(index) {
+            Some(buffer) => self.free.push(buffer),
+            None => lane.unreturned += 1,
+        }
         Ok(())
     }
 
@@ -337,8 +343,12 @@ impl Outgoing {
             }
         }
         // One that is still in the queue (the rest of a short send) stays there.
-        if !lane.queue.iter().any(|queued| queued.index == index) {
-            self.free.extend(operations.take(index));
+        if !lane.queue.iter().any(|queued| queued.index == index)
+            && let Some(buffer) = operations.take(index)
+        {
+            self.free.push(buffer);
+            lane.unreturned = lane.unreturned.saturating_sub(1);
+            lane.since = Instant::now();
         }
     }
 
@@ -350,7 +360,8 @@ impl Outgoing {
     /// Since when a stream waits for the peer to take something.
     pub(super) fn waiting_since(&self, stream: usize) -> Option<Instant> {
         let lane = &self.lanes[stream];
-        (!lane.queue.is_empty()).then_some(lane.since)
+        let waits = !lane.queue.is_empty() || lane.unreturned > 0;
+        waits.then_some(lane.since)
     }
 }
 
