@@ -11,6 +11,7 @@ use crate::stats::WorkerStats;
 
 mod down_tests;
 mod gather_tests;
+mod guest_tests;
 mod link_tests;
 mod queue_tests;
 
