@@ -25,5 +25,19 @@ fn boot_time() -> Duration {
     };
     // SAFETY: writes one timespec that lives on this stack; the clock always exists on Linux.
     unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
-    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)
+    let boot = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+    #[cfg(test)]
+    let boot = boot + SKIPPED.get();
+    boot
+}
+
+#[cfg(test)]
+thread_local! {
+    static SKIPPED: std::cell::Cell<Duration> = const { std::cell::Cell::new(Duration::ZERO) };
+}
+
+/// For tests: so much time has passed, for the calling thread.
+#[cfg(test)]
+pub(crate) fn skip_us(us: u64) {
+    SKIPPED.set(SKIPPED.get() + Duration::from_micros(us));
 }

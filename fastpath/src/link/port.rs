@@ -61,6 +61,17 @@ impl PortAddress {
     }
 }
 
+/// System calls that tell the kernel to look at a ring.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WakeUps {
+    /// How many there were.
+    pub made: u64,
+    /// How many the ring asked for (need_wakeup).
+    pub asked: u64,
+    /// After how many the kernel had taken nothing.
+    pub in_vain: u64,
+}
+
 /// One end of a datagram transport. Never blocks.
 pub trait DatagramPort: Send + fmt::Debug {
     /// Where this end receives.
@@ -158,6 +169,11 @@ pub trait DatagramPort: Send + fmt::Debug {
     /// System calls that it has made to send and to receive.
     fn calls(&self) -> u64 {
         0
+    }
+
+    /// Those of them that wake the kernel up, where it says when it must be.
+    fn wake_ups(&self) -> WakeUps {
+        WakeUps::default()
     }
 
     /// For tests: nothing is received any more.

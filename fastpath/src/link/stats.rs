@@ -42,6 +42,10 @@ pub struct LinkStats {
     /// System calls that sent or received datagrams: wake-ups of AF_XDP, batches of UDP. Those through the guest's NIC are the
     /// NIC's.
     pub datagram_calls: u64,
+    /// Of these the wake-ups that AF_XDP's ring asked for (need_wakeup).
+    pub wake_ups_asked: u64,
+    /// Of these, the ones after which the kernel had taken nothing; it is asked again with what comes next.
+    pub wake_ups_in_vain: u64,
     /// System calls on the TCP connection.
     pub stream_calls: u64,
     /// Frames that stayed in the slot of the pool where the NIC had put them.
@@ -92,6 +96,8 @@ impl LinkStats {
             (&mut self.out_of_window, earlier.out_of_window),
             (&mut self.send_errors, earlier.send_errors),
             (&mut self.datagram_calls, earlier.datagram_calls),
+            (&mut self.wake_ups_asked, earlier.wake_ups_asked),
+            (&mut self.wake_ups_in_vain, earlier.wake_ups_in_vain),
             (&mut self.stream_calls, earlier.stream_calls),
             (&mut self.frames_in_place, earlier.frames_in_place),
             (&mut self.frames_copied, earlier.frames_copied),

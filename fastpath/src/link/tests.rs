@@ -14,6 +14,7 @@ use crate::nic::XdpNic;
 
 mod crossing_tests;
 mod guest_nic_tests;
+mod path_tests;
 mod pool_tests;
 mod xdp_tests;
 

@@ -17,6 +17,7 @@
 //! Does not interpret messages.
 
 pub(super) mod crossing;
+mod probing;
 
 use std::ops::Range;
 
@@ -33,6 +34,9 @@ use super::stream::Stream;
 use crate::frame::FramePool;
 use crate::nic::Nic;
 use crossing::Crossing;
+use probing::Probing;
+#[cfg(test)]
+pub(super) use probing::{HEALTHY_US, REST_MAX_US, REST_MIN_US};
 
 /// Kinds of messages between the two link layers; unknown to earlier versions, which skip them.
 pub(super) mod kind {
@@ -50,15 +54,6 @@ pub(super) mod kind {
     pub(in crate::link) const PONG: u8 = 21;
 }
 
-/// Between probes of one transport, first and later.
-const PROBE_SOON_US: u64 = 5_000;
-const PROBE_LATER_US: u64 = 50_000;
-const PROBES_SOON: u32 = 8;
-/// Probes without an answer after which the next transport is tried.
-const PROBES: u32 = 24;
-/// Rest after all transports failed or one was given up.
-const REST_MIN_US: u64 = 1_000_000;
-const REST_MAX_US: u64 = 60_000_000;
 /// While nothing may be said, it is looked this often whether that has ended: nobody is woken for what the control
 /// channel hears.
 const SILENT_LOOKS_US: u64 = 5_000;
@@ -76,18 +71,6 @@ const OVERFLOW_BYTES: usize = 1 << 20;
 pub(super) const TAKEN_BACK_MAX: usize = RING_BYTES + OVERFLOW_BYTES + (UNITS_MAX + 2) * HEAD_BYTES;
 
 static ZEROS: [u8; 1 << 14] = [0; 1 << 14];
-
-#[derive(Debug)]
-struct Probing {
-    /// Which transport, as an index of those in common.
-    turn: usize,
-    tried: u32,
-    next_us: u64,
-    rest_us: u64,
-    /// Answers to earlier questions do not count.
-    valid_from: u64,
-    question: u64,
-}
 
 /// Since datagrams were heard last.
 #[derive(Debug, Default)]
@@ -148,14 +131,7 @@ impl Datagrams {
             peer_window: 0,
             carrier: None,
             heard_on: None,
-            probing: Probing {
-                turn: 0,
-                tried: 0,
-                next_us: 0,
-                rest_us: REST_MIN_US,
-                valid_from: 1,
-                question: 0,
-            },
+            probing: Probing::new(),
             confirmed: None,
             silence: Silence::default(),
             pings: 0,
@@ -201,7 +177,7 @@ impl Datagrams {
         let ports = &self.ports;
         self.common
             .sort_by_key(|(index, _)| std::cmp::Reverse(ports[*index].address().kind()));
-        self.probing.next_us = now_us;
+        self.probing.begin(now_us);
     }
 
     /// Whether units, not messages in the stream, carry what this end says.
@@ -296,6 +272,7 @@ impl Datagrams {
             Heard::Peer => {
                 self.heard_on = Some(index);
                 self.silence = Silence::default();
+                self.probing.heard(now_us);
             }
             // Without the peer's offer there is no key to answer with; it asks again.
             Heard::Probe(_) if self.common.is_empty() => {}
@@ -306,7 +283,7 @@ impl Datagrams {
                 self.ports[index].flush();
             }
             Heard::ProbeAnswer(question) => {
-                if question >= self.probing.valid_from && question <= self.probing.question {
+                if self.probing.is_valid(question) {
                     self.confirmed = Some(index);
                 }
             }
@@ -317,6 +294,12 @@ impl Datagrams {
     #[cfg(test)]
     pub(super) fn address(&self, port: usize) -> super::port::PortAddress {
         self.ports[port].address()
+    }
+
+    /// When the next question about a transport is due.
+    #[cfg(test)]
+    pub(super) fn next_probe_us(&self) -> u64 {
+        self.probing.due_us()
     }
 
     /// A transport receives nothing any more.
@@ -410,7 +393,7 @@ impl Datagrams {
     pub(super) fn deadline_us(&self) -> Option<u64> {
         let probing = self.carrier.is_none() && !self.common.is_empty();
         let probe_us = match probing {
-            true => Some(self.probing.next_us),
+            true => Some(self.probing.due_us()),
             false => self.ping_due_us(),
         };
         let core_us = match self.silenced {
@@ -441,32 +424,23 @@ impl Datagrams {
             send_errors: self.ports.iter().map(|port| port.errors()).sum(),
             pool_refusals: self.ports.iter().map(|port| port.pool_refusals()).sum(),
             datagram_calls: self.ports.iter().map(|port| port.calls()).sum(),
+            wake_ups_asked: self.ports.iter().map(|port| port.wake_ups().asked).sum(),
+            wake_ups_in_vain: self.ports.iter().map(|port| port.wake_ups().in_vain).sum(),
             ..self.stats
         }
     }
 
     /// Asks whether a transport works, when it is time.
     fn probe(&mut self, now_us: u64) {
-        let probing = &mut self.probing;
-        if self.carrier.is_some() || self.common.is_empty() || probing.next_us > now_us {
+        if self.carrier.is_some() {
             return;
         }
-        if probing.tried == PROBES {
-            probing.tried = 0;
-            probing.turn += 1;
-            if probing.turn.is_multiple_of(self.common.len()) {
-                probing.next_us = now_us + probing.rest_us;
-                probing.rest_us = (2 * probing.rest_us).min(REST_MAX_US);
-                return;
-            }
-        }
-        probing.tried += 1;
-        probing.question += 1;
-        let soon = probing.tried < PROBES_SOON;
-        probing.next_us = now_us + if soon { PROBE_SOON_US } else { PROBE_LATER_US };
-        let (index, payload_max) = self.common[probing.turn % self.common.len()];
+        let Some((transport, question)) = self.probing.ask(now_us, self.common.len()) else {
+            return;
+        };
+        let (index, payload_max) = self.common[transport];
         let padding = &ZEROS[..payload_max];
-        let head = self.core.probe(Kind::Probe, probing.question, padding);
+        let head = self.core.probe(Kind::Probe, question, padding);
         self.send(index, &head, padding);
     }
 
@@ -490,6 +464,7 @@ impl Datagrams {
         self.core.sender.begin(payload_max, self.peer_window);
         self.carrier = Some(index);
         self.silence = Silence::default();
+        self.probing.carries(now_us);
         self.stream_heard_us = now_us;
         self.next_ping_us = now_us;
     }
@@ -545,12 +520,7 @@ impl Datagrams {
         stream.push(&self.overflow, &[]);
         self.overflow.clear();
         self.carrier = None;
-        let probing = &mut self.probing;
-        probing.tried = 0;
-        probing.turn = 0;
-        probing.valid_from = probing.question + 1;
-        probing.next_us = now_us + probing.rest_us;
-        probing.rest_us = (2 * probing.rest_us).min(REST_MAX_US);
+        self.probing.given_up(now_us);
     }
 
     /// When the peer is to be asked over TCP. Where it is heard on the control channel, only if it is not answering.

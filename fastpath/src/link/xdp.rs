@@ -28,12 +28,12 @@ use colo_bpf::{
 };
 use colo_compare::Token;
 
-use super::port::{DatagramPort, PortAddress, Slot};
+use super::port::{DatagramPort, PortAddress, Slot, WakeUps};
 use super::reliable::RECEIVE_WINDOW;
 use crate::frame::FramePool;
 use crate::ring::xsk::{
-    BindOptions, CopyMode, Descriptor, Interface, InterfaceError, Kick, Rx, Umem, XskError,
-    XskSocket,
+    BindOptions, CopyMode, Descriptor, Interface, InterfaceError, Kick, Kicks, Rx, TxRing, Umem,
+    XskError, XskSocket, kick_all,
 };
 use chunks::Chunks;
 
@@ -137,7 +137,7 @@ pub struct XdpPort {
     mac: Mac,
     peer: Mac,
     mtu: usize,
-    calls: u64,
+    wake_ups: WakeUps,
     errors: u64,
 }
 
@@ -274,7 +274,7 @@ impl XdpPort {
             mac,
             peer: mac,
             mtu: mtu.min(memory.payload_max),
-            calls: 0,
+            wake_ups: WakeUps::default(),
             errors: 0,
         };
         port.refill();
@@ -304,7 +304,8 @@ impl XdpPort {
             if !queue.socket.fill_needs_wakeup() {
                 continue;
             }
-            self.calls += 1;
+            self.wake_ups.asked += 1;
+            self.wake_ups.made += 1;
             if let Err(e) = queue.socket.wake_rx() {
                 tracing::debug!("packet channel: AF_XDP: {e}");
                 self.errors += 1;
@@ -312,42 +313,32 @@ impl XdpPort {
         }
     }
 
-    /// Takes back the chunks whose frames have left.
-    fn reap(&mut self) {
-        let Some(queue) = self.queues.first_mut() else {
-            return;
-        };
-        while let Some(offset) = queue.socket.complete() {
-            self.sendable.push_back(self.chunks.index_of(offset) as u32);
-        }
-        queue.socket.release_completions();
-    }
-
-    /// Makes the kernel send what it was given.
-    fn kick(&mut self) {
+    /// Makes the kernel send what it was given, and takes back the chunks whose frames have left. What stays in the ring
+    /// is sent with what comes next.
+    fn push_out(&mut self) {
         let Some(queue) = self.queues.first_mut() else {
             return;
         };
         queue.socket.submit_tx();
-        let calls = queue.socket.tx_pending().div_ceil(KICK_FRAMES) + 1;
-        for _ in 0..calls {
-            let pending = queue.socket.tx_pending();
-            if pending == 0 || !queue.socket.tx_needs_wakeup() {
-                break;
-            }
-            self.calls += 1;
-            match queue.socket.kick_tx() {
-                Ok(Kick::Done) => {}
-                // As much as it sends in one call.
-                Ok(Kick::Again) if queue.socket.tx_pending() < pending => {}
-                // What stays in the ring is sent with what comes next.
-                Ok(Kick::Again | Kick::Down) => break,
-                Err(e) => {
-                    tracing::debug!("packet channel: AF_XDP: {e}");
-                    self.errors += 1;
-                    break;
-                }
-            }
+        let calls_max = queue.socket.tx_pending().div_ceil(KICK_FRAMES) + 1;
+        let mut sending = Sending {
+            socket: &mut queue.socket,
+            chunks: &self.chunks,
+            sendable: &mut self.sendable,
+        };
+        let kicks = kick_all(&mut sending, calls_max);
+        sending.reap();
+        self.note(&kicks);
+    }
+
+    fn note(&mut self, kicks: &Kicks) {
+        self.wake_ups.made += u64::from(kicks.calls);
+        self.wake_ups.asked += u64::from(kicks.asked);
+        self.wake_ups.in_vain += u64::from(kicks.in_vain);
+        self.errors += u64::from(kicks.dropped);
+        if let Some(e) = &kicks.failure {
+            tracing::debug!("packet channel: AF_XDP: {e}");
+            self.errors += 1;
         }
     }
 
@@ -378,6 +369,36 @@ impl XdpPort {
             self.places[chunk as usize] = (piece.offset + ETHERNET_BYTES as u64, len);
             return Some(Slot(chunk));
         }
+    }
+}
+
+/// The queue that sends, with its chunks.
+struct Sending<'a> {
+    socket: &'a mut XskSocket,
+    chunks: &'a Chunks,
+    sendable: &'a mut VecDeque<u32>,
+}
+
+impl TxRing for Sending<'_> {
+    fn pending(&mut self) -> u32 {
+        self.socket.tx_pending()
+    }
+
+    fn needs_wakeup(&self) -> bool {
+        self.socket.tx_needs_wakeup()
+    }
+
+    fn kick(&mut self) -> io::Result<Kick> {
+        self.socket.kick_tx()
+    }
+
+    fn reap(&mut self) -> u32 {
+        let before = self.sendable.len();
+        while let Some(offset) = self.socket.complete() {
+            self.sendable.push_back(self.chunks.index_of(offset) as u32);
+        }
+        self.socket.release_completions();
+        (self.sendable.len() - before) as u32
     }
 }
 
@@ -435,8 +456,7 @@ impl DatagramPort for XdpPort {
     }
 
     fn flush(&mut self) {
-        self.kick();
-        self.reap();
+        self.push_out();
         self.refill();
     }
 
@@ -520,7 +540,11 @@ impl DatagramPort for XdpPort {
     }
 
     fn calls(&self) -> u64 {
-        self.calls
+        self.wake_ups.made
+    }
+
+    fn wake_ups(&self) -> WakeUps {
+        self.wake_ups
     }
 
     #[cfg(test)]

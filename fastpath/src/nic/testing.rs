@@ -164,7 +164,7 @@ impl Station {
 
     /// The next frame that has come already.
     pub(super) fn take(&self) -> Option<Vec<u8>> {
-        let mut bytes = vec![0_u8; 16384];
+        let mut bytes = vec![0_u8; 65536];
         let mut part = libc::iovec {
             iov_base: bytes.as_mut_ptr().cast(),
             iov_len: bytes.len(),

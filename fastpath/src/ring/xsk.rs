@@ -16,6 +16,7 @@
 
 mod error;
 mod interface;
+mod kick;
 mod receiver;
 mod rings;
 mod socket;
@@ -25,6 +26,7 @@ mod umem;
 pub use error::XskError;
 pub(crate) use interface::ip_of;
 pub use interface::{Interface, InterfaceError};
+pub(crate) use kick::{Kicks, TxRing, kick_all};
 pub use receiver::XskReceiver;
 pub use socket::{
     BadDescriptor, BindOptions, CopyMode, Descriptor, Kick, Received, Rx, XskSocket, XskStatistics,

@@ -107,6 +107,8 @@ pub(super) fn links_opened(
 /// A packet socket on the link.
 pub(super) struct Stranger {
     fd: std::os::fd::OwnedFd,
+    /// The namespace of the first end.
+    namespace: std::fs::File,
 }
 
 impl Stranger {
@@ -132,7 +134,20 @@ impl Stranger {
             )
         };
         assert_eq!(bound, 0);
-        Self { fd }
+        let namespace = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+        Self { fd, namespace }
+    }
+
+    /// `ip` where it is.
+    fn ip(&self, arguments: &str) {
+        use std::os::fd::AsRawFd;
+        let (process, fd) = (std::process::id(), self.namespace.as_raw_fd());
+        let status = Command::new("nsenter")
+            .arg(format!("--net=/proc/{process}/fd/{fd}"))
+            .arg("ip")
+            .args(arguments.split(' '))
+            .status();
+        assert!(status.unwrap().success(), "{arguments}");
     }
 
     pub(super) fn send(&self, payload: &[u8]) {
@@ -195,4 +210,40 @@ fn a_path_that_breaks_is_left_for_tcp() {
     ends.until_both_use("tcp");
     assert!(ends.links.iter().all(|link| link.stats().fallbacks == 1));
     ends.talk(50);
+}
+
+#[test]
+fn an_interface_that_goes_down_keeps_what_is_to_leave_and_goes_on() {
+    let (mut ends, stranger) = ends(1500, 1);
+    ends.until_both_use("xdp");
+    ends.talk(50);
+    for round in 1..3 {
+        stranger.ip("link set a0 down");
+        let in_vain = |ends: &Ends| ends.links[0].stats().wake_ups_in_vain;
+        let before = in_vain(&ends);
+        ends.say(0, 20);
+        ends.until(|ends| in_vain(ends) > before);
+        stranger.ip("link set a0 up");
+        ends.until_heard();
+        ends.until_both_use("xdp");
+        ends.talk(50 * round);
+    }
+}
+
+#[test]
+fn frames_thrown_away_without_a_carrier_are_counted_and_sent_again() {
+    let (mut ends, stranger) = ends(1500, 1);
+    ends.until_both_use("xdp");
+    ends.talk(50);
+    let errors = |ends: &Ends| ends.links[1].stats().send_errors;
+    let before = errors(&ends);
+    // The other end of the cable: the second host's own interface is up and has no carrier.
+    stranger.ip("link set a0 down");
+    ends.say(1, 20);
+    ends.until(|ends| errors(ends) > before);
+    stranger.ip("link set a0 up");
+    ends.until_heard();
+    ends.until_both_use("xdp");
+    ends.talk(50);
+    assert!(ends.links[1].stats().retransmitted > 0);
 }

@@ -14,7 +14,7 @@ use colo_compare::{Frames, Token};
 
 use crate::frame::FramePool;
 use crate::nic::share::LinkFrame;
-use crate::ring::xsk::{Descriptor, Kick, Received, Rx, XskReceiver, XskSocket};
+use crate::ring::xsk::{Descriptor, Kick, Received, Rx, TxRing, XskReceiver, XskSocket, kick_all};
 
 use super::stats::XdpNicStats;
 use super::strays::Strays;
@@ -332,22 +332,24 @@ impl Queue {
             return Ok(());
         }
         self.socket.submit_tx();
-        let mut kicks = if has_link { 0 } else { KICKS_MAX };
-        while self.socket.tx_pending() > 0 && self.socket.tx_needs_wakeup() && kicks < KICKS_MAX {
-            kicks += 1;
-            stats.tx_kicks.add(1);
-            let kick = self.socket.kick_tx()?;
-            self.reap(frames, uses, stats);
-            if kick == Kick::Down {
-                break;
-            }
-        }
-        self.reap(frames, uses, stats);
-        Ok(())
+        let mut sending = Sending {
+            queue: self,
+            frames,
+            uses,
+            stats,
+        };
+        let kicks = kick_all(&mut sending, if has_link { KICKS_MAX } else { 0 });
+        sending.reap();
+        stats.tx_kicks.add(u64::from(kicks.calls));
+        stats.tx_kicks_in_vain.add(u64::from(kicks.in_vain));
+        stats.tx_dropped_frames.add(u64::from(kicks.dropped));
+        kicks.failure.map_or(Ok(()), Err)
     }
 
-    fn reap(&mut self, frames: &mut FramePool, uses: &mut [Use], stats: &XdpNicStats) {
+    fn reap(&mut self, frames: &mut FramePool, uses: &mut [Use], stats: &XdpNicStats) -> u32 {
+        let mut reaped = 0;
         while let Some(offset) = self.socket.complete() {
+            reaped += 1;
             let (slot, left) = match self.completing.take() {
                 Some((slot, left)) => (slot, left),
                 None => match self.sent_from(frames, uses, offset + self.base) {
@@ -366,6 +368,7 @@ impl Queue {
             }
         }
         self.socket.release_completions();
+        reaped
     }
 
     /// The frame whose first piece lies at `offset`, and how many pieces it has.
@@ -381,6 +384,32 @@ impl Queue {
     /// Gives up what is in parts; the slots that the kernel has are found in the table.
     pub(super) fn close(mut self, frames: &mut FramePool) {
         self.spoil(frames);
+    }
+}
+
+/// A queue while it sends, with all that a completion needs.
+struct Sending<'a> {
+    queue: &'a mut Queue,
+    frames: &'a mut FramePool,
+    uses: &'a mut [Use],
+    stats: &'a XdpNicStats,
+}
+
+impl TxRing for Sending<'_> {
+    fn pending(&mut self) -> u32 {
+        self.queue.socket.tx_pending()
+    }
+
+    fn needs_wakeup(&self) -> bool {
+        self.queue.socket.tx_needs_wakeup()
+    }
+
+    fn kick(&mut self) -> io::Result<Kick> {
+        self.queue.socket.kick_tx()
+    }
+
+    fn reap(&mut self) -> u32 {
+        self.queue.reap(self.frames, self.uses, self.stats)
     }
 }
 

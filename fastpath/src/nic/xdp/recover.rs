@@ -38,7 +38,10 @@ impl XdpNic {
             match std::mem::take(place) {
                 Use::Elsewhere => {}
                 Use::Lent(_) => self.parked.push(Use::Lent(slot)),
-                sent => self.parked.push(sent),
+                sent => {
+                    self.stats.tx_lost_frames.add(1);
+                    self.parked.push(sent);
+                }
             }
         }
         if !zero_copy {

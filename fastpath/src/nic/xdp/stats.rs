@@ -19,8 +19,14 @@ counters! {
         tx_too_long,
         /// Frames not sent because the NIC had no link or was gone.
         tx_without_link,
+        /// Frames under way when the NIC went, which may not have left.
+        tx_lost_frames,
+        /// Frames that the kernel threw away: the interface had just lost its carrier, or there was no room behind it.
+        tx_dropped_frames,
         /// System calls to send.
         tx_kicks,
+        /// The same, after which the kernel had taken nothing; it is told again with what comes next.
+        tx_kicks_in_vain,
         /// Whole frames that were received for the link.
         link_frames,
         /// Frames for the link that were dropped: in several pieces, or outside the memory.

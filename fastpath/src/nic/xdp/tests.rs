@@ -9,7 +9,9 @@ use crate::nic::testing::{in_namespace, ip, make_veth, set_queues};
 use crate::ring::{GuestRam, Pages, Segment};
 use crate::stats::WorkerStats;
 
+mod down_tests;
 mod gather_tests;
+mod guest_tests;
 mod link_tests;
 mod queue_tests;
 

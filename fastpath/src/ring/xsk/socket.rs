@@ -158,8 +158,10 @@ pub enum Rx {
 pub enum Kick {
     /// The kernel has looked at the ring.
     Done,
-    /// It has not got through (EAGAIN, EBUSY, ENOBUFS): reap completions, then kick again.
+    /// It has not got through (EAGAIN, ENOBUFS): reap completions, then kick again.
     Again,
+    /// It has thrown the frame away whose turn it was (EBUSY): no carrier, or no room behind the interface. The rest waits.
+    Dropped,
     /// The interface is down or gone (ENETDOWN, ENXIO, ENODEV): what is in the ring stays there.
     Down,
 }
@@ -530,7 +532,8 @@ fn outcome(result: io::Result<()>) -> io::Result<Kick> {
         return Ok(Kick::Done);
     };
     match e.raw_os_error() {
-        Some(libc::EAGAIN | libc::EBUSY | libc::ENOBUFS | libc::EINTR) => Ok(Kick::Again),
+        Some(libc::EAGAIN | libc::ENOBUFS | libc::EINTR) => Ok(Kick::Again),
+        Some(libc::EBUSY) => Ok(Kick::Dropped),
         Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => Ok(Kick::Down),
         _ => Err(e),
     }

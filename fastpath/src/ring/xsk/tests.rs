@@ -9,6 +9,8 @@ use colo_bpf::{Attach, AttachMode, Groups, GuestFrames, Mac, XdpProgram};
 use super::*;
 use crate::ring::Area;
 
+mod full_tests;
+
 const GUEST: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
 const AREA_BYTES: usize = 4 << 20;
 /// Where chunks to receive into start: at no border of anything.
