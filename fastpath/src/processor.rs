@@ -1,6 +1,7 @@
 //! The processor that a thread runs on: how often others have taken it, and leaving it for another.
 //!
-//! Invariants: a thread that has left a processor may run where it was allowed to before.
+//! Invariants: a thread that has left a processor may run where it was allowed to before. A set of processors that is made
+//! larger later does not reach it any more, as is so for all who have ever said where they may run.
 //!
 //! Does not choose where to go: the kernel does, among the others that are allowed.
 

@@ -87,7 +87,7 @@ fn of_two_that_poll_on_one_processor_one_moves() {
 #[test]
 fn who_passes_nothing_on_stays_with_whom_it_works_for() {
     let worker = restless(false);
-    while worker.stats().yields < 10_000 {
+    while worker.stats().yields < 1000 {
         thread::yield_now();
     }
     let stats = worker.stats();

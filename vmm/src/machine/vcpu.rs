@@ -492,7 +492,10 @@ impl Vcpu {
         let line = &self.platform.interrupt;
         let mut fds = [readable(line), readable(&self.kick.event)];
         let limit = (limit_us > 0).then(|| Duration::from_micros(limit_us.into()));
-        self.waits.lie_down();
+        // A pair's guests run for the same request; a guest that has no replica is best left to the kernel.
+        if self.dirty.seems_on() {
+            self.waits.lie_down();
+        }
         wait(&mut fds, limit);
         if fds[0].revents != 0 {
             let _ = line.read();

@@ -25,6 +25,11 @@ impl GuestRam {
         }
     }
 
+    /// Whether it is on.
+    pub fn is_tracking(&self) -> bool {
+        self.tracking.load(Ordering::Relaxed)
+    }
+
     /// Gives the pages that the host wrote since the last call, as words of a bitmap (one bit a page) with their places, rising,
     /// and forgets them here.
     pub fn take_host_dirty(&self, each: impl FnMut(usize, u64)) {

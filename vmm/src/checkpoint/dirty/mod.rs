@@ -244,6 +244,11 @@ impl DirtyTracker {
         self.lock().on
     }
 
+    /// The same for a vCPU's thread: without the lock, so that it may be a moment behind.
+    pub(crate) fn seems_on(&self) -> bool {
+        self.ram.is_tracking()
+    }
+
     /// The counters of this moment.
     pub fn snapshot(&self) -> DirtySnapshot {
         DirtySnapshot {
