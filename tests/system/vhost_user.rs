@@ -18,6 +18,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0xc0, 0x77, 1];
 const WIRE_MAC: [u8; 6] = [0x52, 0x54, 0, 0xc0, 0x77, 2];
 const TAP: &str = "tap0";
+/// A veth port and its other end.
+const PORT: &str = "port0";
+const FAR: &str = "far0";
 /// Chains that a queue of testpmd holds.
 const QUEUE: u64 = 256;
 /// An EtherType that nothing else here speaks (IEEE 802: local experiments).
@@ -33,18 +36,32 @@ struct Port {
 
 impl Port {
     fn start(poll: &str, programs: &[&str]) -> Option<Self> {
+        Self::start_on(&format!("tap = \"{TAP}\""), poll, programs)
+    }
+
+    /// On a veth port, past the kernel's network stack.
+    fn start_on_xdp(poll: &str, programs: &[&str]) -> Option<Self> {
+        Self::start_on(&format!("interface = \"{PORT}\""), poll, programs)
+    }
+
+    fn start_on(nic: &str, poll: &str, programs: &[&str]) -> Option<Self> {
         let bench = Bench::new(programs)?;
         let netns = Netns::create(&format!("colo-vhost-{}", std::process::id())).unwrap();
         // Nothing but what the test sends goes through the device.
         netns
             .set_sysctl("ipv6/conf/default/disable_ipv6", "1")
             .unwrap();
+        netns
+            .batch(&format!(
+                "link add {PORT} type veth peer name {FAR}\nlink set {PORT} up\nlink set {FAR} up"
+            ))
+            .unwrap();
         let (config, status) = (
             bench.dir().join("port.toml"),
             bench.dir().join("status.sock"),
         );
         let text = format!(
-            "[net]\nvhost_user = \"guest.sock\"\ntap = \"{TAP}\"\nmac = \"52:54:00:c0:77:01\"\n\
+            "[net]\nvhost_user = \"guest.sock\"\n{nic}\nmac = \"52:54:00:c0:77:01\"\n\
              [host]\npoll = \"{poll}\"\nstatus = \"status.sock\"\n"
         );
         std::fs::write(&config, text).unwrap();
@@ -64,12 +81,16 @@ impl Port {
     }
 
     fn testpmd(&self, mode: &'static str, huge_pages: bool) -> Testpmd {
+        self.testpmd_of(mode, 300, huge_pages)
+    }
+
+    fn testpmd_of(&self, mode: &'static str, frame_bytes: usize, huge_pages: bool) -> Testpmd {
         let options = TestpmdOptions {
             name: format!("colo-vhost-{}-{mode}", std::process::id()),
             end: End::Driver,
             sockets: vec![self.socket.clone()],
             mode,
-            frame_bytes: 300,
+            frame_bytes,
             cpus: [0, 0],
             huge_pages,
             device_arguments: "mac=52:54:00:c0:77:01".to_owned(),
@@ -161,6 +182,37 @@ fn what_testpmd_sends_is_on_the_wire_and_counted() {
         assert_eq!(number(&status, &format!("/worker/{counter}")), 0);
     }
     assert_eq!(number(&status, "/vhost_user/refused"), 0);
+}
+
+#[test]
+fn over_af_xdp_what_lies_in_memory_of_testpmds_own_is_copied_and_counted() {
+    const FRAME_BYTES: usize = 1400;
+    /// What is always in host memory is no copy of this kind.
+    const HEAD_BYTES: u64 = 256;
+    let Some(mut port) = Port::start_on_xdp("adaptive", &[PROGRAM]) else {
+        return;
+    };
+    let wire = port.netns.run(|| Wire::open(FAR).unwrap()).unwrap();
+    let testpmd = port.testpmd_of("txonly", FRAME_BYTES, false);
+    for _ in 0..100 {
+        let frame = wire
+            .receive(PATIENCE)
+            .unwrap()
+            .expect("a frame of testpmd's");
+        assert_eq!(frame.len(), FRAME_BYTES);
+    }
+    testpmd.stop(PATIENCE).unwrap();
+    let status = port.wait("rid of its guest", |s| s["guest"] == "absent");
+    let outside = number(&status, "/nic/tx_gathered_outside_frames");
+    let copied = number(&status, "/worker/copied_gathered_bytes");
+    assert!(outside > 0, "{status:#}");
+    assert_eq!(
+        copied,
+        outside * (FRAME_BYTES as u64 - HEAD_BYTES),
+        "{status:#}"
+    );
+    assert_eq!(number(&status, "/worker/tx_in_place_bytes"), 0);
+    assert_eq!(number(&status, "/worker/ring_errors"), 0);
 }
 
 #[test]

@@ -100,7 +100,11 @@ fn document(
     } else {
         "absent"
     };
-    let stages = worker.execute(|edge, _| edge.stages().map(|stages| stages.report()));
+    let told = worker.execute(|edge, _| {
+        let stages = edge.stages().map(|stages| stages.report());
+        (edge.nic_report(), stages)
+    });
+    let (nic, stages) = told.ok().unzip();
     json!({
         "name": config.socket().display().to_string(),
         "role": "vhost-user",
@@ -108,6 +112,7 @@ fn document(
         "uptime_s": started.elapsed().as_secs_f64(),
         "vhost_user": server.stats(),
         "worker": worker.stats(),
-        "stages": stages.ok().flatten(),
+        "nic": nic,
+        "stages": stages.flatten(),
     })
 }
