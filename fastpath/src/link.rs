@@ -13,7 +13,6 @@
 use std::cell::Cell;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::ops::Range;
 
 use colo_compare::Token;
 
@@ -24,6 +23,7 @@ mod msg;
 mod offer;
 mod open;
 pub mod port;
+mod reading;
 mod reliable;
 mod stats;
 mod stream;
@@ -38,12 +38,12 @@ use crate::clock::now_us;
 use crate::frame::FramePool;
 use crate::nic::Nic;
 use crate::shard::Seat;
-use msg::{BODY_MAX, HEAD_BYTES, Head};
+use msg::{BODY_MAX, HEAD_BYTES};
 use port::DatagramPort;
-use reliable::Held;
+use reading::Reading;
 use stream::Stream;
+use transport::Datagrams;
 use transport::crossing::Crossing;
-use transport::{Datagrams, kind, say};
 
 pub use digests::{BadEntry, DIGEST_MIN, DIGESTS_MAX, Digest, DigestReader, DigestWriter};
 pub use heard::PeerHeard;
@@ -89,24 +89,6 @@ pub enum PacketLinkError {
     },
 }
 
-/// The unit that messages are being read from.
-#[derive(Debug)]
-enum Reading {
-    Nothing,
-    /// From this place of its slot on.
-    Slot(Held),
-    /// From this place of the put-together bytes on.
-    Whole(usize),
-}
-
-/// Where a message's body lies.
-#[derive(Debug)]
-enum Place {
-    Stream,
-    Slot,
-    Whole,
-}
-
 /// What a role is told.
 #[derive(Debug)]
 pub enum Incoming<'a> {
@@ -130,15 +112,6 @@ pub enum Incoming<'a> {
     },
     /// Any other message.
     Msg(PacketMsg<'a>),
-}
-
-/// What the stream had.
-#[derive(Debug)]
-enum InStream {
-    Message(Head, Range<usize>),
-    /// What comes as units is to be looked at again.
-    UnitsFirst,
-    Nothing,
 }
 
 /// One end of the packet channel.
@@ -417,69 +390,6 @@ impl PacketLink {
         }))
     }
 
-    /// The frame that was just located. Where it is the longer part of what is left of its datagram, it stays where it
-    /// is, and what follows it is put aside; else it is copied.
-    fn take_frame(
-        &mut self,
-        place: &Place,
-        range: Range<usize>,
-        frames: &mut FramePool,
-    ) -> Result<Token, PacketLinkError> {
-        if let Some(token) = self.adopt(place, range.clone(), frames) {
-            self.frames.in_place += 1;
-            return Ok(token);
-        }
-        self.frames.copied += 1;
-        let (len, max) = (range.len(), frames.frame_bytes_max());
-        let token = frames.from_bytes(self.body(place, range));
-        token.ok_or(PacketLinkError::LongFrame { len, max })
-    }
-
-    fn adopt(
-        &mut self,
-        place: &Place,
-        range: Range<usize>,
-        frames: &mut FramePool,
-    ) -> Option<Token> {
-        let datagrams = self.datagrams.as_mut()?;
-        let in_slot = matches!(place, Place::Slot);
-        let longer = |unit: &Held| range.len() >= unit.end - range.end;
-        let mut unit = match std::mem::replace(&mut self.reading, Reading::Nothing) {
-            Reading::Slot(unit) if in_slot && longer(&unit) => unit,
-            reading => {
-                self.reading = reading;
-                return None;
-            }
-        };
-        let rest = &datagrams.bytes(unit.port, &unit.slot)[range.end..unit.end];
-        self.whole.extend_from_slice(rest);
-        match datagrams.adopt(unit.port, unit.slot, range, frames) {
-            Ok(token) => {
-                if !self.whole.is_empty() {
-                    self.reading = Reading::Whole(0);
-                }
-                Some(token)
-            }
-            Err(slot) => {
-                self.whole.clear();
-                unit.slot = slot;
-                self.reading = Reading::Slot(unit);
-                None
-            }
-        }
-    }
-
-    /// Where the body of a message lies that was just located.
-    fn body(&self, place: &Place, range: Range<usize>) -> &[u8] {
-        match (place, &self.reading, &self.datagrams) {
-            (Place::Slot, Reading::Slot(unit), Some(datagrams)) => {
-                &datagrams.bytes(unit.port, &unit.slot)[range]
-            }
-            (Place::Whole, ..) => &self.whole[range],
-            _ => self.stream.bytes(range),
-        }
-    }
-
     /// Counters.
     pub fn stats(&self) -> LinkStats {
         let mut stats = match &self.datagrams {
@@ -511,142 +421,4 @@ impl PacketLink {
             || self.datagrams.as_deref().is_some_and(ready);
         if more { None } else { self.stream.take_end() }
     }
-
-    /// The next message of a kind for the roles, and where its body lies.
-    fn locate(&mut self) -> Result<Option<(Head, Place, Range<usize>)>, PacketLinkError> {
-        loop {
-            let found = match self.in_unit()? {
-                Some(found) => found,
-                None if self.next_unit()? => continue,
-                None => match self.in_stream()? {
-                    InStream::Message(head, range) => (head, Place::Stream, range),
-                    InStream::UnitsFirst => continue,
-                    InStream::Nothing => return Ok(None),
-                },
-            };
-            if found.0.is_known() {
-                return Ok(Some(found));
-            }
-        }
-    }
-
-    /// The next message of the unit that is being read.
-    fn in_unit(&mut self) -> Result<Option<(Head, Place, Range<usize>)>, PacketLinkError> {
-        let (bytes, at, place) = match (&self.reading, &self.datagrams) {
-            (Reading::Slot(unit), Some(datagrams)) => {
-                let bytes = datagrams.bytes(unit.port, &unit.slot);
-                (&bytes[..unit.end], unit.start, Place::Slot)
-            }
-            (Reading::Whole(at), _) => (&self.whole[..], *at, Place::Whole),
-            _ => return Ok(None),
-        };
-        if at == bytes.len() {
-            self.finish_unit();
-            return Ok(None);
-        }
-        let (kind, len) = (0, bytes.len() - at);
-        let head = Head::read(&bytes[at..])?.ok_or(Malformed { kind, len })?;
-        let body = at + HEAD_BYTES..at + HEAD_BYTES + head.len;
-        if body.end > bytes.len() {
-            return Err(head.malformed().into());
-        }
-        match &mut self.reading {
-            Reading::Slot(unit) => unit.start = body.end,
-            Reading::Whole(at) => *at = body.end,
-            Reading::Nothing => {}
-        }
-        Ok(Some((head, place, body)))
-    }
-
-    fn finish_unit(&mut self) {
-        match std::mem::replace(&mut self.reading, Reading::Nothing) {
-            Reading::Slot(unit) => {
-                if let Some(datagrams) = &mut self.datagrams {
-                    datagrams.release(unit.port, unit.slot);
-                }
-            }
-            Reading::Whole(_) => self.whole.clear(),
-            Reading::Nothing => {}
-        }
-    }
-
-    /// Turns to the next unit that came as a datagram.
-    fn next_unit(&mut self) -> Result<bool, PacketLinkError> {
-        let Some(datagrams) = self.datagrams.as_mut().filter(|_| self.units) else {
-            return Ok(false);
-        };
-        let Some(unit) = datagrams.core.receiver.take() else {
-            return Ok(false);
-        };
-        if !unit.more && self.whole.is_empty() {
-            self.reading = Reading::Slot(unit);
-            return Ok(true);
-        }
-        let bytes = &datagrams.bytes(unit.port, &unit.slot)[unit.start..unit.end];
-        let joined = join(&mut self.whole, &mut self.reading, unit.more, bytes);
-        datagrams.release(unit.port, unit.slot);
-        joined.map(|()| true)
-    }
-
-    /// The next message in the stream for the roles; those for the link layer are heeded.
-    fn in_stream(&mut self) -> Result<InStream, PacketLinkError> {
-        while let Some((head, range)) = self.stream.next()? {
-            let Some(datagrams) = self.datagrams.as_mut() else {
-                return Ok(InStream::Message(head, range));
-            };
-            let receiver = &mut datagrams.core.receiver;
-            match head.kind {
-                kind::OFFER => {
-                    let body = self.stream.bytes(range);
-                    let offer = self.peer.map(|peer| offer::decode(body, peer));
-                    if let Some(offer) = offer {
-                        datagrams.take_offer(now_us(), &offer.ok_or_else(|| head.malformed())?);
-                    }
-                }
-                kind::PING => say(&mut self.stream, kind::PONG, 0, head.seq, &[]),
-                kind::PONG => datagrams.take_pong(now_us(), head.seq),
-                kind::TO_UNITS if !self.units && head.seq == receiver.next() => {
-                    self.units = true;
-                    return Ok(InStream::UnitsFirst);
-                }
-                kind::TO_STREAM if self.units && head.seq == receiver.next() => self.units = false,
-                kind::UNIT if self.units => {
-                    if receiver.supply(head.seq).map_err(|()| head.malformed())? {
-                        let bytes = self.stream.bytes(range);
-                        join(&mut self.whole, &mut self.reading, head.epoch != 0, bytes)?;
-                        return Ok(InStream::UnitsFirst);
-                    }
-                }
-                // Those of later versions are skipped (rule 22).
-                later if later > kind::PONG => {}
-                plain if !self.units && plain < kind::OFFER => {
-                    return Ok(InStream::Message(head, range));
-                }
-                _ => return Err(head.malformed().into()),
-            }
-        }
-        Ok(InStream::Nothing)
-    }
-}
-
-/// Appends a unit to the message that it belongs to.
-fn join(
-    whole: &mut Vec<u8>,
-    reading: &mut Reading,
-    more: bool,
-    bytes: &[u8],
-) -> Result<(), PacketLinkError> {
-    let len = whole.len() + bytes.len();
-    if len > HEAD_BYTES + BODY_MAX {
-        return Err(Malformed {
-            kind: kind::UNIT,
-            len,
-        }
-        .into());
-    }
-    whole.extend_from_slice(bytes);
-    if !more {
-        *reading = Reading::Whole(0);
-    }
-    Ok(())
 }

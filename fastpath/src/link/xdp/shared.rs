@@ -11,10 +11,10 @@ use std::io;
 use colo_compare::Token;
 
 use super::chunks::{Chunks, PoolMemory};
-use super::{
-    FILL_CHUNKS, FILL_CHUNKS_MIN, Memory, SEND_CHUNKS, XdpPort, XdpPortError, bind_all,
-    bind_options, bind_patiently, payload_max,
+use super::open::{
+    FILL_CHUNKS, FILL_CHUNKS_MIN, Memory, bind_all, bind_options, bind_patiently, payload_max,
 };
+use super::{SEND_CHUNKS, XdpPort, XdpPortError};
 use crate::frame::FramePool;
 use crate::link::port::Slot;
 use crate::link::reliable::RECEIVE_WINDOW;
