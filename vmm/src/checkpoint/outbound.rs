@@ -213,7 +213,7 @@ impl Outbound {
     /// Goes on over other sockets, with nothing under way. What was sent ahead over the old ones is of no use; what becomes of
     /// a checkpoint that had gone whole is not known yet (rule 13).
     pub fn reopen(&mut self, streams: Vec<TcpStream>) -> Result<(), ChannelError> {
-        self.channel = self.channel.over(streams)?;
+        self.channel.reopen(streams)?;
         self.is_reopened = true;
         if let Some(ahead) = self.ahead.as_mut().filter(|ahead| ahead.is_resting()) {
             ahead.rest(Instant::now());
