@@ -56,8 +56,10 @@ pub(crate) struct SyncArgs {
 #[derive(Debug, Serialize)]
 struct Row {
     ram_mib: u32,
-    /// How written pages were logged.
+    /// How written pages were to be logged,
     tracking: Tracking,
+    /// and how the primary logged them.
+    mechanism: String,
     /// How much the guest was asked to write before.
     touched_mib: u64,
     /// What its memory takes on the primary's host, before and after.
@@ -148,6 +150,7 @@ fn measure(
     Ok(Row {
         ram_mib,
         tracking,
+        mechanism: mechanism(&status),
         touched_mib,
         used_mib: used,
         used_after_mib,
@@ -157,6 +160,12 @@ fn measure(
         pages_sent: number("sync_pages"),
         checkpoints: pauses,
     })
+}
+
+/// What logs written pages, as a host says.
+fn mechanism(status: &Value) -> String {
+    let told = status["dirty_log"]["mechanism"].as_str();
+    told.unwrap_or("not told").to_owned()
 }
 
 /// Has the guest write so many pages.
@@ -229,7 +238,7 @@ fn text(rows: &[Row]) -> String {
             pauses.push(vec![
                 row.ram_mib.to_string(),
                 row.used_mib.to_string(),
-                row.tracking.name().to_owned(),
+                row.mechanism.clone(),
                 pause.pages.to_string(),
                 format!("{:.0}", pause.dirty_pages),
                 format!("{:.0}/{:.0}", pause.pause_us_p50, pause.pause_us_p99),
@@ -247,4 +256,42 @@ fn text(rows: &[Row]) -> String {
         table(&syncs),
         table(&pauses),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_names_what_logged_the_pages_and_not_what_was_asked_for() {
+        let status = json!({ "dirty_log": { "mechanism": "plain_bitmap" } });
+        let pause = Pause {
+            pages: 100,
+            dirty_pages: 100.0,
+            pause_us_p50: 1.0,
+            pause_us_p99: 1.0,
+            quiesce_us_p50: 1.0,
+            state_us_p50: 1.0,
+            collect_us_p50: 1.0,
+            stabilise_us_p50: 1.0,
+            commit_us_p50: 1.0,
+        };
+        let row = Row {
+            ram_mib: 64,
+            tracking: Tracking::Auto,
+            mechanism: mechanism(&status),
+            touched_mib: 0,
+            used_mib: 1,
+            used_after_mib: 1,
+            sync_ms: 1.0,
+            welcome_to_protected_ms: 1.0,
+            rounds: 1,
+            pages_sent: 1,
+            checkpoints: vec![pause],
+        };
+        let text = text(&[row]);
+        assert!(text.contains("plain_bitmap"), "{text}");
+        assert!(!text.contains("auto"), "{text}");
+        assert_eq!(mechanism(&json!({})), "not told");
+    }
 }

@@ -17,7 +17,7 @@ use colo_vmm::replication::ReplicaError;
 use colo_vmm::requests::RequestSocket;
 use colo_vmm::snapshot::{self, Snapshot, SnapshotError};
 use colo_vmm::status::{MachineStatus, StatusError, StatusSocket};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::BAD_CONFIGURATION;
 use crate::stop::{Stop, catch_signals};
@@ -140,10 +140,21 @@ fn try_run(path: &Path, restore: Option<Restore<'_>>) -> Result<VmExit, RunError
 fn open(from: Restore<'_>, config: &Config) -> Result<Snapshot, RunError> {
     let snapshot = Snapshot::open(from.snapshot)?;
     snapshot.check_geometry(config, config.host.shards)?;
+    if let Some(warning) = ignored(config) {
+        warn!("{warning}");
+    }
     if from.verify {
         snapshot.verify()?;
     }
     Ok(snapshot)
+}
+
+/// What the configuration asks for and a restore does not give.
+fn ignored(config: &Config) -> Option<&'static str> {
+    config.vm.hugepages.then_some(
+        "vm.hugepages = true is ignored by a restore: pages come from the snapshot, 4 KiB each, as the guest touches them; \
+         start without --restore to have RAM in pages of 2 MiB",
+    )
 }
 
 /// A machine in front of its kernel's first instruction.
@@ -194,5 +205,25 @@ pub(crate) fn wait(stop: &Stop, others: [i32; 2], status: Option<&StatusSocket>)
     match io::Error::last_os_error() {
         e if answer < 0 && e.kind() != io::ErrorKind::Interrupted => Err(e),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restore_that_cannot_have_huge_pages_says_so_by_the_name_of_the_field() {
+        let config = |more: &str| {
+            let text = format!(
+                "[vm]\nname = \"test\"\nkernel = \"none\"\nram_mib = 64\n{more}\n\
+                 [net]\ntap = \"none\"\nmac = \"52:54:00:c0:10:01\"\n"
+            );
+            Config::parse(Path::new("test.toml"), &text).unwrap()
+        };
+        let told = ignored(&config("hugepages = true"));
+        assert!(told.is_some_and(|told| told.contains("vm.hugepages")));
+        assert_eq!(ignored(&config("hugepages = false")), None);
+        assert_eq!(ignored(&config("")), None);
     }
 }

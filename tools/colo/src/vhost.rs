@@ -45,10 +45,18 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             error!("{e}");
-            match e {
-                VhostError::Config(_) => ExitCode::from(BAD_CONFIGURATION),
-                _ => ExitCode::FAILURE,
-            }
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+impl VhostError {
+    /// As that of every command: 2 for what the configuration says, 1 for what happened.
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => BAD_CONFIGURATION,
+            Self::Nic(e) if e.is_configuration() => BAD_CONFIGURATION,
+            _ => 1,
         }
     }
 }
@@ -115,4 +123,19 @@ fn document(
         "nic": nic,
         "stages": stages.flatten(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use colo_fastpath::nic::TapError;
+
+    use super::*;
+
+    #[test]
+    fn a_name_that_no_device_can_have_is_the_configuration_s_fault() {
+        let named = NicError::Tap(TapError::BadName("a/b".to_owned()));
+        assert_eq!(VhostError::from(named).exit_code(), 2);
+        let worker = VhostError::Worker(io::ErrorKind::OutOfMemory.into());
+        assert_eq!(worker.exit_code(), 1);
+    }
 }

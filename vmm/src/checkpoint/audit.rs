@@ -1,6 +1,11 @@
 //! Audit (rule 16): is the image that the secondary applied the one that the primary captured?
 //!
-//! Both sides digest their whole RAM and every part of every state while their guest stands still. The
+//! What is compared: all of RAM, every part of each vCPU and of what is in KVM once a machine, and the devices with their
+//! queues. What is not: clocks, and the packet side (translations, pending output), which the secondary takes over behind the
+//! audit; its records have the checksums of their chunks, and were read and refused or accepted as a whole before the commit
+//! point (`stage/accept`).
+//!
+//! Both sides digest these while their guest stands still. The
 //! secondary compares its own [`Image`] with the primary's [`Summary`]; where a chunk of RAM differs, marks of
 //! its pages name those.
 //!

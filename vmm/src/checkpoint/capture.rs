@@ -229,8 +229,8 @@ pub enum CaptureError {
     /// The secondary's dirty set is of another machine.
     #[error("the secondary's dirty bitmap does not fit this guest's memory")]
     DirtySet,
-    /// The page streams broke.
-    #[error("there are no page streams to send it over")]
+    /// The page streams broke, or it is off before it has begun.
+    #[error("there are no page streams to send it over, or it was called off first")]
     NoStreams,
     /// There is nobody to send to.
     #[error("there is no secondary")]

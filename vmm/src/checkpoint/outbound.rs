@@ -213,7 +213,7 @@ impl Outbound {
     /// Goes on over other sockets, with nothing under way. What was sent ahead over the old ones is of no use; what becomes of
     /// a checkpoint that had gone whole is not known yet (rule 13).
     pub fn reopen(&mut self, streams: Vec<TcpStream>) -> Result<(), ChannelError> {
-        self.channel = self.channel.over(streams)?;
+        self.channel.reopen(streams)?;
         self.is_reopened = true;
         if let Some(ahead) = self.ahead.as_mut().filter(|ahead| ahead.is_resting()) {
             ahead.rest(Instant::now());
@@ -247,9 +247,7 @@ impl Outbound {
             }
             self.await_buffer(&mut is_off)?;
             let buffer = self.channel.next_buffer()?;
-            let Some(mut chunk) = Encoder::new(buffer, false) else {
-                return Ok(sent);
-            };
+            let mut chunk = Encoder::new(buffer, false)?;
             while chunk.room() >= RECORD_MAX_BYTES
                 && let Some(number) = numbers.next()
             {
@@ -435,13 +433,10 @@ impl Outbound {
             waited += self.await_digest(first.number, is_off)?;
             self.await_buffer(is_off)?;
             let buffer = self.channel.next_buffer()?;
-            let made = match lends {
+            let mut chunk = match lends {
                 true => Encoder::apart(buffer),
                 false => Encoder::new(buffer, true),
-            };
-            let Some(mut chunk) = made else {
-                return Ok(waited);
-            };
+            }?;
             self.lent.clear();
             while let Some(Kept { number, page, slot }) = next {
                 let svm = self.list.at(number);

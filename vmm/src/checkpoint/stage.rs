@@ -403,7 +403,9 @@ impl StageThread {
             return Ok(());
         };
         let accepted = match open.refusal {
-            None => self.accept(epoch, open.since),
+            None => self
+                .accept(epoch, open.since)
+                .and_then(|accepted| self.log_writes().map(|()| accepted)),
             Some(refusal) => Err(refusal),
         };
         let accepted = match accepted {

@@ -41,8 +41,8 @@ pub struct CheckpointConfig {
     pub cache_mib: usize,
     /// One in so many pages that digests say are equal is sent and compared; 0: none.
     pub verify_one_in: u32,
-    /// One in so many checkpoints is audited: both sides digest all of their memory and state, and the secondary
-    /// compares; 0: none. The guest stands still meanwhile.
+    /// One in so many checkpoints is audited: both sides digest all of their memory, and the state of vCPUs, platform and
+    /// devices, and the secondary compares; 0: none. The guest stands still meanwhile.
     pub audit_every: u32,
     /// TCP streams over which checkpoints are spread at most; the smaller number of both hosts counts.
     pub streams: usize,

@@ -201,9 +201,7 @@ impl Ahead {
         let Some(head) = put_head(buffer, self.fill, &forget[..forgotten]) else {
             return Ok(none);
         };
-        let Some(mut chunk) = Encoder::new(&mut buffer[head..], true) else {
-            return Ok(none);
-        };
+        let mut chunk = Encoder::new(&mut buffer[head..], true)?;
         let mut page: Page = [0; PAGE_BYTES];
         let mut bytes = 0;
         for &number in &numbers[..count] {

@@ -311,3 +311,43 @@ fn rule_14_nobody_waits_for_streams_of_a_checkpoint_that_is_off() {
     drop(lab);
     peer.join().unwrap();
 }
+
+#[test]
+fn rule_14_a_capture_that_is_off_does_not_stop_the_guest_though_other_streams_are_there() {
+    for reopen_first in [true, false] {
+        let mut lab = Lab::new();
+        let old = broken(&mut lab);
+        let (near, far) = lab.connect();
+        let peer = secondary(far, lab.machine.ram().bytes());
+        let (streams, opened) = (vec![near], 1);
+        let mut orders = [
+            CaptureCommand::Reopen { streams, opened },
+            CaptureCommand::Aborted,
+        ];
+        if !reopen_first {
+            orders.reverse();
+        }
+        for order in orders {
+            lab.orders.send(order).unwrap();
+        }
+        assert!(
+            !lab.thread.has_streams(&lab.commands),
+            "reopened first: {reopen_first}"
+        );
+        // The next one has them, once these orders were obeyed.
+        while let Some(order) = lab.thread.deferred.pop_front() {
+            match order {
+                CaptureCommand::Reopen { streams, opened } => lab.thread.reopen(streams, opened),
+                CaptureCommand::Aborted => lab.thread.aborted(),
+                odd => panic!("{odd:?}"),
+            }
+        }
+        assert!(lab.thread.has_streams(&lab.commands));
+        // Nor if nothing ever broke.
+        lab.orders.send(CaptureCommand::Aborted).unwrap();
+        assert!(!lab.thread.has_streams(&lab.commands));
+        drop(lab);
+        old.join().unwrap();
+        peer.join().unwrap();
+    }
+}

@@ -42,12 +42,20 @@ impl CaptureThread {
         }
     }
 
-    /// Waits for streams that are being opened; false if the checkpoint is off meanwhile, or there is no session any more.
+    /// Waits for streams that are being opened; false if the checkpoint is off already, with streams or without, or there is
+    /// no session any more: then the guest is not stopped for it.
     pub(super) fn has_streams(&mut self, commands: &Receiver<CaptureCommand>) -> bool {
         let until = Instant::now() + PATIENCE;
         let ends =
             |c: &CaptureCommand| matches!(c, CaptureCommand::Aborted | CaptureCommand::Detach);
-        while self.session.as_ref().is_some_and(|s| s.is_broken) {
+        loop {
+            self.deferred.extend(commands.try_iter());
+            if self.deferred.iter().any(ends) {
+                return false;
+            }
+            if !self.session.as_ref().is_some_and(|s| s.is_broken) {
+                return true;
+            }
             let is_reopen = |c: &CaptureCommand| matches!(c, CaptureCommand::Reopen { .. });
             let at = self.deferred.iter().position(is_reopen);
             if let Some(CaptureCommand::Reopen { streams, opened }) =
@@ -55,9 +63,6 @@ impl CaptureThread {
             {
                 self.reopen(streams, opened);
                 continue;
-            }
-            if self.deferred.iter().any(ends) {
-                return false;
             }
             let left = until.saturating_duration_since(Instant::now());
             match commands.recv_timeout(left) {
@@ -73,6 +78,5 @@ impl CaptureThread {
                 }
             }
         }
-        true
     }
 }

@@ -35,7 +35,7 @@ mod settings;
 mod tests;
 mod wake;
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -594,14 +594,5 @@ impl PageChannel {
             self.closed_since = Some(Instant::now());
         }
         Ok(closed == self.sockets.len())
-    }
-}
-
-impl Drop for PageChannel {
-    fn drop(&mut self) {
-        // Ends all operations on them; a socket that is closed already has none.
-        for socket in &self.sockets {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
     }
 }

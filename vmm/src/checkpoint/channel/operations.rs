@@ -509,9 +509,10 @@ impl Held {
     }
 }
 
-impl Drop for Operations {
-    /// The sockets are shut down already, so all operations on them end.
-    fn drop(&mut self) {
+impl Operations {
+    /// Ends everything, once the sockets are shut down, so that all operations on them end; then lets go of what is locked. The
+    /// kernel does the latter by itself some time after the ring is gone, which is too late for the next one.
+    pub(super) fn close(&mut self) {
         self.wake.wake();
         let begun = Instant::now();
         while self.under_way > 0 && begun.elapsed() < DRAIN_MAX {
@@ -535,7 +536,16 @@ impl Drop for Operations {
                     std::mem::take(&mut held.vectors).leak();
                 }
             }
+            // Nobody waits for them again.
+            self.under_way = 0;
         }
+        self.pinned.let_go(&self.ring);
+    }
+}
+
+impl Drop for Operations {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

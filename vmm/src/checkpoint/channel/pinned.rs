@@ -128,6 +128,19 @@ impl Pinned {
         }
     }
 
+    /// Lets everything go, what is sent as well: operations have ended.
+    pub(super) fn let_go(&mut self, ring: &Ring) {
+        if !ring.has_table {
+            return;
+        }
+        for slot in SEND_SLOT..BLOCK_SLOT + self.blocks.len() as u16 {
+            // A place that is empty stays so.
+            let _ = ring.unpin(slot);
+        }
+        self.blocks.clear();
+        (self.is_on, self.has_buffers) = (false, false);
+    }
+
     /// The kernel refuses what it said that it can do.
     pub(super) fn turn_off(&mut self, why: &io::Error) {
         self.is_on = false;

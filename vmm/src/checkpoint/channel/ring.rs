@@ -36,7 +36,9 @@ pub(super) struct Ring {
     pub(super) zero_copy: bool,
     /// The buffers are registered.
     pub(super) registered: bool,
-    /// The kernel knows IORING_OP_READV_FIXED, and memory can be registered at any time.
+    /// Memory can be registered and let go at any time.
+    pub(super) has_table: bool,
+    /// So it can, and the kernel knows IORING_OP_READV_FIXED.
     pub(super) reads_fixed: bool,
     /// How often it was entered.
     pub(super) enters: u64,
@@ -77,15 +79,17 @@ impl Ring {
             return Err(ChannelError::Kernel("io_uring on sockets"));
         }
         let zero_copy = ZERO_COPY.iter().all(|&code| probe.is_supported(code));
-        let reads_fixed = probe.is_supported(opcode::ReadvFixed::CODE)
-            && submitter.register_buffers_sparse(SLOTS).is_ok();
-        let registered = register(&io, buffers, reads_fixed)?;
+        let has_table = submitter.register_buffers_sparse(SLOTS).is_ok();
+        let reads_fixed = has_table && probe.is_supported(opcode::ReadvFixed::CODE);
+        let registered = register(&io, buffers, has_table)?;
         let mut rules: Vec<_> = OPCODES.into_iter().map(Restriction::sqe_op).collect();
         if zero_copy {
             rules.extend(ZERO_COPY.into_iter().map(Restriction::sqe_op));
         }
         if reads_fixed {
             rules.push(Restriction::sqe_op(opcode::ReadvFixed::CODE));
+        }
+        if has_table {
             rules.push(Restriction::register_op(IORING_REGISTER_BUFFERS_UPDATE));
         }
         let fixed = squeue::Flags::FIXED_FILE.bits();
@@ -100,6 +104,7 @@ impl Ring {
             io,
             zero_copy,
             registered,
+            has_table,
             reads_fixed,
             enters: 0,
         })

@@ -108,6 +108,12 @@ impl<'a> Payload<'a> {
 /// Why a record was not written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
+    /// The buffer does not even take the head of a chunk.
+    #[error("a buffer of {bytes} bytes is too small for a chunk of pages; raise chunk_bytes")]
+    NoHead {
+        /// Of the buffer.
+        bytes: usize,
+    },
     /// The chunk has no room: finish it and start another.
     #[error("the chunk has no room for page {number}")]
     Full {
@@ -144,10 +150,14 @@ pub struct Encoder<'a> {
 }
 
 impl<'a> Encoder<'a> {
-    /// For a buffer of at least [`CHUNK_HEAD_BYTES`], else `None`. A buffer that should take any page has
+    /// For a buffer of at least [`CHUNK_HEAD_BYTES`]. A buffer that should take any page has
     /// [`RECORD_MAX_BYTES`] more. With `has_digests` the other side checks every page that it makes.
-    pub fn new(out: &'a mut [u8], has_digests: bool) -> Option<Self> {
-        (out.len() >= CHUNK_HEAD_BYTES).then_some(Self {
+    pub fn new(out: &'a mut [u8], has_digests: bool) -> Result<Self, EncodeError> {
+        let bytes = out.len();
+        if bytes < CHUNK_HEAD_BYTES {
+            return Err(EncodeError::NoHead { bytes });
+        }
+        Ok(Self {
             out,
             len: CHUNK_HEAD_BYTES,
             count: 0,
@@ -159,9 +169,9 @@ impl<'a> Encoder<'a> {
 
     /// The same with digests, and whole pages are left out: the caller sends them behind the chunk, in order. They count as if
     /// they were in the buffer.
-    pub fn apart(out: &'a mut [u8]) -> Option<Self> {
+    pub fn apart(out: &'a mut [u8]) -> Result<Self, EncodeError> {
         let encoder = Self::new(out, true)?;
-        Some(Self {
+        Ok(Self {
             apart: Some(0),
             ..encoder
         })

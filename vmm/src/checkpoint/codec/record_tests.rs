@@ -297,7 +297,13 @@ fn pages_twice_out_of_order_or_too_long_are_not_written() {
     let number = u64::MAX;
     let refused = encoder.push(number, &Payload::Zero, digest);
     assert_eq!(refused, Err(EncodeError::Order { number }));
-    assert!(Encoder::new(&mut [0; CHUNK_HEAD_BYTES - 1], false).is_none());
+    let bytes = CHUNK_HEAD_BYTES - 1;
+    for made in [
+        Encoder::new(&mut [0; CHUNK_HEAD_BYTES - 1], false),
+        Encoder::apart(&mut [0; CHUNK_HEAD_BYTES - 1]),
+    ] {
+        assert_eq!(made.err(), Some(EncodeError::NoHead { bytes }));
+    }
 }
 
 #[test]

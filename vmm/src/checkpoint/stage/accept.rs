@@ -1,7 +1,7 @@
 //! The secondary's side of the commit point: is what has come a checkpoint that can be applied?
 //!
 //! Invariants: everything that can be refused is parsed and checked here, before anything is applied (rule 13); nothing here
-//! changes the machine.
+//! changes what the guest can see.
 //!
 //! Does not apply.
 
@@ -39,6 +39,15 @@ pub(super) struct ShardState {
 }
 
 impl StageThread {
+    /// Has the writes of a machine that has never run logged, for KVM may refuse that, and from the commit point on there is no
+    /// way back. What is logged until the first checkpoint is applied is forgotten then.
+    pub(super) fn log_writes(&self) -> Result<(), StageError> {
+        if self.live || self.machine.logs_dirty_pages() {
+            return Ok(());
+        }
+        Ok(self.machine.set_dirty_logging(true)?)
+    }
+
     /// Parses and checks everything that can be refused (rule 13).
     pub(super) fn accept(&mut self, epoch: u64, begun: Instant) -> Result<Accepted, StageError> {
         if let Some(&number) = self

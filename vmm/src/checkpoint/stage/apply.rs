@@ -56,10 +56,7 @@ impl StageThread {
         reached(Point::CommitSent);
         let mut laps = Laps::start();
         let machine = &self.machine;
-        if !self.live {
-            machine.set_dirty_logging(true)?;
-            self.live = true;
-        }
+        self.live = true;
         // The worker looks at the rings even while its role stands still; half-written ones make no sense.
         machine.release_queues()?;
         self.staging.write_pages(machine.ram())?;

@@ -28,7 +28,7 @@ impl StageThread {
     }
 
     fn reopen(&mut self, streams: Vec<TcpStream>) -> Result<(), Over> {
-        self.channel = self.channel.over(streams)?;
+        self.channel.reopen(streams)?;
         self.channel.land_in(self.staging.landings());
         let waker = self.channel.waker();
         self.post.send(StageEvent::Reopened { waker });

@@ -1,5 +1,6 @@
 //! Peers that are cut off, stand still, damage bytes or send others.
 
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 
 use super::super::frame::Header;

@@ -75,9 +75,11 @@ pub(super) fn may_lock_only(bytes: u64, test: &str) -> bool {
     // SAFETY: the kernel reads one `rlimit` that lives on this stack.
     let done = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
     assert_eq!(done, 0);
-    // Root may lock what it wants, so be somebody else; for all threads, as libc does it.
+    // Root may lock what it wants, so be somebody else, with whom no other test shares what may be locked; for all threads, as
+    // libc does it.
+    let somebody = 0x1000_0000 + std::process::id();
     // SAFETY: a system call on numbers.
-    let done = unsafe { libc::setresuid(65534, 65534, 65534) };
+    let done = unsafe { libc::setresuid(somebody, somebody, somebody) };
     assert_eq!(done, 0);
     true
 }
