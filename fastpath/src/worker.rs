@@ -423,6 +423,10 @@ mod tests;
 mod feature_tests;
 
 #[cfg(test)]
+#[path = "worker/port_tests.rs"]
+mod port_tests;
+
+#[cfg(test)]
 #[path = "worker/shard_tests.rs"]
 mod shard_tests;
 

@@ -6,19 +6,27 @@
 mod counting;
 mod mock_pair;
 mod mock_shards;
+mod mock_solo;
+
+use std::net::UdpSocket;
 
 use colo_bpf::Mac;
 use colo_fastpath::frame::TxMode;
 use colo_fastpath::nic::{Filter, Nic, Sink, XdpNic, XdpNicConfig};
 
+use colo_fastpath::stages::Stage;
 use colo_fastpath::stats::WorkerSnapshot;
 use counting::{allocations, can_count, count, stop_counting, turn};
 use mock_shards::MockShards;
+use mock_solo::MockSolo;
 
 use mock_pair::{GUEST_MAC, MockPair, datagram};
 
 const WARM_UP: u64 = 3000;
 const COUNTED: u64 = 20_000;
+/// Datagrams for a guest on their way at a time.
+const FLYING: u64 = 32;
+
 /// What the worker did while packets flowed.
 #[derive(Debug)]
 struct Costs {
@@ -75,6 +83,13 @@ fn costs_with(nic: Box<dyn Nic>) -> Costs {
     costs
 }
 
+fn ip(line: &str) {
+    let status = std::process::Command::new("ip")
+        .args(line.split(' '))
+        .status();
+    assert!(status.unwrap().success(), "ip {line}");
+}
+
 /// Runs in a thread whose network namespace, with a veth pair in it, dies with it.
 fn on_veth(test: impl FnOnce() + Send + 'static) {
     let run = || {
@@ -83,13 +98,13 @@ fn on_veth(test: impl FnOnce() + Send + 'static) {
         assert_eq!(unshared, 0, "needs root");
         for line in [
             "link add near type veth peer name far",
+            // The host says nothing by itself.
+            "link set near addrgenmode none",
+            "link set far addrgenmode none",
             "link set near up",
             "link set far up",
         ] {
-            let status = std::process::Command::new("ip")
-                .args(line.split(' '))
-                .status();
-            assert!(status.unwrap().success(), "ip {line}");
+            ip(line);
         }
         test();
     };
@@ -164,4 +179,78 @@ fn sending_over_af_xdp_asks_for_wake_ups_only() {
         // A batch shares one.
         assert!(costs.nic_kicks < costs.sent, "{costs:?}");
     });
+}
+
+/// The guest's NIC receives, and the stages are timed.
+#[test]
+fn receiving_over_af_xdp_asks_nothing_of_the_system() {
+    if !can_count() {
+        return;
+    }
+    on_veth(|| {
+        let _turn = turn();
+        let mac: Mac = GUEST_MAC;
+        let config = XdpNicConfig::new("near", mac, 1500, Filter::Guest(mac));
+        let mut guest = MockSolo::new(Box::new(XdpNic::open(config).unwrap()));
+        let station = Station::on_far();
+        guest_receives(&mut guest, &station, WARM_UP);
+        let worker = guest.worker.clone();
+        let mut counter = count(&worker);
+        let before = worker.stats();
+        let begun = allocations();
+        counter.enable().unwrap();
+        guest_receives(&mut guest, &station, COUNTED);
+        counter.disable().unwrap();
+        let allocations = allocations() - begun;
+        let (after, system_calls) = (worker.stats(), counter.read().unwrap());
+        stop_counting(&worker);
+        let delivered = after.guest_rx_frames - before.guest_rx_frames;
+        let calls = after.guest_calls - before.guest_calls;
+        let yields = after.yields - before.yields;
+        println!(
+            "{delivered} delivered, {system_calls} system calls, {calls} calls, {yields} yields"
+        );
+        assert_eq!((delivered, allocations), (COUNTED, 0));
+        assert!(system_calls <= calls + yields, "{calls} {yields}");
+        assert!(calls < 10, "{calls}");
+        let timed = worker.execute(|edge, _| {
+            let stages = edge.stages().unwrap();
+            stages.histogram(Stage::NicToGuest).len()
+        });
+        assert!(timed.unwrap() >= COUNTED);
+    });
+}
+
+/// So many frames come, a few at a time.
+fn guest_receives(guest: &mut MockSolo, station: &Station, frames: u64) {
+    let mut sent = guest.received;
+    let until = sent + frames;
+    while guest.received < until {
+        if sent < until && sent - guest.received < FLYING {
+            station.say(sent);
+            sent += 1;
+        }
+        guest.look();
+    }
+}
+
+/// Says datagrams to the guest from the far end.
+struct Station(UdpSocket);
+
+impl Station {
+    fn on_far() -> Self {
+        let to: Vec<_> = GUEST_MAC.iter().map(|byte| format!("{byte:02x}")).collect();
+        ip("addr add 10.0.0.2/24 dev far");
+        ip(&format!(
+            "neigh add 10.0.0.1 lladdr {} dev far",
+            to.join(":")
+        ));
+        Self(UdpSocket::bind("10.0.0.2:0").unwrap())
+    }
+
+    fn say(&self, n: u64) {
+        let payload = [n as u8; 1200];
+        let len = if n.is_multiple_of(2) { 64 } else { 1200 };
+        self.0.send_to(&payload[..len], "10.0.0.1:7").unwrap();
+    }
 }

@@ -1,5 +1,5 @@
-use colo_compare::HEADER_MAX;
 use colo_compare::wire::checksum::OnesSum;
+use colo_compare::{DigestKey, HEADER_MAX};
 
 use super::*;
 use crate::ring::{Pages, Segment};
@@ -148,6 +148,29 @@ fn what_was_compared_is_what_leaves() {
     assert_eq!(pool.bytes(&pvm), frame, "settled from the twin");
     pool.release(pvm);
     assert_eq!(pool.free_slots(), 4);
+}
+
+/// Invariant 7: what was digested is what leaves, whatever the guest writes afterwards.
+#[test]
+fn what_was_digested_is_what_leaves() {
+    for tx in [TxMode::Twin, TxMode::InPlace, TxMode::Exact] {
+        let (mut pool, ram) = pool(4);
+        pool.set_tx(tx);
+        let (frame, key) = (pattern(LEN), DigestKey::new([7; 16]).unwrap());
+        let token = in_place(&mut pool, &ram, &frame, 5);
+        let digest = pool.digest(&token, AT, LEN - AT, &key);
+        assert_eq!(returned(&mut pool), [5], "the guest has its buffer again");
+        ram.write(0x4000, &[0; 100]).unwrap();
+        ram.write(0x8000, &[0; LEN - HEADER_MAX - 100]).unwrap();
+        assert_eq!(sent(&mut pool, &token), frame, "{tx:?}");
+        assert_eq!(digest, key.of(&frame[AT..]));
+        assert_eq!(pool.in_place_bytes(&token), 0);
+        let copied = pool.stats.copied_digested_bytes.get();
+        assert_eq!(copied, (LEN - HEADER_MAX) as u64);
+        pool.release(token);
+        assert!(returned(&mut pool).is_empty(), "a buffer goes back once");
+        assert_eq!((pool.free_slots(), pool.in_place()), (4, 0));
+    }
 }
 
 #[test]

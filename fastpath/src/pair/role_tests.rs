@@ -707,3 +707,48 @@ fn rule_10_while_a_divergence_is_pending_nothing_undecided_lies_in_the_guest() {
     while host.step(later_us) {}
     assert_eq!(completed(&mut host), 1);
 }
+
+#[test]
+fn rule_4_what_the_guest_has_no_buffer_for_is_not_mirrored() {
+    const SMALL_BYTES: u32 = 100;
+    let (mut host, _) = primary();
+    // The guest's first buffer is a small one, which nobody has looked at yet.
+    let small = Segment {
+        gpa: RECEIVED,
+        len: SMALL_BYTES,
+    };
+    let writable = 2;
+    host.guest_rx
+        .write_descriptor(0, small, writable, 0)
+        .unwrap();
+    let now_us = now_us();
+    let long = udp(Side::V4, true, 53, 40_000, &[1; 200 - 42]);
+    assert_eq!(long.len(), 200);
+    host.wire.send(&long).unwrap();
+    host.step_until(now_us, |host| host.worker.stats().guest_rx_too_small > 0);
+    while host.step(now_us) {}
+    assert!(!host.has_received());
+    // What fits is the first input that the peer hears of.
+    host.wire.send(&input(7)).unwrap();
+    host.step_until(now_us, Host::has_received);
+    while host.step(now_us) {}
+    assert_eq!(host.heard_inputs(1), [(1, input(7))]);
+    assert_eq!(host.worker.stats().guest_rx_too_small, 1);
+}
+
+impl Host {
+    /// The next `count` messages that the peer hears, which are input.
+    fn heard_inputs(&mut self, count: usize) -> Vec<(u64, Vec<u8>)> {
+        let mut heard = Vec::new();
+        while heard.len() < count {
+            self.peer.fill().unwrap();
+            while let Some(msg) = self.peer.next_msg().unwrap() {
+                match msg {
+                    PacketMsg::Input { seq, frame, .. } => heard.push((seq, frame.to_vec())),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        heard
+    }
+}

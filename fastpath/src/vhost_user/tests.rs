@@ -215,6 +215,18 @@ fn expect_end(mut stream: &UnixStream) {
 }
 
 #[test]
+fn no_segmentation_and_no_order_of_buffers_is_offered() {
+    // VERSION_1, PROTOCOL_FEATURES, EVENT_IDX, INDIRECT_DESC; STATUS, MRG_RXBUF, MAC, MTU, CSUM.
+    let bits = [32, 30, 29, 28, 16, 15, 5, 3, 0];
+    let list = bits.iter().map(|bit| 1_u64 << bit).sum::<u64>();
+    let bench = Bench::new(false);
+    let guest = Guest::connect(&bench.path());
+    guest.frontend.set_owner().unwrap();
+    let offered = guest.frontend.get_features().unwrap();
+    assert_eq!(offered, list, "{:#x}", offered ^ list);
+}
+
+#[test]
 fn rings_go_into_service_when_all_is_there_and_come_back_with_their_place() {
     let bench = Bench::new(false);
     let mut guest = Guest::connect(&bench.path());

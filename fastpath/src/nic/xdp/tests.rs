@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::frame::Buffer;
 use crate::nic::conformance::{self, Cable, conformance};
-use crate::nic::testing::{in_namespace, ip, make_veth, set_queues};
+use crate::nic::testing::{bring_up, in_namespace, ip, make_veth, set_queues};
 use crate::ring::{GuestRam, Pages, Segment};
 use crate::stats::WorkerStats;
 
@@ -255,6 +255,78 @@ fn the_best_mode_is_chosen_and_all_is_accounted_for() {
             // One by one, so that a probe is among them.
             assert_eq!(far.counter("xdp_guest_frames"), 101);
             assert_eq!(far.counter("xdp_guest_unbound_frames"), 0);
+            near.end();
+            far.end();
+        });
+    }
+}
+
+/// A veth takes no program while its peer sends by more queues than it receives by.
+#[test]
+fn a_driver_that_takes_no_program_leaves_the_generic_way() {
+    in_namespace(|| {
+        ip(
+            "link add a0 numtxqueues 2 numrxqueues 2 type veth peer name a1 numtxqueues 1 numrxqueues 1",
+        );
+        for name in ["a0", "a1"] {
+            bring_up(name);
+        }
+        let refused = XdpNicConfig {
+            mode: XdpNicMode::Driver,
+            ..config("a1", FAR)
+        };
+        let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
+        let mut nic = XdpNic::open(refused).unwrap();
+        let (area, slot_bytes) = (ram.area().clone(), nic.slot_bytes());
+        let mut frames = FramePool::in_area(area, SLOTS, slot_bytes, Arc::default()).unwrap();
+        let why = nic.start(&mut frames).unwrap_err().to_string();
+        assert!(why.contains("a1"), "{why}");
+
+        let (mut near, mut far) = pair(XdpNicMode::Auto);
+        assert_eq!(near.nic.mode(), XdpNicMode::Driver);
+        assert_eq!(far.nic.mode(), XdpNicMode::Generic);
+        assert_eq!(far.nic.describe(), "af_xdp, generic, copy, 1 queue");
+        for n in 0..10 {
+            near.send(&frame(FAR, 100, n));
+            assert_eq!(far.receive(), frame(FAR, 100, n));
+            far.send(&frame(NEAR, 1400, n));
+            assert_eq!(near.receive(), frame(NEAR, 1400, n));
+        }
+        near.until(|end| end.is_idle());
+        far.until(|end| end.is_idle());
+        near.end();
+        far.end();
+    });
+}
+
+/// The kernel writes into slots of the host's pool only, however often each was used.
+#[test]
+fn rule_15_what_is_received_lies_in_the_hosts_pool() {
+    for mode in [XdpNicMode::Driver, XdpNicMode::Generic] {
+        with_veth(1, 1500, move || {
+            let (mut near, mut far) = pair(mode);
+            let (at, bytes) = far.frames.slots_place();
+            let first = far.frames.area().base().addr() + at;
+            for n in 0..3 * SLOTS as usize {
+                let whole = frame(FAR, 1400, n);
+                near.send(&whole);
+                let mut out = VecDeque::new();
+                let token = far.until(|end| {
+                    let (nic, frames) = (&mut end.nic, &mut end.frames);
+                    nic.receive(frames, &mut out, 1).unwrap();
+                    out.pop_front()
+                });
+                for piece in far.frames.pieces(&token).as_slice() {
+                    let from = piece.address.addr();
+                    assert!(from >= first && from + piece.len <= first + bytes);
+                }
+                assert_eq!(far.frames.bytes(&token), whole);
+                far.frames.release(token);
+            }
+            let mut ram = vec![1; far.ram.bytes() as usize];
+            far.ram.read(0, &mut ram).unwrap();
+            assert!(ram.iter().all(|byte| *byte == 0), "the guest's RAM");
+            near.until(|end| end.is_idle());
             near.end();
             far.end();
         });

@@ -216,6 +216,19 @@ impl Bench {
 }
 
 #[test]
+fn no_segmentation_and_no_order_of_buffers_is_offered() {
+    let mut bench = bench();
+    // VERSION_1, EVENT_IDX, INDIRECT_DESC; STATUS, MRG_RXBUF, MAC, MTU, CSUM.
+    let bits = [32, 29, 28, 16, 15, 5, 3, 0];
+    let list = bits.iter().map(|bit| 1_u64 << bit).sum::<u64>();
+    let halves = [0, 1, 2].map(|select| {
+        bench.write(0x14, select);
+        bench.register(0x10)
+    });
+    assert_eq!(halves, [list as u32, (list >> 32) as u32, 0]);
+}
+
+#[test]
 fn the_configuration_has_address_link_and_mtu() {
     let bench = bench();
     let mut config = [0; 12];
