@@ -21,7 +21,7 @@ pub enum Channel {
 }
 
 /// A captured machine.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Image {
     /// For the secondary behind this one.
     pub link: usize,
@@ -35,6 +35,13 @@ pub struct Image {
     pub digest: u64,
     pub pending: Vec<Vec<u8>>,
     pub record: Vec<u8>,
+}
+
+impl Image {
+    /// The numbers of its pages, a bit each.
+    pub fn page_set(&self) -> u64 {
+        self.pages.iter().fold(0, |set, (n, _)| set | 1 << n)
+    }
 }
 
 /// What travels.

@@ -112,8 +112,9 @@ fn every_seed_keeps_every_promise() {
     );
     let takeovers = Step::ALL.map(|step| format!("{step} {}", total.takeovers_at[step.index()]));
     println!(
-        "{} requests coalesced; takeovers in the middle of: {}",
+        "{} requests coalesced; {} pages written again while they travelled; takeovers in the middle of: {}",
         total.coalesced,
+        total.written_meanwhile,
         takeovers.join(", ")
     );
     println!(
@@ -145,6 +146,7 @@ fn every_seed_keeps_every_promise() {
     if seeds >= 5000 {
         // What never happens is not covered.
         let ways = [
+            total.written_meanwhile,
             total.buffered,
             total.storms,
             total.returns,
@@ -250,6 +252,11 @@ fn canary_the_pages_of_an_aborted_checkpoint_are_forgotten() {
 #[test]
 fn canary_a_page_ahead_that_was_written_again_is_not_dropped() {
     caught(Mutation::StaleAhead, "all or nothing");
+}
+
+#[test]
+fn canary_pages_are_read_when_they_are_sent() {
+    caught(Mutation::PagesAtSend, "all or nothing");
 }
 
 #[test]

@@ -44,6 +44,8 @@ pub enum Mutation {
     StaleAhead,
     /// What was staged of a checkpoint outlives the page streams that it came over (against rule 13).
     KeepHalfStage,
+    /// Pages are read when they are sent, not while the guest stands still for the capture (against rule 11).
+    PagesAtSend,
 }
 
 /// Whom a fault hits.

@@ -274,6 +274,25 @@ fn rule_22_a_secondary_without_an_area_gets_nothing_ahead() {
 }
 
 #[test]
+fn equal_pages_are_sent_to_prove_it_where_that_is_wanted() {
+    let Some(bench) = Bench::new(&["curl"]) else {
+        return;
+    };
+    let mut settings = settings(&bench, "verify_one_in = 4\n");
+    settings.secondary_extra += "ahead_mib = 0\n";
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    dirty(&pair, PAGES, 50);
+    let status = diverge(&mut pair);
+    let pages = &status["last_checkpoint"]["pages"];
+    let (dropped, proved) = (number(pages, "equal"), number(&pages["same"], "pages"));
+    assert!(dropped + proved >= PAGES / 2, "{status:#}");
+    assert!(proved >= (dropped + proved) / 4, "{status:#}");
+    // What is proved wrong is not applied.
+    assert_eq!(number(&status, "checkpoints_aborted"), 0, "{status:#}");
+    assert_eq!(status["state"], "paired", "rule 16: the audit agrees");
+}
+
+#[test]
 fn rule_14_a_primary_that_dies_with_pages_on_their_way_leaves_the_last_commit() {
     let Some(bench) = Bench::new(&["curl"]) else {
         return;

@@ -185,6 +185,10 @@ impl Shell<'_> {
         if stuck {
             return;
         }
+        let image = match index == 0 && self.mutated(Mutation::PagesAtSend) {
+            true => self.read_again(&image),
+            false => image,
+        };
         let msg = PageMsg::Chunk {
             index,
             of,
@@ -198,9 +202,29 @@ impl Shell<'_> {
             side.sending = Some((image, index + 1, of));
             self.plan_chunk();
         } else {
+            self.count_written_meanwhile(&image);
             self.tell_primary_core(PrimaryEvent::Sent { epoch });
         }
         self.pass(if index + 1 < of { "chunk_sent" } else { "sent" });
+    }
+
+    /// By mistake, the image with its pages as they are now.
+    fn read_again(&self, image: &Rc<Image>) -> Rc<Image> {
+        let Some(guest) = &self.p.guest else {
+            return image.clone();
+        };
+        let mut late = Image::clone(image);
+        late.pages = guest.pages(late.page_set());
+        Rc::new(late)
+    }
+
+    /// What the guest wrote since it runs again and the image had to keep as it was.
+    fn count_written_meanwhile(&mut self, image: &Image) {
+        let (Role::Primary(side), Some(guest)) = (&self.p.role, &self.p.guest) else {
+            return;
+        };
+        let written = (guest.dirty | side.carry) & image.page_set();
+        self.world.outcome.written_meanwhile += u64::from(written.count_ones());
     }
 
     pub(super) fn commit(&mut self, now: u64, epoch: u64) {

@@ -15,6 +15,8 @@ pub struct Outcome {
     /// Requests for a checkpoint that another one covered.
     pub coalesced: u64,
     pub commits: u64,
+    /// Pages of checkpoints that the guest wrote again, running on, before all of them were sent.
+    pub written_meanwhile: u64,
     pub matches: u64,
     pub digests: u64,
     pub fetched: u64,
@@ -71,6 +73,7 @@ impl Outcome {
             (&mut self.takeovers, other.takeovers),
             (&mut self.coalesced, other.coalesced),
             (&mut self.commits, other.commits),
+            (&mut self.written_meanwhile, other.written_meanwhile),
             (&mut self.matches, other.matches),
             (&mut self.digests, other.digests),
             (&mut self.fetched, other.fetched),
