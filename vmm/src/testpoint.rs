@@ -6,75 +6,60 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Where a checkpoint can be interrupted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Point {
-    /// Primary: the SVM has stopped, nothing is captured yet.
-    SvmStopped,
-    /// Primary: captured, the PVM stands still yet.
-    Paused,
-    /// Primary: captured, the guest runs on, nothing is sent.
-    Captured,
-    /// Primary: half of the stage is on the link.
-    MidTransfer,
-    /// Primary: the whole stage is on the link.
-    StageSent,
-    /// Primary: the commit is known, nothing is released.
-    CommitReceived,
-    /// Primary: the commit is handed to the worker for release.
-    CommitReleased,
-    /// Secondary: the SVM stands still, nobody is told.
-    Stopped,
-    /// Secondary: a part of the stage has come.
-    MidStage,
-    /// Secondary: the stage is whole, nobody is told.
-    Staged,
-    /// Secondary: the commit is sent, nothing is applied.
-    CommitSent,
-    /// Secondary: the pages are those of the commit, the rest of the state is not.
-    PagesWritten,
-    /// Secondary: applied, the SVM has not resumed.
-    Applied,
+/// The points and the lists of them, made of one text: a point that the tests do not go through cannot be written.
+macro_rules! points {
+    ($($(#[$about:meta])* $list:ident { $($(#[$where:meta])* $point:ident = $name:literal,)* })*) => {
+        /// Where a checkpoint can be interrupted.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Point {
+            $($($(#[$where])* $point,)*)*
+        }
+
+        impl Point {
+            $($(#[$about])* pub const $list: &[Self] = &[$(Self::$point),*];)*
+
+            /// The name in the variable.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $($(Self::$point => $name,)*)*
+                }
+            }
+        }
+    };
 }
 
-impl Point {
+points! {
     /// All points of a primary, in the order of a checkpoint.
-    pub const PRIMARY: [Self; 7] = [
-        Self::SvmStopped,
-        Self::Paused,
-        Self::Captured,
-        Self::MidTransfer,
-        Self::StageSent,
-        Self::CommitReceived,
-        Self::CommitReleased,
-    ];
+    PRIMARY {
+        /// Primary: the SVM has stopped, nothing is captured yet.
+        SvmStopped = "svm-stopped",
+        /// Primary: captured, the PVM stands still yet.
+        Paused = "paused",
+        /// Primary: captured, the guest runs on, nothing is sent.
+        Captured = "captured",
+        /// Primary: half of the stage is on the link.
+        MidTransfer = "mid-transfer",
+        /// Primary: the whole stage is on the link.
+        StageSent = "stage-sent",
+        /// Primary: the commit is known, nothing is released.
+        CommitReceived = "commit-received",
+        /// Primary: the commit is handed to the worker for release.
+        CommitReleased = "commit-released",
+    }
     /// All points of a secondary, in the order of a checkpoint.
-    pub const SECONDARY: [Self; 6] = [
-        Self::Stopped,
-        Self::MidStage,
-        Self::Staged,
-        Self::CommitSent,
-        Self::PagesWritten,
-        Self::Applied,
-    ];
-
-    /// The name in the variable.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::SvmStopped => "svm-stopped",
-            Self::Paused => "paused",
-            Self::Captured => "captured",
-            Self::MidTransfer => "mid-transfer",
-            Self::StageSent => "stage-sent",
-            Self::CommitReceived => "commit-received",
-            Self::CommitReleased => "commit-released",
-            Self::Stopped => "stopped",
-            Self::MidStage => "mid-stage",
-            Self::Staged => "staged",
-            Self::CommitSent => "commit-sent",
-            Self::PagesWritten => "pages-written",
-            Self::Applied => "applied",
-        }
+    SECONDARY {
+        /// Secondary: the SVM stands still, nobody is told.
+        Stopped = "stopped",
+        /// Secondary: a part of the stage has come.
+        MidStage = "mid-stage",
+        /// Secondary: the stage is whole, nobody is told.
+        Staged = "staged",
+        /// Secondary: the commit is sent, nothing is applied.
+        CommitSent = "commit-sent",
+        /// Secondary: the pages are those of the commit, the rest of the state is not.
+        PagesWritten = "pages-written",
+        /// Secondary: applied, the SVM has not resumed.
+        Applied = "applied",
     }
 }
 
