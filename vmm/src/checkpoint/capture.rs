@@ -13,7 +13,10 @@
 mod ahead;
 mod cut;
 mod early;
+#[cfg(test)]
+mod lab;
 mod live;
+mod records;
 mod reopen;
 
 use std::collections::VecDeque;
@@ -24,8 +27,6 @@ use std::time::Instant;
 
 use colo_control::{VERSION_BULK, VERSION_MIN};
 use colo_fastpath::mailbox::Post;
-use colo_fastpath::pair::CutState;
-use colo_fastpath::worker::PortState;
 
 use super::ahead::{AheadCounters, AheadSettings};
 use super::audit::{AuditError, Image, StateRecords};
@@ -34,13 +35,14 @@ use super::outbound::{Outbound, OutboundSettings, SendError, Sent, SvmStop};
 use super::pages::PageBitmap;
 use super::stabilise::{StabiliseError, StabilisePolicy, Stabiliser, Stable};
 use super::states::{State, StateKind, of_kind};
-use super::{pending, stop};
+use super::stop;
 use crate::config::Config;
 use crate::machine::{Machine, MachineError, Urgency};
 use crate::requests::Request;
 use crate::snapshot;
 use crate::testpoint::{Point, is_awaited, reached};
 use cut::cut_all;
+use records::Records;
 
 /// How checkpoints are taken.
 #[derive(Debug, Clone, Copy)]
@@ -250,6 +252,7 @@ struct Capture {
 struct Session {
     outbound: Outbound,
     stabiliser: Stabiliser,
+    records: Records,
     /// Which streams it has.
     opened: u64,
     /// These are of no use.
@@ -424,6 +427,7 @@ impl CaptureThread {
         let sent = session
             .outbound
             .send(epoch, &states, &mut stable, &stop, midway, is_off);
+        session.records.give_back(states);
         match sent {
             Ok(sent) => {
                 reached(Point::StageSent);
@@ -518,7 +522,8 @@ impl CaptureThread {
         cost.quiesce_us = lap_us();
 
         cost.pending_frames = cuts.iter().map(|cut| cut.pending.len() as u64).sum();
-        let mut states = self.states(ports, cuts)?;
+        let session = self.session.as_mut().ok_or(CaptureError::NoSecondary)?;
+        let mut states = session.records.read(&machine, ports, cuts)?;
         cost.state_us = lap_us();
 
         cost.ahead_pages = self.collect()?;
@@ -538,30 +543,6 @@ impl CaptureThread {
         }
         Ok((states, stable))
     }
-
-    fn states(
-        &self,
-        ports: Vec<Option<PortState>>,
-        cuts: Vec<CutState>,
-    ) -> Result<Vec<State>, CaptureError> {
-        let mut states = Vec::new();
-        let mut vcpus = Vec::new();
-        self.machine.save_vcpu_records(&mut vcpus)?;
-        for (i, record) in vcpus.into_iter().enumerate() {
-            states.push(State::new(StateKind::Vcpu, i, record));
-        }
-        let mut platform = Vec::new();
-        self.machine.save_platform(&mut platform)?;
-        states.push(State::new(StateKind::Platform, 0, platform));
-        let devices = self.machine.save_devices_at(ports);
-        states.push(State::new(StateKind::Devices, 0, devices));
-        for (shard, cut) in cuts.into_iter().enumerate() {
-            let pending = pending::to_bytes(&cut.pending);
-            states.push(State::new(StateKind::Pending, shard, pending));
-            states.push(State::new(StateKind::Translations, shard, cut.translations));
-        }
-        Ok(states)
-    }
 }
 
 /// What a captured machine is, in digests.
@@ -579,3 +560,7 @@ fn audit_of(machine: &Machine, key: &PageKey, states: &[State]) -> Result<State,
     let bytes = image.summary(key).to_bytes();
     Ok(State::new(StateKind::Audit, 0, bytes))
 }
+
+#[cfg(test)]
+#[path = "capture/capture_tests.rs"]
+mod tests;

@@ -10,9 +10,9 @@ const KIND: Kind = Kind {
     version: 1,
 };
 
-/// `count:u32`, then of each frame `len:u32` and its bytes.
-pub(super) fn to_bytes(frames: &[Vec<u8>]) -> Vec<u8> {
-    let mut writer = Writer::new(KIND);
+/// `count:u32`, then of each frame `len:u32` and its bytes; in the memory of `memory`.
+pub(super) fn write_record(frames: &[Vec<u8>], memory: Vec<u8>) -> Vec<u8> {
+    let mut writer = Writer::reuse(KIND, memory);
     writer.u32(frames.len() as u32);
     for frame in frames {
         writer.u32(frame.len() as u32);
@@ -41,7 +41,7 @@ mod tests {
     #[test]
     fn frames_come_back_in_order_and_a_record_cut_anywhere_is_refused() {
         let frames = vec![vec![1; 60], Vec::new(), vec![2; 1514]];
-        let bytes = to_bytes(&frames);
+        let bytes = write_record(&frames, Vec::new());
         assert_eq!(from_bytes(&bytes).unwrap(), frames);
         for len in 0..bytes.len() {
             assert!(from_bytes(&bytes[..len]).is_err(), "{len}");

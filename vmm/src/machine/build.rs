@@ -274,12 +274,14 @@ impl Machine {
     /// Reads all devices as one record. vCPUs are paused and the workers are quiesced, several of them at one cut
     /// ([`Machine::quiesce_workers`]); they stay so.
     pub fn save_devices(&self) -> Result<Vec<u8>, MachineError> {
-        Ok(self.save_devices_at(quiesce_all(&self.workers)?))
+        let mut record = Vec::new();
+        self.save_devices_at(quiesce_all(&self.workers)?, &mut record);
+        Ok(record)
     }
 
     /// The same, when the workers have been stopped already and have told the states of their queues. The vCPUs stood still
-    /// before that.
-    pub fn save_devices_at(&self, ports: Vec<Option<PortState>>) -> Vec<u8> {
+    /// before that. The record is in the memory of `record`.
+    pub fn save_devices_at(&self, ports: Vec<Option<PortState>>, record: &mut Vec<u8>) {
         let mut live = Vec::with_capacity(2 * self.workers.len());
         for pair in ports {
             match pair {
@@ -287,7 +289,8 @@ impl Machine {
                 None => live.extend([None; 2]),
             }
         }
-        lock(&self.net).save(&live).to_bytes()
+        let state = lock(&self.net).save(&live);
+        *record = state.write_record(std::mem::take(record));
     }
 
     /// Whether [`Machine::restore_devices`] would take this record, without doing it.

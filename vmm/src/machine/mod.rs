@@ -32,6 +32,7 @@ pub use kvm::KvmError;
 pub use record::RecordError;
 pub use states::{ClockJump, platform_parts};
 pub use urgent::Urgency;
+pub(crate) use vcpu::VCPU_RECORD_BYTES;
 pub use vcpu::{VcpuError, VcpuHandle};
 pub use vcpu_state::VcpuState;
 pub use view::GuestView;

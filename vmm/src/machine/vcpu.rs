@@ -54,7 +54,7 @@ type Task = Box<dyn FnOnce(&VcpuFd, &VcpuShape) + Send>;
 type Saved = (Vec<u8>, Result<(), KvmError>);
 
 /// Room for a record at first.
-const RECORD_BYTES: usize = 16 << 10;
+pub(crate) const VCPU_RECORD_BYTES: usize = 16 << 10;
 
 enum Command {
     Pause(Sender<()>),
@@ -140,7 +140,7 @@ impl VcpuHandle {
             saves: Mutex::new(Saves {
                 answers,
                 ordered: false,
-                spare: Vec::with_capacity(RECORD_BYTES),
+                spare: Vec::with_capacity(VCPU_RECORD_BYTES),
             }),
             thread: Mutex::new(Some(thread)),
             raised: Raised::default(),

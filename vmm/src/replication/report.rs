@@ -158,6 +158,8 @@ pub struct CheckpointTimes {
     resume_us: Spread,
     stall_us: Spread,
     transfer_us: Spread,
+    begin_us: Spread,
+    hand_over_us: Spread,
     digest_wait_us: Spread,
     commit_us: Spread,
     dirty_pages: Spread,
@@ -282,6 +284,8 @@ impl CheckpointTimes {
         self.resume_us.record(done.resume_us);
         self.stall_us.record(done.stall_us);
         self.transfer_us.record(done.transfer_us);
+        self.begin_us.record(done.begin_us);
+        self.hand_over_us.record(done.hand_over_us);
         self.digest_wait_us.record(done.digest_wait_us);
         self.commit_us.record(done.commit_us);
         self.dirty_pages.record(done.dirty_pages);

@@ -52,15 +52,9 @@ pub(super) fn cut_all(
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
-    use std::sync::Arc;
-
-    use colo_compare::{Limits, Policy};
-    use colo_fastpath::link::PacketLink;
-    use colo_fastpath::mailbox::Mailbox;
     use colo_fastpath::nic::{Nic, SocketNic};
-    use colo_fastpath::pair::{Lease, PrimaryRoleConfig};
 
+    use super::super::lab::as_primary;
     use super::*;
     use crate::machine::{Machine, tests::config};
 
@@ -76,28 +70,8 @@ mod tests {
         }
         let console = Box::new(std::io::sink());
         let (machine, events) = Machine::create_stopped(&config, nics, console).unwrap();
-        let (post, mailbox) = Mailbox::new().unwrap();
-        let role = PrimaryRoleConfig {
-            limits: Limits::default(),
-            policy: Policy::default(),
-            gap_limit_us: u64::MAX / 2,
-            frame_slots: 1024,
-            gaps: Arc::default(),
-            lease: Lease::default(),
-            answers: Default::default(),
-            digest_key: None,
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut peers = Vec::new();
-        for worker in machine.workers() {
-            let role = PrimaryRole::new(&role, config.net.mac, post.clone());
-            worker.set_role(Box::new(role)).unwrap();
-            let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            peers.push(listener.accept().unwrap());
-            let link = PacketLink::new(stream).unwrap();
-            PrimaryRole::on_worker(worker, |role, edge| role.attach(edge, link)).unwrap();
-        }
-        (machine, (wires, events, mailbox, peers))
+        let peers = as_primary(&machine);
+        (machine, (wires, events, peers))
     }
 
     fn epochs(machine: &Machine) -> Vec<u64> {

@@ -1,49 +1,16 @@
 //! Pages of a guest that goes on writing, copied before the pause and kept in it.
 
-use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use colo_fastpath::mailbox::Mailbox;
-
 use super::*;
-use crate::checkpoint::ahead::AheadSettings;
-use crate::checkpoint::capture::{CaptureEvent, CaptureSettings};
-use crate::checkpoint::channel::Settings;
+use crate::checkpoint::capture::lab::thread;
 use crate::checkpoint::guests::{FOR_EVER, Guest, ORDERS};
-use crate::checkpoint::outbound::OutboundSettings;
 use crate::checkpoint::pages::PAGE_BYTES;
 use crate::checkpoint::stabilise::StabilisePolicy;
 use crate::machine::Machine;
 
 const BASE: u64 = 0x40_0000;
 const FIRST: u64 = BASE / 4096;
-
-/// A capture thread whose secondary says nothing, and what must live as long.
-fn thread(machine: &Arc<Machine>, policy: StabilisePolicy) -> (CaptureThread, impl Sized) {
-    let (post, events) = Mailbox::<CaptureEvent>::new().unwrap();
-    let settings = CaptureSettings {
-        stabilise: policy,
-        arena_pages: 8192,
-        audit_every: 0,
-        ahead: AheadSettings {
-            interval: std::time::Duration::from_secs(60),
-            mib_per_s: 1,
-        },
-        outbound: OutboundSettings {
-            channel: Settings::default(),
-            cache_mib: 0,
-            verify_one_in: 0,
-            lends: false,
-        },
-    };
-    let mut thread = CaptureThread::new(machine.clone(), settings, post);
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let session = thread.open_session(vec![near], 1, [7; 16]).unwrap();
-    thread.session = Some(session);
-    thread.carry.clear();
-    (thread, (events, listener.accept().unwrap()))
-}
 
 /// Until the guest has written all of its pages once more.
 fn wait_for_writes(machine: &Machine) {

@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use super::super::outbound::{Outbound, SendError};
 use super::super::stabilise::Stabiliser;
+use super::records::Records;
 use super::{CaptureCommand, CaptureEvent, CaptureThread, Session};
 use crate::snapshot;
 
@@ -59,6 +60,7 @@ impl CaptureThread {
         Ok(Session {
             outbound,
             stabiliser,
+            records: Records::of(machine),
             opened: 0,
             is_broken: false,
         })

@@ -128,3 +128,7 @@ pub(super) fn on_each<I: Send + 'static>(
     let all: Result<(), String> = results.into_iter().collect();
     all.map_err(StageError::Translations)
 }
+
+#[cfg(test)]
+#[path = "apply_tests.rs"]
+mod tests;

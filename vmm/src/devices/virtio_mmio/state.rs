@@ -50,7 +50,12 @@ pub struct DeviceState {
 impl DeviceState {
     /// The record.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut writer = Writer::new(KIND);
+        self.write_record(Vec::new())
+    }
+
+    /// The same, in the memory of `memory`.
+    pub fn write_record(&self, memory: Vec<u8>) -> Vec<u8> {
+        let mut writer = Writer::reuse(KIND, memory);
         writer.u32(self.device_id);
         writer.u32(self.status);
         writer.u8(self.needs_reset.into());

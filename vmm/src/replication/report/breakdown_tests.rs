@@ -102,6 +102,8 @@ fn rule_17_the_primary_tells_every_part_of_a_checkpoint_by_its_name() {
         ("stolen_us", 340),
         ("svm_stop_us", 101),
         ("transfer_us", 500),
+        ("begin_us", 30),
+        ("hand_over_us", 31),
         ("digest_wait_us", 19),
         ("commit_us", 1_100),
         ("hold_us", 1_300),

@@ -144,6 +144,8 @@ pub struct PairStatus {
     pub stolen_us: Percentiles,
     pub svm_stop_us: Percentiles,
     pub transfer_us: Percentiles,
+    pub begin_us: Percentiles,
+    pub hand_over_us: Percentiles,
     pub digest_wait_us: Percentiles,
     pub commit_us: Percentiles,
     /// Of a secondary, these four.
@@ -220,6 +222,8 @@ impl PairStatus {
             stolen_us: times.stolen_us.percentiles(),
             svm_stop_us: times.svm_stop_us.percentiles(),
             transfer_us: times.transfer_us.percentiles(),
+            begin_us: times.begin_us.percentiles(),
+            hand_over_us: times.hand_over_us.percentiles(),
             digest_wait_us: times.digest_wait_us.percentiles(),
             commit_us: times.commit_us.percentiles(),
             hold_us: (&report.hold_us).into(),

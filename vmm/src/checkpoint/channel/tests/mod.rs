@@ -3,6 +3,7 @@
 mod again;
 mod bad_peer;
 mod fixed;
+mod kept;
 mod laid;
 mod lent;
 mod limits;
