@@ -11,7 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use colo_lab::load::{Load, LoadConfig, LoadReport};
 use colo_lab::netns::Netns;
-use colo_lab::pair::{Pair, Settings};
+use colo_lab::pair::{Pair, Settings, status_socket};
+use colo_lab::process::Process;
 use colo_lab::topology::{GUEST, GUEST_MAC, Host, pcap_frames};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
@@ -269,6 +270,22 @@ fn rule_18_a_secondary_that_was_left_in_a_checkpoint_is_silent_when_it_wakes() {
         assert_eq!(b.len(), 0, "{point:?}: the secondary sent frames");
         assert!(!a.is_empty(), "{point:?}: nobody speaks");
     });
+}
+
+#[test]
+fn invariant_8_a_primary_that_never_had_a_secondary_logs_nothing() {
+    let Some(bench) = bench() else { return };
+    let settings = bench.settings();
+    let topology = settings.topology().unwrap();
+    let file = bench.dir().join("a.toml");
+    std::fs::write(&file, settings.pair_file(Host::A, bench.dir())).unwrap();
+    let mut command = topology.host(Host::A).command(bench.colo());
+    command.arg("primary").arg(&file);
+    let primary = Process::spawn("a-primary", command, bench.dir()).unwrap();
+    let mut primary = primary.with_status(&status_socket(Host::A, bench.dir()));
+    let is_alone = |status: &Value| status["state"] == "alone";
+    let status = primary.wait_status("alone", AFTERWARDS_TIMEOUT, is_alone);
+    assert_eq!(status.unwrap()["dirty_logging"], false);
 }
 
 fn the_primary_goes_on_without_its_secondary(compare: Compare) {
