@@ -176,7 +176,60 @@ impl WorkerStats {
     }
 }
 
+impl WorkerSnapshot {
+    /// How much of the guest's payload that was sent or copied left from where it lay, in per cent; `None` before
+    /// there was any.
+    pub fn tx_in_place_pct(&self) -> Option<f64> {
+        let copied = [
+            self.copied_small_bytes,
+            self.copied_scattered_bytes,
+            self.copied_pressure_bytes,
+            self.copied_compared_bytes,
+            self.copied_digested_bytes,
+            self.copied_undecided_bytes,
+            self.copied_role_bytes,
+            self.copied_gathered_bytes,
+            self.copied_read_bytes,
+            self.copied_crossing_bytes,
+        ];
+        let in_place = self.tx_in_place_bytes;
+        let all = in_place + copied.iter().sum::<u64>();
+        (all > 0).then(|| 100.0 * in_place as f64 / all as f64)
+    }
+}
+
 const _: fn() = || {
     fn serialisable<T: Serialize>() {}
     serialisable::<WorkerSnapshot>();
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_cause_of_a_copy_lowers_the_share_in_place() {
+        let mut counted = WorkerSnapshot::default();
+        assert_eq!(counted.tx_in_place_pct(), None);
+        counted.tx_in_place_bytes = 900;
+        assert_eq!(counted.tx_in_place_pct(), Some(100.0));
+        let causes = [
+            CopyCause::Small,
+            CopyCause::Scattered,
+            CopyCause::Pressure,
+            CopyCause::Compared,
+            CopyCause::Digested,
+            CopyCause::Undecided,
+            CopyCause::Role,
+            CopyCause::Gathered,
+            CopyCause::Read,
+            CopyCause::Crossing,
+        ];
+        for cause in causes {
+            let stats = WorkerStats::default();
+            stats.tx_in_place_bytes.add(900);
+            stats.count_copied(cause, 100);
+            assert_eq!(stats.snapshot().tx_in_place_pct(), Some(90.0), "{cause:?}");
+        }
+    }
+}

@@ -60,6 +60,8 @@ pub struct MachineStatus {
     /// Each of them, if there are several.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub workers: Vec<WorkerSnapshot>,
+    /// How much of the guest's payload left from where it lay; null before any did.
+    pub tx_in_place_pct: Option<f64>,
     /// The network device's control queue.
     pub control: ControlSnapshot,
     /// The NIC; absent once the worker has ended.
@@ -104,6 +106,7 @@ impl MachineStatus {
             guest: guest.to_owned(),
             uptime_s: started.elapsed().as_secs_f64(),
             exits: machine.exits(),
+            tx_in_place_pct: worker.tx_in_place_pct(),
             worker,
             workers,
             control: machine.control(),

@@ -113,13 +113,15 @@ fn document(
         (edge.nic_report(), stages)
     });
     let (nic, stages) = told.ok().unzip();
+    let counted = worker.stats();
     json!({
         "name": config.socket().display().to_string(),
         "role": "vhost-user",
         "guest": guest,
         "uptime_s": started.elapsed().as_secs_f64(),
         "vhost_user": server.stats(),
-        "worker": worker.stats(),
+        "worker": counted,
+        "tx_in_place_pct": counted.tx_in_place_pct(),
         "nic": nic,
         "stages": stages.flatten(),
     })
