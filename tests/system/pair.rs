@@ -57,7 +57,7 @@ fn long_payload_leaves_uncopied_and_stages_are_timed() {
     println!("in place: {in_place} of {all} bytes; copied: {copied:?}");
     assert!(in_place <= number(&status["worker"], "guest_tx_bytes"));
     let share = status["tx_in_place_pct"].as_f64().unwrap();
-    assert!(share >= 90.0 && share <= 100.0, "{share} % in place");
+    assert!((90.0..=100.0).contains(&share), "{share} % in place");
     for stage in status["stages"].as_array().unwrap() {
         assert!(number(stage, "count") > 0, "{}", stage["stage"]);
         assert!(number(stage, "p50_ns") <= number(stage, "max_ns"));
