@@ -9,6 +9,7 @@
 pub mod bench;
 pub mod clients;
 pub mod compare;
+pub mod deaf;
 pub mod fuzz;
 pub mod loads;
 pub mod quota;

@@ -13,6 +13,7 @@ mod down_tests;
 mod gather_tests;
 mod guest_tests;
 mod link_tests;
+mod membership_tests;
 mod queue_tests;
 
 const NEAR: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
