@@ -12,6 +12,7 @@ pub mod compare;
 pub mod deaf;
 pub mod fuzz;
 pub mod loads;
+pub mod lossy;
 pub mod quota;
 pub mod relay;
 pub mod streams;

@@ -8,13 +8,15 @@ use std::thread;
 use std::time::Duration;
 
 use colo_control::Msg;
+use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::process::Process;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
+use colo_tests::lossy::Lossy;
 use colo_tests::wire::Wire;
-use colo_tests::{both_ways, clients};
+use colo_tests::{both_ways, clients, loads};
 
 const ENDED: Duration = Duration::from_secs(20);
 
@@ -263,7 +265,9 @@ both_ways!(
     a_pair_over_tcp_serves_and_survives_its_primary,
     a_pair_over_udp_serves_and_survives_its_primary,
     a_pair_over_af_xdp_serves_and_survives_its_primary,
-    without_datagrams_a_pair_goes_on_over_tcp_and_later_back
+    without_datagrams_a_pair_goes_on_over_tcp_and_later_back,
+    over_udp_a_lost_packet_is_no_divergence,
+    over_af_xdp_a_lost_packet_is_no_divergence,
 );
 
 /// Both hosts with this carrier, of the packet channel.
@@ -397,6 +401,48 @@ fn without_datagrams_a_pair_goes_on_over_tcp_and_later_back(compare: Compare) {
     compare.assert_used(&pair.primary.status().unwrap());
 }
 
+fn loses_packets(packets: &str, compare: Compare) {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut settings = carried_by(&bench, compare, packets);
+    // Loss costs time, which may be all that it costs.
+    settings.compare_deadline_ms = 5000;
+    settings.ack_deadline_ms = 5000;
+    settings.heartbeat_count = 100;
+    let (topology, lossy) = Lossy::link(&settings, 20);
+    let mut pair = Pair::start_in(topology, &settings, bench.dir()).unwrap();
+    for host in [Host::A, Host::B] {
+        wait_carrier(&mut pair, host, packets);
+    }
+    let equal = LoadConfig {
+        deterministic: true,
+        ..LoadConfig::new(8, 1)
+    };
+    let load = Load::start(&pair.topology.client, equal).unwrap();
+    assert!(load.wait_answers(3000, ENDED), "no answers");
+    let report = load.finish().unwrap();
+    loads::assert_right(&report);
+    let status = pair.wait_protected(Host::A).unwrap();
+    let causes = status["divergences"].as_object().unwrap();
+    assert!(causes.is_empty(), "{causes:?}");
+    compare.assert_used(&status);
+    assert!(lossy.lost().iter().all(|lost| *lost > 20), "{lossy:?}");
+    for host in [Host::A, Host::B] {
+        let link = wait_carrier(&mut pair, host, packets);
+        assert!(link["retransmitted"].as_u64() > Some(20), "{link}");
+        assert_eq!(link["fallbacks"], 0, "{link}");
+    }
+}
+
+fn over_udp_a_lost_packet_is_no_divergence(compare: Compare) {
+    loses_packets("udp", compare);
+}
+
+fn over_af_xdp_a_lost_packet_is_no_divergence(compare: Compare) {
+    loses_packets("xdp", compare);
+}
+
 /// Sends frames of the link's EtherType to host b, from nobody.
 fn send_foreign_frames(payloads: &[&[u8]]) {
     let wire = Wire::open("link0").unwrap();
@@ -455,7 +501,6 @@ fn compares_in_place(xdp: Option<&str>) {
     echo.talk(400);
     for host in [Host::A, Host::B] {
         let link = wait_carrier(&mut pair, host, "xdp");
-        println!("{host:?}: {link}");
         let count = |key: &str| link[key].as_u64().unwrap();
         let (in_place, copied) = (count("frames_in_place"), count("frames_copied"));
         assert!(in_place > 400 && in_place > 4 * copied, "{link}");

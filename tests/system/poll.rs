@@ -9,7 +9,8 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::Pair;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
-use colo_tests::{clients, loads};
+use colo_tests::compare::Compare;
+use colo_tests::{both_ways, clients, loads};
 use serde_json::Value;
 
 /// So many answers must come before a kill and after it, and in what time.
@@ -24,9 +25,9 @@ fn number(status: &Value, key: &str) -> u64 {
 
 /// A life of a pair with this `host.poll`: clients, a kill, a new secondary. Gives what both hosts' workers have
 /// counted before the kill.
-fn live(poll: &str) -> Option<[Value; 2]> {
+fn live(poll: &str, compare: Compare) -> Option<[Value; 2]> {
     let bench = Bench::new(&clients::PROGRAMS)?;
-    let mut settings = bench.settings();
+    let mut settings = compare.settings(&bench);
     settings.poll = poll.to_owned();
     let mut pair = Pair::start(&settings, bench.dir()).unwrap();
     clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
@@ -37,6 +38,7 @@ fn live(poll: &str) -> Option<[Value; 2]> {
     assert!(load.wait_answers(ANSWERS, PATIENCE), "no answers");
     let before = pair.wait_protected(Host::A).unwrap();
     assert!(number(&before, "compared") > 0, "{before:#}");
+    compare.assert_used(&before);
     assert_eq!(number(&before, "takeovers"), 0, "{before:#}");
     let counted =
         [&pair.primary, &pair.secondary].map(|host| host.status().unwrap()["worker"].clone());
@@ -52,18 +54,23 @@ fn live(poll: &str) -> Option<[Value; 2]> {
     Some(counted)
 }
 
-#[test]
-fn a_pair_that_never_sleeps_serves_and_survives_a_kill() {
-    let Some(counted) = live("busy") else { return };
+both_ways!(
+    a_pair_that_never_sleeps_serves_and_survives_a_kill,
+    a_pair_that_sleeps_at_once_serves_and_survives_a_kill,
+);
+
+fn a_pair_that_never_sleeps_serves_and_survives_a_kill(compare: Compare) {
+    let Some(counted) = live("busy", compare) else {
+        return;
+    };
     for worker in counted {
         // The guests would wait for a processor otherwise.
         assert!(number(&worker, "yields") > 0, "{worker:#}");
     }
 }
 
-#[test]
-fn a_pair_that_sleeps_at_once_serves_and_survives_a_kill() {
-    let Some(counted) = live("interrupt") else {
+fn a_pair_that_sleeps_at_once_serves_and_survives_a_kill(compare: Compare) {
+    let Some(counted) = live("interrupt", compare) else {
         return;
     };
     for worker in counted {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::netns::Netns;
 use colo_lab::pair::{Pair, Settings, Single};
-use colo_lab::topology::{GUEST, Host, UPLINK};
+use colo_lab::topology::{GUEST, GUEST_V4, Host, UPLINK, pcap_frames};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
 use colo_tests::{both_ways, clients, deaf, loads};
@@ -84,7 +84,10 @@ fn the_host_goes_on_using_the_interface() {
     clients::ping(&single.topology.client, GUEST[0]);
 }
 
-both_ways!(a_pair_is_served_and_survives_a_kill);
+both_ways!(
+    a_pair_is_served_and_survives_a_kill,
+    a_pair_with_long_frames_is_served_and_survives_a_kill,
+);
 
 fn a_pair_is_served_and_survives_a_kill(compare: Compare) {
     let Some((bench, settings)) = bench_of("auto", compare) else {
@@ -117,4 +120,50 @@ fn survives_a_kill(pair: &mut Pair) {
     );
     let report = load.finish().unwrap();
     loads::assert_survived(&report);
+}
+
+/// Echo requests whose answers are as long, each in one frame that is longer than those of Ethernet usually are.
+fn ping_long(client: &Netns) {
+    let mut ping = client.command("ping");
+    ping.args([
+        "-c", "20", "-i", "0.01", "-W", "10", "-M", "do", "-s", "1900",
+    ]);
+    let output = ping.arg(GUEST_V4.to_string()).output().unwrap();
+    let report = String::from_utf8_lossy(&output.stdout);
+    assert!(report.contains(" 0% packet loss"), "{report}");
+}
+
+/// The guest's longest frame with TCP over IPv4, of those that a capture has.
+fn longest_tcp_frame(pcap: &[u8]) -> usize {
+    let frames = pcap_frames(pcap).into_iter().map(|frame| frame.bytes);
+    let is_tcp = |frame: &Vec<u8>| frame[12..14] == [0x08, 0x00] && frame[23] == 6;
+    frames
+        .filter(is_tcp)
+        .map(|frame| frame.len())
+        .max()
+        .unwrap()
+}
+
+fn a_pair_with_long_frames_is_served_and_survives_a_kill(compare: Compare) {
+    let Some((bench, mut settings)) = bench_of("auto", compare) else {
+        return;
+    };
+    // As much as the demo guest's buffers take.
+    settings.mtu = 2000;
+    let mut pair = Pair::start(&settings, bench.dir()).unwrap();
+    let before = pair.primary.status().unwrap();
+    let file = bench.dir().join("long.pcap");
+    let capture = pair.topology.capture(Host::A, &file).unwrap();
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    ping_long(&pair.topology.client);
+    let longest = longest_tcp_frame(&capture.finish().unwrap());
+    assert!((1800..=2014).contains(&longest), "{longest}");
+    let status = pair.primary.status().unwrap();
+    for same in ["protected", "state", "generation"] {
+        assert_eq!(status[same], before[same], "{same}: {status:#}");
+    }
+    compare.assert_used(&status);
+    survives_a_kill(&mut pair);
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    ping_long(&pair.topology.client);
 }

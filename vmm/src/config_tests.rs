@@ -44,6 +44,19 @@ fn a_good_file_gives_defaults_and_absolute_paths() {
 }
 
 #[test]
+fn frames_may_be_from_68_to_9216_bytes_long() {
+    let with = |mtu: u32| parse(&GOOD.replace("[net]", &format!("[net]\nmtu = {mtu}")));
+    for mtu in [68, 9000, 9216] {
+        assert_eq!(with(mtu).unwrap().net.mtu, mtu as u16);
+    }
+    for mtu in [67, 9217] {
+        let error = with(mtu).unwrap_err().to_string();
+        let expected = format!("net.mtu = {mtu}: choose between 68 and 9216");
+        assert!(error.contains(&expected), "{error}");
+    }
+}
+
+#[test]
 fn each_shard_may_have_a_cpu() {
     let host = |lines: &str| {
         let text = GOOD.replace("poll = \"interrupt\"", lines);

@@ -26,6 +26,7 @@ const PAIR_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time until the survivor of a kill says it is alone.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(20);
 const LINK_PORT: u16 = 7600;
+const ETHERNET_MTU: u32 = 1500;
 const POLL_PERIOD: Duration = Duration::from_millis(10);
 
 /// What can go wrong when guests are started.
@@ -63,6 +64,8 @@ pub struct Settings {
     pub poll: String,
     /// The mode of AF_XDP (`auto`, `driver`, `generic`) on the uplink; without it, a TAP device.
     pub xdp: Option<String>,
+    /// Of the guest's network, and of the switch.
+    pub mtu: u32,
     /// Workers, and queue pairs of the guest.
     pub shards: usize,
     /// With which bytes compared frames leave: a mode of `[host] tx`.
@@ -73,6 +76,8 @@ pub struct Settings {
     pub digests: bool,
     /// How long output waits for its counterpart.
     pub compare_deadline_ms: u64,
+    /// How long an acknowledgement waits for the secondary.
+    pub ack_deadline_ms: u64,
     /// Time between periodic checkpoints; 0 for none.
     pub checkpoint_interval_ms: u64,
     /// What may carry packets between the hosts beside TCP: `auto` or another value of `[replication] packets`.
@@ -102,11 +107,13 @@ impl Settings {
             huge_pages: false,
             poll: "adaptive".to_owned(),
             xdp: None,
+            mtu: ETHERNET_MTU,
             shards: 1,
             tx: "twin".to_owned(),
             stages: false,
             digests: false,
             compare_deadline_ms: 20,
+            ack_deadline_ms: 100,
             checkpoint_interval_ms: 0,
             packets: "auto".to_owned(),
             alone: "continue".to_owned(),
@@ -129,7 +136,11 @@ impl Settings {
 
     /// The network that they need.
     pub fn topology(&self) -> Result<Topology, NetError> {
-        Topology::with_queues(self.uplink(), self.shards)
+        let topology = Topology::with_queues(self.uplink(), self.shards)?;
+        if self.mtu != ETHERNET_MTU {
+            topology.set_mtu(self.mtu)?;
+        }
+        Ok(topology)
     }
 
     fn nic(&self) -> String {
@@ -143,11 +154,12 @@ impl Settings {
         format!(
             "[vm]\nname = \"demo\"\nkernel = \"builtin:demo\"\nram_mib = {}\nhugepages = {}\nvcpus = 1\n\
              cmdline = \"ip={GUEST_V4}/24 ip6={GUEST_V6}/64\"\n\n\
-             [net]\n{}\nmac = \"{GUEST_MAC}\"\nmtu = 1500\n\n\
+             [net]\n{}\nmac = \"{GUEST_MAC}\"\nmtu = {}\n\n\
              [host]\nshards = {}\npoll = \"{}\"\ntx = \"{}\"\nstages = {}\nstatus = \"{}\"\n",
             self.ram_mib,
             self.huge_pages,
             self.nic(),
+            self.mtu,
             self.shards,
             self.poll,
             self.tx,
@@ -160,13 +172,14 @@ impl Settings {
         format!(
             "\n[replication]\nlink_listen = \"{}:{LINK_PORT}\"\nlink_peer = \"{}:{LINK_PORT}\"\n\
              arbiter = \"file:{}\"\nheartbeat_ms = 20\nheartbeat_count = {}\n\
-             compare_deadline_ms = {}\nack_deadline_ms = 100\ncheckpoint_interval_ms = {}\n\
+             compare_deadline_ms = {}\nack_deadline_ms = {}\ncheckpoint_interval_ms = {}\n\
              alone = \"{}\"\npackets = \"{}\"\n",
             host.link_address(),
             host.other().link_address(),
             dir.join("generation").display(),
             self.heartbeat_count,
             self.compare_deadline_ms,
+            self.ack_deadline_ms,
             self.checkpoint_interval_ms,
             self.alone,
             self.packets,

@@ -147,6 +147,18 @@ impl Topology {
         &self.hosts[host.index()]
     }
 
+    /// Lets frames with so long a payload through between the client and the guests that share an uplink.
+    pub fn set_mtu(&self, mtu: u32) -> Result<(), NetError> {
+        for host in [Host::A, Host::B] {
+            let line = format!("link set {UPLINK} mtu {mtu}\n");
+            self.host(host).batch(&line)?;
+        }
+        let ports = ["port-client", Host::A.port(), Host::B.port()];
+        let lines = ports.map(|port| format!("link set {port} mtu {mtu}\n"));
+        self.switch.batch(&lines.concat())?;
+        self.client.batch(&format!("link set eth0 mtu {mtu}\n"))
+    }
+
     /// Makes the replication link a black hole in both directions, without a carrier change: both
     /// ends send to an address that nobody has.
     pub fn cut_link(&self) -> Result<(), NetError> {
