@@ -206,6 +206,8 @@ impl PrimaryShell {
         if !is_asked {
             return;
         }
+        // The core's counters say already what the actions are about to.
+        self.perform();
         self.replica.answer_status(|| self.status());
         while let Some(request) = self.replica.next_request() {
             let config = Box::new(self.replica.config.clone());

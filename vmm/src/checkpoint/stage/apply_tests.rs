@@ -85,6 +85,8 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
         open: None,
         live: false,
     };
+    // As before it was said to be staged.
+    machine.set_dirty_logging(true).unwrap();
     orders.send(StageCommand::Apply { halt: false }).unwrap();
     let goes_on = match thread.decided(accepted, 0) {
         Ok(()) => true,
