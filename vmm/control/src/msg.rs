@@ -79,7 +79,8 @@ pub enum Msg {
     /// Secondary: the stage is whole and accepted (rule 13).
     Committed { generation: u64, epoch: u64 },
     /// Primary: this checkpoint is to be off. Secondary: it is off, by its own decision or as asked. Who is past the
-    /// commit point says [`Self::Committed`] instead.
+    /// commit point says [`Self::Committed`] instead. Of epoch 0, either: the link is given up though both
+    /// hosts live, and the primary asks the arbiter first (`farewell`).
     Aborted {
         generation: u64,
         epoch: u64,
