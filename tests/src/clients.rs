@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use colo_lab::netns::Netns;
-use colo_lab::topology::GUEST;
+use colo_lab::topology::{GUEST, GUEST_V4};
 
 /// What all functions together need.
 pub const PROGRAMS: [&str; 6] = [
@@ -69,6 +69,16 @@ fn checked(program: &str, args: &[&str], output: Output) -> String {
         output.status
     );
     stdout
+}
+
+/// One request to the guest with `curl`; gives the answer.
+pub fn ask(client: &Netns, method: &str, path: &str) -> String {
+    let mut curl = client.command("curl");
+    curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
+    let output = curl.arg(format!("http://{GUEST_V4}{path}")).output();
+    let output = output.expect("curl starts");
+    assert!(output.status.success(), "{method} {path}: {output:?}");
+    String::from_utf8(output.stdout).expect("an answer in UTF-8")
 }
 
 /// Several pages over one connection, each byte checked, for both address families.

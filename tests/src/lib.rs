@@ -15,5 +15,6 @@ pub mod loads;
 pub mod lossy;
 pub mod quota;
 pub mod relay;
+pub mod status;
 pub mod streams;
 pub mod wire;

@@ -19,6 +19,7 @@ use colo_lab::topology::{GUEST_MAC, GUEST_V4, Host, Topology};
 use colo_replay::capture;
 use colo_replay::testing::{Format, capture as written};
 use colo_tests::bench::Bench;
+use colo_tests::status::number;
 use serde_json::Value;
 
 /// Two runs of a guest are as far apart as their clients.
@@ -388,12 +389,6 @@ fn captures_that_cannot_tell_are_refused_by_name_and_byte() {
         let output = runs.compare(&arguments, [&good, &good]);
         assert_eq!(output.status.code(), Some(2), "{}", said(&output));
     }
-}
-
-fn number(status: &Value, key: &str) -> u64 {
-    status[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("no {key} in {status}"))
 }
 
 /// Answers that always differ: by checkpoint from port 80, at once from port 8080.

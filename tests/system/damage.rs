@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
-use colo_lab::topology::{GUEST_V4, Host};
+use colo_lab::topology::Host;
 use colo_tests::bench::Bench;
+use colo_tests::clients::ask;
 use colo_tests::compare::Compare;
 use colo_tests::relay::{self, Chunk, Kind, PACKETS, PAGES};
 use colo_tests::{both_ways, loads};
@@ -174,20 +175,13 @@ fn rule_14_a_damaged_page_ahead_costs_the_checkpoint_that_names_it_and_no_more()
         ..bench.settings()
     };
     let (mut pair, trigger) = pair_through(&bench, &settings, Damage::Ahead);
-    let ask = |pair: &Pair, method: &str, path: &str| {
-        let mut curl = pair.topology.client.command("curl");
-        curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
-        let url = format!("http://{GUEST_V4}{path}");
-        let output = curl.arg(url).output().unwrap();
-        assert!(output.status.success(), "{output:?}");
-    };
     trigger.arm();
-    ask(&pair, "POST", "/dirty/2000/0/4096");
+    ask(&pair.topology.client, "POST", "/dirty/2000/0/4096");
     let sent = |status: &serde_json::Value| status["ahead"]["sent_pages"].as_u64() >= Some(1_900);
     let status = pair.primary.wait_status("sent ahead", WAIT, sent).unwrap();
     assert!(trigger.has_struck());
     let before = status["checkpoints"].as_u64().unwrap();
-    ask(&pair, "GET", "/random");
+    ask(&pair.topology.client, "GET", "/random");
     let more = |status: &serde_json::Value| status["checkpoints"].as_u64() > Some(before);
     let status = pair.primary.wait_status("a commit", WAIT, more).unwrap();
     assert_eq!(status["checkpoints_aborted"], 1, "{status:#}");

@@ -17,7 +17,9 @@ use colo_lab::pair::{Pair, Settings, status_socket};
 use colo_lab::process::Process;
 use colo_lab::topology::{GUEST_V4, Host, Topology};
 use colo_tests::bench::Bench;
+use colo_tests::clients::ask;
 use colo_tests::quota::VcpuQuota;
+use colo_tests::status::number;
 use colo_tests::{clients, loads};
 use serde_json::Value;
 
@@ -25,12 +27,6 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 /// Heartbeats of 20 ms: a link full of pages delays them.
 const PATIENT: u32 = 500;
 const PAGE_BYTES: u64 = 4096;
-
-fn number(status: &Value, key: &str) -> u64 {
-    status[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("{key} in {status:#}"))
-}
 
 fn settings(bench: &Bench) -> Settings {
     Settings {
@@ -328,15 +324,6 @@ fn rule_14_without_room_for_held_output_the_guest_stands_still_until_there_is() 
     assert_eq!(status["unprotected_reason"], "", "{status:#}");
 }
 
-/// A request by `curl`.
-fn ask(pair: &Pair, method: &str, path: &str) {
-    let mut curl = pair.topology.client.command("curl");
-    curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
-    let url = format!("http://{GUEST_V4}{path}");
-    let output = curl.arg(url).output().unwrap();
-    assert!(output.status.success(), "{method} {path}: {output:?}");
-}
-
 #[test]
 fn the_guest_runs_on_while_the_pages_of_a_checkpoint_travel() {
     let Some(bench) = Bench::new(&["curl"]) else {
@@ -353,9 +340,13 @@ fn the_guest_runs_on_while_the_pages_of_a_checkpoint_travel() {
     slow_link(&pair.topology, "100mbit");
     // A checkpoint for another reason may take the pages from the one that is asked for.
     let found = (0..5).find_map(|_| {
-        ask(&pair, "POST", &format!("/dirty/{pages}/0/4096"));
+        ask(
+            &pair.topology.client,
+            "POST",
+            &format!("/dirty/{pages}/0/4096"),
+        );
         let before = number(&pair.primary.status().unwrap(), "checkpoints");
-        ask(&pair, "GET", "/random");
+        ask(&pair.topology.client, "GET", "/random");
         let more = |status: &Value| number(status, "checkpoints") > before;
         let status = pair.primary.wait_status("a checkpoint", TIMEOUT, more);
         let last = status.unwrap()["last_checkpoint"].clone();
@@ -380,7 +371,7 @@ fn a_secondary_without_room_for_a_checkpoint_is_left_and_the_service_goes_on() {
     settings.compare_deadline_ms = 5_000;
     let mut pair = Pair::start(&settings, bench.dir()).unwrap();
     // Other contents on each.
-    ask(&pair, "POST", "/dirty/2000/0/4096");
+    ask(&pair.topology.client, "POST", "/dirty/2000/0/4096");
     // Whatever diverges.
     let load = Load::start(&pair.topology.client, LoadConfig::new(4, 5)).unwrap();
     // The primary gives the link up and keeps the VM (rule 19); the secondary is told no.

@@ -10,6 +10,7 @@ use colo_lab::testpmd::HugePages;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
+use colo_tests::status::number;
 use colo_tests::{clients, loads};
 use serde_json::Value;
 
@@ -20,12 +21,6 @@ fn pair() -> Option<(Bench, Pair)> {
     let bench = Bench::new(&clients::PROGRAMS)?;
     let pair = Pair::start(&bench.settings(), bench.dir()).unwrap();
     Some((bench, pair))
-}
-
-fn number(status: &Value, key: &str) -> u64 {
-    status[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("no {key} in {status}"))
 }
 
 /// How the primary's payload went out: bytes sent from where they lay, and bytes copied, by cause.

@@ -10,18 +10,13 @@ use colo_lab::pair::Pair;
 use colo_lab::topology::{GUEST, Host};
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
+use colo_tests::status::number;
 use colo_tests::{both_ways, clients, loads};
 use serde_json::Value;
 
 /// So many answers must come before a kill and after it, and in what time.
 const ANSWERS: u64 = 2_000;
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn number(status: &Value, key: &str) -> u64 {
-    status[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("no {key} in {status:#}"))
-}
 
 /// A life of a pair with this `host.poll`: clients, a kill, a new secondary. Gives what both hosts' workers have
 /// counted before the kill.

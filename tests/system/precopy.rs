@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
-use colo_lab::topology::{GUEST_V4, Host};
+use colo_lab::topology::Host;
 use colo_tests::bench::Bench;
+use colo_tests::clients::ask;
 use colo_tests::compare::Compare;
+use colo_tests::status::number;
 use colo_tests::{both_ways, loads};
 use serde_json::Value;
 
@@ -28,28 +30,13 @@ fn settings(bench: &Bench, lines: &str) -> Settings {
     }
 }
 
-fn ask(pair: &Pair, method: &str, path: &str) -> String {
-    let output = pair
-        .topology
-        .client
-        .command("curl")
-        .args(["-sS", "--fail", "--max-time", "60", "-X", method])
-        .arg(format!("http://{GUEST_V4}{path}"))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{method} {path}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("no {key} in {value:#}"))
-}
-
 /// Has pages written, none of them the same on both guests, or so many of a hundred.
 fn dirty(pair: &Pair, pages: u64, same_pct: u32) {
-    let answer = ask(pair, "POST", &format!("/dirty/{pages}/{same_pct}/4096"));
+    let answer = ask(
+        &pair.topology.client,
+        "POST",
+        &format!("/dirty/{pages}/{same_pct}/4096"),
+    );
     assert_eq!(answer.trim(), pages.to_string());
 }
 
@@ -69,7 +56,7 @@ fn await_sent(pair: &mut Pair, before: u64, pages: u64) -> Value {
 /// A divergence; gives the status when its checkpoint is committed.
 fn diverge(pair: &mut Pair) -> Value {
     let before = number(&pair.primary.status().unwrap(), "checkpoints");
-    ask(pair, "GET", "/random");
+    ask(&pair.topology.client, "GET", "/random");
     let more = |status: &Value| number(status, "checkpoints") > before;
     pair.primary
         .wait_status("a checkpoint", WAIT, more)

@@ -9,6 +9,7 @@ use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::Host;
 use colo_tests::bench::Bench;
 use colo_tests::compare::Compare;
+use colo_tests::status::number;
 use colo_tests::{both_ways, clients, loads};
 use serde_json::Value;
 
@@ -20,12 +21,6 @@ fn start(bench: &Bench, compare: Compare, lines: &str) -> Pair {
     let mut settings: Settings = compare.settings(bench);
     (settings.primary_extra, settings.secondary_extra) = (lines.to_owned(), lines.to_owned());
     Pair::start(&settings, bench.dir()).unwrap()
-}
-
-fn number(status: &Value, key: &str) -> u64 {
-    status[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("{key} in {status:#}"))
 }
 
 /// Kills the primary: the secondary goes on, and no client can tell.

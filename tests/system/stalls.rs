@@ -13,8 +13,10 @@ use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
 use colo_lab::topology::{GUEST_V4, Host};
 use colo_tests::bench::Bench;
+use colo_tests::clients::ask;
 use colo_tests::loads;
 use colo_tests::relay::{self, Chunk, Kind, PAGES, Pass};
+use colo_tests::status::number;
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -147,20 +149,6 @@ fn settings(bench: &Bench, streams: u32) -> Settings {
     }
 }
 
-fn ask(pair: &Pair, method: &str, path: &str) {
-    let mut curl = pair.topology.client.command("curl");
-    curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
-    let url = format!("http://{GUEST_V4}{path}");
-    let output = curl.arg(url).output().unwrap();
-    assert!(output.status.success(), "{method} {path}: {output:?}");
-}
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("no {key} in {value:#}"))
-}
-
 /// A request that both guests answer differently.
 fn differing(pair: &Pair) -> std::process::Child {
     let mut curl = pair.topology.client.command("curl");
@@ -221,7 +209,11 @@ fn torn_synchronisation(streams: u32, strike: Strike) {
     };
     let settings = settings(&bench, streams);
     let mut pair = relay::primary_alone(&bench, &settings);
-    ask(&pair, "POST", &format!("/dirty/{FEW_PAGES}/0/4096"));
+    ask(
+        &pair.topology.client,
+        "POST",
+        &format!("/dirty/{FEW_PAGES}/0/4096"),
+    );
     let load = load(&pair);
     let striker = Arc::new(Striker::default());
     striker.arm(strike);
@@ -276,7 +268,11 @@ fn stalled_checkpoint(strike: Strike) {
     let passes = striker.passes(strike);
     relay::join(&mut pair, &bench, &settings, MANY, passes);
     pair.wait_protected(Host::A).unwrap();
-    ask(&pair, "POST", &format!("/dirty/{MANY_PAGES}/0/4096"));
+    ask(
+        &pair.topology.client,
+        "POST",
+        &format!("/dirty/{MANY_PAGES}/0/4096"),
+    );
     striker.arm(strike);
     // Differs, and is answered when the primary goes on alone.
     let mut question = differing(&pair);
@@ -302,7 +298,11 @@ fn live_pages_that_stand_still_cost_the_link_and_the_next_synchronisation_gives_
     };
     let settings = settings(&bench, 1);
     let mut pair = relay::primary_alone(&bench, &settings);
-    ask(&pair, "POST", &format!("/dirty/{MANY_PAGES}/0/4096"));
+    ask(
+        &pair.topology.client,
+        "POST",
+        &format!("/dirty/{MANY_PAGES}/0/4096"),
+    );
     let load = load(&pair);
     let strike = Strike {
         blow: Blow::Hold,
@@ -352,7 +352,7 @@ fn rule_14_a_checkpoint_stuck_in_its_streams_is_aborted_and_the_next_one_goes_ov
         return;
     };
     let (mut pair, over, before) = stuck_checkpoint(&bench, Blow::Hold);
-    ask(&pair, "GET", "/random");
+    ask(&pair.topology.client, "GET", "/random");
     assert!(over.0.has_struck());
     let more = |status: &Value| number(status, "checkpoints") > before;
     let waited = pair.primary.wait_status("a commit", WAIT, more);
@@ -369,7 +369,7 @@ fn a_checkpoint_stuck_in_streams_of_which_not_even_the_end_arrives_costs_the_lin
         return;
     };
     let (mut pair, over, _) = stuck_checkpoint(&bench, Blow::Swallow);
-    ask(&pair, "GET", "/random");
+    ask(&pair.topology.client, "GET", "/random");
     assert!(over.0.has_struck());
     let reason = given_up(&mut pair);
     assert!(

@@ -11,10 +11,12 @@ use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig};
 use colo_lab::pair::{Pair, Settings};
-use colo_lab::topology::{GUEST_V4, Host};
+use colo_lab::topology::Host;
 use colo_tests::bench::Bench;
+use colo_tests::clients::ask;
 use colo_tests::loads;
 use colo_tests::relay::{self, Chunk, Kind, PAGES, PAGES_AGAIN};
+use colo_tests::status::number;
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -30,29 +32,19 @@ fn settings(bench: &Bench, primary: &str, secondary: &str) -> Settings {
     }
 }
 
-fn ask(pair: &Pair, method: &str, path: &str) {
-    let mut curl = pair.topology.client.command("curl");
-    curl.args(["-sS", "--fail", "--max-time", "60", "-X", method]);
-    let url = format!("http://{GUEST_V4}{path}");
-    let output = curl.arg(url).output().unwrap();
-    assert!(output.status.success(), "{method} {path}: {output:?}");
-}
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("no {key} in {value:#}"))
-}
-
 /// Has so many pages written, then a divergence; gives the status when its checkpoint is committed.
 fn checkpoint(pair: &mut Pair, pages: u64) -> Value {
-    ask(pair, "POST", &format!("/dirty/{pages}/0/4096"));
+    ask(
+        &pair.topology.client,
+        "POST",
+        &format!("/dirty/{pages}/0/4096"),
+    );
     diverge(pair)
 }
 
 fn diverge(pair: &mut Pair) -> Value {
     let before = number(&pair.primary.status().unwrap(), "checkpoints");
-    ask(pair, "GET", "/random");
+    ask(&pair.topology.client, "GET", "/random");
     let more = |status: &Value| number(status, "checkpoints") > before;
     pair.primary.wait_status("a commit", WAIT, more).unwrap()
 }
@@ -120,7 +112,7 @@ fn pages_sent_ahead_are_there_when_a_checkpoint_on_other_streams_names_them() {
     for round in 0.. {
         assert!(round < 20, "too few pages travel ahead");
         let before = ahead(&pair, "sent_pages");
-        ask(&pair, "POST", "/dirty/3000/0/4096");
+        ask(&pair.topology.client, "POST", "/dirty/3000/0/4096");
         let sent = |status: &Value| number(&status["ahead"], "sent_pages") >= before + 2_700;
         pair.primary.wait_status("sent ahead", WAIT, sent).unwrap();
         let status = diverge(&mut pair);
@@ -230,7 +222,7 @@ fn rule_14_a_stream_that_breaks_in_the_middle_is_opened_anew_with_the_others_and
     let load = Load::start(&pair.topology.client, LoadConfig::new(8, 5)).unwrap();
     assert!(load.wait_answers(500, WAIT), "the service stands still");
     seen.armed.store(true, Ordering::SeqCst);
-    ask(&pair, "POST", "/dirty/3000/0/4096");
+    ask(&pair.topology.client, "POST", "/dirty/3000/0/4096");
     let reopened = |status: &Value| number(status, "streams_reopened") == 1;
     let status = pair.primary.wait_status("reopened", WAIT, reopened);
     let status = status.unwrap();
@@ -257,7 +249,7 @@ fn streams_that_cannot_be_opened_anew_end_the_link_and_the_pair_forms_again() {
     assert!(load.wait_answers(500, WAIT), "the service stands still");
     load.mark_kill();
     seen.armed.store(true, Ordering::SeqCst);
-    ask(&pair, "POST", "/dirty/3000/0/4096");
+    ask(&pair.topology.client, "POST", "/dirty/3000/0/4096");
     let (winner, other) = pair.wait_winner().unwrap();
     assert!(!seen.armed.load(Ordering::SeqCst));
     // The primary lives, so nobody takes the VM from it (rule 19). 3: another host holds it.

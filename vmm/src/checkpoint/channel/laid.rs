@@ -44,7 +44,8 @@ impl PageChannel {
         self.lay_chunk(kind, (epoch, items, length))
     }
 
-    /// As [`Self::submit_lent`], for the last pages of a checkpoint: they leave with its end, in one send, if nothing else comes before that.
+    /// As [`Self::submit_lent`], for the last pages of a checkpoint: they leave with its end, in one send, if nothing else comes
+    /// before that.
     pub fn lay_lent(
         &mut self,
         items: u32,
