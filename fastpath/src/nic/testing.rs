@@ -5,7 +5,7 @@
 //! Does not know any NIC.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
 use colo_bpf::Mac;
@@ -39,6 +39,17 @@ pub(super) fn ip(arguments: &str) {
 
 pub(super) fn tc(arguments: &str) {
     run("tc", arguments);
+}
+
+/// Whether a look at this descriptor finds something at once.
+pub(super) fn is_readable(fd: RawFd) -> bool {
+    let mut fd = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd on this stack, no wait.
+    unsafe { libc::poll(&raw mut fd, 1, 0) == 1 }
 }
 
 /// Brings an interface up about which the host says nothing by itself.

@@ -339,4 +339,4 @@ fn differing_names(a: &[(String, PageDigest)], b: &[(String, PageDigest)]) -> Ve
 
 #[cfg(test)]
 #[path = "audit_tests.rs"]
-mod tests;
+pub(crate) mod tests;

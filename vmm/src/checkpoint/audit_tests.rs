@@ -10,15 +10,15 @@ fn key() -> PageKey {
     PageKey::new([5; 16])
 }
 
-struct Records {
-    vcpus: Vec<Vec<u8>>,
-    platform: Vec<u8>,
-    devices: Vec<u8>,
+pub(crate) struct Records {
+    pub(crate) vcpus: Vec<Vec<u8>>,
+    pub(crate) platform: Vec<u8>,
+    pub(crate) devices: Vec<u8>,
 }
 
 impl Records {
     /// Of a machine that stands still.
-    fn of(machine: &Machine) -> Self {
+    pub(crate) fn of(machine: &Machine) -> Self {
         let (mut vcpus, mut platform) = (Vec::new(), Vec::new());
         let devices = machine.save_devices().unwrap();
         machine.save_vcpu_records(&mut vcpus).unwrap();
@@ -30,7 +30,7 @@ impl Records {
         }
     }
 
-    fn all(&self) -> StateRecords<'_> {
+    pub(crate) fn all(&self) -> StateRecords<'_> {
         StateRecords {
             vcpus: &self.vcpus,
             platform: &self.platform,

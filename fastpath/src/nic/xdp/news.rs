@@ -64,16 +64,7 @@ impl News {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn is_readable(fd: RawFd) -> bool {
-        let mut fd = libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one pollfd on this stack, no wait.
-        unsafe { libc::poll(&raw mut fd, 1, 0) == 1 }
-    }
+    use crate::nic::testing::is_readable;
 
     #[test]
     fn a_change_that_comes_while_an_end_heeds_another_is_heeded_or_wakes_it() {

@@ -181,16 +181,7 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn is_readable(fd: RawFd) -> bool {
-        let mut fd = libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one pollfd on this stack, no wait.
-        unsafe { libc::poll(&raw mut fd, 1, 0) == 1 }
-    }
+    use crate::nic::testing::is_readable;
 
     /// Who sleeps with a descriptor that stays readable does not sleep.
     #[test]

@@ -12,6 +12,7 @@ use colo_fastpath::pair::SecondaryRoleConfig;
 
 use super::*;
 use crate::checkpoint::ahead::area::Area;
+use crate::checkpoint::audit::tests::Records;
 use crate::checkpoint::channel::{PageChannel, Settings};
 use crate::checkpoint::codec::PageKey;
 use crate::checkpoint::pages::PAGE_BYTES;
@@ -96,26 +97,7 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
     (events.try_next().unwrap(), goes_on, machine)
 }
 
-/// The states of a machine that stands still.
-struct Records {
-    vcpus: Vec<Vec<u8>>,
-    platform: Vec<u8>,
-    devices: Vec<u8>,
-}
-
 impl Records {
-    fn of(machine: &Machine) -> Self {
-        let (mut vcpus, mut platform) = (Vec::new(), Vec::new());
-        let devices = machine.save_devices().unwrap();
-        machine.save_vcpu_records(&mut vcpus).unwrap();
-        machine.save_platform(&mut platform).unwrap();
-        Self {
-            vcpus,
-            platform,
-            devices,
-        }
-    }
-
     fn states(&self) -> Vec<VcpuState> {
         let states = self
             .vcpus
@@ -126,13 +108,8 @@ impl Records {
 
     /// What an audit says of them and of the machine's memory.
     fn audit(&self, machine: &Machine) -> Summary {
-        let records = StateRecords {
-            vcpus: &self.vcpus,
-            platform: &self.platform,
-            devices: &self.devices,
-        };
         let key = PageKey::new(KEY);
-        let image = Image::of(0, &key, machine.ram(), records).unwrap();
+        let image = Image::of(0, &key, machine.ram(), self.all()).unwrap();
         image.summary(&key)
     }
 }
