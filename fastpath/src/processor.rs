@@ -22,7 +22,15 @@ pub fn switches() -> u64 {
 /// Moves the calling thread to another of the processors that it may use. `false`: there is no other.
 pub fn leave() -> io::Result<bool> {
     let allowed = allowed()?;
-    let mut others = allowed;
+    let has_left = go_elsewhere(allowed)?;
+    if has_left {
+        allow(&allowed)?;
+    }
+    Ok(has_left)
+}
+
+/// Lets the calling thread run on these but for the one that it runs on now, if there are others.
+fn go_elsewhere(mut others: libc::cpu_set_t) -> io::Result<bool> {
     // SAFETY: no arguments.
     let here = unsafe { libc::sched_getcpu() };
     let here = usize::try_from(here).map_err(|_| io::Error::last_os_error())?;
@@ -35,7 +43,6 @@ pub fn leave() -> io::Result<bool> {
         return Ok(false);
     }
     allow(&others)?;
-    allow(&allowed)?;
     Ok(true)
 }
 
@@ -113,9 +120,12 @@ mod tests {
                 id: cpu
             }));
             // SAFETY: no arguments.
-            assert_eq!(unsafe { libc::sched_getcpu() }, cpu as i32);
-            allow(&all).unwrap();
-            assert!(leave().unwrap());
+            let here = || unsafe { libc::sched_getcpu() };
+            assert_eq!(here(), cpu as i32);
+            // It goes by where the thread runs, and that is still this one.
+            assert!(go_elsewhere(all).unwrap());
+            assert_ne!(here(), cpu as i32);
+            assert!(!members(&allowed().unwrap()).contains(&cpu));
         })
         .join()
         .unwrap();
