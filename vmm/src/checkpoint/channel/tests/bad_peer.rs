@@ -30,6 +30,38 @@ fn header(kind: Kind, attempt: u32, sequence: u32) -> Header {
     }
 }
 
+fn short() -> Settings {
+    Settings {
+        timeout: SHORT,
+        ..settings()
+    }
+}
+
+/// A channel over so many streams that does not wait for long, and its peer's ends.
+fn impatient(streams: usize) -> (PageChannel, Vec<TcpStream>) {
+    let (near, far) = sockets(streams);
+    (PageChannel::new(near, short()).unwrap(), far)
+}
+
+/// Sends a chunk of the first checkpoint over the first stream.
+fn send(far: &[TcpStream], kind: Kind, sequence: u32, payload: &[u8]) {
+    let chunk = chunk(header(kind, 1, sequence), payload);
+    (&far[0]).write_all(&chunk).unwrap();
+}
+
+/// Sends pages until that ends with an error.
+fn sends_until_refused(channel: &mut PageChannel) -> ChannelError {
+    loop {
+        let sent = channel
+            .next_buffer()
+            .map(|_| ())
+            .and_then(|()| channel.submit(Kind::Pages, 1, CHUNK));
+        if let Err(error) = sent {
+            return error;
+        }
+    }
+}
+
 #[test]
 fn invariant_3_a_cut_at_any_byte_completes_nothing() {
     let bytes = bytes_of(&[12], settings());
@@ -90,19 +122,14 @@ fn damage_spoils_one_checkpoint_or_ends_the_channel_but_never_passes() {
 
 #[test]
 fn a_peer_that_stands_still_is_named_with_its_step() {
-    let short = Settings {
-        timeout: SHORT,
-        ..settings()
-    };
-    let bytes = bytes_of(&[12], short);
+    let bytes = bytes_of(&[12], short());
     let steps = [
         (30, Step::ReceiveChunk),
         (64 + 5, Step::ReceiveCheckpoint),
         (bytes.len() - 1, Step::ReceiveChunk),
     ];
     for (length, expected) in steps {
-        let (near, far) = sockets(1);
-        let mut channel = PageChannel::new(near, short).unwrap();
+        let (mut channel, far) = impatient(1);
         (&far[0]).write_all(&bytes[..length]).unwrap();
         match all(&mut channel).1 {
             Some(ChannelError::TimedOut {
@@ -120,15 +147,8 @@ fn a_peer_that_stands_still_is_named_with_its_step() {
 
 #[test]
 fn a_peer_that_stands_still_is_noticed_by_who_only_looks_in_for_a_moment_at_a_time() {
-    let short = Settings {
-        timeout: SHORT,
-        ..settings()
-    };
-    let (near, far) = sockets(1);
-    let mut channel = PageChannel::new(near, short).unwrap();
-    (&far[0])
-        .write_all(&chunk(header(Kind::Begin, 1, 0), &[]))
-        .unwrap();
+    let (mut channel, far) = impatient(1);
+    send(&far, Kind::Begin, 0, &[]);
     let begun = Instant::now();
     let error = loop {
         assert!(begun.elapsed() < Duration::from_secs(20), "never noticed");
@@ -147,19 +167,9 @@ fn a_peer_that_stands_still_is_noticed_by_who_only_looks_in_for_a_moment_at_a_ti
 
 #[test]
 fn a_stream_that_lags_behind_the_others_is_named() {
-    let short = Settings {
-        timeout: SHORT,
-        ..settings()
-    };
-    let (near, far) = sockets(2);
-    let mut channel = PageChannel::new(near, short).unwrap();
-    (&far[0])
-        .write_all(&chunk(header(Kind::Begin, 1, 0), &[]))
-        .unwrap();
-    let end = Totals::default().to_bytes();
-    (&far[0])
-        .write_all(&chunk(header(Kind::End, 1, 1), &end))
-        .unwrap();
+    let (mut channel, far) = impatient(2);
+    send(&far, Kind::Begin, 0, &[]);
+    send(&far, Kind::End, 1, &Totals::default().to_bytes());
     let (_, error) = all(&mut channel);
     let lagging = |e| {
         matches!(
@@ -173,8 +183,7 @@ fn a_stream_that_lags_behind_the_others_is_named() {
     };
     assert!(error.is_some_and(lagging));
 
-    let (near, far) = sockets(2);
-    let mut channel = PageChannel::new(near, short).unwrap();
+    let (mut channel, far) = impatient(2);
     far[1].shutdown(Shutdown::Write).unwrap();
     let (_, error) = all(&mut channel);
     // The pair may go on over others.
@@ -194,21 +203,9 @@ fn a_stream_that_lags_behind_the_others_is_named() {
 
 #[test]
 fn a_peer_that_reads_nothing_is_given_up() {
-    let short = Settings {
-        timeout: SHORT,
-        ..settings()
-    };
-    let (near, far) = sockets(2);
-    let mut channel = PageChannel::new(near, short).unwrap();
+    let (mut channel, far) = impatient(2);
     channel.begin(1, &[]).unwrap();
-    let error = loop {
-        if let Err(error) = channel.next_buffer() {
-            break error;
-        }
-        if let Err(error) = channel.submit(Kind::Pages, 1, CHUNK) {
-            break error;
-        }
-    };
+    let error = sends_until_refused(&mut channel);
     assert!(
         matches!(
             error,
@@ -241,21 +238,11 @@ fn an_idle_channel_waits_for_ever_and_time_given_is_kept() {
 
 #[test]
 fn an_owner_that_was_away_does_not_blame_the_peer() {
-    let short = Settings {
-        timeout: SHORT,
-        ..settings()
-    };
-    let (near, far) = sockets(1);
-    let mut channel = PageChannel::new(near, short).unwrap();
-    (&far[0])
-        .write_all(&chunk(header(Kind::Begin, 1, 0), &[]))
-        .unwrap();
+    let (mut channel, far) = impatient(1);
+    send(&far, Kind::Begin, 0, &[]);
     assert!(matches!(next(&mut channel), Seen::Chunk(Kind::Begin, ..)));
     assert_eq!(see(channel.poll(Duration::ZERO).unwrap()), Seen::Idle);
-    let end = Totals::default().to_bytes();
-    (&far[0])
-        .write_all(&chunk(header(Kind::End, 1, 1), &end))
-        .unwrap();
+    send(&far, Kind::End, 1, &Totals::default().to_bytes());
     // Not a wait for an event: the time itself must pass.
     thread::sleep(2 * SHORT);
     assert_eq!(next(&mut channel), Seen::Complete(11, Totals::default()));
@@ -269,9 +256,7 @@ fn a_reset_ends_the_channel_on_both_sides() {
         assert!(matches!(first, Seen::Chunk(Kind::Begin, ..)), "{first:?}");
         all(&mut channel).1
     });
-    (&far[0])
-        .write_all(&chunk(header(Kind::Begin, 1, 0), &[]))
-        .unwrap();
+    send(&far, Kind::Begin, 0, &[]);
     reset(far);
     let error = receiver.join().unwrap();
     assert!(
@@ -286,14 +271,7 @@ fn a_reset_ends_the_channel_on_both_sides() {
     let mut sender = PageChannel::new(near, settings()).unwrap();
     sender.begin(1, &[]).unwrap();
     reset(far);
-    let error = loop {
-        if let Err(error) = sender.next_buffer() {
-            break error;
-        }
-        if let Err(error) = sender.submit(Kind::Pages, 1, CHUNK) {
-            break error;
-        }
-    };
+    let error = sends_until_refused(&mut sender);
     assert!(
         matches!(error, ChannelError::Socket { stream: 0, .. }),
         "{error}"
