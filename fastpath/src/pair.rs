@@ -25,7 +25,7 @@ pub use local::{LocalPairRole, LocalReport, SvmSide};
 pub use on_workers::OnWorkers;
 pub use parts::FrameParts;
 pub use primary::{CutState, PrimaryReport, PrimaryRole, PrimaryRoleConfig};
-pub use secondary::{SecondaryReport, SecondaryRole, SecondaryRoleConfig};
+pub use secondary::{PacketSide, SecondaryReport, SecondaryRole, SecondaryRoleConfig};
 
 /// What a role tells the control thread.
 #[derive(Debug)]

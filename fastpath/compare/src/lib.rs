@@ -49,7 +49,7 @@ pub use frames::{Frames, HEADER_MAX, Token, first_difference};
 pub use limits::Limits;
 pub use policy::{Opener, Policy, PolicyAction, PolicyProtocol, Prefix, Rule};
 pub use primary::{History, Mode, Pairs, Passed, Pending, PrimaryPath};
-pub use record::RecordError;
+pub use record::{RecordError, canonical_xlate_record};
 pub use secondary::SecondaryPath;
 pub use stats::{PrimaryStats, SecondaryStats};
 pub use xlate::Offsets;

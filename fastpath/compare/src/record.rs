@@ -190,6 +190,26 @@ fn parse<'a>(
     Ok(addresses)
 }
 
+/// A record with its translations in an order that hangs on nothing but themselves: two tables that hold
+/// the same give the same bytes.
+pub fn canonical_xlate_record(record: &[u8]) -> Result<Vec<u8>, RecordError> {
+    let mut entries = Vec::new();
+    let mut at = record.len();
+    parse(record, usize::MAX, |reader| {
+        at = at.min(reader.at);
+        let bytes = &record[reader.at..];
+        reader.entry(0)?;
+        entries.push(&bytes[..TRANSLATION_BYTES]);
+        Ok(())
+    })?;
+    entries.sort_unstable();
+    let mut canonical = record[..at].to_vec();
+    entries
+        .iter()
+        .for_each(|entry| canonical.extend_from_slice(entry));
+    Ok(canonical)
+}
+
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -315,6 +335,32 @@ mod tests {
         );
     }
 
+    #[test]
+    fn tables_that_hold_the_same_have_one_canonical_record_and_others_another() {
+        let (table, addresses) = sample();
+        let record = |table: &ClientTable, addresses: &Addresses| {
+            let mut bytes = Vec::new();
+            write(table, addresses, &mut bytes);
+            bytes
+        };
+        let bytes = record(&table, &addresses);
+        let canonical = canonical_xlate_record(&bytes).unwrap();
+        let (head, entries) = bytes.split_at(bytes.len() - 2 * TRANSLATION_BYTES);
+        let (first, second) = entries.split_at(TRANSLATION_BYTES);
+        let swapped = [head, second, first].concat();
+        assert_ne!(swapped, bytes);
+        assert_eq!(canonical_xlate_record(&swapped).unwrap(), canonical);
+        let same = |at: usize| {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 1;
+            canonical_xlate_record(&bytes).is_ok_and(|other| other == canonical)
+        };
+        assert!((0..bytes.len()).all(|at| !same(at)));
+        let none = record(&ClientTable::new(10, 0), &addresses);
+        assert_eq!(canonical_xlate_record(&none).unwrap(), none);
+        assert!(canonical_xlate_record(&bytes[1..]).is_err());
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_refused_or_read(cut in 0usize..400, at in 0usize..200, byte: u8) {
@@ -324,7 +370,7 @@ mod tests {
             let at = at % bytes.len();
             bytes[at] = byte;
             bytes.truncate(cut);
-            let _ = check(&bytes, 10);
+            let _ = (check(&bytes, 10), canonical_xlate_record(&bytes));
         }
     }
 }

@@ -200,7 +200,7 @@ fn secondary() -> Host {
     let mut translations = Vec::new();
     PrimaryPath::new(limits()).export_client_xlate(&mut translations);
     SecondaryRole::on_worker(&host.worker, move |role, edge| {
-        role.commit(edge, 1, &[], &translations).unwrap();
+        role.commit(edge, 1, &[], &translations, false).unwrap();
         role.start();
     })
     .unwrap();
@@ -330,7 +330,10 @@ fn rule_13_pending_output_finds_room_whatever_the_old_epoch_has_stored() {
     SecondaryRole::on_worker(&host.worker, move |role, edge| {
         role.stop(edge);
         role.check(edge, &pending, &translations).unwrap();
-        role.commit(edge, 2, &pending, &translations).unwrap();
+        let shown = role.commit(edge, 2, &pending, &translations, true);
+        let shown = shown.unwrap().unwrap();
+        assert_eq!(shown.pending, pending);
+        assert_eq!(shown.translations, translations);
     })
     .unwrap();
     assert_eq!(host.free_slots() as u64, stored - 1);

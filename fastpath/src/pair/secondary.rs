@@ -3,7 +3,9 @@
 use std::net::Shutdown;
 
 use colo_bpf::Mac;
-use colo_compare::{DigestKey, Frames, Limits, SecondaryAction, SecondaryPath, SecondaryStats};
+use colo_compare::{
+    DigestKey, Frames, Limits, SecondaryAction, SecondaryPath, SecondaryStats, Token,
+};
 
 use super::delayed::Delayed;
 use super::{PairEvent, PrimaryRole, PrimaryRoleConfig, RESERVED_SLOTS};
@@ -22,6 +24,15 @@ pub struct SecondaryRoleConfig {
     pub limits: Limits,
     /// The guest's address, for the announcements of a takeover.
     pub mac: Mac,
+}
+
+/// The packet side as it lies in this host's memory after a commit.
+#[derive(Debug)]
+pub struct PacketSide {
+    /// The frames of pending output in order of production.
+    pub pending: Vec<Vec<u8>>,
+    /// The client-facing translations, in some order.
+    pub translations: Vec<u8>,
 }
 
 /// Counters of a secondary's role.
@@ -157,14 +168,16 @@ impl SecondaryRole {
         path.check_record(translations).map_err(|e| e.to_string())
     }
 
-    /// The checkpoint of `epoch` is applied to the machine; the packet side follows.
+    /// The checkpoint of `epoch` is applied to the machine; the packet side follows. For an audit (`show`, rule 16) it gives
+    /// what now lies in this host's memory.
     pub fn commit(
         &mut self,
         edge: &mut Edge,
         epoch: u64,
         pending: &[Vec<u8>],
         translations: &[u8],
-    ) -> Result<(), String> {
+        show: bool,
+    ) -> Result<Option<PacketSide>, String> {
         let path = self.path.as_mut().ok_or("this host has taken over")?;
         path.leave_epoch(&mut edge.frames, epoch);
         let mut tokens = Vec::with_capacity(pending.len());
@@ -175,12 +188,23 @@ impl SecondaryRole {
                     .ok_or("no slot for pending output")?,
             );
         }
+        // Before the commit: what was reported released by now leaves with it.
+        let bytes = |token: &Token| edge.frames.bytes(token).to_vec();
+        let pending = show.then(|| tokens.iter().map(bytes).collect());
         path.commit(now_us(), &mut edge.frames, epoch, tokens, translations)
             .map_err(|e| e.to_string())?;
+        let shown = pending.map(|pending| {
+            let mut translations = Vec::new();
+            path.export_client_xlate(&mut translations);
+            PacketSide {
+                pending,
+                translations,
+            }
+        });
         // What crossed before this epoch's end was an SVM's that is no more.
         edge.forget_crossed();
         self.act(edge, now_us());
-        Ok(())
+        Ok(shown)
     }
 
     /// Lets go of the packet channel, what was received is kept.

@@ -243,7 +243,7 @@ impl Hosts {
         })
         .unwrap();
         SecondaryRole::on_worker(&secondary.worker, move |role, edge| {
-            role.commit(edge, cut.epoch, &[], &cut.translations)
+            role.commit(edge, cut.epoch, &[], &cut.translations, false)
                 .unwrap();
             role.start();
         })

@@ -1,9 +1,7 @@
 //! Audit (rule 16): is the image that the secondary applied the one that the primary captured?
 //!
-//! What is compared: all of RAM, every part of each vCPU and of what is in KVM once a machine, and the devices with their
-//! queues. What is not: clocks, and the packet side (translations, pending output), which the secondary takes over behind the
-//! audit; its records have the checksums of their chunks, and were read and refused or accepted as a whole before the commit
-//! point (`stage/accept`).
+//! What is compared: all of RAM, every part of each vCPU and of what is in KVM once a machine, the devices with their
+//! queues, and of each shard the translations and the pending output. What is not: clocks.
 //!
 //! Both sides digest these while their guest stands still. The
 //! secondary compares its own [`Image`] with the primary's [`Summary`]; where a chunk of RAM differs, marks of
@@ -19,6 +17,7 @@
 //!
 //! Does not stop a guest, and does not say what to do about a difference.
 
+use colo_compare::canonical_xlate_record;
 use colo_fastpath::ring::{GuestRam, MemoryError};
 
 use super::codec::digest::DIGEST_BYTES;
@@ -40,6 +39,8 @@ const CHUNKS: u16 = 2;
 const STATES: u16 = 3;
 /// A secondary that does not know it names chunks.
 const MARKS: u16 = 4;
+/// A secondary that does not know it does not look at the packet side.
+const PACKETS: u16 = 5;
 const NAME_BYTES_MAX: usize = 256;
 
 /// The state records of a machine, as in a checkpoint.
@@ -53,12 +54,25 @@ pub struct StateRecords<'a> {
     pub devices: &'a [u8],
 }
 
+/// The packet side of one shard, as in a checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub struct PacketRecords<'a> {
+    /// The client-facing translations, in any order.
+    pub translations: &'a [u8],
+    /// The pending output.
+    pub pending: &'a [u8],
+}
+
+/// What is compared under a name.
+type Named = (String, PageDigest);
+
 /// The digests of a machine that stands still.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     epoch: u64,
     pages: Vec<PageDigest>,
-    states: Vec<(String, PageDigest)>,
+    states: Vec<Named>,
+    packets: Vec<Named>,
 }
 
 /// What of an [`Image`] travels.
@@ -70,7 +84,9 @@ pub struct Summary {
     chunks: Vec<PageDigest>,
     /// Of all pages; a primary of the version before sends none.
     marks: Vec<u32>,
-    states: Vec<(String, PageDigest)>,
+    states: Vec<Named>,
+    /// A primary of the version before sends none.
+    packets: Vec<Named>,
 }
 
 /// Something that is not the same on both sides.
@@ -121,6 +137,9 @@ pub enum AuditError {
     /// A state record could not be read.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// Translations could not be read.
+    #[error(transparent)]
+    Translations(#[from] colo_compare::RecordError),
 }
 
 impl Image {
@@ -152,6 +171,7 @@ impl Image {
             epoch,
             pages,
             states: Vec::new(),
+            packets: Vec::new(),
         })
     }
 
@@ -159,6 +179,22 @@ impl Image {
     pub fn with_states(self, key: &PageKey, states: StateRecords<'_>) -> Result<Self, AuditError> {
         let states = digest_states(key, states)?;
         Ok(Self { states, ..self })
+    }
+
+    /// The same with the packet sides of all shards.
+    pub fn with_packets(
+        self,
+        key: &PageKey,
+        shards: &[PacketRecords<'_>],
+    ) -> Result<Self, AuditError> {
+        let mut packets = Vec::new();
+        for (index, shard) in shards.iter().enumerate() {
+            let translations = digest_bytes(key, &canonical_xlate_record(shard.translations)?);
+            packets.push((format!("shard {index}: translations"), translations));
+            let pending = digest_bytes(key, shard.pending);
+            packets.push((format!("shard {index}: pending output"), pending));
+        }
+        Ok(Self { packets, ..self })
     }
 
     /// What travels.
@@ -170,6 +206,7 @@ impl Image {
             chunks: self.pages.chunks(CHUNK_PAGES).map(chunk).collect(),
             marks: self.pages.iter().map(mark).collect(),
             states: self.states.clone(),
+            packets: self.packets.clone(),
         }
     }
 
@@ -186,7 +223,11 @@ impl Image {
         let chunks = primary.chunks.iter().zip(&ours.chunks).enumerate();
         let chunks = chunks.filter(|(_, (a, b))| a != b);
         let states = differing_names(&primary.states, &ours.states);
-        let all = states.into_iter().map(Difference::State);
+        let packets = match primary.packets.is_empty() {
+            true => Vec::new(),
+            false => differing_names(&primary.packets, &ours.packets),
+        };
+        let all = states.into_iter().chain(packets).map(Difference::State);
         let in_memory =
             chunks.flat_map(|(chunk, _)| differing_pages(chunk, &primary.marks, &ours.marks));
         all.chain(in_memory).take(limit).collect()
@@ -207,14 +248,8 @@ impl Summary {
         writer.skippable_section(MARKS, |w| {
             self.marks.iter().for_each(|&mark| w.u32(mark));
         });
-        writer.section(STATES, |w| {
-            for (name, digest) in &self.states {
-                let name = &name.as_bytes()[..name.len().min(NAME_BYTES_MAX)];
-                w.u16(name.len() as u16);
-                w.bytes(name);
-                w.bytes(&digest.to_bytes());
-            }
-        });
+        writer.section(STATES, |w| write_named(&self.states, w));
+        writer.skippable_section(PACKETS, |w| write_named(&self.packets, w));
         writer.finish()
     }
 
@@ -222,7 +257,8 @@ impl Summary {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
         let mut reader = Reader::new(KIND, bytes)?;
         let mut head = None;
-        let (mut chunks, mut marks, mut states) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut chunks, mut marks) = (Vec::new(), Vec::new());
+        let (mut states, mut packets) = (Vec::new(), Vec::new());
         while let Some(mut section) = reader.section()? {
             let body = &mut section.body;
             match section.tag {
@@ -237,14 +273,8 @@ impl Summary {
                         marks.push(body.u32()?);
                     }
                 }
-                STATES => {
-                    while !body.is_empty() {
-                        let len = usize::from(body.u16()?);
-                        let name = std::str::from_utf8(body.take(len)?).map(str::to_owned);
-                        let name = name.map_err(|_| body.bad("name of a state"))?;
-                        states.push((name, read_digest(body)?));
-                    }
-                }
+                STATES => states = read_named(body)?,
+                PACKETS => packets = read_named(body)?,
                 _ => section.unknown()?,
             }
         }
@@ -258,8 +288,29 @@ impl Summary {
             chunks,
             marks,
             states,
+            packets,
         })
     }
+}
+
+fn write_named(all: &[Named], w: &mut Writer) {
+    for (name, digest) in all {
+        let name = &name.as_bytes()[..name.len().min(NAME_BYTES_MAX)];
+        w.u16(name.len() as u16);
+        w.bytes(name);
+        w.bytes(&digest.to_bytes());
+    }
+}
+
+fn read_named(body: &mut Reader<'_>) -> Result<Vec<Named>, RecordError> {
+    let mut all = Vec::new();
+    while !body.is_empty() {
+        let len = usize::from(body.u16()?);
+        let name = std::str::from_utf8(body.take(len)?).map(str::to_owned);
+        let name = name.map_err(|_| body.bad("name of a state"))?;
+        all.push((name, read_digest(body)?));
+    }
+    Ok(all)
 }
 
 fn read_digest(body: &mut Reader<'_>) -> Result<PageDigest, RecordError> {
@@ -296,10 +347,7 @@ fn page_of(digests: &[PageDigest]) -> Page {
     page
 }
 
-fn digest_states(
-    key: &PageKey,
-    records: StateRecords<'_>,
-) -> Result<Vec<(String, PageDigest)>, RecordError> {
+fn digest_states(key: &PageKey, records: StateRecords<'_>) -> Result<Vec<Named>, RecordError> {
     let mut states = Vec::new();
     for (index, record) in records.vcpus.iter().enumerate() {
         for (name, bytes) in VcpuState::from_bytes(record)?.parts() {
@@ -329,8 +377,8 @@ fn digest_bytes(key: &PageKey, bytes: &[u8]) -> PageDigest {
 }
 
 /// Names of what is not the same in both lists, or not in both.
-fn differing_names(a: &[(String, PageDigest)], b: &[(String, PageDigest)]) -> Vec<String> {
-    let lacks = |list: &[(String, PageDigest)], part: &(String, PageDigest)| !list.contains(part);
+fn differing_names(a: &[Named], b: &[Named]) -> Vec<String> {
+    let lacks = |list: &[Named], part: &Named| !list.contains(part);
     let mut names: Vec<_> = a.iter().filter(|part| lacks(b, part)).collect();
     let others = b.iter().filter(|part| lacks(a, part));
     names.extend(others.filter(|(name, _)| !a.iter().any(|(n, _)| n == name)));

@@ -1,5 +1,7 @@
 //! Audits of machines on the real KVM.
 
+use colo_compare::{Limits, PrimaryPath};
+
 use super::*;
 use crate::machine::tests::{COUNT_AND_SLEEP, COUNTER, Lab, running};
 use crate::machine::{ClockJump, Machine};
@@ -167,6 +169,23 @@ fn images_of_other_epochs_sizes_or_records_never_agree() {
     let mut summary = ours.summary(&key());
     let (name, _) = summary.states.pop().unwrap();
     assert_eq!(ours.compare(&key(), &summary, 9), [Difference::State(name)]);
+    // Rule 22: a primary of the version before says nothing of the packet side.
+    let mut translations = Vec::new();
+    PrimaryPath::new(Limits::default()).export_client_xlate(&mut translations);
+    let shard = PacketRecords {
+        translations: &translations,
+        pending: b"any",
+    };
+    let with_packets = ours.clone().with_packets(&key(), &[shard]).unwrap();
+    let summary = ours.summary(&key());
+    assert_eq!(with_packets.compare(&key(), &summary, 9), []);
+    let summary = with_packets.summary(&key());
+    let lacking = ["translations", "pending output"].map(|part| format!("shard 0: {part}"));
+    assert_eq!(
+        ours.compare(&key(), &summary, 9),
+        lacking.map(Difference::State)
+    );
+    let ours = with_packets;
     let bytes = ours.summary(&key()).to_bytes();
     assert_eq!(Summary::from_bytes(&bytes).unwrap(), ours.summary(&key()));
     for len in 0..bytes.len() {

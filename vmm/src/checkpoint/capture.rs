@@ -29,7 +29,7 @@ use colo_control::{VERSION_BULK, VERSION_MIN};
 use colo_fastpath::mailbox::Post;
 
 use super::ahead::{AheadCounters, AheadSettings};
-use super::audit::{AuditError, Image, StateRecords};
+use super::audit::{AuditError, Image, PacketRecords, StateRecords};
 use super::codec::PageKey;
 use super::outbound::{Outbound, OutboundSettings, SendError, Sent, SvmStop};
 use super::pages::PageBitmap;
@@ -556,7 +556,15 @@ fn audit_of(machine: &Machine, key: &PageKey, states: &[State]) -> Result<State,
         platform: only(StateKind::Platform),
         devices: only(StateKind::Devices),
     };
-    let image = Image::of(0, key, machine.ram(), records)?;
+    let translations = of_kind(states, StateKind::Translations);
+    let shards: Vec<_> = translations
+        .zip(of_kind(states, StateKind::Pending))
+        .map(|(translations, pending)| PacketRecords {
+            translations,
+            pending,
+        })
+        .collect();
+    let image = Image::of(0, key, machine.ram(), records)?.with_packets(key, &shards)?;
     let bytes = image.summary(key).to_bytes();
     Ok(State::new(StateKind::Audit, 0, bytes))
 }

@@ -414,6 +414,12 @@ impl SecondaryPath {
         record::check(record, self.limits.max_translations)
     }
 
+    /// Appends the client-facing translations and the guest's addresses that the last commit left here, as
+    /// [`PrimaryPath::export_client_xlate`] does: for an audit (rule 16).
+    pub fn export_client_xlate(&self, out: &mut Vec<u8>) {
+        record::write(&self.client, &self.addresses, out);
+    }
+
     /// How many frames of pending output [`SecondaryPath::commit`] takes: to be asked before the
     /// commit point (rule 13).
     pub fn max_pending(&self) -> usize {

@@ -3,14 +3,15 @@
 //! Invariants: it begins only with what was accepted, and ends with the machine that the primary captured; an error leaves
 //! a machine that nobody may run (rule 13); an image that the audit finds different is not run (rule 16).
 
-use colo_fastpath::pair::{OnWorkers, SecondaryRole};
+use colo_fastpath::pair::{OnWorkers, PacketSide, SecondaryRole};
 use colo_fastpath::worker::Edge;
 
 use super::accept::Accepted;
 use super::cost::Laps;
 use super::{ApplyCost, ApplyParts, StageError, StageThread};
-use crate::checkpoint::audit::{Image, StateRecords, Summary};
+use crate::checkpoint::audit::{Image, PacketRecords, StateRecords, Summary};
 use crate::checkpoint::pages::PageBitmap;
+use crate::checkpoint::pending;
 use crate::machine::{ClockJump, Machine};
 use crate::testpoint::{Point, reached};
 
@@ -24,8 +25,8 @@ impl StageThread {
         Ok(Image::of_memory(0, key, self.machine.ram())?)
     }
 
-    /// Whether the machine is what the primary captured (rule 16).
-    fn audit(&self, captured: &Summary, memory: Image) -> Result<(), StageError> {
+    /// The machine's states added to what its memory is.
+    fn machine_image(&self, memory: Image) -> Result<Image, StageError> {
         let key = self.key.as_ref().ok_or(StageError::NoKey)?;
         let machine = &self.machine;
         let (mut vcpus, mut platform) = (Vec::new(), Vec::new());
@@ -38,7 +39,30 @@ impl StageThread {
             platform: &platform,
             devices: &devices,
         };
-        let image = memory.with_states(key, records)?;
+        Ok(memory.with_states(key, records)?)
+    }
+
+    /// Whether the machine, and the packet sides of its shards, are what the primary captured (rule 16).
+    fn audit(
+        &self,
+        captured: &Summary,
+        machine: Image,
+        shards: Vec<Option<PacketSide>>,
+    ) -> Result<(), StageError> {
+        let key = self.key.as_ref().ok_or(StageError::NoKey)?;
+        let shards: Vec<_> = shards
+            .into_iter()
+            .flatten()
+            .map(|side| {
+                let pending = pending::write_record(&side.pending, Vec::new());
+                (side.translations, pending)
+            })
+            .collect();
+        let records = shards.iter().map(|(translations, pending)| PacketRecords {
+            translations,
+            pending,
+        });
+        let image = machine.with_packets(key, &records.collect::<Vec<_>>())?;
         let differences = image.compare(key, captured, DIFFERENCES_MAX);
         if differences.is_empty() {
             return Ok(());
@@ -77,16 +101,19 @@ impl StageThread {
         machine.restore_platform(&accepted.platform, jump)?;
         machine.restore_devices(&accepted.devices)?;
         let mut load_us = laps.next_us();
-        let mut audit_us = 0;
-        if let (Some(captured), Some(memory)) = (&accepted.audit, memory) {
-            self.audit(captured, memory)?;
-            audit_us = digest_us + laps.next_us();
-        }
-        let epoch = accepted.epoch;
-        on_each(machine, accepted.shards, move |role, edge, shard| {
-            role.commit(edge, epoch, &shard.pending, &shard.translations)
+        let image = memory
+            .map(|memory| self.machine_image(memory))
+            .transpose()?;
+        let mut audit_us = image.as_ref().map_or(0, |_| digest_us + laps.next_us());
+        let (epoch, show) = (accepted.epoch, image.is_some());
+        let shards = on_each(machine, accepted.shards, move |role, edge, shard| {
+            role.commit(edge, epoch, &shard.pending, &shard.translations, show)
         })?;
         load_us += laps.next_us();
+        if let (Some(captured), Some(image)) = (&accepted.audit, image) {
+            self.audit(captured, image, shards)?;
+            audit_us += laps.next_us();
+        }
         reached(Point::Applied);
         let all = vec![(); machine.workers().len()];
         on_each(machine, all, move |role, _, ()| {
@@ -119,13 +146,13 @@ impl StageThread {
 }
 
 /// Runs `task` on the roles of all shards; the first refusal counts.
-pub(super) fn on_each<I: Send + 'static>(
+pub(super) fn on_each<I: Send + 'static, R: Send + 'static>(
     machine: &Machine,
     items: Vec<I>,
-    task: impl Fn(&mut SecondaryRole, &mut Edge, I) -> Result<(), String> + Clone + Send + 'static,
-) -> Result<(), StageError> {
+    task: impl Fn(&mut SecondaryRole, &mut Edge, I) -> Result<R, String> + Clone + Send + 'static,
+) -> Result<Vec<R>, StageError> {
     let results = SecondaryRole::on_each(machine.workers(), items, task).ok_or(StageError::Role)?;
-    let all: Result<(), String> = results.into_iter().collect();
+    let all: Result<Vec<R>, String> = results.into_iter().collect();
     all.map_err(StageError::Translations)
 }
 

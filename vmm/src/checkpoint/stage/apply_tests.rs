@@ -53,8 +53,7 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
             .unwrap();
         machine.ram().write_page(number, &page).unwrap();
     }
-    let (records, mut translations) = (Records::of(&primary.machine), Vec::new());
-    PrimaryPath::new(limits).export_client_xlate(&mut translations);
+    let records = Records::of(&primary.machine);
     let accepted = Accepted {
         epoch: 1,
         begun: Instant::now(),
@@ -62,10 +61,7 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
         platform: records.platform,
         devices: records.devices,
         audit: Some(audit),
-        shards: vec![ShardState {
-            translations,
-            pending: Vec::new(),
-        }],
+        shards: vec![packets(MAC, b"held")],
     };
     let (near, _far) = sockets();
     let (post, events) = Mailbox::new().unwrap();
@@ -97,6 +93,17 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
     (events.try_next().unwrap(), goes_on, machine)
 }
 
+/// The packet side of the one shard of a primary whose guest has this address and sent one frame that is still undecided.
+fn packets(mac: [u8; 6], frame: &[u8]) -> ShardState {
+    let (mut path, mut translations) = (PrimaryPath::new(Limits::default()), Vec::new());
+    path.set_guest_mac(mac);
+    path.export_client_xlate(&mut translations);
+    ShardState {
+        translations,
+        pending: vec![frame.to_vec()],
+    }
+}
+
 impl Records {
     fn states(&self) -> Vec<VcpuState> {
         let states = self
@@ -106,11 +113,15 @@ impl Records {
         states.collect::<Result<_, _>>().unwrap()
     }
 
-    /// What an audit says of them and of the machine's memory.
-    fn audit(&self, machine: &Machine) -> Summary {
+    /// What an audit says of them, of the machine's memory and of its packet side.
+    fn audit(&self, machine: &Machine, shard: &ShardState) -> Summary {
         let key = PageKey::new(KEY);
         let image = Image::of(0, &key, machine.ram(), self.all()).unwrap();
-        image.summary(&key)
+        let shard = PacketRecords {
+            translations: &shard.translations,
+            pending: &pending::write_record(&shard.pending, Vec::new()),
+        };
+        image.with_packets(&key, &[shard]).unwrap().summary(&key)
     }
 }
 
@@ -131,7 +142,7 @@ fn primary() -> Lab {
 #[test]
 fn rule_16_what_the_audit_finds_to_be_the_same_runs() {
     let primary = primary();
-    let audit = Records::of(&primary.machine).audit(&primary.machine);
+    let audit = Records::of(&primary.machine).audit(&primary.machine, &packets(MAC, b"held"));
     let (event, goes_on, machine) = apply(&primary, audit);
     assert!(
         goes_on && matches!(event, StageEvent::Applied { epoch: 1, .. }),
@@ -150,14 +161,19 @@ fn rule_16_what_the_audit_finds_to_differ_does_not_run() {
     let mut state = nudged.states().remove(0);
     state.nudge_register();
     nudged.vcpus = vec![state.to_bytes()];
-    let of_state = nudged.audit(machine);
+    let (shard, records) = (packets(MAC, b"held"), Records::of(machine));
+    let of_state = nudged.audit(machine, &shard);
+    let of_translations = records.audit(machine, &packets([2; 6], b"held"));
+    let of_pending = records.audit(machine, &packets(MAC, b"helD"));
     let at = COUNTER + 4096 * 3;
     machine.ram().write(at, &[1]).unwrap();
-    let of_memory = Records::of(machine).audit(machine);
+    let of_memory = records.audit(machine, &shard);
     machine.ram().write(at, &[0]).unwrap();
     for (audit, what) in [
         (of_state, "vCPU 0: registers".to_owned()),
         (of_memory, format!("guest page {}", at / 4096)),
+        (of_translations, "shard 0: translations".to_owned()),
+        (of_pending, "shard 0: pending output".to_owned()),
     ] {
         let (event, goes_on, applied) = apply(&primary, audit);
         let StageEvent::ApplyFailed { reason } = event else {
