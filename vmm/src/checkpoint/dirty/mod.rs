@@ -305,4 +305,6 @@ fn enable(fd: &VmFd, capability: u32, argument: u64) -> Result<(), kvm_ioctls::E
 }
 
 #[cfg(test)]
+mod huge_tests;
+#[cfg(test)]
 mod tests;
