@@ -6,13 +6,14 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, TcpStream};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
 use colo_lab::load::{Load, LoadConfig, ports};
 use colo_lab::netns::Netns;
-use colo_lab::pair::{Pair, Single, status_socket};
+use colo_lab::pair::{Pair, Settings, Single, status_socket};
+use colo_lab::process::Process;
 use colo_lab::topology::{GUEST, GUEST_V4, Host, Topology};
 use colo_tests::bench::Bench;
 use colo_tests::clients;
@@ -121,6 +122,99 @@ fn a_guest_and_its_connections_go_on_after_a_restore_as_often_as_one_likes() {
 fn kill(mut single: Single) -> Topology {
     single.process.kill().unwrap();
     single.topology
+}
+
+/// Bytes of its mappings of a file that a process has in memory.
+fn resident(process: &Process, file: &Path) -> u64 {
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", process.pid())).unwrap();
+    let (mut is_it, mut kib) = (false, 0);
+    for line in smaps.lines() {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        if !first.ends_with(':') {
+            is_it = line.ends_with(text(file));
+        } else if is_it && first == "Rss:" {
+            let number = line.trim_end_matches(" kB").rsplit(' ').next();
+            kib += number.and_then(|n| n.parse::<u64>().ok()).unwrap();
+        }
+    }
+    kib * 1024
+}
+
+/// Pages that a guest of the next two tests has in use.
+const USED_PAGES: u64 = 16_000;
+
+/// A guest that uses most of its memory, in a file; the machine is gone.
+fn large_snapshot(bench: &Bench, settings: &Settings) -> (Topology, PathBuf) {
+    let single = Single::start(settings, bench.dir()).unwrap();
+    let client = &single.topology.client;
+    clients::ask(client, "POST", &format!("/dirty/{USED_PAGES}/0/4096"));
+    assert_eq!(redis(client, &["SET", "key", "value"]), "OK");
+    let file = bench.dir().join("vm.snap");
+    let report = snapshot(bench, Host::A, &file);
+    assert!(report["stored_pages"].as_u64() > Some(USED_PAGES));
+    (kill(single), file)
+}
+
+fn large(bench: &Bench) -> Settings {
+    Settings {
+        ram_mib: 512,
+        ..bench.settings()
+    }
+}
+
+fn restore_large(bench: &Bench, settings: &Settings, topology: Topology, file: &Path) -> Single {
+    let arguments = ["--restore", text(file)];
+    Single::start_in(topology, settings, bench.dir(), &arguments).unwrap()
+}
+
+#[test]
+fn a_restored_guest_takes_the_memory_that_it_touches_and_no_more() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let settings = large(&bench);
+    let (topology, file) = large_snapshot(&bench, &settings);
+    let single = restore_large(&bench, &settings, topology, &file);
+    let client = &single.topology.client;
+    assert_eq!(redis(client, &["GET", "key"]), "value");
+    clients::curl_sees_state(client);
+    let stored = USED_PAGES * 4096;
+    let served = resident(&single.process, &file);
+    println!("{served} of {stored} bytes in memory while it serves");
+    // The kernel maps what lies around a page as well, if it has read it.
+    assert!(0 < served && served < stored / 4, "{served}");
+    // What it needs comes, and the measure sees it.
+    clients::ask(client, "POST", &format!("/dirty/{USED_PAGES}/0/4096"));
+    let all = resident(&single.process, &file);
+    assert!(all >= stored, "{all}");
+    assert_eq!(redis(client, &["GET", "key"]), "value");
+}
+
+#[test]
+fn a_restored_guest_whose_file_is_changed_is_stopped_with_a_reason() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let settings = large(&bench);
+    let (mut topology, file) = large_snapshot(&bench, &settings);
+    let length = fs::metadata(&file).unwrap().len();
+    let changes: [&dyn Fn(&File); 2] = [
+        // What the guest has not looked at yet, at the end of its RAM; what it uses all the time.
+        &|file| file.write_all_at(b"other", length - 4096).unwrap(),
+        &|file| file.set_len(8192).unwrap(),
+    ];
+    for change in changes {
+        let mut single = restore_large(&bench, &settings, topology, &file);
+        change(&File::options().write(true).open(&file).unwrap());
+        let ended = single.process.wait_exit(PATIENCE).unwrap();
+        let told = single.process.log_tail();
+        assert_eq!(ended.code(), Some(1), "{ended:?}: {told}");
+        assert!(
+            told.contains("vm.snap: changed while") || told.contains("vm.snap: a page of it"),
+            "{told}"
+        );
+        topology = single.topology;
+    }
 }
 
 #[test]

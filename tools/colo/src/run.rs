@@ -15,7 +15,7 @@ use colo_vmm::machine::{BootError, Events, Machine, MachineError, VmExit};
 use colo_vmm::nic::{self, NicError};
 use colo_vmm::replication::ReplicaError;
 use colo_vmm::requests::RequestSocket;
-use colo_vmm::snapshot::{self, Snapshot, SnapshotError};
+use colo_vmm::snapshot::{self, Snapshot, SnapshotError, Watch};
 use colo_vmm::status::{MachineStatus, StatusError, StatusSocket};
 use tracing::{error, info, warn};
 
@@ -106,7 +106,8 @@ fn try_run(path: &Path, restore: Option<Restore<'_>>) -> Result<VmExit, RunError
         Some(snapshot) => restored(&config, snapshot)?,
         None => booted(&config)?,
     };
-    drop(snapshot);
+    let source = snapshot.map(Snapshot::into_watch);
+    check(source.as_ref())?;
     let started = Instant::now();
     machine.resume_vcpus()?;
     info!("{} runs on {carrier}", config.vm.name);
@@ -118,7 +119,10 @@ fn try_run(path: &Path, restore: Option<Restore<'_>>) -> Result<VmExit, RunError
     loop {
         let request_fd = requests.as_ref().map_or(-1, RequestSocket::poll_fd);
         let event_fd = events.wake_fd().as_raw_fd();
-        wait(&stop, [event_fd, request_fd], status.as_ref())?;
+        let source_fd = source.as_ref().map_or(-1, Watch::poll_fd);
+        wait(&stop, [event_fd, request_fd, source_fd], status.as_ref())?;
+        // A guest whose pages are gone ends as well, and this says why.
+        check(source.as_ref())?;
         if let Some(event) = events.next() {
             info!("{}: {}", config.vm.name, event.exit);
             return Ok(event.exit);
@@ -134,6 +138,11 @@ fn try_run(path: &Path, restore: Option<Restore<'_>>) -> Result<VmExit, RunError
             snapshot::serve(request, &machine, &config);
         }
     }
+}
+
+/// That the file in which a restored machine's memory is was left alone.
+fn check(source: Option<&Watch>) -> Result<(), SnapshotError> {
+    source.map_or(Ok(()), Watch::check)
 }
 
 /// A snapshot that belongs to this configuration.
@@ -193,14 +202,15 @@ pub(crate) fn guest_image(config: &Config) -> Result<Vec<u8>, RunError> {
 }
 
 /// Until a signal, a status client, or one of `others`, which are skipped if negative.
-pub(crate) fn wait(stop: &Stop, others: [i32; 2], status: Option<&StatusSocket>) -> io::Result<()> {
+pub(crate) fn wait(stop: &Stop, others: [i32; 3], status: Option<&StatusSocket>) -> io::Result<()> {
     let status = status.map_or(-1, StatusSocket::poll_fd);
-    let mut fds = [stop.poll_fd(), others[0], others[1], status].map(|fd| libc::pollfd {
+    let [first, second, third] = others;
+    let mut fds = [stop.poll_fd(), first, second, third, status].map(|fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
         revents: 0,
     });
-    // SAFETY: four pollfds on this stack; a negative descriptor is skipped.
+    // SAFETY: five pollfds on this stack; a negative descriptor is skipped.
     let answer = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
     match io::Error::last_os_error() {
         e if answer < 0 && e.kind() != io::ErrorKind::Interrupted => Err(e),

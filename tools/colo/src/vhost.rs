@@ -86,7 +86,7 @@ fn try_run(path: &Path) -> Result<(), VhostError> {
     let started = Instant::now();
     info!("{} is served on {carrier}", config.socket().display());
     while !stop.is_asked() {
-        wait(&stop, [-1, -1], status.as_ref())?;
+        wait(&stop, [-1; 3], status.as_ref())?;
         if let Some(status) = &status {
             status.answer(|| document(&config, &server, &worker, started));
         }

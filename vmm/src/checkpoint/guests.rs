@@ -51,12 +51,18 @@ pub(crate) struct Guest {
 impl Guest {
     /// Starts `code` with `ram_mib` of RAM; `more` goes into the configuration.
     pub(crate) fn start(code: &[u8], ram_mib: u64, more: &str) -> Self {
+        Self::start_on(false, code, ram_mib, more)
+    }
+
+    /// The same on `huge` pages, if so many are reserved.
+    pub(crate) fn start_on(huge: bool, code: &[u8], ram_mib: u64, more: &str) -> Self {
         let text = format!(
             r#"
             [vm]
             name = "test"
             kernel = "none"
             ram_mib = {ram_mib}
+            hugepages = {huge}
             [net]
             tap = "none"
             mac = "52:54:00:c0:10:01"

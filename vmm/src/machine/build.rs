@@ -320,6 +320,12 @@ impl Machine {
         Ok(self.vm.take_dirty(set)?)
     }
 
+    /// What it is in KVM.
+    #[cfg(test)]
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
     /// The dirty log's counters.
     pub fn dirty_stats(&self) -> DirtySnapshot {
         self.vm.dirty().snapshot()

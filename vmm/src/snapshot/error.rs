@@ -52,6 +52,13 @@ pub enum SnapshotError {
         /// Which part.
         part: String,
     },
+    /// Somebody wrote to it or cut it while its pages were in use.
+    #[error(
+        "{}: changed while the guest's memory is in it; the guest is stopped, since nobody knows what it would read: restore it \
+         from a whole copy that nobody writes to",
+        .0.display()
+    )]
+    Changed(PathBuf),
     /// A record in it cannot be read.
     #[error("{}: {source}", path.display())]
     Record {

@@ -23,11 +23,13 @@ mod error;
 mod format;
 mod restore;
 mod take;
+mod watch;
 
 pub use background::Background;
 pub use error::SnapshotError;
 pub use restore::Snapshot;
 pub use take::{SnapshotReport, begin, serve, take};
+pub use watch::Watch;
 
 #[cfg(test)]
 mod tests;

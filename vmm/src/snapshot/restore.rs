@@ -5,7 +5,7 @@
 //! file is never written.
 //!
 //! Does not survive a file that is cut short or overwritten while the guest runs: its pages are the
-//! guest's memory. Replacing it by another (rename) is harmless.
+//! guest's memory. That is noticed and told ([`Watch`]). Replacing it by another (rename) is harmless.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use memmap2::Mmap;
 
 use super::error::SnapshotError;
 use super::format::{Header, HeaderError, Meta, PAGE_BYTES, STORED, VERSION};
+use super::watch::Watch;
 use crate::config::Config;
 use crate::geometry::geometry;
 use crate::machine::{ClockJump, Machine, RecordError, VcpuState};
@@ -25,6 +26,7 @@ use crate::machine::{ClockJump, Machine, RecordError, VcpuState};
 pub struct Snapshot {
     path: PathBuf,
     file: File,
+    watch: Watch,
     map: Mmap,
     header: Header,
     meta: Meta,
@@ -40,8 +42,9 @@ impl Snapshot {
         if bytes == 0 {
             return Err(SnapshotError::NotASnapshot(path.to_owned()));
         }
-        // SAFETY: a read-only private mapping of a whole file. Who cuts the file kills this process
-        // (SIGBUS), as documented; who overwrites it is found out by checksums.
+        let watch = Watch::new(path, &file).map_err(&failed)?;
+        // SAFETY: a read-only private mapping of a whole file. Who cuts the file ends this process
+        // (`watch`); who overwrites it is found out by checksums.
         let map = unsafe { Mmap::map(&file) }.map_err(&failed)?;
         let header = read_header(path, &map)?;
         if bytes < header.file_bytes() {
@@ -63,6 +66,7 @@ impl Snapshot {
         let snapshot = Self {
             path: path.to_owned(),
             file,
+            watch,
             header,
             meta,
             vcpus,
@@ -127,6 +131,11 @@ impl Snapshot {
             }
         }
         Ok(())
+    }
+
+    /// What looks after the file as long as a machine's memory is in it.
+    pub fn into_watch(self) -> Watch {
+        self.watch
     }
 
     /// Guest RAM whose pages come from the file when they are touched.

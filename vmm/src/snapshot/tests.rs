@@ -125,6 +125,74 @@ fn what_is_cut_or_damaged_before_the_pages_is_refused_at_once() {
 }
 
 #[test]
+fn a_file_that_is_changed_under_its_machine_is_told_and_one_that_is_replaced_is_not() {
+    let (dir, path, _) = snapshot_of(&counting());
+    let good = std::fs::read(&path).unwrap();
+    let opened = || Snapshot::open(&path).unwrap().into_watch();
+    let watch = opened();
+    let other = dir.path().join("other");
+    std::fs::write(&other, &good).unwrap();
+    std::fs::rename(&other, &path).unwrap();
+    std::fs::read(&path).unwrap();
+    watch.check().unwrap();
+
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let changes: [&dyn Fn(); 3] = [
+        &|| file.write_all_at(&good[5000..5001], 5000).unwrap(),
+        &|| file.set_len(good.len() as u64 + 4096).unwrap(),
+        &|| file.set_len(good.len() as u64 - 4096).unwrap(),
+    ];
+    for change in changes {
+        let watch = opened();
+        watch.check().unwrap();
+        change();
+        let mut poll = libc::pollfd {
+            fd: watch.poll_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one descriptor, valid during the call.
+        assert_eq!(unsafe { libc::poll(&raw mut poll, 1, 0) }, 1);
+        let told = watch.check().unwrap_err().to_string();
+        assert!(told.contains("vm.snap: changed while"), "{told}");
+    }
+}
+
+/// Says that this process is the one that is to lose a page.
+const LOSES_A_PAGE: &str = "COLO_TEST_LOSES_A_PAGE";
+
+#[test]
+fn a_page_that_is_gone_ends_the_process_with_words() {
+    if std::env::var_os(LOSES_A_PAGE).is_some() {
+        lose_a_page();
+    }
+    let name = "snapshot::tests::a_page_that_is_gone_ends_the_process_with_words";
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", name, "--nocapture"]);
+    let output = child.env(LOSES_A_PAGE, "1").output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{:?}: {told}", output.status);
+    assert!(
+        told.contains("vm.snap: a page of it cannot be read"),
+        "{told}"
+    );
+}
+
+/// Reads what was cut off a snapshot.
+fn lose_a_page() {
+    let (_dir, path, _) = snapshot_of(&counting());
+    let ram = Snapshot::open(&path).unwrap().ram().unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    let mut byte = [0];
+    ram.read(COUNTER, &mut byte).unwrap();
+}
+
+#[test]
 fn rule_22_another_machine_is_refused_by_name() {
     let (_dir, path, _) = snapshot_of(&counting());
     let snapshot = Snapshot::open(&path).unwrap();

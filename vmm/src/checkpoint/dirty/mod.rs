@@ -18,6 +18,7 @@
 //! Does not see what the kernel writes through pinned pages (rule 15).
 
 mod bitmap;
+mod choice;
 mod ring;
 
 use std::ops::Range;
@@ -25,37 +26,22 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use colo_fastpath::ring::GuestRam;
-use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
-};
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, kvm_enable_cap};
 use kvm_ioctls::{VcpuFd, VmFd};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::pages::{PAGE_BYTES, PageBitmap};
 use crate::machine::KvmError;
 use bitmap::Bitmap;
+use choice::{Answers, Plan};
 use ring::Rings;
+
+pub use choice::DirtyChoice;
 
 /// Entries of a vCPU's ring unless the configuration says otherwise: KVM's maximum.
 pub const RING_ENTRIES: u32 = 65_536;
-/// From so much RAM on `Auto` is the ring.
-const RING_FROM_BYTES: u64 = 4 << 30;
 /// Bytes of one ring entry, a `kvm_dirty_gfn`.
 const ENTRY_BYTES: u32 = 16;
-
-/// Which mechanism is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DirtyChoice {
-    /// The one that makes the shorter pause with so much RAM: see [`DirtyTracker::new`].
-    #[default]
-    Auto,
-    /// The bitmap.
-    Bitmap,
-    /// The ring; the bitmap where KVM has no ring.
-    Ring,
-}
 
 /// Which mechanism it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -140,28 +126,29 @@ impl DirtyTracker {
         settings: DirtySettings,
     ) -> Result<Self, KvmError> {
         let slots = slots_of(&ram);
-        let ring = match wants_ring(settings.choice, ram.bytes()) {
-            false => false,
-            true => match enable_ring(&fd, settings.ring_entries) {
-                // Nobody has asked for it by name.
-                Err(e) if settings.choice == DirtyChoice::Auto => {
-                    tracing::warn!("{e}: the bitmap it is, and the longer pause that goes with it");
-                    false
-                }
-                enabled => enabled?,
-            },
+        let answers = Answers::of(|capability| fd.check_extension_raw(u64::from(capability)));
+        let plan = choice::plan(settings.choice, ram.bytes(), &answers);
+        let manual = match enabled(&fd, plan, settings.ring_entries) {
+            // Nobody has asked for it by name.
+            Err(e) if settings.choice == DirtyChoice::Auto && matches!(plan, Plan::Ring { .. }) => {
+                tracing::warn!("{e}: the bitmap it is, and the longer pause that goes with it");
+                enabled(&fd, choice::bitmap(&answers), 0)?
+            }
+            enabled => enabled?,
         };
-        let (mechanism, log) = if ring {
-            let rings = Rings::new(settings.ring_entries, slots, ram.page_count());
-            (DirtyMechanism::Ring, Log::Ring(rings))
-        } else {
-            let manual = enable_manual_protect(&fd)?;
-            let bitmaps = slots.into_iter().map(|slot| Bitmap::new(slot, manual));
-            let mechanism = match manual {
-                0 => DirtyMechanism::PlainBitmap,
-                _ => DirtyMechanism::Bitmap,
-            };
-            (mechanism, Log::Bitmaps(bitmaps.collect()))
+        let (mechanism, log) = match manual {
+            None => {
+                let rings = Rings::new(settings.ring_entries, slots, ram.page_count());
+                (DirtyMechanism::Ring, Log::Ring(rings))
+            }
+            Some(manual) => {
+                let bitmaps = slots.into_iter().map(|slot| Bitmap::new(slot, manual));
+                let mechanism = match manual {
+                    0 => DirtyMechanism::PlainBitmap,
+                    _ => DirtyMechanism::Bitmap,
+                };
+                (mechanism, Log::Bitmaps(bitmaps.collect()))
+            }
         };
         Ok(Self {
             state: Mutex::new(State { on: false, log }),
@@ -289,44 +276,23 @@ fn slots_of(ram: &GuestRam) -> Vec<Slot> {
     (0..).zip(ram.ranges()).map(slot).collect()
 }
 
-/// `Auto`: see [`DirtyTracker::new`].
-fn wants_ring(choice: DirtyChoice, ram_bytes: u64) -> bool {
-    match choice {
-        DirtyChoice::Auto => ram_bytes >= RING_FROM_BYTES,
-        DirtyChoice::Bitmap => false,
-        DirtyChoice::Ring => true,
-    }
-}
-
-/// Whether the machine has rings now.
-fn enable_ring(fd: &VmFd, entries: u32) -> Result<bool, KvmError> {
-    // Without the acquire/release form the plain one is meant for x86, where it is the same.
-    for capability in [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING] {
-        if fd.check_extension_raw(u64::from(capability)) > 0 {
-            let bytes = u64::from(entries) * u64::from(ENTRY_BYTES);
+/// Enables what is planned. Gives the bitmap's flags of manual protection, if it is the bitmap.
+fn enabled(fd: &VmFd, plan: Plan, ring_entries: u32) -> Result<Option<u32>, KvmError> {
+    match plan {
+        Plan::Ring { capability } => {
+            let bytes = u64::from(ring_entries) * u64::from(ENTRY_BYTES);
             enable(fd, capability, bytes).map_err(KvmError::refused(
                 "make dirty rings (checkpoint.dirty_ring_entries: a power of two from 1024 to 65536)",
             ))?;
-            return Ok(true);
+            Ok(None)
+        }
+        Plan::Bitmap { manual: 0 } => Ok(Some(0)),
+        Plan::Bitmap { manual } => {
+            enable(fd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, u64::from(manual))
+                .map_err(KvmError::refused("clear its dirty log in ranges"))?;
+            Ok(Some(manual))
         }
     }
-    tracing::warn!(
-        "KVM has no dirty ring here, so the bitmap it is: the more memory, the longer its pauses"
-    );
-    Ok(false)
-}
-
-/// The flags of manual protection in use; 0 where there is none.
-fn enable_manual_protect(fd: &VmFd) -> Result<u32, KvmError> {
-    let has = fd.check_extension_raw(u64::from(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
-    let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
-    let flags = has.cast_unsigned() & wanted;
-    if flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
-        return Ok(0);
-    }
-    enable(fd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, u64::from(flags))
-        .map_err(KvmError::refused("clear its dirty log in ranges"))?;
-    Ok(flags)
 }
 
 fn enable(fd: &VmFd, capability: u32, argument: u64) -> Result<(), kvm_ioctls::Error> {
@@ -338,5 +304,7 @@ fn enable(fd: &VmFd, capability: u32, argument: u64) -> Result<(), kvm_ioctls::E
     fd.enable_cap(&request)
 }
 
+#[cfg(test)]
+mod huge_tests;
 #[cfg(test)]
 mod tests;
