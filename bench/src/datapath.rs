@@ -47,13 +47,24 @@ enum XdpArg {
     Off,
 }
 
+/// With which bytes compared payload leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TxArg {
+    /// Those of the second guest's frame
+    Twin,
+    /// The first guest's, where they lie
+    InPlace,
+    /// The first guest's, copied before they are compared
+    Exact,
+}
+
 /// Options of `datapath`.
 #[derive(Debug, Args)]
 pub(crate) struct DatapathArgs {
     /// What is measured [default: all]
     #[arg(long, value_delimiter = ',')]
     kind: Vec<Kind>,
-    /// Bytes of payload of `echo` and `forward`, of a whole frame of `virtqueues`
+    /// Bytes of payload of `echo`, `forward` and the datagrams of `latency`, of a whole frame of `virtqueues`
     #[arg(long, value_delimiter = ',', default_value = "64,1400",
         value_parser = clap::value_parser!(u16).range(60..=1472))]
     payload: Vec<u16>,
@@ -75,6 +86,9 @@ pub(crate) struct DatapathArgs {
     /// How workers wait
     #[arg(long, value_enum, default_value = "adaptive")]
     poll: PollArg,
+    /// How the payload of the pair of `latency` leaves; short frames are copied in any case
+    #[arg(long, value_enum, default_value = "twin")]
+    tx: TxArg,
     /// The mode of AF_XDP
     #[arg(long, value_enum, default_value = "auto")]
     xdp: XdpArg,
@@ -94,6 +108,16 @@ impl DatapathArgs {
             PollArg::Adaptive => "adaptive",
             PollArg::Busy => "busy",
             PollArg::Interrupt => "interrupt",
+        };
+        mode.to_owned()
+    }
+
+    /// The pair's `host.tx`.
+    pub(crate) fn tx(&self) -> String {
+        let mode = match self.tx {
+            TxArg::Twin => "twin",
+            TxArg::InPlace => "in-place",
+            TxArg::Exact => "exact",
         };
         mode.to_owned()
     }

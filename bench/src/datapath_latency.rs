@@ -25,6 +25,8 @@ use crate::place::{BenchError, Place};
 
 /// Where the bare link is answered.
 const LINK_ECHO_PORT: u16 = 7007;
+/// Bytes of a datagram that is to be short.
+const LINK_PAYLOAD: usize = 64;
 /// Requests before those that count.
 const WARM_UP: usize = 200;
 /// Longest wait for an answer.
@@ -33,17 +35,21 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A sort of request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sort {
-    Udp,
+    /// An echo of so many bytes.
+    Udp(usize),
     Http,
     Resp,
 }
 
-const SORTS: [Sort; 3] = [Sort::Udp, Sort::Http, Sort::Resp];
-
 impl Sort {
+    fn all(payloads: impl Iterator<Item = usize>) -> Vec<Self> {
+        let datagrams = payloads.map(Self::Udp);
+        datagrams.chain([Self::Http, Self::Resp]).collect()
+    }
+
     fn name(self) -> &'static str {
         match self {
-            Self::Udp => "udp",
+            Self::Udp(_) => "udp",
             Self::Http => "http",
             Self::Resp => "resp",
         }
@@ -52,7 +58,7 @@ impl Sort {
     /// Bytes of what is answered; of HTTP, the body's.
     fn payload(self) -> usize {
         match self {
-            Self::Udp => 64,
+            Self::Udp(bytes) => bytes,
             Self::Http => 100,
             Self::Resp => PONG.len(),
         }
@@ -67,12 +73,14 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Vec<Row>, BenchE
     let mut settings = place.settings();
     settings.poll = args.poll();
     settings.xdp = args.xdp();
+    settings.tx = args.tx();
     let requests = args.requests as usize;
-    let mut rounds = vec![Vec::new(); SORTS.len()];
+    let sorts = Sort::all(args.payloads());
+    let mut rounds = vec![Vec::new(); sorts.len()];
     for round in 1..=args.rounds {
         eprintln!("latency, round {round} of {}", args.rounds);
-        let peer = measure_run(&settings, place, requests)?;
-        let (own, link) = measure_pair(&settings, place, requests)?;
+        let peer = measure_run(&settings, place, &sorts, requests)?;
+        let (own, link) = measure_pair(&settings, place, &sorts, requests)?;
         let wakeup = datapath_wakeup::measure();
         let wakeup = wakeup.map_err(BenchError::io("measure wake-ups"))?;
         for ((rounds, own), peer) in rounds.iter_mut().zip(own).zip(peer) {
@@ -80,7 +88,7 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Vec<Row>, BenchE
             rounds.push(figures.with_all("", wakeup.clone()));
         }
     }
-    let rows = SORTS.iter().zip(rounds).map(|(sort, rounds)| {
+    let rows = sorts.iter().zip(rounds).map(|(sort, rounds)| {
         let mut figures = Figures::median(&rounds);
         if let Some(ratio) = figures.against_peer("p50_us") {
             figures = figures.with("ratio", ratio);
@@ -88,6 +96,7 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Vec<Row>, BenchE
         Row::new("latency", Some(sort.payload()), figures)
             .label("request", sort.name())
             .label("poll", settings.poll.clone())
+            .label("tx", settings.tx.clone())
     });
     Ok(rows.collect())
 }
@@ -108,22 +117,24 @@ fn added(own: Figures, peer: Figures) -> Figures {
 fn measure_run(
     settings: &Settings,
     place: &Place,
+    sorts: &[Sort],
     requests: usize,
 ) -> Result<Vec<Figures>, BenchError> {
     let dir = place.scratch()?;
     let single = Single::start(settings, dir.path())?;
-    ask_all(&single.topology.client, requests)
+    ask_all(&single.topology.client, sorts, requests)
 }
 
 /// Gives the requests' figures, then the bare link's.
 fn measure_pair(
     settings: &Settings,
     place: &Place,
+    sorts: &[Sort],
     requests: usize,
 ) -> Result<(Vec<Figures>, Figures), BenchError> {
     let dir = place.scratch()?;
     let pair = Pair::start(settings, dir.path())?;
-    let figures = ask_all(&pair.topology.client, requests)?;
+    let figures = ask_all(&pair.topology.client, sorts, requests)?;
     let status = pair.primary.status();
     let status = status.map_err(BenchError::io("read the primary's status"))?;
     if status["protected"] != true {
@@ -132,15 +143,15 @@ fn measure_pair(
     Ok((figures, bare_link(&pair.topology, requests)?))
 }
 
-fn ask_all(client: &Netns, requests: usize) -> Result<Vec<Figures>, BenchError> {
-    let each = SORTS.map(|sort| {
+fn ask_all(client: &Netns, sorts: &[Sort], requests: usize) -> Result<Vec<Figures>, BenchError> {
+    let each = sorts.iter().map(|&sort| {
         let asked = client.run(|| ask(sort, requests))?;
         let what = format!("ask the guest over {}", sort.name());
         let echoes = asked.map_err(BenchError::io(what))?;
         check(&echoes)?;
         Ok(figures(&echoes))
     });
-    each.into_iter().collect()
+    each.collect()
 }
 
 fn figures(echoes: &Echoes) -> Figures {
@@ -151,7 +162,7 @@ fn figures(echoes: &Echoes) -> Figures {
 
 fn ask(sort: Sort, requests: usize) -> io::Result<Echoes> {
     match sort {
-        Sort::Udp => ping_pong((GUEST_V4, ports::ECHO).into(), requests),
+        Sort::Udp(bytes) => ping_pong((GUEST_V4, ports::ECHO).into(), bytes, requests),
         Sort::Http => {
             let request = format!(
                 "GET /bytes/{} HTTP/1.1\r\nHost: guest\r\n\r\n",
@@ -167,8 +178,8 @@ fn ask(sort: Sort, requests: usize) -> io::Result<Echoes> {
     }
 }
 
-fn ping_pong(target: SocketAddr, requests: usize) -> io::Result<Echoes> {
-    let mut client = Client::connect(target, Sort::Udp.payload())?;
+fn ping_pong(target: SocketAddr, payload: usize, requests: usize) -> io::Result<Echoes> {
+    let mut client = Client::connect(target, payload)?;
     client.ping_pong(WARM_UP)?;
     client.ping_pong(requests)
 }
@@ -258,7 +269,9 @@ fn bare_link(topology: &Topology, requests: usize) -> Result<Figures, BenchError
             }
         }
     });
-    let asked = topology.host(Host::A).run(|| ping_pong(target, requests));
+    let asked = topology
+        .host(Host::A)
+        .run(|| ping_pong(target, LINK_PAYLOAD, requests));
     done.store(true, Ordering::Relaxed);
     answering.join().ok();
     let echoes = asked?.map_err(failed())?;

@@ -80,6 +80,7 @@ pub struct FramePool {
     /// The guest's buffers that are its own again.
     returned: RefCell<Vec<Buffer>>,
     in_place: Cell<u32>,
+    descriptors_in_place: Cell<u32>,
     tx: TxMode,
     stats: Arc<WorkerStats>,
 }
@@ -108,6 +109,7 @@ impl FramePool {
             guest: None,
             returned: RefCell::new(Vec::with_capacity(slots as usize)),
             in_place: Cell::new(0),
+            descriptors_in_place: Cell::new(0),
             tx: TxMode::default(),
             stats,
         })

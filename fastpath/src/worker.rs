@@ -427,6 +427,10 @@ mod feature_tests;
 mod port_tests;
 
 #[cfg(test)]
+#[path = "worker/jumbo_tests.rs"]
+mod jumbo_tests;
+
+#[cfg(test)]
 #[path = "worker/shard_tests.rs"]
 mod shard_tests;
 

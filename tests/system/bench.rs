@@ -13,17 +13,27 @@ use serde_json::Value;
 fn rows(bench: &Bench, arguments: &str, more: &[&Path]) -> Vec<Value> {
     let mut command = Command::new(bench.colo().with_file_name("colo-bench"));
     command.args(["--colo".as_ref(), bench.colo().as_os_str()]);
-    rows_of(command, bench, arguments, more)
+    rows_of(command, bench, arguments, more).0
 }
 
 /// The same by `colo bench`.
 fn rows_by_colo(bench: &Bench, arguments: &str) -> Vec<Value> {
+    rows_and_text_by_colo(bench, arguments).0
+}
+
+/// The same with what is printed.
+fn rows_and_text_by_colo(bench: &Bench, arguments: &str) -> (Vec<Value>, String) {
     let mut command = Command::new(bench.colo());
     command.arg("bench");
     rows_of(command, bench, arguments, &[])
 }
 
-fn rows_of(mut command: Command, bench: &Bench, arguments: &str, more: &[&Path]) -> Vec<Value> {
+fn rows_of(
+    mut command: Command,
+    bench: &Bench,
+    arguments: &str,
+    more: &[&Path],
+) -> (Vec<Value>, String) {
     let file = bench.dir().join("rows.json");
     let output = command
         .args(arguments.split(' '))
@@ -38,7 +48,7 @@ fn rows_of(mut command: Command, bench: &Bench, arguments: &str, more: &[&Path])
     for row in &rows {
         positive(&row["machine"], &["cores"]);
     }
-    rows
+    (rows, String::from_utf8(output.stdout).unwrap())
 }
 
 fn positive(row: &Value, keys: &[&str]) {
@@ -242,4 +252,120 @@ fn datapath_gives_a_row_for_each_kind_and_process() {
     let rate = |key: &str| forward[key].as_f64().unwrap();
     let ratio = rate("packets_per_cpu_s") / rate("peer_packets_per_cpu_s");
     assert!((rate("ratio") / ratio - 1.0).abs() < 1e-6, "{forward:#}");
+}
+
+/// `ratio` is that of a figure and the baseline's.
+fn assert_ratio(row: &Value, figure: &str) {
+    let number = |key: &str| row[key].as_f64().unwrap();
+    let ratio = number(figure) / number(&format!("peer_{figure}"));
+    assert!((number("ratio") / ratio - 1.0).abs() < 1e-6, "{row:#}");
+}
+
+/// Figures that are there, of both sides, and are percentiles of the same.
+fn assert_percentiles(row: &Value, names: &[&str]) {
+    for side in ["", "peer_"] {
+        let names: Vec<String> = names.iter().map(|name| format!("{side}{name}")).collect();
+        let values = names.iter().map(|name| row[name].as_f64().unwrap());
+        let values: Vec<f64> = values.collect();
+        assert!(values[0] > 0.0 && values.is_sorted(), "{names:?}: {row:#}");
+    }
+}
+
+#[test]
+fn datapath_echo_gives_rates_and_percentiles_of_both_nics_and_prints_them() {
+    let Some(bench) = Bench::new(&["ethtool"]) else {
+        return;
+    };
+    let arguments = "datapath --kind echo --payload 64 --rounds 1 --seconds 1";
+    let (rows, text) = rows_and_text_by_colo(&bench, arguments);
+    let [row] = &rows[..] else {
+        panic!("{rows:#?}");
+    };
+    let labels = ["kind", "nic", "peer_nic", "poll"].map(|key| row[key].as_str().unwrap());
+    assert_eq!(labels, ["echo", "af_xdp", "tap", "adaptive"]);
+    assert_eq!(row["payload"], 64, "{row:#}");
+    for key in [
+        "packets_per_s",
+        "packets_per_cpu_s",
+        "packets_per_process_cpu_s",
+        "worker_cpu_percent",
+        "process_cpu_percent",
+    ] {
+        positive(row, &[key, &format!("peer_{key}")]);
+    }
+    assert_percentiles(row, &["p50_us", "p99_us", "p999_us"]);
+    let saturated = ["saturated_p50_us", "saturated_p99_us", "saturated_p999_us"];
+    assert_percentiles(row, &saturated);
+    for key in ["lost_percent", "saturated_lost_percent"] {
+        let lost = 0.0..100.0;
+        assert!(lost.contains(&row[key].as_f64().unwrap()), "{row:#}");
+    }
+    assert_ratio(row, "packets_per_cpu_s");
+    for name in ["packets_per_cpu_s", "p50_us", "p99_us", "p999_us", "ratio"] {
+        let mut lines = text.lines().map(str::split_whitespace);
+        let line = lines.find(|line| line.clone().next() == Some(name));
+        assert!(line.is_some_and(|line| line.count() > 1), "{name}: {text}");
+    }
+}
+
+#[test]
+fn datapath_latency_gives_a_row_for_each_request_with_what_the_pair_adds() {
+    let Some(bench) = Bench::new(&[]) else {
+        return;
+    };
+    let arguments =
+        "datapath --kind latency --payload 64,1400 --tx in-place --rounds 1 --requests 100";
+    let rows = rows_by_colo(&bench, arguments);
+    let requests: Vec<_> = rows
+        .iter()
+        .map(|row| (&row["request"], &row["payload"]))
+        .collect();
+    let known = [("udp", 64), ("udp", 1400), ("http", 100), ("resp", 7)]
+        .map(|(n, len)| (n.into(), len.into()));
+    assert_eq!(
+        requests,
+        known.each_ref().map(|(n, len): &(Value, Value)| (n, len))
+    );
+    for row in &rows {
+        assert_eq!(row["kind"], "latency", "{row:#}");
+        assert_percentiles(row, &["p50_us", "p99_us"]);
+        assert_ratio(row, "p50_us");
+        let number = |key: &str| row[key].as_f64().unwrap();
+        for of in ["p50_us", "p99_us"] {
+            let added = number(of) - number(&format!("peer_{of}"));
+            let given = number(&format!("added_{of}"));
+            assert!((given - added).abs() < 1e-6, "{of} in {row:#}");
+        }
+        let parts = [
+            "link_p50_us",
+            "link_p99_us",
+            "wakeup_p50_us",
+            "switch_p50_us",
+        ];
+        positive(row, &parts);
+    }
+}
+
+#[test]
+fn datapath_virtqueues_gives_a_row_beside_dpdk() {
+    let Some(bench) = Bench::new(&["dpdk-testpmd"]) else {
+        return;
+    };
+    let arguments = "datapath --kind virtqueues --payload 64 --rounds 1";
+    let rows = rows_by_colo(&bench, arguments);
+    let [row] = &rows[..] else {
+        panic!("{rows:#?}");
+    };
+    assert_eq!(
+        (&row["kind"], &row["payload"]),
+        (&"virtqueues".into(), &64.into())
+    );
+    assert_eq!(
+        row["tx"], "twin",
+        "short frames are copied in any case: {row:#}"
+    );
+    positive(row, &["pairs_per_s", "peer_packets_per_s"]);
+    let number = |key: &str| row[key].as_f64().unwrap();
+    let ratio = number("pairs_per_s") / number("peer_packets_per_s");
+    assert!((number("ratio") / ratio - 1.0).abs() < 1e-6, "{row:#}");
 }

@@ -31,6 +31,8 @@ impl FramePool {
         self.slots[token.slot() as usize].place_rest(rest);
         self.places[token.slot() as usize].set(buffer, rest);
         self.in_place.set(self.in_place.get() + 1);
+        let descriptors = self.descriptors_in_place.get() + u32::from(buffer.descriptors);
+        self.descriptors_in_place.set(descriptors);
         Some(token)
     }
 
@@ -71,6 +73,11 @@ impl FramePool {
     /// Frames whose payload lies in the guest.
     pub fn in_place(&self) -> usize {
         self.in_place.get() as usize
+    }
+
+    /// Descriptors of the guest's that these frames keep.
+    pub fn descriptors_in_place(&self) -> usize {
+        self.descriptors_in_place.get() as usize
     }
 
     /// Payload that was not copied so far.
@@ -160,6 +167,8 @@ impl FramePool {
         if self.slots[slot as usize].leave_place() {
             self.in_place.set(self.in_place.get() - 1);
             let buffer = self.places[slot as usize].buffer();
+            let descriptors = self.descriptors_in_place.get() - u32::from(buffer.descriptors);
+            self.descriptors_in_place.set(descriptors);
             self.returned.borrow_mut().push(buffer);
         }
     }

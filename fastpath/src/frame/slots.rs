@@ -27,6 +27,8 @@ pub struct Buffer {
     pub life: u32,
     /// Head of its descriptor chain.
     pub head: u16,
+    /// How many of the queue's descriptors the chain takes.
+    pub descriptors: u16,
 }
 
 /// Why payload was copied.

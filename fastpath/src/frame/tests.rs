@@ -35,10 +35,18 @@ fn in_place(pool: &mut FramePool, ram: &GuestRam, frame: &[u8], head: u16) -> To
         len: bytes.len() as u32,
     };
     let rest = [segment(0x4000, one), segment(0x8000, two)];
-    pool.keep_in_place(Buffer { life: 1, head }, &rest, |slot| {
-        slot[..HEADER_MAX].copy_from_slice(front);
-        Some(HEADER_MAX)
-    })
+    pool.keep_in_place(
+        Buffer {
+            life: 1,
+            head,
+            descriptors: 1,
+        },
+        &rest,
+        |slot| {
+            slot[..HEADER_MAX].copy_from_slice(front);
+            Some(HEADER_MAX)
+        },
+    )
     .unwrap()
 }
 
@@ -251,7 +259,7 @@ fn lent_slots_come_back_as_frames_or_unused() {
 fn a_chain_in_too_many_pieces_is_not_kept() {
     let (mut pool, _ram) = pool(1);
     let piece = Segment { gpa: 0, len: 10 };
-    let buffer = Buffer { life: 0, head: 0 };
+    let buffer = Buffer::default();
     assert!(
         pool.keep_in_place(buffer, &[piece; PIECES_MAX], |_| Some(256))
             .is_none()

@@ -9,6 +9,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 
+use super::datagram::HEADER_BYTES;
+use super::msg::HEAD_BYTES;
 use super::port::{DatagramPort, PortAddress, Slot};
 use super::reliable::RECEIVE_WINDOW;
 
@@ -20,7 +22,8 @@ const SEND_MAX: usize = 256;
 const SPARE_SLOTS: usize = 64;
 const BUFFER_BYTES: libc::c_int = 8 << 20;
 const MTU_MIN: usize = 576;
-const MTU_MAX: usize = 9000;
+/// The longest frame of a guest with the largest `net.mtu`, with what is put before it, over IPv6.
+const MTU_MAX: usize = 9216 + 14 + HEAD_BYTES + HEADER_BYTES + 40 + 8;
 
 /// A UDP socket between the two ends of a TCP connection.
 #[derive(Debug)]

@@ -51,13 +51,13 @@ pub(super) fn pass(
         svm_seq += 1;
         let both = [&one, &other];
         let stays = frames.tx() == TxMode::InPlace && one.len() >= IN_PLACE_MIN;
-        if stays && passed > 0 && frames.in_place() >= pvm.in_place_max() {
+        if stays && passed > 0 && frames.descriptors_in_place() >= pvm.in_place_max() {
             // When these have left, there is room.
             break;
         }
         let token = match stays {
             false => pass_one(frames, pairs, both, svm_seq),
-            true if frames.in_place() >= pvm.in_place_max() => None,
+            true if frames.descriptors_in_place() >= pvm.in_place_max() => None,
             true => keep_one(frames, pairs, both, pvm.buffer_of(&one)),
         };
         let Some(token) = token else {

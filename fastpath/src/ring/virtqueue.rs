@@ -73,6 +73,7 @@ pub struct Segment {
 #[derive(Debug)]
 pub struct Chain {
     head: u16,
+    descriptors: u16,
     segments: Vec<Segment>,
     readable: usize,
 }
@@ -82,6 +83,7 @@ impl Default for Chain {
         let segments = Vec::with_capacity(usize::from(QUEUE_SIZE_MAX));
         Self {
             head: 0,
+            descriptors: 0,
             segments,
             readable: 0,
         }
@@ -92,6 +94,11 @@ impl Chain {
     /// The number that the guest knows the chain by.
     pub fn head(&self) -> u16 {
         self.head
+    }
+
+    /// How many entries of the queue's table it takes: one, if it is indirect.
+    pub fn descriptors(&self) -> u16 {
+        self.descriptors
     }
 
     /// Buffers the device may read.
@@ -353,9 +360,13 @@ impl Virtqueue {
         chain.readable = 0;
         let first = self.table_entry(head)?;
         if first.flags & DESC_F_INDIRECT != 0 {
+            chain.descriptors = 1;
             return self.walk_indirect(&first, chain);
         }
-        self.walk_table(self.state.size, first, chain, |next| self.table_entry(next))
+        self.walk_table(self.state.size, first, chain, |next| self.table_entry(next))?;
+        // No more than the table has entries, each for one.
+        chain.descriptors = chain.segments.len() as u16;
+        Ok(())
     }
 
     fn walk_indirect(&self, table: &Descriptor, chain: &mut Chain) -> Result<(), RingError> {

@@ -295,7 +295,7 @@ impl Edge {
     }
 
     fn take_unless_pressed(&mut self, stays: Stays) -> Option<Token> {
-        match self.frames.in_place() < self.port.in_place_max() {
+        match self.frames.descriptors_in_place() < self.port.in_place_max() {
             true => self.take(stays),
             false => self.take(Stays::Nothing(CopyCause::Pressure)),
         }

@@ -165,10 +165,11 @@ impl<'a> Front<'a> {
         Buffer {
             life: self.life,
             head: frame.head,
+            descriptors: 1,
         }
     }
 
-    /// Frames of this queue that may stay in the guest's buffers; the others stay free for what the guest sends next.
+    /// Descriptors of this queue that frames may keep; the others stay free for what the guest sends next.
     pub(crate) fn in_place_max(&self) -> usize {
         usize::from(self.queue.size() / 2)
     }

@@ -185,7 +185,7 @@ impl GuestPort {
             .unwrap_or(false)
     }
 
-    /// Transmit buffers that frames may keep: the others stay free for what the guest sends next.
+    /// Descriptors of the transmit queue that frames may keep: the others stay free for what the guest sends next.
     pub fn in_place_max(&self) -> usize {
         let queues = self.service.as_ref().map(|service| &service.queues);
         let size = queues.map_or(0, |queues| queues.guest_tx.size());

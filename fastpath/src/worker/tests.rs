@@ -207,6 +207,31 @@ fn rule_12_a_nic_that_stands_still_is_not_waited_for_long_and_counted() {
 }
 
 #[test]
+fn half_of_the_descriptors_stay_free_however_many_a_frame_takes() {
+    let (nic, wire) = (SlowNic::default(), UnixDatagram::unbound().unwrap());
+    let may_send = nic.may_send.clone();
+    let mut bench = bench_with(PollMode::Interrupt, Box::new(nic), wire);
+    // Five chains take 15 of the 16 descriptors.
+    for frame in 0..5 {
+        let piece = |n: u64, len| Segment {
+            gpa: BUFFERS + 4096 * frame + 1024 * n,
+            len,
+        };
+        let chain = [piece(0, 512), piece(1, 500), piece(2, 400)];
+        bench.guest_tx.offer(&chain, &[]).unwrap().unwrap();
+    }
+    bench.kick.write(1).unwrap();
+    bench.wait_for(|stats| stats.nic_tx_frames == 5);
+    assert_eq!(bench.worker.stats().copied_pressure_bytes, 2 * 1400);
+    may_send.store(true, Ordering::SeqCst);
+    bench.worker.quiesce().unwrap().unwrap();
+    for _ in 0..5 {
+        assert!(bench.guest_tx.take_used().unwrap().is_some());
+    }
+    assert_eq!(bench.worker.stats().nic_tx_exposed, 0);
+}
+
+#[test]
 fn frames_pass_both_ways_in_every_mode() {
     for poll in [PollMode::Adaptive, PollMode::Busy, PollMode::Interrupt] {
         let mut bench = bench(poll);

@@ -21,6 +21,8 @@ mod heap;
 mod mem;
 mod net;
 mod options;
+mod receiver;
+mod sender;
 mod virtio_mmio;
 mod virtqueue;
 

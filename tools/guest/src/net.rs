@@ -1,29 +1,40 @@
 //! The virtio network device (virtio 1.3, section 5.1) as a device of the TCP/IP stack.
 //!
-//! Invariants: every received buffer goes back to the device as soon as its frame is consumed; a
-//! transmit buffer is reused only after the device returned it; when none is free, nothing is
-//! offered to the stack, so nothing is lost. With several queue pairs a flow is always sent by the same one, which need
-//! not be the one that it is received by.
+//! Invariants: every received buffer goes back to the device as soon as its frame is consumed; without buffers for the
+//! longest frame nothing is offered to the stack, so nothing is lost. With several queue pairs a flow is always sent by
+//! the same one, which need not be the one that it is received by.
 //!
 //! Does not use offloads: all checksums are made and checked in software. The link is watched, not obeyed: what is
 //! sent without one is lost as on a wire, and sent again by whoever cares.
 
+use crate::receiver::Receiver;
+use crate::sender::Senders;
 use crate::virtio_mmio::{DeviceError, Register, Window};
-use crate::virtqueue::{BUFFER_BYTES, Queue, Used};
+use crate::virtqueue::Queue;
 use alloc::vec;
 use alloc::vec::Vec;
-use colo_guest_server::{FrameDevice, flow_number};
+use colo_guest_server::FrameDevice;
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
 
-const QUEUE_SIZE: u16 = 256;
-/// `virtio_net_hdr` with `num_buffers`; all zero without offloads.
-const HEADER_BYTES: usize = 12;
+/// Descriptors of a queue that frames pass through.
+pub const QUEUE_SIZE: u16 = 256;
+/// `virtio_net_hdr` with `num_buffers`; what is sent has zeroes, without offloads.
+pub const HEADER_BYTES: usize = 12;
+/// Bytes of a receive buffer.
+pub const RECEIVED_BYTES: usize = 2048;
 const ETHERNET_HEADER: usize = 14;
+/// With two VLAN tags.
+const LINK_HEADER_MAX: usize = 22;
 const MTU_DEFAULT: usize = 1500;
+/// smoltcp needs it for IPv6.
+const MTU_MIN: usize = 1280;
+/// What a frame in one receive buffer carries.
+const MTU_OF_BUFFER: usize = RECEIVED_BYTES - HEADER_BYTES - LINK_HEADER_MAX;
 
 const FEATURE_MTU: u32 = 3;
 const FEATURE_MAC: u32 = 5;
+const FEATURE_MERGEABLE: u32 = 15;
 const FEATURE_STATUS: u32 = 16;
 const FEATURE_CTRL_VQ: u32 = 17;
 const FEATURE_MQ: u32 = 22;
@@ -38,87 +49,16 @@ const LINK_UP: u8 = 1;
 const PAIRS_SET: [u8; 2] = [4, 0];
 /// Entries of the control queue, one command at a time.
 const CONTROL_SIZE: u16 = 4;
+/// More than any command.
+const COMMAND_BYTES: usize = 64;
 /// `InterruptStatus`: the configuration has changed.
 const CONFIG_CHANGE: u32 = 2;
-
-/// The transmit queues.
-struct Senders {
-    senders: Vec<Sender>,
-    /// Frames on their way to the queue of their flow.
-    scratch: Vec<u8>,
-}
-
-struct Sender {
-    queue: Queue,
-    /// Buffers that the device does not hold.
-    free: Vec<u16>,
-}
-
-impl Sender {
-    fn new(window: &Window, pair: usize) -> Result<Self, DeviceError> {
-        let queue = Queue::new(window, 2 * pair as u32 + 1, QUEUE_SIZE, false)?;
-        let free = (0..queue.size()).rev().collect();
-        Ok(Self { queue, free })
-    }
-
-    fn room(&mut self) -> usize {
-        if self.has_few() {
-            while let Some(used) = self.queue.take_used() {
-                self.free.push(used.id);
-            }
-        }
-        self.free.len()
-    }
-
-    fn has_few(&self) -> bool {
-        self.free.len() < usize::from(QUEUE_SIZE / 4)
-    }
-
-    /// Sends a frame of `len` bytes that `fill` writes.
-    fn send<R>(&mut self, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
-        assert!(
-            len <= BUFFER_BYTES - HEADER_BYTES,
-            "the MTU keeps frames within a buffer"
-        );
-        let Some(id) = self.free.pop() else {
-            unreachable!("a transmission is given out only when a buffer is free");
-        };
-        // SAFETY: the buffer is free, so only this function touches it; header and frame fit it.
-        let frame = unsafe {
-            let buffer = self.queue.buffer(id);
-            buffer.write_bytes(0, HEADER_BYTES);
-            core::slice::from_raw_parts_mut(buffer.add(HEADER_BYTES), len)
-        };
-        let result = fill(frame);
-        self.queue.submit(id, Some(HEADER_BYTES + len));
-        result
-    }
-}
-
-impl Senders {
-    fn send<R>(&mut self, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
-        if let [sender] = &mut self.senders[..] {
-            return sender.send(len, fill);
-        }
-        // The flow is known when the frame is there.
-        let frame = &mut self.scratch[..len];
-        let result = fill(frame);
-        let number = flow_number(frame) % self.senders.len();
-        self.senders[number].send(len, |to| to.copy_from_slice(frame));
-        result
-    }
-
-    /// Nobody knows yet by which queue the next frame leaves.
-    fn room(&mut self) -> usize {
-        self.senders.iter_mut().map(Sender::room).min().unwrap_or(0)
-    }
-}
 
 /// The network device.
 pub struct NetDevice {
     window: Window,
     /// Receive queues in use, at least one.
-    guest_rx: Vec<Queue>,
+    guest_rx: Vec<Receiver>,
     /// Which of them is next, if it has a frame.
     turn: usize,
     /// As many transmit queues.
@@ -139,37 +79,40 @@ impl NetDevice {
             (FEATURE_EVENT_IDX, "EVENT_IDX"),
             (FEATURE_MAC, "MAC"),
         ];
-        let optional = [FEATURE_MTU, FEATURE_STATUS, FEATURE_CTRL_VQ, FEATURE_MQ];
-        let chosen = window.negotiate(&wanted, &optional)?;
-        let has = |feature: u32| chosen & (1 << feature) != 0;
-        let mac = core::array::from_fn(|i| window.config8(i));
-        let mtu = if has(FEATURE_MTU) {
+        let offered = window.reset();
+        let mtu = if offered & (1 << FEATURE_MTU) != 0 {
             config16(&window, CONFIG_MTU)
         } else {
             MTU_DEFAULT
         };
-        // smoltcp needs 1280 for IPv6, and a frame must fit one buffer.
-        let mtu = mtu.clamp(1280, BUFFER_BYTES - HEADER_BYTES - ETHERNET_HEADER);
-        let offered = if has(FEATURE_MQ) && has(FEATURE_CTRL_VQ) {
+        let mut optional = vec![FEATURE_MTU, FEATURE_STATUS, FEATURE_CTRL_VQ, FEATURE_MQ];
+        // Where each frame fits one buffer, nobody has to count them.
+        if mtu > MTU_OF_BUFFER {
+            optional.push(FEATURE_MERGEABLE);
+        }
+        let chosen = window.negotiate(offered, &wanted, &optional)?;
+        let has = |feature: u32| chosen & (1 << feature) != 0;
+        let mac = core::array::from_fn(|i| window.config8(i));
+        let mergeable = has(FEATURE_MERGEABLE);
+        let mtu_max = if mergeable { mtu } else { MTU_OF_BUFFER };
+        let mtu = mtu.min(mtu_max).max(MTU_MIN);
+        let pairs = if has(FEATURE_MQ) && has(FEATURE_CTRL_VQ) {
             config16(&window, CONFIG_PAIRS)
         } else {
             1
         };
-        let count = offered.min(pairs_max).max(1);
-        let receiver = |pair| Queue::new(&window, 2 * pair as u32, QUEUE_SIZE, true);
+        let count = pairs.min(pairs_max).max(1);
+        let receiver = |pair| Receiver::new(&window, pair, mergeable);
         let mut guest_rx = (0..count).map(receiver).collect::<Result<Vec<_>, _>>()?;
-        let sender = |pair| Sender::new(&window, pair);
-        let senders = (0..count).map(sender).collect::<Result<Vec<_>, _>>()?;
-        let control = (offered > 1)
-            .then(|| Queue::new(&window, 2 * offered as u32, CONTROL_SIZE, true))
+        let guest_tx = Senders::new(&window, count, mtu + ETHERNET_HEADER)?;
+        let number = 2 * pairs as u32;
+        let control = (pairs > 1)
+            .then(|| Queue::new(&window, number, CONTROL_SIZE, COMMAND_BYTES, true))
             .transpose()?;
         window.start();
         let link = has(FEATURE_STATUS).then(|| link_is_up(&window));
-        for queue in &mut guest_rx {
-            for id in 0..queue.size() {
-                queue.submit(id, None);
-            }
-            queue.tell(&window);
+        for receiver in &mut guest_rx {
+            receiver.offer_all(&window);
         }
         if let Some(mut control) = control
             && count > 1
@@ -184,10 +127,7 @@ impl NetDevice {
             window,
             guest_rx,
             turn: 0,
-            guest_tx: Senders {
-                senders,
-                scratch: vec![0; BUFFER_BYTES],
-            },
+            guest_tx,
             mac,
             mtu,
             link,
@@ -225,32 +165,28 @@ impl NetDevice {
     /// Asks to be woken by the next frame; false when one is already there.
     pub fn arm_receive(&mut self) -> bool {
         // All are armed, also behind one that has something.
-        let armed = |quiet, queue: &mut Queue| queue.arm() & quiet;
+        let armed = |quiet, receiver: &mut Receiver| receiver.arm() & quiet;
         self.guest_rx.iter_mut().fold(true, armed)
     }
 
     /// Asks to be woken when a transmit buffer comes back where few are left; false when one already has.
     pub fn arm_transmit(&mut self) -> bool {
-        let senders = self.guest_tx.senders.iter_mut();
-        let few = senders.filter(|sender| sender.has_few());
-        few.fold(true, |quiet, sender| sender.queue.arm() & quiet)
+        self.guest_tx.arm()
     }
 
-    /// The next received frame, and the receive queue that has it.
-    fn next_used(&mut self) -> Option<(usize, Used)> {
+    /// The receive queue that has the next frame.
+    fn next_receiver(&mut self) -> Option<&mut Receiver> {
         for _ in 0..self.guest_rx.len() {
-            if let Some(used) = self.guest_rx[self.turn].peek_used() {
-                return Some((self.turn, used));
+            if self.guest_rx[self.turn].has_frame() {
+                return Some(&mut self.guest_rx[self.turn]);
             }
-            self.turn = (self.turn + 1) % self.guest_rx.len();
+            self.pass_turn();
         }
         None
     }
 
-    /// Takes the frame that [`Self::next_used`] gave; then it is the next queue's turn.
-    fn take(&mut self, queue: usize) {
-        self.guest_rx[queue].take_used();
-        self.turn = (queue + 1) % self.guest_rx.len();
+    fn pass_turn(&mut self) {
+        self.turn = (self.turn + 1) % self.guest_rx.len();
     }
 }
 
@@ -263,25 +199,15 @@ fn config16(window: &Window, at: usize) -> usize {
     usize::from(u16::from_le_bytes(bytes))
 }
 
-fn frame_len(used: Used) -> usize {
-    used.len.max(HEADER_BYTES) - HEADER_BYTES
-}
-
 impl FrameDevice for NetDevice {
     fn front(&mut self) -> Option<&[u8]> {
-        let (queue, used) = self.next_used()?;
-        // SAFETY: the device returned the buffer and does not touch it until it is submitted again,
-        // which needs `&mut self`; the length is at most that of the buffer.
-        Some(unsafe {
-            let buffer = self.guest_rx[queue].buffer(used.id);
-            core::slice::from_raw_parts(buffer.add(HEADER_BYTES), frame_len(used))
-        })
+        self.next_receiver()?.frame()
     }
 
     fn discard(&mut self) {
-        if let Some((queue, used)) = self.next_used() {
-            self.take(queue);
-            self.guest_rx[queue].submit(used.id, None);
+        if let Some(receiver) = self.next_receiver() {
+            receiver.discard();
+            self.pass_turn();
         }
     }
 
@@ -290,11 +216,9 @@ impl FrameDevice for NetDevice {
     }
 
     fn flush(&mut self) {
-        for sender in &mut self.guest_tx.senders {
-            sender.queue.tell(&self.window);
-        }
-        for queue in &mut self.guest_rx {
-            queue.tell(&self.window);
+        self.guest_tx.tell(&self.window);
+        for receiver in &mut self.guest_rx {
+            receiver.tell(&self.window);
         }
     }
 }
@@ -307,13 +231,11 @@ impl Device for NetDevice {
         if self.room() == 0 {
             return None;
         }
-        let (queue, used) = self.next_used()?;
-        self.take(queue);
-        let received = Received {
-            queue: &mut self.guest_rx[queue],
-            id: used.id,
-            len: frame_len(used),
-        };
+        self.next_receiver()?;
+        let queue = self.turn;
+        // Then it is the next queue's turn.
+        self.pass_turn();
+        let received = Received(&mut self.guest_rx[queue]);
         Some((received, Transmission(&mut self.guest_tx)))
     }
 
@@ -332,26 +254,18 @@ impl Device for NetDevice {
     }
 }
 
-/// A received frame; its buffer goes back to the device when it is dropped.
-pub struct Received<'a> {
-    queue: &'a mut Queue,
-    id: u16,
-    len: usize,
-}
+/// A received frame; its buffers go back to the device when it is dropped.
+pub struct Received<'a>(&'a mut Receiver);
 
 impl RxToken for Received<'_> {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        // SAFETY: the device returned the buffer, and it is submitted again only when `self` is
-        // dropped; the length is at most that of the buffer.
-        f(unsafe {
-            core::slice::from_raw_parts(self.queue.buffer(self.id).add(HEADER_BYTES), self.len)
-        })
+        f(self.0.frame().unwrap_or_default())
     }
 }
 
 impl Drop for Received<'_> {
     fn drop(&mut self) {
-        self.queue.submit(self.id, None);
+        self.0.discard();
     }
 }
 

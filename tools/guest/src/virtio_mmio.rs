@@ -114,18 +114,23 @@ impl Window {
         self.write(high, (address as u64 >> 32) as u32);
     }
 
-    /// Chooses exactly `wanted` of what the device offers; `optional` ones if they are there.
-    pub fn negotiate(
-        &self,
-        wanted: &[(u32, &'static str)],
-        optional: &[u32],
-    ) -> Result<u64, DeviceError> {
+    /// Begins anew with the device. Gives the features that it offers.
+    pub fn reset(&self) -> u64 {
         self.write(Register::Status, 0);
         self.write(Register::Status, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
         self.write(Register::DeviceFeaturesSel, 0);
         let low = self.read(Register::DeviceFeatures);
         self.write(Register::DeviceFeaturesSel, 1);
-        let offered = u64::from(low) | (u64::from(self.read(Register::DeviceFeatures)) << 32);
+        u64::from(low) | (u64::from(self.read(Register::DeviceFeatures)) << 32)
+    }
+
+    /// Chooses exactly `wanted` of what the device offers; `optional` ones if they are there.
+    pub fn negotiate(
+        &self,
+        offered: u64,
+        wanted: &[(u32, &'static str)],
+        optional: &[u32],
+    ) -> Result<u64, DeviceError> {
         let mut chosen = 0;
         for (bit, name) in wanted {
             if offered & (1 << bit) == 0 {

@@ -8,8 +8,6 @@ use crate::virtio_mmio::{DeviceError, Register, Window};
 use alloc::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use core::sync::atomic::{AtomicU16, Ordering, fence};
 
-/// Bytes of each buffer.
-pub const BUFFER_BYTES: usize = 2048;
 const PAGE: usize = 4096;
 const DESCRIPTOR_BYTES: usize = 16;
 const NEXT: u16 = 1;
@@ -28,6 +26,7 @@ pub struct Used {
 pub struct Queue {
     number: u32,
     size: u16,
+    buffer_bytes: usize,
     descriptors: *mut u8,
     avail: *mut u16,
     used: *mut u16,
@@ -40,11 +39,12 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Sets up queue `number` with at most `size` descriptors, a power of two.
+    /// Sets up queue `number` with at most `size` descriptors, a power of two, and a buffer of `buffer_bytes` for each.
     pub fn new(
         window: &Window,
         number: u32,
         size: u16,
+        buffer_bytes: usize,
         device_writes: bool,
     ) -> Result<Self, DeviceError> {
         window.write(Register::QueueSel, number);
@@ -57,17 +57,18 @@ impl Queue {
         let queue = Self {
             number,
             size,
+            buffer_bytes,
             descriptors: pages(n * DESCRIPTOR_BYTES),
             avail: pages(6 + 2 * n).cast(),
             used: pages(6 + 8 * n).cast(),
-            buffers: pages(n * BUFFER_BYTES),
+            buffers: pages(n * buffer_bytes),
             avail_index: 0,
             told_index: 0,
             used_index: 0,
         };
         let flags = if device_writes { DEVICE_WRITES } else { 0 };
         for id in 0..size {
-            queue.write_descriptor(id, BUFFER_BYTES as u32, flags, 0);
+            queue.write_descriptor(id, buffer_bytes as u32, flags, 0);
         }
         window.write(Register::QueueNum, u32::from(size));
         let [low, high] = [Register::QueueDescLow, Register::QueueDescHigh];
@@ -84,11 +85,16 @@ impl Queue {
         self.size
     }
 
+    /// Bytes of each buffer.
+    pub fn buffer_bytes(&self) -> usize {
+        self.buffer_bytes
+    }
+
     /// The buffer of a descriptor that the device does not hold.
     pub fn buffer(&self, id: u16) -> *mut u8 {
         debug_assert!(id < self.size, "descriptor numbers are below the size");
         // SAFETY: `buffers` has `size` buffers of this length.
-        unsafe { self.buffers.add(usize::from(id) * BUFFER_BYTES) }
+        unsafe { self.buffers.add(usize::from(id) * self.buffer_bytes) }
     }
 
     /// Gives a buffer to the device; `len` counts for buffers that the device reads.
@@ -104,6 +110,36 @@ impl Queue {
         // The descriptor and the slot must be visible before the index.
         self.word(self.avail, 1)
             .store(self.avail_index, Ordering::Release);
+    }
+
+    /// Gives buffers to the device that hold `len` bytes for it to read, one behind the other, all full but for the last.
+    pub fn submit_chain(&mut self, ids: &[u16], len: usize) {
+        let Some(head) = ids.first() else {
+            return;
+        };
+        let mut left = len;
+        for (n, id) in ids.iter().enumerate() {
+            let here = left.min(self.buffer_bytes);
+            let next = ids.get(n + 1);
+            let flags = if next.is_some() { NEXT } else { 0 };
+            self.write_descriptor(*id, here as u32, flags, next.copied().unwrap_or(0));
+            left -= here;
+        }
+        self.submit(*head, None);
+    }
+
+    /// The buffer behind one that is part of a chain.
+    pub fn next_in_chain(&self, id: u16) -> Option<u16> {
+        debug_assert!(id < self.size, "descriptor numbers are below the size");
+        // SAFETY: the table has `size` entries of 16 bytes, which the guest alone writes.
+        let (flags, next) = unsafe {
+            let entry = self.descriptors.add(usize::from(id) * DESCRIPTOR_BYTES);
+            (
+                entry.add(12).cast::<u16>().read_volatile(),
+                entry.add(14).cast::<u16>().read_volatile(),
+            )
+        };
+        (flags & NEXT != 0).then_some(next)
     }
 
     /// Sends a command and waits for the device's answer, one byte. Only on a queue that has no other use.
@@ -127,17 +163,17 @@ impl Queue {
 
     /// Takes the next buffer that the device returned.
     pub fn take_used(&mut self) -> Option<Used> {
-        let used = self.peek_used()?;
+        let used = self.peek_used(0)?;
         self.used_index = self.used_index.wrapping_add(1);
         Some(used)
     }
 
-    /// The next buffer that the device returned, without taking it.
-    pub fn peek_used(&self) -> Option<Used> {
-        if !self.has_used() {
+    /// The buffer `n` behind the next that the device returned, without taking it.
+    pub fn peek_used(&self, n: u16) -> Option<Used> {
+        if n >= self.used_count() {
             return None;
         }
-        let slot = 2 + 4 * usize::from(self.used_index % self.size);
+        let slot = 2 + 4 * usize::from(self.used_index.wrapping_add(n) % self.size);
         // SAFETY: the element lies within the used ring, and the acquire load of the index made it
         // visible.
         let (id, len) = unsafe {
@@ -152,13 +188,19 @@ impl Queue {
         );
         Some(Used {
             id: id as u16,
-            len: (len as usize).min(BUFFER_BYTES),
+            len: (len as usize).min(self.buffer_bytes),
         })
     }
 
     /// True when the device returned something.
     pub fn has_used(&self) -> bool {
-        self.word(self.used, 1).load(Ordering::Acquire) != self.used_index
+        self.used_count() > 0
+    }
+
+    /// Buffers that the device returned and nobody took.
+    pub fn used_count(&self) -> u16 {
+        let index = self.word(self.used, 1).load(Ordering::Acquire);
+        index.wrapping_sub(self.used_index)
     }
 
     /// Rings the doorbell when the device asked for it.

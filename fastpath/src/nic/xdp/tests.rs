@@ -346,6 +346,7 @@ fn what_lies_in_the_guest_leaves_from_there() {
             let buffer = Buffer {
                 life: 0,
                 head: n as u16,
+                descriptors: 1,
             };
             let token = near.keep(buffer, &whole, gpa);
             assert!(near.frames.in_place_bytes(&token) > 0);
@@ -377,7 +378,13 @@ fn what_lies_in_the_guest_as_a_whole_leaves_as_one_piece() {
             near.ram.write(gpa, &whole).unwrap();
             let head = n as u16;
             let place = Segment { gpa, len: 1400 };
-            let token = near.frames.keep_whole(Buffer { life: 0, head }, place);
+            let token = near.frames.keep_whole(
+                Buffer {
+                    head,
+                    ..Buffer::default()
+                },
+                place,
+            );
             let queued = near.nic.send(&mut near.frames, token.unwrap());
             assert!(matches!(queued, Sent::Done), "{queued:?}");
             sent.push(whole);
@@ -420,7 +427,13 @@ fn what_lies_in_the_guest_comes_back_from_a_nic_that_goes() {
             len: 1400,
         };
         for head in 0..3 {
-            let token = near.frames.keep_whole(Buffer { life: 0, head }, place);
+            let token = near.frames.keep_whole(
+                Buffer {
+                    head,
+                    ..Buffer::default()
+                },
+                place,
+            );
             let queued = near.nic.send(&mut near.frames, token.unwrap());
             assert!(matches!(queued, Sent::Done), "{queued:?}");
         }

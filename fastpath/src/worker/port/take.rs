@@ -93,7 +93,7 @@ pub(super) fn take(
     if (cause, out.stays, request) == (None, Stays::Whole, Request::Nothing)
         && let Some([frame]) = behind(chain.readable(), NET_HEADER_BYTES, &mut rest)
     {
-        return keep_whole(queue, chain.head(), *frame, out);
+        return keep_whole(queue, chain, *frame, out);
     }
     let front = NET_HEADER_BYTES + HEADER_MAX;
     let rest = match cause {
@@ -113,7 +113,7 @@ pub(super) fn take(
             );
         matches!(filled, Ok(true)).then_some(n)
     };
-    let (token, cause) = place(out, chain.head(), rest, len, fill);
+    let (token, cause) = place(out, chain, rest, len, fill);
     filled?;
     // What is not in place is the guest's again, also when it was of no use.
     if cause.is_some() || token.is_none() {
@@ -151,35 +151,41 @@ fn take_short(
 /// A frame that nobody looks at: none of it is read here.
 fn keep_whole(
     queue: &mut Virtqueue,
-    head: u16,
+    chain: &Chain,
     frame: Segment,
     out: Out<'_>,
 ) -> Result<Taken, RingError> {
-    let life = out.life;
-    match out.frames.keep_whole(Buffer { life, head }, frame) {
+    let buffer = buffer_of(chain, out.life);
+    match out.frames.keep_whole(buffer, frame) {
         Some(token) => Ok(Taken::Frame(token, frame.len as usize, None)),
         None => {
-            queue.complete(head, 0)?;
+            queue.complete(chain.head(), 0)?;
             Ok(Taken::Bad)
         }
+    }
+}
+
+fn buffer_of(chain: &Chain, life: u32) -> Buffer {
+    Buffer {
+        life,
+        head: chain.head(),
+        descriptors: chain.descriptors(),
     }
 }
 
 /// Makes a frame in place if it may stay there, else a copy.
 fn place(
     out: Out<'_>,
-    head: u16,
+    chain: &Chain,
     rest: Result<&[Segment], CopyCause>,
     len: usize,
     fill: impl FnOnce(&mut [u8], usize) -> Option<usize>,
 ) -> (Option<Token>, Option<CopyCause>) {
-    let life = out.life;
     match rest {
         Ok(rest) => {
             let in_slot = |slot: &mut [u8]| fill(slot, HEADER_MAX);
-            let token = out
-                .frames
-                .keep_in_place(Buffer { life, head }, rest, in_slot);
+            let buffer = buffer_of(chain, out.life);
+            let token = out.frames.keep_in_place(buffer, rest, in_slot);
             (token, None)
         }
         Err(cause) => {

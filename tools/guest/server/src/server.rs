@@ -129,6 +129,8 @@ pub struct Server {
     udp: SocketSet<'static>,
     udp_echo: SocketHandle,
     udp_is_dirty: bool,
+    /// Room for the longest datagram.
+    datagram: Vec<u8>,
     /// For frames that belong to no socket.
     nobody: SocketSet<'static>,
     dice: tcp::Socket<'static>,
@@ -168,6 +170,7 @@ impl Server {
         }
         let mut udp = SocketSet::new(vec![]);
         let udp_echo = udp.add(echo_socket());
+        let frame_max = device.capabilities().max_transmission_unit;
         Self {
             stack,
             world,
@@ -181,6 +184,7 @@ impl Server {
             udp,
             udp_echo,
             udp_is_dirty: false,
+            datagram: vec![0; frame_max],
             nobody: SocketSet::new(vec![]),
             dice: tcp::Socket::new(
                 tcp::SocketBuffer::new(vec![0; 1]),
@@ -279,10 +283,9 @@ impl Server {
         let now = Instant::from_micros(now_us);
         self.stack.poll_ingress_single(now, device, &mut self.udp);
         let socket = self.udp.get_mut::<udp::Socket<'_>>(self.udp_echo);
-        let mut datagram = [0; 2048];
-        while let Ok((len, from)) = socket.recv_slice(&mut datagram) {
+        while let Ok((len, from)) = socket.recv_slice(&mut self.datagram) {
             // A full queue means that the neighbour does not answer: datagrams may be lost then.
-            let _ = socket.send_slice(&datagram[..len], from);
+            let _ = socket.send_slice(&self.datagram[..len], from);
         }
         self.udp_egress(device, now_us);
     }

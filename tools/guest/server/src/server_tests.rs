@@ -17,6 +17,8 @@ struct Wire {
     outgoing: Vec<Vec<u8>>,
     /// Frames that may still be sent.
     room: usize,
+    /// Beyond the usual MTU.
+    more_bytes: usize,
 }
 
 struct Arrived(Vec<u8>);
@@ -57,7 +59,7 @@ impl Device for Wire {
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
-        capabilities.max_transmission_unit = 1514;
+        capabilities.max_transmission_unit = 1514 + self.more_bytes;
         capabilities
     }
 }
@@ -514,6 +516,23 @@ fn datagrams_are_echoed_at_once_to_who_never_announced_itself() {
         wire.outgoing[0][23], 1,
         "an ICMP error for a port without service"
     );
+}
+
+#[test]
+fn datagrams_are_echoed_whole_up_to_the_mtu() {
+    let mut wire = Wire {
+        room: usize::MAX,
+        more_bytes: 9000 - 1500,
+        ..Wire::default()
+    };
+    let mut server = server(&mut wire, 2);
+    for bytes in [1472, 1473, 2048, 2049, 9000 - 28] {
+        let said: Vec<u8> = (0..bytes).map(|at| (at * 7 + at / 251) as u8).collect();
+        wire.incoming.push_back(udp_frame(7, &said));
+        assert!(server.turn(&mut wire, 1));
+        let answer = wire.outgoing.pop().unwrap();
+        assert!(answer[42..] == said, "{bytes} bytes");
+    }
 }
 
 #[test]

@@ -18,8 +18,10 @@ fn able(multi_buffer: bool, crosses_pages: bool, mode: XdpNicMode) -> [XdpNicCon
 }
 
 fn buffer(n: usize) -> Buffer {
-    let head = n as u16;
-    Buffer { life: 0, head }
+    Buffer {
+        head: n as u16,
+        ..Buffer::default()
+    }
 }
 
 /// Hands a frame to the NIC, which makes so many descriptors of it, and sees it arrive.
