@@ -79,7 +79,9 @@ pub fn spawn(
     wiring: PortWiring,
 ) -> io::Result<WorkerHandle> {
     let area = wiring.ram.area().clone();
-    Prepared::new(config, nic, area, Some(wiring))?.launch(None)
+    Parts::new(config, nic, area, Some(wiring))?
+        .start()?
+        .launch(None)
 }
 
 /// Starts a worker in the role [`Solo`] for guests that come and go and bring their own memory
@@ -87,7 +89,55 @@ pub fn spawn(
 pub fn spawn_unattached(config: WorkerConfig, nic: Box<dyn Nic>) -> io::Result<WorkerHandle> {
     let slots_bytes = config.frame_slots as usize * nic.slot_bytes();
     let area = Arc::new(Area::reserve(slots_bytes)?);
-    Prepared::new(config, nic, area, None)?.launch(None)
+    Parts::new(config, nic, area, None)?.start()?.launch(None)
+}
+
+/// What a worker is made of, its frames in their place. The NIC is not in use yet.
+struct Parts {
+    config: WorkerConfig,
+    nic: Box<dyn Nic>,
+    frames: FramePool,
+    wiring: Option<PortWiring>,
+    stats: Arc<WorkerStats>,
+}
+
+impl Parts {
+    fn new(
+        config: WorkerConfig,
+        nic: Box<dyn Nic>,
+        area: Arc<Area>,
+        wiring: Option<PortWiring>,
+    ) -> io::Result<Self> {
+        let stats = Arc::new(WorkerStats::default());
+        let slot_bytes = nic.slot_bytes();
+        let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
+        if let Some(wiring) = &wiring {
+            frames.set_guest(wiring.ram.clone());
+        }
+        frames.set_tx(config.tx);
+        Ok(Self {
+            config,
+            nic,
+            frames,
+            wiring,
+            stats,
+        })
+    }
+
+    /// Puts the NIC to use.
+    fn start(mut self) -> io::Result<Prepared> {
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        self.nic.start(&mut self.frames)?;
+        let stats = self.stats;
+        let port = GuestPort::new(self.wiring, stats.clone());
+        let stages = self.config.stages.then(Box::default);
+        Ok(Prepared {
+            edge: Edge::new(self.frames, self.nic, port, stages, stats.clone()),
+            config: self.config,
+            wake,
+            stats,
+        })
+    }
 }
 
 /// All that a worker needs but a thread.
@@ -99,31 +149,6 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn new(
-        config: WorkerConfig,
-        mut nic: Box<dyn Nic>,
-        area: Arc<Area>,
-        wiring: Option<PortWiring>,
-    ) -> io::Result<Self> {
-        let stats = Arc::new(WorkerStats::default());
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let slot_bytes = nic.slot_bytes();
-        let mut frames = FramePool::in_area(area, config.frame_slots, slot_bytes, stats.clone())?;
-        if let Some(wiring) = &wiring {
-            frames.set_guest(wiring.ram.clone());
-        }
-        frames.set_tx(config.tx);
-        nic.start(&mut frames)?;
-        let port = GuestPort::new(wiring, stats.clone());
-        let stages = config.stages.then(Box::default);
-        Ok(Self {
-            edge: Edge::new(frames, nic, port, stages, stats.clone()),
-            config,
-            wake,
-            stats,
-        })
-    }
-
     /// Starts the thread. `group`: it is one of these.
     fn launch(self, group: Option<ShardGroup>) -> io::Result<WorkerHandle> {
         let Self {

@@ -14,9 +14,9 @@
 //! With several shards each has an end of the NIC ([`XdpNic::open_shards`]): shard i the queues q with
 //! q % shards == i, all behind one program. The first end watches the interface, the others follow.
 //!
-//! All frames of an end leave by its first queue, so that a flow stays in order. Starting pins the area,
-//! guest RAM included, which takes as long as touching all of it. Does not configure addresses
-//! or queues, and does not steer flows.
+//! All frames of an end leave by its first queue, so that a flow stays in order. The first start pins the area,
+//! guest RAM included, which takes as long as touching all of it; all ends share that registration. Does not
+//! configure addresses or queues, and does not steer flows.
 
 mod abilities;
 mod common;
@@ -153,12 +153,12 @@ impl XdpNicConfig {
 }
 
 /// What is shared with the kernel. Per queue the kernel needs about 136 bytes for each chunk of the
-/// registered memory, so the guest's RAM is registered only where it is sent from.
+/// registered memory, one more or less, so a queue that is not sent from does without the guest's RAM.
 #[derive(Debug)]
 struct Memory {
-    /// The area up to the end of the slots: for the first queue of this end.
+    /// The area up to the end of all slots: for the first queue of each end.
     whole: Umem,
-    /// The slots alone, and where they start: for the other queues, which only receive.
+    /// The slots alone, and where they start: for the other queues, which only receive, and for the link's sockets.
     slots: Option<Umem>,
     slots_at: u64,
 }
@@ -525,6 +525,16 @@ impl Nic for XdpNic {
                 ("xdp_guest_unbound_frames", program.guest_unbound_frames),
                 ("xdp_link_frames", program.link_frames),
                 ("xdp_link_unbound_frames", program.link_unbound_frames),
+            ]);
+        }
+        if self.shard == 0
+            && let Some(memory) = &self.memory
+        {
+            let of_area = memory.whole.usage();
+            all.extend([
+                ("umem_registrations", of_area.registrations),
+                ("umem_registered_bytes", of_area.registered_bytes),
+                ("umem_registered_again", of_area.registered_again),
             ]);
         }
         let mut sum = [0; 5];

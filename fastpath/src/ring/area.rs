@@ -1,9 +1,9 @@
 //! One contiguous range of host addresses: guest RAM first, frame slots behind it.
 //!
 //! Invariants: the range is reserved once and never moves; what is mapped into it stays mapped as
-//! long as the area lives; nobody else maps into it. An AF_XDP socket registers one range as its
+//! long as the area lives; nobody else maps into it. An AF_XDP socket has one range as its
 //! UMEM (`Documentation/networking/af_xdp.rst`), so what it sends in place and what it receives
-//! into must lie side by side.
+//! into must lie side by side. All sockets on one range share its registration, as the area knows it.
 //!
 //! Does not say what the bytes mean.
 
@@ -12,6 +12,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::xsk::Umems;
 
 /// Alignment of everything mapped, so that huge pages fit.
 pub const ALIGN_BYTES: usize = 2 << 20;
@@ -22,12 +24,13 @@ pub struct Area {
     base: NonNull<u8>,
     reserved: usize,
     mapped: AtomicUsize,
+    umems: Umems,
 }
 
 // SAFETY: the area only owns address space; all access to the bytes is through raw pointers, whose
 // users keep the rules of the module that they are in.
 unsafe impl Send for Area {}
-// SAFETY: as above; its own fields are immutable or atomic.
+// SAFETY: as above; its own fields are immutable, atomic or under a lock.
 unsafe impl Sync for Area {}
 
 impl Area {
@@ -63,6 +66,7 @@ impl Area {
             base,
             reserved,
             mapped: AtomicUsize::new(0),
+            umems: Umems::default(),
         })
     }
 
@@ -74,6 +78,11 @@ impl Area {
     /// Bytes mapped so far, from the base on, without holes.
     pub fn mapped_bytes(&self) -> usize {
         self.mapped.load(Ordering::Acquire)
+    }
+
+    /// Its parts that AF_XDP sockets use.
+    pub(super) fn umems(&self) -> &Umems {
+        &self.umems
     }
 
     /// Maps `bytes` of a file, shared, behind what is mapped already. Gives where, counted from the

@@ -15,7 +15,7 @@ use crate::shard::{SHARDS_MAX, ShardGroup, crossing_frames, seats};
 use super::command::{Command, WorkerGone, WorkerHandle};
 use super::port::PortState;
 use super::wires::PortWiring;
-use super::{Edge, Prepared, Role, WorkerConfig};
+use super::{Edge, Parts, Prepared, Role, WorkerConfig};
 
 /// Starts one worker per shard, all in the role [`Solo`](super::Solo) and without a driver yet: worker
 /// n has NIC n and serves the queue pair of wiring n, all of one guest. Each pool gets as many slots
@@ -35,12 +35,15 @@ pub fn spawn_shards(
         );
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
-    let mut prepared = Vec::with_capacity(shards);
+    // All pools are in place before the first NIC shows the kernel where they are: one registration covers all of them.
+    let mut parts = Vec::with_capacity(shards);
     for ((mut config, nic), wiring) in configs.into_iter().zip(nics).zip(wirings) {
         config.frame_slots += crossing_frames(shards) as u32;
         let area = wiring.ram.area().clone();
-        prepared.push(Prepared::new(config, nic, area, Some(wiring))?);
+        parts.push(Parts::new(config, nic, area, Some(wiring))?);
     }
+    let started = parts.into_iter().map(Parts::start);
+    let mut prepared = started.collect::<io::Result<Vec<_>>>()?;
     let group = ShardGroup::new(prepared.iter().map(|worker| worker.wake.clone()));
     if shards > 1 {
         let frame_bytes_max = prepared.iter().map(|w| w.edge.frames.frame_bytes_max());

@@ -6,7 +6,6 @@
 //! Does not know rings.
 
 use std::io;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::frame::FramePool;
@@ -103,15 +102,12 @@ impl Chunks {
         })
     }
 
-    /// Registers it with the kernel.
-    pub(super) fn register(&self) -> Result<Umem, XskError> {
-        let first = self.area.base().wrapping_add(self.at);
-        let base = NonNull::new(first).unwrap_or(NonNull::dangling());
+    /// As the kernel knows it; with a pool's memory the NIC may share that.
+    pub(super) fn umem(&self) -> Result<Umem, XskError> {
         let len = (self.count * self.bytes) as u64;
-        let owner = Box::new(self.area.clone());
-        // SAFETY: `owner` keeps the area mapped, readable and writable; references to its bytes are made by `get` and
-        // `get_mut` alone, whose callers do so for chunks that no ring has.
-        unsafe { Umem::register(base, len, self.settings, owner) }
+        // SAFETY: references to its bytes are made by `get` and `get_mut` alone, whose callers do so for chunks that no
+        // ring has.
+        unsafe { Umem::in_area(&self.area, self.at, len, self.settings) }
     }
 
     /// What a chunk holds.

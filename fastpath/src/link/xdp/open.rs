@@ -182,14 +182,15 @@ pub(super) fn bind_all(
     interface: &Interface,
     queues: &[u32],
 ) -> Result<Vec<XskSocket>, XskError> {
+    let umem = chunks.umem()?;
     let bind = |copy_mode| {
-        let umem = chunks.register()?;
         let options = bind_options(copy_mode);
         let each = |queue: &u32| bind_patiently(&umem, interface, *queue, &options);
         queues.iter().map(each).collect()
     };
     match bind(CopyMode::ZeroCopy) {
-        Err(XskError::NoZeroCopy { .. }) => bind(CopyMode::Copy),
+        // What cannot be locked once more may be there already, for sockets that copy.
+        Err(XskError::NoZeroCopy { .. } | XskError::LockedMemory { .. }) => bind(CopyMode::Copy),
         done => done,
     }
 }

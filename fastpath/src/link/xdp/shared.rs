@@ -164,7 +164,7 @@ fn has_let_go(interface: &Interface, queues: &[u32]) -> io::Result<bool> {
     let chunks = Chunks::new(1, 4096)?;
     let options = bind_options(CopyMode::Copy);
     for queue in queues {
-        let umem = chunks.register().map_err(io::Error::other)?;
+        let umem = chunks.umem().map_err(io::Error::other)?;
         let bound = bind_patiently(&umem, interface, *queue, &options);
         if matches!(bound, Err(XskError::Busy { .. })) {
             return Ok(false);

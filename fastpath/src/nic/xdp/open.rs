@@ -6,7 +6,6 @@
 //! Does not watch what becomes of it.
 
 use std::os::fd::AsFd;
-use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use colo_bpf::{Attach, Groups, GuestFrames, XdpProgram};
@@ -41,10 +40,10 @@ impl XdpNic {
         up
     }
 
-    /// Shows the kernel the memory.
+    /// Shows the kernel the memory, if no other end or NIC has.
     fn prepare(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
         self.uses = (0..frames.free_slots()).map(|_| Use::default()).collect();
-        let whole = register(frames, 0, frames.area().mapped_bytes())?;
+        let whole = umem_of(frames, 0, frames.area().mapped_bytes())?;
         self.memory = Some(Memory {
             whole,
             slots: None,
@@ -288,7 +287,7 @@ impl XdpNic {
             Some(slots) => slots.clone(),
             None => {
                 let (at, bytes) = frames.slots_place();
-                let slots = register(frames, at, bytes)?;
+                let slots = umem_of(frames, at, bytes)?;
                 memory.slots.insert(slots).clone()
             }
         };
@@ -296,9 +295,9 @@ impl XdpNic {
     }
 }
 
-/// Registers `bytes` of the pool's area from offset `at` on, cut so that no slot is written beyond
+/// `bytes` of the pool's area from offset `at` on, as whoever needs them shares them, cut so that no slot is written beyond
 /// its end.
-fn register(frames: &FramePool, at: usize, bytes: usize) -> Result<Umem, XdpNicError> {
+fn umem_of(frames: &FramePool, at: usize, bytes: usize) -> Result<Umem, XdpNicError> {
     let slot_bytes = frames.slot_bytes();
     let chunk_bytes = match slot_bytes {
         4096.. => 4096,
@@ -311,11 +310,8 @@ fn register(frames: &FramePool, at: usize, bytes: usize) -> Result<Umem, XdpNicE
     };
     let area = frames.area();
     let bytes = bytes.min(area.mapped_bytes().saturating_sub(at)) as u64;
-    let base = NonNull::new(area.base().wrapping_add(at));
-    let base = base.ok_or(XdpNicError::SmallSlots(0))?;
-    // SAFETY: the area keeps everything mapped as long as it lives, and it is the owner. Only slots
-    // that the pool has lent go into a fill ring, and to those nobody has a reference.
-    Ok(unsafe { Umem::register(base, bytes, settings, Box::new(area.clone())) }?)
+    // SAFETY: only slots that the pool has lent go into a fill ring, and to those nobody has a reference.
+    Ok(unsafe { Umem::in_area(area, at, bytes, settings) }?)
 }
 
 /// Binds as soon as the kernel has let go of the queue's last socket.

@@ -15,6 +15,7 @@ mod guest_tests;
 mod link_tests;
 mod membership_tests;
 mod queue_tests;
+mod shared_tests;
 
 const NEAR: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
 const FAR: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 2];

@@ -28,12 +28,15 @@ pub enum XskError {
     },
     /// The pages cannot be pinned.
     #[error(
-        "{} MiB cannot be locked into memory for AF_XDP: {source}; give CAP_IPC_LOCK, or raise \
-         RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK= of systemd), or lower vm.ram_mib", bytes >> 20
+        "{} MiB cannot be locked into memory for AF_XDP{}: {source}; give CAP_IPC_LOCK, or raise \
+         RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK= of systemd), or lower vm.ram_mib",
+        bytes >> 20, how_often(*again)
     )]
     LockedMemory {
         /// How much was wanted.
         bytes: u64,
+        /// Other sockets have the same memory and could not lend it.
+        again: bool,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -44,17 +47,6 @@ pub enum XskError {
         ring: &'static str,
         /// How many were wanted.
         entries: u32,
-    },
-    /// The first socket on the memory was bound with other options.
-    #[error(
-        "queue {queue} of \"{interface}\" wants other options than the sockets that share its \
-         memory: bind them alike, or register the memory again"
-    )]
-    OptionsDiffer {
-        /// Where.
-        interface: String,
-        /// Which queue.
-        queue: u32,
     },
     /// The interface cannot be used at all.
     #[error(transparent)]
@@ -125,4 +117,21 @@ pub enum XskError {
         /// The kernel's answer.
         source: io::Error,
     },
+}
+
+impl XskError {
+    pub(super) fn of_open(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => Self::NotPermitted(error),
+            Some(libc::EAFNOSUPPORT | libc::ESOCKTNOSUPPORT) => Self::NoAfXdp,
+            _ => Self::NoSocket(error),
+        }
+    }
+}
+
+fn how_often(again: bool) -> &'static str {
+    match again {
+        false => ", once for all queues that use it",
+        true => " once more, because sockets that have it cannot share it",
+    }
 }

@@ -6,9 +6,10 @@
 //! Does not send.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use super::error::XskError;
+use super::lending::Member;
 use super::rings::Consumer;
 use super::socket::{Rx, XskSocket, XskStatistics};
 use super::sys;
@@ -20,7 +21,7 @@ pub struct XskReceiver {
     rx: Consumer<libc::xdp_desc>,
     entries: u32,
     umem: Umem,
-    fd: OwnedFd,
+    member: Member,
 }
 
 impl XskReceiver {
@@ -45,11 +46,12 @@ impl XskReceiver {
         };
         sys::bind(fd.as_fd(), &address)
             .map_err(|e| refused("bind a second AF_XDP socket (Linux 5.10 or later does)", e))?;
+        let registration = first.registration().clone();
         Ok(Self {
             rx,
             entries,
             umem: first.umem().clone(),
-            fd,
+            member: Member { fd, registration },
         })
     }
 
@@ -60,7 +62,7 @@ impl XskReceiver {
 
     /// Readable when a frame is waiting.
     pub fn poll_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.member.fd.as_raw_fd()
     }
 
     /// Takes the next received piece of a frame.
@@ -75,13 +77,13 @@ impl XskReceiver {
 
     /// What the kernel has counted since the socket was bound.
     pub fn statistics(&self) -> io::Result<XskStatistics> {
-        sys::option(self.fd.as_fd(), libc::XDP_STATISTICS).map(XskStatistics::from_kernel)
+        sys::option(self.member.fd.as_fd(), libc::XDP_STATISTICS).map(XskStatistics::from_kernel)
     }
 }
 
 impl AsFd for XskReceiver {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.member.fd.as_fd()
     }
 }
 

@@ -7,14 +7,17 @@
 //! Does not wait: who waits polls the descriptor.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+
+use tracing::warn;
 
 use super::error::XskError;
 use super::interface::Interface;
+use super::lending::{Member, Registration, Sockets, Unbound};
 use super::rings::{Consumer, Producer};
 use super::sys;
-use super::umem::{Place, Umem, Unbound};
+use super::umem::Umem;
 
 /// Largest ring: more entries only hold more frames for longer.
 const RING_ENTRIES_MAX: u32 = 32768;
@@ -65,12 +68,6 @@ impl Default for BindOptions {
 }
 
 impl BindOptions {
-    /// Whether two sockets can share their memory.
-    pub(super) fn agrees(&self, other: &Self) -> bool {
-        let shared = |o: &Self| (o.copy_mode, o.need_wakeup, o.multi_buffer);
-        shared(self) == shared(other)
-    }
-
     fn entries(&self) -> [u32; 4] {
         [
             self.fill_entries,
@@ -196,30 +193,28 @@ impl XskStatistics {
     }
 }
 
-/// A bound socket. Whoever shares its queue on the same [`Umem`] shares its fill and completion
-/// rings too, and must be on its thread.
+/// A bound socket.
 #[derive(Debug)]
 pub struct XskSocket {
-    rx: Consumer<libc::xdp_desc>,
-    tx: Producer<libc::xdp_desc>,
-    /// Not there on a second socket of the same queue.
-    pool: Option<Pool>,
+    rings: Rings,
     zero_copy: bool,
     umem: Umem,
     interface: Interface,
     queue: u32,
-    fd: Arc<OwnedFd>,
+    member: Arc<Member>,
 }
 
-#[derive(Debug)]
-struct Pool {
-    fill: Producer<u64>,
-    completion: Consumer<u64>,
+/// Where a socket is to be bound, and how.
+struct Wish<'a> {
+    interface: &'a Interface,
+    queue: u32,
+    options: &'a BindOptions,
 }
 
 impl XskSocket {
-    /// Binds a socket to `queue` of `interface`. The kernel lets go of a queue only a little after
-    /// its socket is closed: [`XskError::Busy`] within a second of that is worth another try.
+    /// Binds a socket to `queue` of `interface`, on the registration of another socket of the memory if one lends it. The
+    /// kernel lets go of a queue only a little after its socket is closed: [`XskError::Busy`] within a second of that is
+    /// worth another try.
     pub fn bind(
         umem: &Umem,
         interface: &Interface,
@@ -227,49 +222,36 @@ impl XskSocket {
         options: &BindOptions,
     ) -> Result<Self, XskError> {
         options.check()?;
-        let mut sockets = umem.sockets();
-        let place = sockets.place_for(interface.index(), queue);
-        if !sockets.agree(&place, options) {
-            return Err(XskError::OptionsDiffer {
-                interface: interface.name().to_owned(),
-                queue,
-            });
-        }
-        let unbound = umem.open(&mut sockets, &place, options)?;
-        let refused = |action, source| XskError::Refused {
-            action,
-            interface: interface.name().to_owned(),
+        let wish = Wish {
+            interface,
             queue,
-            source,
+            options,
         };
-        let fd = unbound.fd;
-        let rings = match unbound.rings {
-            Some(rings) => rings,
-            None => {
-                let with_pool = !matches!(place, Place::SameQueue(_));
-                Rings::set_up(fd.as_fd(), options, with_pool)
-                    .map_err(|e| refused("make AF_XDP rings", e))?
-            }
-        };
-        if let Err(e) = sys::bind(fd.as_fd(), &address(interface, queue, options, &place)) {
-            let rings = Some(rings);
-            sockets.keep(&place, Unbound { fd, rings });
-            return Err(bind_error(interface, queue, options, e));
+        let mut sockets = umem.sockets();
+        if sockets.have(interface.index(), queue) {
+            return Err(wish.error(io::Error::from_raw_os_error(libc::EBUSY)));
         }
-        let fd = Arc::new(fd);
-        let active: libc::xdp_options = sys::option(fd.as_fd(), libc::XDP_OPTIONS)
-            .map_err(|e| refused("read the AF_XDP options", e))?;
-        sockets.bound(&fd, interface.index(), queue, options);
+        let lent = wish.borrow(&sockets)?;
+        let (member, rings, multi_buffer) = match lent {
+            Some(lent) => lent,
+            None => wish.register(umem, &mut sockets)?,
+        };
+        let active: libc::xdp_options = sys::option(member.fd.as_fd(), libc::XDP_OPTIONS)
+            .map_err(|e| wish.refused("read the AF_XDP options", e))?;
+        let member = Arc::new(member);
+        let had = BindOptions {
+            multi_buffer,
+            ..*options
+        };
+        sockets.bound(&member, interface.index(), queue, had);
         drop(sockets);
         Ok(Self {
-            rx: rings.rx,
-            tx: rings.tx,
-            pool: rings.pool,
+            rings,
             zero_copy: active.flags & libc::XDP_OPTIONS_ZEROCOPY != 0,
             umem: umem.clone(),
             interface: interface.clone(),
             queue,
-            fd,
+            member,
         })
     }
 
@@ -280,6 +262,10 @@ impl XskSocket {
 
     pub(super) fn umem(&self) -> &Umem {
         &self.umem
+    }
+
+    pub(super) fn registration(&self) -> &Arc<Registration> {
+        &self.member.registration
     }
 
     /// The queue it was bound to.
@@ -295,13 +281,13 @@ impl XskSocket {
 
     /// Readable when a frame is waiting, writable when one can be sent.
     pub fn poll_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.member.fd.as_raw_fd()
     }
 
     /// How many chunks the fill ring takes; looks at the kernel's side when it knows of fewer than
-    /// `wanted`. Zero on a socket without a fill ring.
+    /// `wanted`.
     pub fn fill_free(&mut self, wanted: u32) -> u32 {
-        self.pool.as_mut().map_or(0, |pool| pool.fill.free(wanted))
+        self.rings.fill.free(wanted)
     }
 
     /// Gives the kernel the chunk at `offset` to receive into, `Ok(false)` when there is no room.
@@ -312,37 +298,33 @@ impl XskSocket {
                 len: self.umem.settings().chunk_bytes,
             });
         }
-        let pool = self.pool.as_mut();
-        Ok(pool.is_some_and(|pool| pool.fill.push(offset)))
+        Ok(self.rings.fill.push(offset))
     }
 
     /// Publishes the chunks given.
     pub fn submit_fill(&mut self) {
-        if let Some(pool) = &mut self.pool {
-            pool.fill.submit();
-        }
+        self.rings.fill.submit();
     }
 
     /// Whether the kernel must be told that there are chunks, by [`XskSocket::wake_rx`] or a poll.
     pub fn fill_needs_wakeup(&self) -> bool {
-        let pool = self.pool.as_ref();
-        pool.is_some_and(|pool| pool.fill.wakeup_wanted())
+        self.rings.fill.wakeup_wanted()
     }
 
     /// Takes the next received piece of a frame.
     pub fn receive(&mut self) -> Option<Rx> {
-        Some(self.umem.received(self.rx.pop()?))
+        Some(self.umem.received(self.rings.rx.pop()?))
     }
 
     /// Gives the entries of the received pieces back to the kernel.
     pub fn release_rx(&mut self) {
-        self.rx.release();
+        self.rings.rx.release();
     }
 
     /// How many pieces the tx ring takes; looks at the kernel's side when it knows of fewer than
     /// `wanted`.
     pub fn tx_free(&mut self, wanted: u32) -> u32 {
-        self.tx.free(wanted)
+        self.rings.tx.free(wanted)
     }
 
     /// Queues a piece of a frame, `Ok(false)` when there is no room. See to room for the whole
@@ -356,7 +338,7 @@ impl XskSocket {
             });
         }
         let options = if piece.more { libc::XDP_PKT_CONTD } else { 0 };
-        Ok(self.tx.push(libc::xdp_desc {
+        Ok(self.rings.tx.push(libc::xdp_desc {
             addr: piece.offset,
             len: piece.len,
             options,
@@ -365,67 +347,67 @@ impl XskSocket {
 
     /// Pieces that are queued and not submitted.
     pub fn tx_unsubmitted(&self) -> u32 {
-        self.tx.unsubmitted()
+        self.rings.tx.unsubmitted()
     }
 
     /// Pieces that the kernel has not taken yet.
     pub fn tx_pending(&mut self) -> u32 {
-        self.tx.pending()
+        self.rings.tx.pending()
     }
 
     /// Publishes the pieces queued.
     pub fn submit_tx(&mut self) {
-        self.tx.submit();
+        self.rings.tx.submit();
     }
 
     /// Whether [`XskSocket::kick_tx`] is needed for what was submitted. Always so in copy mode.
     pub fn tx_needs_wakeup(&self) -> bool {
-        self.tx.wakeup_wanted()
+        self.rings.tx.wakeup_wanted()
     }
 
     /// Takes the next offset that was sent from and is ours again. Of a frame's first piece bit 0
     /// may be lost on the way (Linux 6.18 keeps a mark of its own there in copy mode): start frames
     /// at even offsets, or know them by the chunk.
     pub fn complete(&mut self) -> Option<u64> {
-        self.pool.as_mut()?.completion.pop()
+        self.rings.completion.pop()
     }
 
     /// Gives the entries of the completed pieces back to the kernel.
     pub fn release_completions(&mut self) {
-        if let Some(pool) = &mut self.pool {
-            pool.completion.release();
-        }
+        self.rings.completion.release();
     }
 
     /// Makes the kernel look at the tx ring. In copy mode one call sends 32 frames before Linux 6.17,
     /// later what the ring holds.
     pub fn kick_tx(&self) -> io::Result<Kick> {
-        outcome(sys::send_nothing(self.fd.as_fd()))
+        outcome(sys::send_nothing(self.member.fd.as_fd()))
     }
 
     /// Makes the kernel look at the fill ring.
     pub fn wake_rx(&self) -> io::Result<Kick> {
-        outcome(sys::receive_nothing(self.fd.as_fd()))
+        outcome(sys::receive_nothing(self.member.fd.as_fd()))
     }
 
     /// What the kernel has counted since the socket was bound.
     pub fn statistics(&self) -> io::Result<XskStatistics> {
-        sys::option(self.fd.as_fd(), libc::XDP_STATISTICS).map(XskStatistics::from_kernel)
+        sys::option(self.member.fd.as_fd(), libc::XDP_STATISTICS).map(XskStatistics::from_kernel)
     }
 }
 
 impl AsFd for XskSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.member.fd.as_fd()
     }
 }
 
+/// The rings of a socket.
 #[derive(Debug)]
 pub(super) struct Rings {
     entries: [u32; 4],
     rx: Consumer<libc::xdp_desc>,
     tx: Producer<libc::xdp_desc>,
-    pool: Option<Pool>,
+    fill: Producer<u64>,
+    completion: Consumer<u64>,
 }
 
 impl Rings {
@@ -433,97 +415,142 @@ impl Rings {
         self.entries == options.entries()
     }
 
-    fn set_up(fd: BorrowedFd<'_>, options: &BindOptions, with_pool: bool) -> io::Result<Self> {
+    fn set_up(fd: BorrowedFd<'_>, options: &BindOptions) -> io::Result<Self> {
+        let (fill, completion) = (options.fill_entries, options.completion_entries);
         sys::set_option(fd, libc::XDP_RX_RING, &options.rx_entries)?;
         sys::set_option(fd, libc::XDP_TX_RING, &options.tx_entries)?;
-        if with_pool {
-            sys::set_option(fd, libc::XDP_UMEM_FILL_RING, &options.fill_entries)?;
-            sys::set_option(
-                fd,
-                libc::XDP_UMEM_COMPLETION_RING,
-                &options.completion_entries,
-            )?;
-        }
+        sys::set_option(fd, libc::XDP_UMEM_FILL_RING, &fill)?;
+        sys::set_option(fd, libc::XDP_UMEM_COMPLETION_RING, &completion)?;
         let at: libc::xdp_mmap_offsets = sys::option(fd, libc::XDP_MMAP_OFFSETS)?;
-        let pool = if with_pool {
-            let fill = libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t;
-            let completion = libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t;
-            Some(Pool {
-                fill: Producer::map(fd, fill, &at.fr, options.fill_entries)?,
-                completion: Consumer::map(fd, completion, &at.cr, options.completion_entries)?,
-            })
-        } else {
-            None
-        };
+        let fill_at = libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t;
+        let completion_at = libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t;
         // One system call for a whole ring instead of 32 frames, from Linux 6.17 on.
         let _ = sys::set_option(fd, XDP_MAX_TX_SKB_BUDGET, &options.tx_entries);
         Ok(Self {
             entries: options.entries(),
             rx: Consumer::map(fd, libc::XDP_PGOFF_RX_RING, &at.rx, options.rx_entries)?,
             tx: Producer::map(fd, libc::XDP_PGOFF_TX_RING, &at.tx, options.tx_entries)?,
-            pool,
+            fill: Producer::map(fd, fill_at, &at.fr, fill)?,
+            completion: Consumer::map(fd, completion_at, &at.cr, completion)?,
         })
     }
 }
 
-/// Flags are those of the first socket: the kernel refuses them on the others.
-fn address(
-    interface: &Interface,
-    queue: u32,
-    options: &BindOptions,
-    place: &Place,
-) -> libc::sockaddr_xdp {
-    let (sxdp_flags, sxdp_shared_umem_fd) = match place {
-        Place::First => (options.flags(), 0),
-        Place::Shared(fd) | Place::SameQueue(fd) => (libc::XDP_SHARED_UMEM, fd.as_raw_fd() as u32),
-    };
-    libc::sockaddr_xdp {
-        sxdp_family: libc::AF_XDP as u16,
-        sxdp_flags,
-        sxdp_ifindex: interface.index(),
-        sxdp_queue_id: queue,
-        sxdp_shared_umem_fd,
-    }
-}
+/// A socket that is bound, its rings, and whether it has frames in several buffers.
+type Opened = (Member, Rings, bool);
 
-fn bind_error(
-    interface: &Interface,
-    queue: u32,
-    options: &BindOptions,
-    source: io::Error,
-) -> XskError {
-    let name = interface.name().to_owned();
-    let zero_copy = options.copy_mode == CopyMode::ZeroCopy;
-    match source.raw_os_error() {
-        Some(libc::ENODEV) => super::InterfaceError::Missing(name).into(),
-        Some(libc::ENETDOWN) => XskError::Down { interface: name },
-        Some(libc::EBUSY) => XskError::Busy {
-            interface: name,
-            queue,
-        },
-        Some(libc::EPERM | libc::EACCES) => XskError::NotPermitted(source),
-        Some(libc::EINVAL) if interface.rx_queues().is_ok_and(|queues| queue >= queues) => {
-            XskError::NoQueue {
-                queues: interface.rx_queues().unwrap_or(0),
-                interface: name,
-                queue,
+impl Wish<'_> {
+    /// On the registration of a socket that lends it. `None`: none does, or the kernel does not let it.
+    fn borrow(&self, sockets: &Sockets) -> Result<Option<Opened>, XskError> {
+        for (lender, multi_buffer) in sockets.lenders(self.interface.index(), self.options) {
+            let fd = sys::open_socket().map_err(XskError::of_open)?;
+            let rings = self.set_up(fd.as_fd())?;
+            // The kernel takes no flags: they are those of the lender.
+            match self.bind_with(fd.as_fd(), libc::XDP_SHARED_UMEM, Some(&lender)) {
+                Ok(()) => {
+                    let registration = lender.registration.clone();
+                    return Ok(Some((Member { fd, registration }, rings, multi_buffer)));
+                }
+                Err(e) => {
+                    // The lender's interface is gone, or before Linux 5.10 is not this queue of this interface.
+                    let may_be_lender =
+                        matches!(e.raw_os_error(), Some(libc::EBADF | libc::EINVAL));
+                    let error = self.error(e);
+                    if !may_be_lender || matches!(error, XskError::NoQueue { .. }) {
+                        return Err(error);
+                    }
+                }
             }
         }
-        Some(libc::EINVAL | libc::EOPNOTSUPP) if zero_copy => XskError::NoZeroCopy {
-            interface: name,
-            queue,
+        Ok(None)
+    }
+
+    /// On a registration of its own, for others to share.
+    fn register(&self, umem: &Umem, sockets: &mut Sockets) -> Result<Opened, XskError> {
+        let is_again = sockets.are_in_use();
+        let Unbound { member, rings } = umem.open(sockets, self.options)?;
+        let rings = match rings {
+            Some(rings) => rings,
+            None => self.set_up(member.fd.as_fd())?,
+        };
+        if let Err(e) = self.bind_with(member.fd.as_fd(), self.options.flags(), None) {
+            let rings = Some(rings);
+            sockets.keep(Unbound { member, rings });
+            return Err(self.error(e));
+        }
+        if is_again {
+            umem.count_again();
+            let (name, queue, mib) = (self.interface.name(), self.queue, umem.bytes() >> 20);
+            warn!(
+                "{name}, queue {queue}: {mib} MiB are registered once more with AF_XDP: no socket that has them can share them"
+            );
+        }
+        Ok((member, rings, self.options.multi_buffer))
+    }
+
+    fn set_up(&self, fd: BorrowedFd<'_>) -> Result<Rings, XskError> {
+        let rings = Rings::set_up(fd, self.options);
+        rings.map_err(|e| self.refused("make AF_XDP rings", e))
+    }
+
+    fn bind_with(
+        &self,
+        fd: BorrowedFd<'_>,
+        sxdp_flags: u16,
+        lender: Option<&Member>,
+    ) -> io::Result<()> {
+        let address = libc::sockaddr_xdp {
+            sxdp_family: libc::AF_XDP as u16,
+            sxdp_flags,
+            sxdp_ifindex: self.interface.index(),
+            sxdp_queue_id: self.queue,
+            sxdp_shared_umem_fd: lender.map_or(0, |lender| lender.fd.as_raw_fd() as u32),
+        };
+        sys::bind(fd, &address)
+    }
+
+    fn refused(&self, action: &'static str, source: io::Error) -> XskError {
+        XskError::Refused {
+            action,
+            interface: self.interface.name().to_owned(),
+            queue: self.queue,
             source,
-        },
-        Some(libc::EINVAL | libc::EOPNOTSUPP) if options.multi_buffer => XskError::NoMultiBuffer {
-            interface: name,
-            queue,
-        },
-        _ => XskError::Refused {
-            action: "bind an AF_XDP socket",
-            interface: name,
-            queue,
-            source,
-        },
+        }
+    }
+
+    /// Why it could not be bound.
+    fn error(&self, source: io::Error) -> XskError {
+        let (queue, name) = (self.queue, self.interface.name().to_owned());
+        let zero_copy = self.options.copy_mode == CopyMode::ZeroCopy;
+        let queues = || self.interface.rx_queues();
+        match source.raw_os_error() {
+            Some(libc::ENODEV) => super::InterfaceError::Missing(name).into(),
+            Some(libc::ENETDOWN) => XskError::Down { interface: name },
+            Some(libc::EBUSY) => XskError::Busy {
+                interface: name,
+                queue,
+            },
+            Some(libc::EPERM | libc::EACCES) => XskError::NotPermitted(source),
+            Some(libc::EINVAL) if queues().is_ok_and(|queues| queue >= queues) => {
+                XskError::NoQueue {
+                    queues: queues().unwrap_or(0),
+                    interface: name,
+                    queue,
+                }
+            }
+            Some(libc::EINVAL | libc::EOPNOTSUPP) if zero_copy => XskError::NoZeroCopy {
+                interface: name,
+                queue,
+                source,
+            },
+            Some(libc::EINVAL | libc::EOPNOTSUPP) if self.options.multi_buffer => {
+                XskError::NoMultiBuffer {
+                    interface: name,
+                    queue,
+                }
+            }
+            _ => self.refused("bind an AF_XDP socket", source),
+        }
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) fn open_socket() -> io::Result<OwnedFd> {
 }
 
 pub(super) fn set_option<T: Plain>(fd: BorrowedFd<'_>, name: c_int, value: &T) -> io::Result<()> {
+    #[cfg(test)]
+    seam::count(name);
     // SAFETY: the kernel reads `size_of::<T>()` bytes of a value that is borrowed for the call.
     let answer = unsafe {
         libc::setsockopt(
@@ -62,6 +64,8 @@ pub(super) fn option<T: Plain>(fd: BorrowedFd<'_>, name: c_int) -> io::Result<T>
 }
 
 pub(super) fn bind(fd: BorrowedFd<'_>, address: &libc::sockaddr_xdp) -> io::Result<()> {
+    #[cfg(test)]
+    seam::may_bind(address)?;
     // SAFETY: the kernel reads an address of the given size that is borrowed for the call.
     let answer = unsafe {
         libc::bind(
@@ -160,5 +164,42 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the mapping that `new` made, and whoever has pointers into it owns `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.bytes) };
+    }
+}
+
+/// What tests count and refuse of the calls of their thread.
+#[cfg(test)]
+pub(super) mod seam {
+    use std::cell::Cell;
+    use std::io;
+
+    thread_local! {
+        static REGISTRATIONS: Cell<u32> = const { Cell::new(0) };
+        static REFUSAL: Cell<Option<i32>> = const { Cell::new(None) };
+    }
+
+    pub(super) fn count(option: libc::c_int) {
+        if option == libc::XDP_UMEM_REG {
+            REGISTRATIONS.set(REGISTRATIONS.get() + 1);
+        }
+    }
+
+    pub(super) fn may_bind(address: &libc::sockaddr_xdp) -> io::Result<()> {
+        match REFUSAL.get() {
+            Some(errno) if address.sxdp_flags & libc::XDP_SHARED_UMEM != 0 => {
+                Err(io::Error::from_raw_os_error(errno))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How often this thread has registered memory (XDP_UMEM_REG), refused or not.
+    pub(in crate::ring::xsk) fn registrations() -> u32 {
+        REGISTRATIONS.get()
+    }
+
+    /// Nobody lends memory to this thread, or everybody does.
+    pub(in crate::ring::xsk) fn refuse_sharing(errno: Option<i32>) {
+        REFUSAL.set(errno);
     }
 }

@@ -1,6 +1,6 @@
 //! AF_XDP sockets on veth pairs, each test in a network namespace of its own.
 
-use std::os::fd::{AsFd, FromRawFd};
+use std::os::fd::{AsFd, FromRawFd, RawFd};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use super::*;
 use crate::ring::Area;
 
 mod full_tests;
+mod shared_tests;
 
 const GUEST: Mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
 const AREA_BYTES: usize = 4 << 20;
@@ -135,15 +136,15 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
     frame
 }
 
-fn wait_readable(socket: &XskSocket) {
+fn wait_readable(fd: RawFd) {
     let mut poll = libc::pollfd {
-        fd: socket.poll_fd(),
+        fd,
         events: libc::POLLIN,
         revents: 0,
     };
     // SAFETY: one pollfd on this stack.
     let ready = unsafe { libc::poll(&raw mut poll, 1, 10_000) };
-    assert_eq!(ready, 1, "no frame came: {:?}", socket.statistics());
+    assert_eq!(ready, 1, "no frame came");
 }
 
 fn fill_chunks(socket: &mut XskSocket, count: u64) {
@@ -158,7 +159,7 @@ fn receive(memory: &Memory, socket: &mut XskSocket) -> (Vec<u8>, usize) {
     let (mut frame, mut pieces) = (Vec::new(), 0);
     loop {
         let Some(rx) = socket.receive() else {
-            wait_readable(socket);
+            wait_readable(socket.poll_fd());
             continue;
         };
         let Rx::Piece(piece) = rx else {
@@ -253,7 +254,7 @@ fn aligned_chunks_with_headroom_work_too() {
         let sent = frame(1514, 9);
         memory.write(0x800, &sent);
         send(&mut near, &[(0x800, 1514)]);
-        wait_readable(&far);
+        wait_readable(far.poll_fd());
         let Some(Rx::Piece(piece)) = far.receive() else {
             panic!("a piece inside the area");
         };
@@ -356,10 +357,7 @@ fn two_sockets_of_one_queue_share_its_fill_ring() {
         let memory = Memory::new(UmemSettings::default());
         let mut near = bind(&memory.umem, "a0", 0, &small_rings());
         let mut first = bind(&memory.umem, "a1", 0, &small_rings());
-        let mut second = bind(&memory.umem, "a1", 0, &small_rings());
-        assert_eq!(second.fill_free(1), 0);
-        assert!(!second.fill(CHUNKS_AT).unwrap());
-        assert_eq!(second.complete(), None);
+        let mut second = XskReceiver::beside(&first, 64).unwrap();
         fill_chunks(&mut first, 4);
         let mut program = program_for("a1", AttachMode::Driver, &[&first]);
         program
@@ -377,19 +375,21 @@ fn two_sockets_of_one_queue_share_its_fill_ring() {
         memory.write(100, &to_link);
         send(&mut near, &[(100, 60)]);
         send(&mut near, &[(0, 60)]);
-        wait_readable(&second);
+        wait_readable(second.poll_fd());
         let Some(Rx::Piece(piece)) = second.receive() else {
             panic!("the link's frame");
         };
         assert_eq!(memory.read(piece.offset, piece.len), to_link);
         assert_eq!(receive(&memory, &mut first).0, to_guest);
+        assert_eq!(memory.umem.usage().registrations, 1);
 
-        let other = BindOptions {
-            need_wakeup: false,
-            ..small_rings()
-        };
-        let differs = XskSocket::bind(&memory.umem, first.interface(), 0, &other).unwrap_err();
-        assert!(differs.to_string().contains("\"a1\""), "{differs}");
+        // Another one with rings of its own is refused, as those of other programs are.
+        let busy = XskSocket::bind(&memory.umem, first.interface(), 0, &small_rings());
+        let busy = busy.unwrap_err();
+        assert!(
+            matches!(&busy, XskError::Busy { interface, queue: 0 } if interface == "a1"),
+            "{busy}"
+        );
     });
 }
 
@@ -574,6 +574,8 @@ fn what_cannot_be_bound_is_named() {
         // After the refusal, the same registration serves in copy mode.
         let mut near = bind(&memory.umem, "a0", 0, &small_rings());
         let mut far = bind(&memory.umem, "a1", 0, &small_rings());
+        assert_eq!(memory.umem.usage().registrations, 1);
+        assert_eq!(sys::seam::registrations(), 1);
         fill_chunks(&mut far, 2);
         let _program = program_for("a1", AttachMode::Driver, &[&far]);
         memory.write(0, &frame(80, 4));
@@ -651,6 +653,10 @@ fn too_little_locked_memory_is_named() {
             "{refused}"
         );
         assert!(refused.to_string().contains("4 MiB"), "{refused}");
+        assert!(
+            refused.to_string().contains("once for all queues"),
+            "{refused}"
+        );
         assert!(refused.to_string().contains("RLIMIT_MEMLOCK"), "{refused}");
     })
     .join()

@@ -1,18 +1,20 @@
 //! The memory that AF_XDP sockets share with the kernel (UMEM): pinned once, used by every queue.
 //!
-//! Invariants: the area stays mapped as long as a [`Umem`] or a socket on it exists; sockets that
-//! share it were bound with the same options (a rule of the kernel).
+//! Invariants: the memory stays mapped as long as a [`Umem`] or a socket on it exists. The first socket registers it, all
+//! others have that registration from one that is open, whether or not the first still is; where none lends it, it is
+//! registered once more, which is counted.
 //!
-//! Does not say who uses which part of the area: the kernel writes wherever a fill ring says.
+//! Does not say who uses which part of it: the kernel writes wherever a fill ring says.
 
 use std::any::Any;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::XskError;
-use super::socket::{BindOptions, Descriptor, Received, Rings, Rx};
+use super::lending::{Counts, Member, Registration, Sockets, UmemUse, Unbound};
+use super::socket::{BindOptions, Descriptor, Received, Rx};
 use super::sys;
 
 /// The kernel keeps this much in front of each received frame.
@@ -40,55 +42,21 @@ impl Default for UmemSettings {
     }
 }
 
-/// An area of memory, registered with the kernel. Clones are the same registration.
+/// Memory that is registered with the kernel. Clones are the same memory.
 #[derive(Clone, Debug)]
 pub struct Umem {
-    area: Arc<Area>,
+    memory: Arc<Memory>,
 }
 
 #[derive(Debug)]
-struct Area {
+pub(super) struct Memory {
     base: usize,
     bytes: u64,
     settings: UmemSettings,
     sockets: Mutex<Sockets>,
-    /// What keeps the area mapped.
+    counts: Arc<Counts>,
+    /// What keeps it mapped.
     _owner: Box<dyn Any + Send + Sync>,
-}
-
-/// The kernel knows an area by the sockets that use it.
-#[derive(Debug, Default)]
-pub(super) struct Sockets {
-    /// Registered, and not bound to a queue yet. Registering pins every page, so it is kept when a
-    /// queue cannot be had.
-    registered: Option<Unbound>,
-    bound: Vec<Bound>,
-    options: Option<BindOptions>,
-}
-
-/// A socket that is not bound.
-#[derive(Debug)]
-pub(super) struct Unbound {
-    pub(super) fd: OwnedFd,
-    /// Its rings, if it has them: it cannot get others.
-    pub(super) rings: Option<Rings>,
-}
-
-#[derive(Debug)]
-struct Bound {
-    fd: Weak<OwnedFd>,
-    interface_index: u32,
-    queue: u32,
-}
-
-/// What a socket is to be bound through.
-pub(super) enum Place {
-    /// Its own registration of the area.
-    First,
-    /// The registration of a socket on another queue.
-    Shared(Arc<OwnedFd>),
-    /// A socket of the same queue, whose fill and completion rings serve both.
-    SameQueue(Arc<OwnedFd>),
 }
 
 impl Umem {
@@ -106,50 +74,80 @@ impl Umem {
         settings: UmemSettings,
         owner: Box<dyn Any + Send + Sync>,
     ) -> Result<Self, XskError> {
-        let area = Area {
+        // SAFETY: the caller says the same.
+        unsafe { Self::register_counted(base, bytes, settings, owner, Arc::default()) }
+    }
+
+    /// The same; `counts` are those of all registrations of the owner.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::register`].
+    pub(super) unsafe fn register_counted(
+        base: NonNull<u8>,
+        bytes: u64,
+        settings: UmemSettings,
+        owner: Box<dyn Any + Send + Sync>,
+        counts: Arc<Counts>,
+    ) -> Result<Self, XskError> {
+        let memory = Memory {
             base: base.addr().get(),
             bytes,
             settings,
             sockets: Mutex::default(),
+            counts,
             _owner: owner,
         };
-        area.check()?;
-        let fd = area.register()?;
-        area.sockets().registered = Some(Unbound { fd, rings: None });
+        memory.check()?;
+        let registered = memory.register(false)?;
+        memory.sockets().keep(registered);
         Ok(Self {
-            area: Arc::new(area),
+            memory: Arc::new(memory),
         })
+    }
+
+    pub(super) fn of(memory: Arc<Memory>) -> Self {
+        Self { memory }
+    }
+
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// How often it is registered; of a part of an [`Area`](crate::ring::Area), with all other parts of that.
+    pub fn usage(&self) -> UmemUse {
+        self.memory.counts.read()
     }
 
     /// Length of the area.
     pub fn bytes(&self) -> u64 {
-        self.area.bytes
+        self.memory.bytes
     }
 
     /// How it is cut.
     pub fn settings(&self) -> UmemSettings {
-        self.area.settings
+        self.memory.settings
     }
 
     /// The longest piece of a frame that one chunk takes.
     pub fn received_bytes_max(&self) -> u32 {
-        let settings = self.area.settings;
+        let settings = self.memory.settings;
         settings.chunk_bytes - XDP_PACKET_HEADROOM - settings.headroom_bytes
     }
 
     /// Whether the kernel accepts a chunk at `offset` into a fill ring.
     pub(super) fn takes_chunk(&self, offset: u64) -> bool {
-        let chunk = u64::from(self.area.settings.chunk_bytes);
-        let aligned = self.area.settings.unaligned || offset.is_multiple_of(chunk);
+        let chunk = u64::from(self.memory.settings.chunk_bytes);
+        let aligned = self.memory.settings.unaligned || offset.is_multiple_of(chunk);
         aligned && self.contains(offset, chunk)
     }
 
     /// Whether the kernel accepts a piece of a frame into a tx ring.
     pub(super) fn takes_piece(&self, piece: Descriptor, splits_pages: bool) -> bool {
         let (offset, len) = (piece.offset, u64::from(piece.len));
-        let chunk = u64::from(self.area.settings.chunk_bytes);
+        let chunk = u64::from(self.memory.settings.chunk_bytes);
         let mut fits = len > 0 && len <= chunk && self.contains(offset, len);
-        if !self.area.settings.unaligned {
+        if !self.memory.settings.unaligned {
             fits &= offset % chunk + len <= chunk;
         }
         if splits_pages {
@@ -161,18 +159,18 @@ impl Umem {
     pub(super) fn contains(&self, offset: u64, len: u64) -> bool {
         offset
             .checked_add(len)
-            .is_some_and(|end| end <= self.area.bytes)
+            .is_some_and(|end| end <= self.memory.bytes)
     }
 
     /// What the kernel's address of a received piece means: the chunk that was given, and where
     /// in the area the bytes start.
     fn place_of(&self, address: u64) -> (u64, u64) {
-        if self.area.settings.unaligned {
+        if self.memory.settings.unaligned {
             let chunk = address & libc::XSK_UNALIGNED_BUF_ADDR_MASK;
             let offset = address >> libc::XSK_UNALIGNED_BUF_OFFSET_SHIFT;
             return (chunk, chunk + offset);
         }
-        let chunk = u64::from(self.area.settings.chunk_bytes);
+        let chunk = u64::from(self.memory.settings.chunk_bytes);
         (address & !(chunk - 1), address)
     }
 
@@ -194,35 +192,35 @@ impl Umem {
         })
     }
 
-    /// The sockets of the area, locked until one more is bound.
+    /// The sockets that have it, locked until one more is bound.
     pub(super) fn sockets(&self) -> MutexGuard<'_, Sockets> {
-        self.area.sockets()
+        self.memory.sockets()
     }
 
-    /// A socket to bind at `place`; one that has rings has them as `options` say.
+    /// A socket to bind that has registered the memory. One that has rings has them as `options` say.
     pub(super) fn open(
         &self,
         sockets: &mut Sockets,
-        place: &Place,
         options: &BindOptions,
     ) -> Result<Unbound, XskError> {
-        if !matches!(place, Place::First) {
-            let fd = sys::open_socket().map_err(open_error)?;
-            return Ok(Unbound { fd, rings: None });
+        match sockets.take_kept(options) {
+            Some(registered) => Ok(registered),
+            None => self.memory.register(sockets.are_in_use()),
         }
-        let suits = |unbound: &Unbound| {
-            let rings = unbound.rings.as_ref();
-            rings.is_none_or(|rings| rings.are_as(options))
-        };
-        if let Some(registered) = sockets.registered.take().filter(suits) {
-            return Ok(registered);
-        }
-        let fd = self.area.register()?;
-        Ok(Unbound { fd, rings: None })
+    }
+
+    /// It had to be registered although other sockets have it.
+    pub(super) fn count_again(&self) {
+        self.memory.counts.count_again();
     }
 }
 
-impl Area {
+impl Memory {
+    /// Whether `bytes` from its start on, cut like this, are a part of it.
+    pub(super) fn covers(&self, bytes: u64, settings: UmemSettings) -> bool {
+        self.settings == settings && bytes <= self.bytes
+    }
+
     fn sockets(&self) -> MutexGuard<'_, Sockets> {
         // A panic of another thread leaves nothing half done here that would matter.
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
@@ -254,8 +252,9 @@ impl Area {
         }
     }
 
-    fn register(&self) -> Result<OwnedFd, XskError> {
-        let fd = sys::open_socket().map_err(open_error)?;
+    /// `again`: other sockets have it.
+    fn register(&self, again: bool) -> Result<Unbound, XskError> {
+        let fd = sys::open_socket().map_err(XskError::of_open)?;
         // SAFETY: xdp_umem_reg is plain data for which all zeroes is valid.
         let mut registration: libc::xdp_umem_reg = unsafe { std::mem::zeroed() };
         registration.addr = self.base as u64;
@@ -266,74 +265,23 @@ impl Area {
             registration.flags = libc::XDP_UMEM_UNALIGNED_CHUNK_FLAG;
         }
         sys::set_option(fd.as_fd(), libc::XDP_UMEM_REG, &registration)
-            .map_err(|e| self.register_error(e))?;
-        Ok(fd)
+            .map_err(|e| self.register_error(e, again))?;
+        let registration = Registration::new(self.bytes, &self.counts);
+        Ok(Unbound {
+            member: Member { fd, registration },
+            rings: None,
+        })
     }
 
-    fn register_error(&self, source: io::Error) -> XskError {
+    fn register_error(&self, source: io::Error, again: bool) -> XskError {
         match source.raw_os_error() {
             Some(libc::EFAULT) => self.bad("it is not mapped for writing"),
             Some(libc::EINVAL) => self.bad("the kernel does not cut it so (Linux 5.4 or later)"),
             _ => XskError::LockedMemory {
                 bytes: self.bytes,
+                again,
                 source,
             },
         }
-    }
-}
-
-impl Sockets {
-    /// Keeps a socket that could not be bound for the next one.
-    pub(super) fn keep(&mut self, place: &Place, unbound: Unbound) {
-        if matches!(place, Place::First) {
-            self.registered = Some(unbound);
-        }
-    }
-
-    /// Where a socket for this queue has to be bound.
-    pub(super) fn place_for(&mut self, interface_index: u32, queue: u32) -> Place {
-        self.bound.retain(|bound| bound.fd.strong_count() > 0);
-        let mut shared = None;
-        for bound in &self.bound {
-            let Some(fd) = bound.fd.upgrade() else {
-                continue;
-            };
-            if (bound.interface_index, bound.queue) == (interface_index, queue) {
-                return Place::SameQueue(fd);
-            }
-            shared = Some(fd);
-        }
-        shared.map_or(Place::First, Place::Shared)
-    }
-
-    /// Whether a socket with these options may share what is there.
-    pub(super) fn agree(&self, place: &Place, options: &BindOptions) -> bool {
-        match place {
-            Place::First => true,
-            _ => self.options.is_some_and(|first| first.agrees(options)),
-        }
-    }
-
-    pub(super) fn bound(
-        &mut self,
-        fd: &Arc<OwnedFd>,
-        interface_index: u32,
-        queue: u32,
-        options: &BindOptions,
-    ) {
-        self.options = Some(*options);
-        self.bound.push(Bound {
-            fd: Arc::downgrade(fd),
-            interface_index,
-            queue,
-        });
-    }
-}
-
-fn open_error(error: io::Error) -> XskError {
-    match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => XskError::NotPermitted(error),
-        Some(libc::EAFNOSUPPORT | libc::ESOCKTNOSUPPORT) => XskError::NoAfXdp,
-        _ => XskError::NoSocket(error),
     }
 }

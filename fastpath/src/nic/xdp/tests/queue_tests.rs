@@ -29,7 +29,7 @@ fn queues_that_are_added_are_bound() {
 }
 
 /// Works as all workers together do until all say so.
-fn until_all(ends: &mut [End], mut is_so: impl FnMut(&End) -> bool) {
+pub(super) fn until_all(ends: &mut [End], mut is_so: impl FnMut(&End) -> bool) {
     let begun = Instant::now();
     loop {
         ends.iter_mut().for_each(End::flush);
