@@ -106,6 +106,24 @@ fn rule_14_an_abort_is_answered_once_wherever_it_finds_the_checkpoint() {
 }
 
 #[test]
+fn rule_11_the_end_of_an_aborted_stop_is_not_that_of_the_next_one() {
+    let mut b = Bench::standby();
+    b.stop_svm(8);
+    b.msg(aborted(8));
+    b.stop_svm(9);
+    let dirty = vec![1];
+    let late = b.event(SecondaryEvent::SvmStopped { epoch: 8, dirty });
+    assert!(late.is_empty(), "the SVM has run since");
+    assert_eq!(b.core.step(), Some(Step::Stop));
+    let dirty = vec![3];
+    let stopped = b.event(SecondaryEvent::SvmStopped { epoch: 9, dirty });
+    assert!(
+        matches!(&stopped[..], [Action::Send(Msg::SvmStopped { epoch: 9, dirty, .. })] if *dirty == [3]),
+        "{stopped:?}"
+    );
+}
+
+#[test]
 fn rule_14_a_checkpoint_that_waits_for_the_apply_before_it_can_be_aborted() {
     let mut b = Bench::staging();
     b.event(SecondaryEvent::Staged { epoch: 8 });
