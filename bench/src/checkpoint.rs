@@ -1,9 +1,9 @@
 //! What a checkpoint costs, for several amounts of dirty memory of which several shares are the same on both guests,
-//! beside a plain memcpy of as many pages and a bare stream over the same link; if asked for, also when the guest has
+//! beside a plain memcpy of as many pages and bare streams over the same link; if asked for, also when the guest has
 //! left the memory alone for a while, so that pages have travelled ahead of the checkpoint.
 //!
 //! Invariants: each row meets a fresh pair and counts the checkpoints it asked for, one at a time; the memcpy runs in
-//! this process when the pair is gone, the bare stream before it comes.
+//! this process when the pair is gone, the bare streams before it comes.
 //!
 //! Does not measure what the secondary does behind the commit.
 
@@ -16,9 +16,10 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::checkpoint_client::GuestClient;
-use crate::checkpoint_link::link_bytes_per_s;
+use crate::checkpoint_link::RawLink;
 use crate::figures::{Range, percentile, table};
 use crate::place::{BenchError, Outcome, Place};
+use crate::transfer::Way;
 
 const PAGE_BYTES: usize = 4096;
 const MIB: usize = 1 << 20;
@@ -75,8 +76,11 @@ struct Row {
     memcpy_us: f64,
     /// The transfer's rate, the median.
     link_bytes_per_s: f64,
-    /// A bare stream's over the same link.
+    /// The better bare stream's over the same link: iperf3's, or that of io_uring's best way.
     raw_link_bytes_per_s: f64,
+    raw_iperf3_bytes_per_s: f64,
+    raw_uring_bytes_per_s: f64,
+    raw_uring_way: Way,
     /// What each checkpoint tells of itself.
     checkpoints: Vec<Value>,
 }
@@ -118,7 +122,7 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
     let topology = settings
         .topology()
         .map_err(colo_lab::pair::PairError::from)?;
-    let raw_link_bytes_per_s = link_bytes_per_s(&topology, dir.path())?;
+    let raw = RawLink::measure(&topology, dir.path())?;
     let mut pair = Pair::start_in(topology, &settings, dir.path())?;
     let (checkpoints, holds) = checkpoints(args.count, &mut pair, set)?;
     drop(pair);
@@ -155,7 +159,10 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         captured_pages,
         memcpy_us: memcpy_us(captured_pages as usize, settings.ram_mib as usize * MIB).median,
         link_bytes_per_s: percentile(rates, 50),
-        raw_link_bytes_per_s,
+        raw_link_bytes_per_s: raw.best_bytes_per_s(),
+        raw_iperf3_bytes_per_s: raw.iperf3_bytes_per_s,
+        raw_uring_bytes_per_s: raw.uring_bytes_per_s,
+        raw_uring_way: raw.uring_way,
         checkpoints,
     })
 }
@@ -259,7 +266,8 @@ fn text(rows: &[Row]) -> String {
         "sent MB",
         "of dirty",
         "link MB/s",
-        "bare MB/s",
+        "iperf3 MB/s",
+        "io_uring MB/s",
     ];
     let mut cells = vec![header.map(str::to_owned).to_vec()];
     for row in rows {
@@ -285,7 +293,8 @@ fn text(rows: &[Row]) -> String {
                 row.bytes_sent / (dirty.max(1.0) * PAGE_BYTES as f64)
             ),
             megabytes(row.link_bytes_per_s),
-            megabytes(row.raw_link_bytes_per_s),
+            megabytes(row.raw_iperf3_bytes_per_s),
+            megabytes(row.raw_uring_bytes_per_s),
         ]);
     }
     format!(
