@@ -68,8 +68,10 @@ struct Row {
     bytes_sent: f64,
     /// Median of the latter alone.
     digest_bytes: f64,
-    /// Median of the bytes that had travelled ahead.
+    /// Median of the bytes that had travelled ahead, which are not among those.
     ahead_bytes: f64,
+    /// Median of the sums of both, by that of the dirty bytes.
+    sent_of_dirty: f64,
     /// Median of the pages that the pause captured: the dirty ones without those that had.
     captured_pages: f64,
     /// Of as many pages as that, the median.
@@ -141,9 +143,6 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         .iter()
         .map(|c| number(c, "dirty_pages") - number(c, "ahead_pages"));
     let captured_pages = percentile(captured, 50);
-    let ahead_bytes = checkpoints
-        .iter()
-        .map(|c| number(&c["ahead"], "sent_bytes"));
     Ok(Row {
         pages: set.pages,
         same_pct: set.same_pct,
@@ -155,7 +154,8 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         commit_us_p50: median("commit_us"),
         bytes_sent: percentile(checkpoints.iter().map(channel_bytes), 50),
         digest_bytes: median("digest_bytes"),
-        ahead_bytes: percentile(ahead_bytes, 50),
+        ahead_bytes: percentile(checkpoints.iter().map(ahead_bytes), 50),
+        sent_of_dirty: sent_of_dirty(&checkpoints),
         captured_pages,
         memcpy_us: memcpy_us(captured_pages as usize, settings.ram_mib as usize * MIB).median,
         link_bytes_per_s: percentile(rates, 50),
@@ -229,6 +229,24 @@ fn channel_bytes(checkpoint: &Value) -> f64 {
     number(checkpoint, "sent_bytes") + number(checkpoint, "digest_bytes")
 }
 
+/// What had gone before it.
+fn ahead_bytes(checkpoint: &Value) -> f64 {
+    number(&checkpoint["ahead"], "sent_bytes")
+}
+
+fn dirty_bytes(checkpoint: &Value) -> f64 {
+    number(checkpoint, "dirty_pages") * PAGE_BYTES as f64
+}
+
+/// All that travelled because of these checkpoints, by what was dirty.
+fn sent_of_dirty(checkpoints: &[Value]) -> f64 {
+    let all = checkpoints
+        .iter()
+        .map(|c| channel_bytes(c) + ahead_bytes(c));
+    let dirty = percentile(checkpoints.iter().map(dirty_bytes), 50);
+    percentile(all, 50) / dirty.max(PAGE_BYTES as f64)
+}
+
 /// Copies pages spread evenly over memory as large as the guest's into a buffer; both are as warm as
 /// the caches allow, so this is the best case.
 fn memcpy_us(pages: usize, ram_bytes: usize) -> Range {
@@ -271,14 +289,13 @@ fn text(rows: &[Row]) -> String {
     ];
     let mut cells = vec![header.map(str::to_owned).to_vec()];
     for row in rows {
-        let dirty = row.checkpoints.iter().map(|c| number(c, "dirty_pages"));
-        let dirty = percentile(dirty, 50);
+        let dirty = percentile(row.checkpoints.iter().map(dirty_bytes), 50);
         let megabytes = |bytes: f64| format!("{:.1}", bytes / 1e6);
         cells.push(vec![
             row.pages.to_string(),
             row.same_pct.to_string(),
             row.rest_ms.to_string(),
-            format!("{dirty:.0}"),
+            format!("{:.0}", dirty / PAGE_BYTES as f64),
             format!("{:.0}", row.captured_pages),
             format!("{:.0}/{:.0}", row.pause_us_p50, row.pause_us_p99),
             format!("{:.0}", row.stolen_us_p50),
@@ -288,10 +305,7 @@ fn text(rows: &[Row]) -> String {
             format!("{:.0}", row.commit_us_p50),
             megabytes(row.ahead_bytes),
             megabytes(row.bytes_sent),
-            format!(
-                "{:.3}",
-                row.bytes_sent / (dirty.max(1.0) * PAGE_BYTES as f64)
-            ),
+            format!("{:.3}", row.sent_of_dirty),
             megabytes(row.link_bytes_per_s),
             megabytes(row.raw_iperf3_bytes_per_s),
             megabytes(row.raw_uring_bytes_per_s),
@@ -355,6 +369,16 @@ mod tests {
     fn digests_count_as_bytes_of_their_checkpoint() {
         let checkpoint = json!({"sent_bytes": 1000, "digest_bytes": 160});
         assert_eq!(channel_bytes(&checkpoint), 1160.0);
+    }
+
+    #[test]
+    fn what_went_ahead_of_a_checkpoint_was_sent_for_it() {
+        let checkpoint = json!({
+            "sent_bytes": 4000, "digest_bytes": 96, "dirty_pages": 8, "ahead": {"sent_bytes": 4096}
+        });
+        assert_eq!(ahead_bytes(&checkpoint), 4096.0);
+        assert_eq!(sent_of_dirty(&[checkpoint]), 0.25);
+        assert_eq!(sent_of_dirty(&[]), 0.0);
     }
 
     #[test]
