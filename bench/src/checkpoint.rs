@@ -1,9 +1,9 @@
 //! What a checkpoint costs, for several amounts of dirty memory of which several shares are the same on both guests,
-//! beside a plain memcpy of as many pages and a bare stream over the same link; if asked for, also when the guest has
+//! beside a plain memcpy of as many pages and bare streams over the same link; if asked for, also when the guest has
 //! left the memory alone for a while, so that pages have travelled ahead of the checkpoint.
 //!
 //! Invariants: each row meets a fresh pair and counts the checkpoints it asked for, one at a time; the memcpy runs in
-//! this process when the pair is gone, the bare stream before it comes.
+//! this process when the pair is gone, the bare streams before it comes.
 //!
 //! Does not measure what the secondary does behind the commit.
 
@@ -15,10 +15,12 @@ use colo_lab::pair::{Pair, Settings};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::checkpoint_aims::{Aims, Measured};
 use crate::checkpoint_client::GuestClient;
-use crate::checkpoint_link::link_bytes_per_s;
+use crate::checkpoint_link::RawLink;
 use crate::figures::{Range, percentile, table};
 use crate::place::{BenchError, Outcome, Place};
+use crate::transfer::Way;
 
 const PAGE_BYTES: usize = 4096;
 const MIB: usize = 1 << 20;
@@ -67,16 +69,25 @@ struct Row {
     bytes_sent: f64,
     /// Median of the latter alone.
     digest_bytes: f64,
-    /// Median of the bytes that had travelled ahead.
+    /// Median of the bytes that had travelled ahead, which are not among those.
     ahead_bytes: f64,
+    /// Median of the sums of both, by that of the dirty bytes.
+    sent_of_dirty: f64,
     /// Median of the pages that the pause captured: the dirty ones without those that had.
     captured_pages: f64,
     /// Of as many pages as that, the median.
     memcpy_us: f64,
     /// The transfer's rate, the median.
     link_bytes_per_s: f64,
-    /// A bare stream's over the same link.
+    /// The better bare stream's over the same link: iperf3's, or that of io_uring's best way.
     raw_link_bytes_per_s: f64,
+    raw_iperf3_bytes_per_s: f64,
+    raw_uring_bytes_per_s: f64,
+    raw_uring_way: Way,
+    aims: Aims,
+    /// The figures that these judge.
+    #[serde(skip)]
+    measured: Measured,
     /// What each checkpoint tells of itself.
     checkpoints: Vec<Value>,
 }
@@ -118,7 +129,7 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
     let topology = settings
         .topology()
         .map_err(colo_lab::pair::PairError::from)?;
-    let raw_link_bytes_per_s = link_bytes_per_s(&topology, dir.path())?;
+    let raw = RawLink::measure(&topology, dir.path())?;
     let mut pair = Pair::start_in(topology, &settings, dir.path())?;
     let (checkpoints, holds) = checkpoints(args.count, &mut pair, set)?;
     drop(pair);
@@ -137,25 +148,38 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         .iter()
         .map(|c| number(c, "dirty_pages") - number(c, "ahead_pages"));
     let captured_pages = percentile(captured, 50);
-    let ahead_bytes = checkpoints
-        .iter()
-        .map(|c| number(&c["ahead"], "sent_bytes"));
+    let ram_bytes = settings.ram_mib as usize * MIB;
+    let (link_bytes_per_s, raw_link_bytes_per_s) = (percentile(rates, 50), raw.best_bytes_per_s());
+    let measured = Measured {
+        same_pct: set.same_pct,
+        memcpy_us: memcpy_us(captured_pages as usize, ram_bytes).median,
+        pause_us: median("pause_us"),
+        stolen_us: median("stolen_us"),
+        sent_of_dirty: sent_of_dirty(&checkpoints),
+        link_of_raw: link_bytes_per_s / raw_link_bytes_per_s,
+    };
     Ok(Row {
         pages: set.pages,
         same_pct: set.same_pct,
         rest_ms: set.rest_ms,
-        pause_us_p50: median("pause_us"),
+        pause_us_p50: measured.pause_us,
         pause_us_p99: percentile(of("pause_us"), 99),
-        stolen_us_p50: median("stolen_us"),
+        stolen_us_p50: measured.stolen_us,
         hold_us_p50: percentile(holds, 50),
         commit_us_p50: median("commit_us"),
         bytes_sent: percentile(checkpoints.iter().map(channel_bytes), 50),
         digest_bytes: median("digest_bytes"),
-        ahead_bytes: percentile(ahead_bytes, 50),
+        ahead_bytes: percentile(checkpoints.iter().map(ahead_bytes), 50),
+        sent_of_dirty: measured.sent_of_dirty,
         captured_pages,
-        memcpy_us: memcpy_us(captured_pages as usize, settings.ram_mib as usize * MIB).median,
-        link_bytes_per_s: percentile(rates, 50),
+        memcpy_us: measured.memcpy_us,
+        link_bytes_per_s,
         raw_link_bytes_per_s,
+        raw_iperf3_bytes_per_s: raw.iperf3_bytes_per_s,
+        raw_uring_bytes_per_s: raw.uring_bytes_per_s,
+        raw_uring_way: raw.uring_way,
+        aims: Aims::of(&measured),
+        measured,
         checkpoints,
     })
 }
@@ -222,6 +246,24 @@ fn channel_bytes(checkpoint: &Value) -> f64 {
     number(checkpoint, "sent_bytes") + number(checkpoint, "digest_bytes")
 }
 
+/// What had gone before it.
+fn ahead_bytes(checkpoint: &Value) -> f64 {
+    number(&checkpoint["ahead"], "sent_bytes")
+}
+
+fn dirty_bytes(checkpoint: &Value) -> f64 {
+    number(checkpoint, "dirty_pages") * PAGE_BYTES as f64
+}
+
+/// All that travelled because of these checkpoints, by what was dirty.
+fn sent_of_dirty(checkpoints: &[Value]) -> f64 {
+    let all = checkpoints
+        .iter()
+        .map(|c| channel_bytes(c) + ahead_bytes(c));
+    let dirty = percentile(checkpoints.iter().map(dirty_bytes), 50);
+    percentile(all, 50) / dirty.max(PAGE_BYTES as f64)
+}
+
 /// Copies pages spread evenly over memory as large as the guest's into a buffer; both are as warm as
 /// the caches allow, so this is the best case.
 fn memcpy_us(pages: usize, ram_bytes: usize) -> Range {
@@ -243,6 +285,19 @@ fn memcpy_us(pages: usize, ram_bytes: usize) -> Range {
 }
 
 fn text(rows: &[Row]) -> String {
+    format!(
+        "\nCheckpoints on divergence, one at a time; medians. Raw is the better of iperf3 and io_uring.\n\n{}\n\
+         Aims. The limit of pause and stolen time is 2 x memcpy + 300 us; what went ahead counts as sent.\n\n{}\n\
+         Steps of these on the primary, us; choosing is what is left of the transfer. again: pages copied early and written \
+         again before the pause.\n\n{}",
+        table(&figures(rows)),
+        table(&aims(rows)),
+        table(&steps(rows)),
+    )
+}
+
+/// What was measured.
+fn figures(rows: &[Row]) -> Vec<Vec<String>> {
     let header = [
         "pages",
         "same %",
@@ -252,49 +307,54 @@ fn text(rows: &[Row]) -> String {
         "pause p50/p99 us",
         "stolen us",
         "memcpy us",
-        "limit us",
         "hold us",
         "commit us",
         "ahead MB",
         "sent MB",
         "of dirty",
         "link MB/s",
-        "bare MB/s",
+        "iperf3 MB/s",
+        "io_uring MB/s",
+        "of raw",
     ];
     let mut cells = vec![header.map(str::to_owned).to_vec()];
     for row in rows {
-        let dirty = row.checkpoints.iter().map(|c| number(c, "dirty_pages"));
-        let dirty = percentile(dirty, 50);
+        let dirty = percentile(row.checkpoints.iter().map(dirty_bytes), 50);
         let megabytes = |bytes: f64| format!("{:.1}", bytes / 1e6);
+        let of_raw = row.measured.link_of_raw * 100.0;
         cells.push(vec![
             row.pages.to_string(),
             row.same_pct.to_string(),
             row.rest_ms.to_string(),
-            format!("{dirty:.0}"),
+            format!("{:.0}", dirty / PAGE_BYTES as f64),
             format!("{:.0}", row.captured_pages),
             format!("{:.0}/{:.0}", row.pause_us_p50, row.pause_us_p99),
             format!("{:.0}", row.stolen_us_p50),
             format!("{:.0}", row.memcpy_us),
-            format!("{:.0}", 2.0 * row.memcpy_us + 300.0),
             format!("{:.0}", row.hold_us_p50),
             format!("{:.0}", row.commit_us_p50),
             megabytes(row.ahead_bytes),
             megabytes(row.bytes_sent),
-            format!(
-                "{:.3}",
-                row.bytes_sent / (dirty.max(1.0) * PAGE_BYTES as f64)
-            ),
+            format!("{:.3}", row.sent_of_dirty),
             megabytes(row.link_bytes_per_s),
-            megabytes(row.raw_link_bytes_per_s),
+            megabytes(row.raw_iperf3_bytes_per_s),
+            megabytes(row.raw_uring_bytes_per_s),
+            format!("{of_raw:.0} %"),
         ]);
     }
-    format!(
-        "\nCheckpoints on divergence, one at a time; medians. The limit of pause and stolen time is 2 x memcpy + 300 us.\n\n{}\n\
-         Steps of these on the primary, us; choosing is what is left of the transfer. again: pages copied early and written \
-         again before the pause.\n\n{}",
-        table(&cells),
-        table(&steps(rows)),
-    )
+    cells
+}
+
+/// What of it there are aims for.
+fn aims(rows: &[Row]) -> Vec<Vec<String>> {
+    let set = ["pages", "same %", "rest ms"].map(str::to_owned);
+    let mut cells = vec![set.into_iter().chain(Aims::header()).collect::<Vec<_>>()];
+    for row in rows {
+        let set = [row.pages, row.same_pct, row.rest_ms].map(|number| number.to_string());
+        let told = row.aims.cells(&row.measured);
+        cells.push(set.into_iter().chain(told).collect());
+    }
+    cells
 }
 
 /// Where the time goes.
@@ -346,6 +406,16 @@ mod tests {
     fn digests_count_as_bytes_of_their_checkpoint() {
         let checkpoint = json!({"sent_bytes": 1000, "digest_bytes": 160});
         assert_eq!(channel_bytes(&checkpoint), 1160.0);
+    }
+
+    #[test]
+    fn what_went_ahead_of_a_checkpoint_was_sent_for_it() {
+        let checkpoint = json!({
+            "sent_bytes": 4000, "digest_bytes": 96, "dirty_pages": 8, "ahead": {"sent_bytes": 4096}
+        });
+        assert_eq!(ahead_bytes(&checkpoint), 4096.0);
+        assert_eq!(sent_of_dirty(&[checkpoint]), 0.25);
+        assert_eq!(sent_of_dirty(&[]), 0.0);
     }
 
     #[test]

@@ -1,7 +1,11 @@
-//! A bare stream over the link of a pair, by iperf3: what the transfer of checkpoints is measured against.
+//! Bare streams over the link of a pair, by iperf3 and by io_uring: what the transfer of checkpoints is measured against.
 //!
-//! Invariant: it runs between the hosts' namespaces, over the addresses of the link, while no guest runs.
+//! Invariant: they run between the hosts' namespaces, over the addresses of the link, one after the other, while no
+//! guest runs.
+//!
+//! Does not use more than one TCP connection at a time, as checkpoints do unless told otherwise.
 
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,16 +13,78 @@ use colo_lab::process::Process;
 use colo_lab::topology::{Host, Topology};
 use serde_json::Value;
 
+use crate::figures::Range;
 use crate::place::BenchError;
+use crate::transfer::{self, Way};
 
 const PORT: &str = "7655";
 const SECONDS: &str = "2";
 const RUN_MAX: Duration = Duration::from_secs(30);
 /// Attempts to reach a server that is starting.
 const ATTEMPTS: u32 = 50;
+/// What each way of io_uring sends, and how often; its median counts.
+const URING_BYTES: u64 = 256 << 20;
+const URING_ROUNDS: u32 = 3;
 
 /// Payload bytes a second of one TCP connection from the primary's host to the secondary's.
-pub(crate) fn link_bytes_per_s(topology: &Topology, dir: &Path) -> Result<f64, BenchError> {
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RawLink {
+    pub(crate) iperf3_bytes_per_s: f64,
+    /// Of the way of io_uring that serves this link best.
+    pub(crate) uring_bytes_per_s: f64,
+    pub(crate) uring_way: Way,
+}
+
+impl RawLink {
+    /// All of them.
+    pub(crate) fn measure(topology: &Topology, dir: &Path) -> Result<Self, BenchError> {
+        let iperf3_bytes_per_s = iperf3(topology, dir)?;
+        let (uring_bytes_per_s, uring_way) = uring(topology)?;
+        Ok(Self {
+            iperf3_bytes_per_s,
+            uring_bytes_per_s,
+            uring_way,
+        })
+    }
+
+    /// The better of both.
+    pub(crate) fn best_bytes_per_s(&self) -> f64 {
+        self.iperf3_bytes_per_s.max(self.uring_bytes_per_s)
+    }
+}
+
+fn uring(topology: &Topology) -> Result<(f64, Way), BenchError> {
+    let mut rates = Way::BARE_URING.map(|way| (Vec::new(), way));
+    for _ in 0..URING_ROUNDS {
+        for (rates, way) in &mut rates {
+            let ends = connection(topology)?;
+            rates.push(transfer::bytes_per_s(*way, ends, URING_BYTES)?);
+        }
+    }
+    let medians = rates.map(|(rates, way)| (Range::of(rates).median, way));
+    Ok(best(medians))
+}
+
+fn best(rates: [(f64, Way); Way::BARE_URING.len()]) -> (f64, Way) {
+    let first = rates[0];
+    let faster = |best: (f64, Way), rate: (f64, Way)| if rate.0 > best.0 { rate } else { best };
+    rates.into_iter().fold(first, faster)
+}
+
+/// The secondary's end of a connection over the link, and the primary's.
+fn connection(topology: &Topology) -> Result<(TcpStream, TcpStream), BenchError> {
+    let failed = || BenchError::io("connect over the link");
+    let address = Host::B.link_address();
+    let listen = || TcpListener::bind((address, 0));
+    let listener = topology.host(Host::B).run(listen)?.map_err(failed())?;
+    let port = listener.local_addr().map_err(failed())?.port();
+    let connect = || TcpStream::connect((address, port));
+    let far = topology.host(Host::A).run(connect)?.map_err(failed())?;
+    let (near, _) = listener.accept().map_err(failed())?;
+    Ok((near, far))
+}
+
+fn iperf3(topology: &Topology, dir: &Path) -> Result<f64, BenchError> {
     let mut server = topology.host(Host::B).command("iperf3");
     server.args(["-s", "-1", "-p", PORT]);
     let _server = Process::spawn("iperf3-server", server, dir)?;
@@ -58,5 +124,20 @@ mod tests {
         assert_eq!(received(report), Some(1e9));
         assert_eq!(received(r#"{"error": "unable to connect"}"#), None);
         assert_eq!(received(""), None);
+    }
+
+    #[test]
+    fn the_better_stream_counts() {
+        for (iperf3_bytes_per_s, uring_bytes_per_s) in [(2e9, 3e9), (3e9, 2e9)] {
+            let link = RawLink {
+                iperf3_bytes_per_s,
+                uring_bytes_per_s,
+                uring_way: Way::UringDeep,
+            };
+            assert_eq!(link.best_bytes_per_s(), 3e9);
+        }
+        let mut rates = Way::BARE_URING.map(|way| (1e9, way));
+        rates[3].0 = 2e9;
+        assert_eq!(best(rates), (2e9, Way::BARE_URING[3]));
     }
 }

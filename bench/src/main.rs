@@ -6,6 +6,7 @@
 //! Does not judge figures: it exits with 1 only when something failed, was lost or was wrong.
 
 mod checkpoint;
+mod checkpoint_aims;
 mod checkpoint_client;
 mod checkpoint_link;
 mod clients;

@@ -56,10 +56,14 @@ pub(crate) enum Way {
     UringZeroCopy,
     /// IORING_OP_SEND and multishot IORING_OP_RECV into provided buffers.
     UringMultishot,
+    /// IORING_OP_SEND and IORING_OP_RECV, which is woken for whole chunks.
+    UringLowWater,
+    /// IORING_OP_WRITE_FIXED, several of them under way on each stream, and multishot IORING_OP_RECV, woken for whole chunks.
+    UringDeep,
 }
 
 impl Way {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::Channel,
         Self::ChannelPlain,
         Self::Blocking,
@@ -67,6 +71,17 @@ impl Way {
         Self::UringFixed,
         Self::UringZeroCopy,
         Self::UringMultishot,
+        Self::UringLowWater,
+        Self::UringDeep,
+    ];
+    /// Those on a bare io_uring.
+    pub(crate) const BARE_URING: [Self; 6] = [
+        Self::Uring,
+        Self::UringFixed,
+        Self::UringZeroCopy,
+        Self::UringMultishot,
+        Self::UringLowWater,
+        Self::UringDeep,
     ];
 
     fn is_bare(self) -> bool {
@@ -82,6 +97,8 @@ impl Way {
             Self::UringFixed => "io_uring write_fixed, read_fixed",
             Self::UringZeroCopy => "io_uring send_zc, recv",
             Self::UringMultishot => "io_uring send, multishot recv",
+            Self::UringLowWater => "io_uring send, recv of chunks",
+            Self::UringDeep => "io_uring write_fixed x 4, multishot recv of chunks",
         }
     }
 }
@@ -151,8 +168,18 @@ fn measure(args: &TransferArgs, streams: u16) -> Result<Vec<Row>, BenchError> {
 /// So many bytes once, spread evenly over the streams.
 fn once(way: Way, streams: usize, bytes: u64) -> Result<Sample, BenchError> {
     let chunks = bytes.div_ceil((streams * CHUNK_BYTES) as u64).max(1);
-    let bytes = chunks * (streams * CHUNK_BYTES) as u64;
     let (near, far) = sockets(streams)?;
+    between(way, near, far, chunks)
+}
+
+/// So many chunks on each of these connections.
+fn between(
+    way: Way,
+    near: Vec<TcpStream>,
+    far: Vec<TcpStream>,
+    chunks: u64,
+) -> Result<Sample, BenchError> {
+    let bytes = chunks * (far.len() * CHUNK_BYTES) as u64;
     let begun = Instant::now();
     // Each end has a core of its own, as on two hosts; its threads inherit that.
     let receiver = thread::spawn(move || {
@@ -189,6 +216,16 @@ fn once(way: Way, streams: usize, bytes: u64) -> Result<Sample, BenchError> {
         send_cpu_s_per_gib: send_ns as f64 / 1e9 / gib,
         receive_cpu_s_per_gib: receive_ns as f64 / 1e9 / gib,
     })
+}
+
+/// How fast one connection carries about so many bytes from its second end to its first.
+pub(crate) fn bytes_per_s(
+    way: Way,
+    (near, far): (TcpStream, TcpStream),
+    bytes: u64,
+) -> Result<f64, BenchError> {
+    let chunks = bytes.div_ceil(CHUNK_BYTES as u64).max(1);
+    Ok(between(way, vec![near], vec![far], chunks)?.bytes_per_s)
 }
 
 /// To one of the cores; without it the scheduler may have both ends take turns on one.

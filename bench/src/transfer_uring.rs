@@ -1,7 +1,9 @@
 //! The ends of `transfer` on a bare io_uring: all streams on one ring of one thread, nothing but bytes.
 //!
-//! Invariants: one send and one receive of a stream under way, each of a buffer of its own; the ring is dropped, and
-//! with it what the kernel knows of the buffers, before they are.
+//! Invariants: each send or receive under way has a buffer of its own, a *slot*, of which a stream has one, or `DEPTH` for
+//! the sends of [`Way::UringDeep`]; the ring is dropped, and with it what the kernel knows of the buffers, before they are.
+//!
+//! Does not keep the order of what several sends have under way: all bytes are alike.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -15,6 +17,8 @@ use crate::place::BenchError;
 use crate::transfer::{CHUNK_BYTES, Way};
 
 const PAGE_BYTES: usize = 4096;
+/// Sends of a stream that are under way at once, where there are several.
+const DEPTH: usize = 4;
 /// Provided buffers of a multishot receive, and their size.
 const PROVIDED: u16 = 32;
 const PROVIDED_BYTES: usize = CHUNK_BYTES / 2;
@@ -32,14 +36,16 @@ fn failed(what: &'static str) -> impl FnOnce(io::Error) -> BenchError {
     BenchError::io(format!("io_uring: {what}"))
 }
 
-/// A ring for these sockets with a registered buffer for each.
+/// A ring for these sockets with a buffer for each slot, registered where the way asks for it.
 struct Bare {
     ring: IoUring,
     buffers: Vec<Vec<Page>>,
+    way: Way,
+    depth: usize,
 }
 
 impl Bare {
-    fn new(sockets: &[TcpStream], fixed: bool) -> Result<Self, BenchError> {
+    fn new(sockets: &[TcpStream], way: Way, fixed: bool, depth: usize) -> Result<Self, BenchError> {
         let mut builder = IoUring::builder();
         builder
             .setup_single_issuer()
@@ -50,7 +56,8 @@ impl Bare {
         ring.submitter()
             .register_files(&files)
             .map_err(failed("register sockets"))?;
-        let mut buffers: Vec<_> = sockets.iter().map(|_| memory(CHUNK_BYTES)).collect();
+        let slots = 0..sockets.len() * depth;
+        let mut buffers: Vec<_> = slots.map(|_| memory(CHUNK_BYTES)).collect();
         let vectors = buffers.iter_mut().map(|buffer| libc::iovec {
             iov_base: buffer.as_mut_ptr().cast(),
             iov_len: CHUNK_BYTES,
@@ -61,7 +68,21 @@ impl Bare {
             let done = unsafe { ring.submitter().register_buffers(&vectors) };
             done.map_err(failed("register buffers"))?;
         }
-        Ok(Self { ring, buffers })
+        Ok(Self {
+            ring,
+            buffers,
+            way,
+            depth,
+        })
+    }
+
+    fn slots(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Whose slot it is.
+    fn stream(&self, slot: usize) -> usize {
+        slot / self.depth
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> Result<(), BenchError> {
@@ -70,32 +91,33 @@ impl Bare {
         pushed.map_err(|_| BenchError::Failed("io_uring: the submission queue is full".to_owned()))
     }
 
-    fn send(&mut self, stream: usize, from: usize, way: Way) -> Result<(), BenchError> {
-        let at = self.buffers[stream]
-            .as_ptr()
-            .cast::<u8>()
-            .wrapping_add(from);
-        let (file, length) = (Fixed(stream as u32), (CHUNK_BYTES - from) as u32);
-        let entry = match way {
-            Way::UringFixed => opcode::WriteFixed::new(file, at, length, stream as u16).build(),
+    fn send(&mut self, slot: usize, from: usize) -> Result<(), BenchError> {
+        let at = self.buffers[slot].as_ptr().cast::<u8>().wrapping_add(from);
+        let file = Fixed(self.stream(slot) as u32);
+        let (index, length) = (slot as u16, (CHUNK_BYTES - from) as u32);
+        let entry = match self.way {
+            Way::UringFixed | Way::UringDeep => {
+                opcode::WriteFixed::new(file, at, length, index).build()
+            }
             Way::UringZeroCopy => {
                 let send = opcode::SendZc::new(file, at, length);
-                send.buf_index(Some(stream as u16)).build()
+                send.buf_index(Some(index)).build()
             }
             _ => opcode::Send::new(file, at, length).build(),
         };
-        self.push(&entry.user_data(stream as u64))
+        self.push(&entry.user_data(slot as u64))
     }
 
-    fn receive(&mut self, stream: usize, way: Way) -> Result<(), BenchError> {
-        let at = self.buffers[stream].as_mut_ptr().cast::<u8>();
-        let (file, length) = (Fixed(stream as u32), CHUNK_BYTES as u32);
-        let entry = match way {
-            Way::UringMultishot => opcode::RecvMulti::new(file, 0).build(),
-            Way::UringFixed => opcode::ReadFixed::new(file, at, length, stream as u16).build(),
+    fn receive(&mut self, slot: usize) -> Result<(), BenchError> {
+        let at = self.buffers[slot].as_mut_ptr().cast::<u8>();
+        let file = Fixed(self.stream(slot) as u32);
+        let length = CHUNK_BYTES as u32;
+        let entry = match self.way {
+            Way::UringMultishot | Way::UringDeep => opcode::RecvMulti::new(file, 0).build(),
+            Way::UringFixed => opcode::ReadFixed::new(file, at, length, slot as u16).build(),
             _ => opcode::Recv::new(file, at, length).build(),
         };
-        self.push(&entry.user_data(stream as u64))
+        self.push(&entry.user_data(slot as u64))
     }
 
     fn wait(&mut self) -> Result<Vec<cqueue::Entry>, BenchError> {
@@ -111,34 +133,47 @@ fn result(entry: &cqueue::Entry) -> Result<usize, BenchError> {
 
 /// So many chunks on each stream, then the end.
 pub(crate) fn send(sockets: Vec<TcpStream>, chunks: u64, way: Way) -> Result<(), BenchError> {
-    let fixed = matches!(way, Way::UringFixed | Way::UringZeroCopy);
-    let mut bare = Bare::new(&sockets, fixed)?;
+    let fixed = matches!(way, Way::UringFixed | Way::UringZeroCopy | Way::UringDeep);
+    let depth = if way == Way::UringDeep { DEPTH } else { 1 };
+    let mut bare = Bare::new(&sockets, way, fixed, depth)?;
+    let slots = bare.slots();
+    // Chunks of each stream that no slot has begun, slots of it that have one, and what each slot has sent of its own.
     let mut left = vec![chunks; sockets.len()];
-    let mut sent = vec![0; sockets.len()];
-    let (mut open, mut notifications) = (sockets.len(), 0_i64);
-    for stream in 0..sockets.len() {
-        bare.send(stream, 0, way)?;
+    let mut busy = vec![0; sockets.len()];
+    let mut sent = vec![0; slots];
+    let mut notifications = 0_i64;
+    for slot in 0..slots {
+        let stream = bare.stream(slot);
+        if left[stream] > 0 {
+            (left[stream], busy[stream]) = (left[stream] - 1, busy[stream] + 1);
+            bare.send(slot, 0)?;
+        }
     }
-    while open > 0 || notifications > 0 {
+    while notifications > 0 || busy.iter().any(|&slots| slots > 0) {
         for entry in bare.wait()? {
             if cqueue::notif(entry.flags()) {
                 notifications -= 1;
                 continue;
             }
             notifications += i64::from(cqueue::more(entry.flags()));
-            let stream = entry.user_data() as usize;
-            sent[stream] += result(&entry)?;
-            if sent[stream] == CHUNK_BYTES {
-                (sent[stream], left[stream]) = (0, left[stream] - 1);
-            }
-            if left[stream] > 0 {
-                bare.send(stream, sent[stream], way)?;
+            let slot = entry.user_data() as usize;
+            let stream = bare.stream(slot);
+            sent[slot] += result(&entry)?;
+            if sent[slot] < CHUNK_BYTES {
+                bare.send(slot, sent[slot])?;
                 continue;
             }
-            open -= 1;
-            sockets[stream]
-                .shutdown(Shutdown::Write)
-                .map_err(failed("shut down"))?;
+            sent[slot] = 0;
+            if left[stream] > 0 {
+                left[stream] -= 1;
+                bare.send(slot, 0)?;
+                continue;
+            }
+            busy[stream] -= 1;
+            if busy[stream] == 0 {
+                let shut = sockets[stream].shutdown(Shutdown::Write);
+                shut.map_err(failed("shut down"))?;
+            }
         }
     }
     Ok(())
@@ -148,20 +183,23 @@ pub(crate) fn send(sockets: Vec<TcpStream>, chunks: u64, way: Way) -> Result<(),
 pub(crate) fn receive(sockets: &[TcpStream], way: Way) -> Result<(u64, u64), BenchError> {
     // Dropped after the ring.
     let mut provided = Provided::new();
-    let mut bare = Bare::new(sockets, way == Way::UringFixed)?;
-    if way == Way::UringMultishot {
+    let mut bare = Bare::new(sockets, way, way == Way::UringFixed, 1)?;
+    if matches!(way, Way::UringLowWater | Way::UringDeep) {
+        sockets.iter().try_for_each(set_low_water)?;
+    }
+    if matches!(way, Way::UringMultishot | Way::UringDeep) {
         provided.register(&bare.ring)?;
     }
-    for stream in 0..sockets.len() {
-        bare.receive(stream, way)?;
+    for slot in 0..bare.slots() {
+        bare.receive(slot)?;
     }
-    let (mut open, mut bytes) = (sockets.len(), 0);
+    let (mut open, mut bytes) = (bare.slots(), 0);
     while open > 0 {
         for entry in bare.wait()? {
-            let stream = entry.user_data() as usize;
+            let slot = entry.user_data() as usize;
             let more = cqueue::more(entry.flags());
             if entry.result() == -libc::ENOBUFS {
-                bare.receive(stream, way)?;
+                bare.receive(slot)?;
                 continue;
             }
             let got = result(&entry)?;
@@ -171,12 +209,32 @@ pub(crate) fn receive(sockets: &[TcpStream], way: Way) -> Result<(u64, u64), Ben
             }
             match got {
                 0 => open -= 1,
-                _ if !more => bare.receive(stream, way)?,
+                _ if !more => bare.receive(slot)?,
                 _ => {}
             }
         }
     }
     Ok((bytes, 0))
+}
+
+/// Has the receiver woken when a chunk is there: most of what it costs to send to a thread that sleeps on another core is
+/// to wake it.
+fn set_low_water(socket: &TcpStream) -> Result<(), BenchError> {
+    let value = CHUNK_BYTES as libc::c_int;
+    // SAFETY: the option is an int, which is read during the call only.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(failed("set the low water mark")(io::Error::last_os_error())),
+    }
 }
 
 /// A ring of provided buffers (io_uring_register_buf_ring(3)).

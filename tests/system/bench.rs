@@ -179,6 +179,57 @@ fn qemu_migration_sends_the_known_set_while_the_guest_stands_still() {
 }
 
 #[test]
+fn checkpoint_tells_both_bare_streams_what_went_ahead_and_which_aims_are_met() {
+    let Some(bench) = Bench::new(&["iperf3"]) else {
+        return;
+    };
+    let arguments = "checkpoint --pages 300 --same 0,75 --rest-ms 500 --count 1";
+    let rows = rows(&bench, arguments, &[]);
+    assert_eq!(rows.len(), 2);
+    for row in &rows {
+        let number = |key: &str| {
+            row[key]
+                .as_f64()
+                .unwrap_or_else(|| panic!("{key}: {row:#}"))
+        };
+        let streams = ["raw_iperf3_bytes_per_s", "raw_uring_bytes_per_s"];
+        positive(row, &streams);
+        let better = number(streams[0]).max(number(streams[1]));
+        assert_eq!(number("raw_link_bytes_per_s"), better, "{row:#}");
+        let way = row["raw_uring_way"].as_str().unwrap();
+        assert!(way.starts_with("uring"), "{row:#}");
+
+        // The medians of one are what it says itself.
+        let told = &row["checkpoints"][0];
+        let ahead = told["ahead"]["sent_bytes"].as_f64().unwrap();
+        assert_eq!(number("ahead_bytes"), ahead, "{row:#}");
+        let all = number("bytes_sent") + ahead;
+        let of_dirty = all / (told["dirty_pages"].as_f64().unwrap() * 4096.0);
+        let off = (number("sent_of_dirty") - of_dirty).abs();
+        assert!(of_dirty > 0.0 && off < 1e-9, "{row:#}");
+
+        let (aims, limit_us) = (&row["aims"], 2.0 * number("memcpy_us") + 300.0);
+        assert!((aims["limit_us"].as_f64().unwrap() - limit_us).abs() < 1e-6);
+        for (aim, key) in [
+            ("pause_met", "pause_us_p50"),
+            ("stolen_met", "stolen_us_p50"),
+        ] {
+            assert_eq!(aims[aim], number(key) <= limit_us, "{aim} in {row:#}");
+        }
+        let of_raw = number("link_bytes_per_s") / better;
+        let shares = match row["same_pct"] == 0 {
+            true => [Value::Null, (of_raw >= 0.8).into()],
+            false => [(of_dirty < 0.3).into(), Value::Null],
+        };
+        assert_eq!(
+            [&aims["sent_met"], &aims["link_met"]],
+            [&shares[0], &shares[1]],
+            "{row:#}"
+        );
+    }
+}
+
+#[test]
 fn compare_gives_a_row_for_each_kind_with_what_the_peer_took() {
     let Some(bench) = Bench::new(&["qemu-system-x86_64"]) else {
         return;
