@@ -1,9 +1,10 @@
-//! What the two roles of a pair, with the link between them, ask of the system while packets flow: no memory, and no
+//! What the two roles of a pair, with the link between them, ask of the system while packets flow: no memory, no lock, and no
 //! system call but those that send and receive datagrams, call the guest, let others run and look who that is, and look now
 //! and then whether the TCP connection still is; where one NIC carries the guest's packets and the link's, those that wake it
 //! up send both. The kernel's count and the worker's own are of the same moments, so they agree to the call.
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+#![allow(clippy::disallowed_types, reason = "between this test and a worker")]
 
 mod counting;
 mod mock_hosts;
@@ -15,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use colo_fastpath::link::{LinkStats, Packets};
+use colo_fastpath::lock;
 use colo_fastpath::pair::{PrimaryRole, SecondaryRole};
 use colo_fastpath::worker::{Command, Edge, Role, WorkerHandle};
 use counting::{allocations, can_count, count, stop_counting, turn};
@@ -42,6 +44,8 @@ struct Asked {
     looks_around: u64,
     link: LinkStats,
     nic: Wakes,
+    /// To ask the NIC takes some itself.
+    locks: u64,
     at: Instant,
 }
 
@@ -79,6 +83,7 @@ impl Asked {
             looks_around: stats.looks_around + CALLS_PER_MOVE * stats.moves,
             link,
             nic: Wakes::of(edge),
+            locks: lock::taken(),
             at: Instant::now(),
         }
     }
@@ -117,7 +122,9 @@ fn begin(worker: &WorkerHandle) -> (Counter, Asked) {
 fn end(worker: &WorkerHandle, mut counter: Counter) -> (u64, Asked) {
     run_quietly(worker, move |edge, role| {
         counter.disable().unwrap();
-        (counter.read().unwrap() - 1, Asked::of(edge, role))
+        let (system_calls, locks) = (counter.read().unwrap() - 1, lock::taken());
+        let asked = Asked::of(edge, role);
+        (system_calls, Asked { locks, ..asked })
     })
 }
 
@@ -171,6 +178,7 @@ fn a_pair_asks_for_wake_ups_only(wiring: Wiring, digests: bool) {
         println!("{wiring:?}: {told}");
         let expected = datagram_calls + kicks + stream_calls + guest_calls + yields + looks_around;
         assert_eq!(system_calls, expected, "{told}");
+        assert_eq!(after.locks, before.locks, "{told}");
         let looks = elapsed_us / STREAM_LOOKS_US + 1;
         assert!(stream_calls <= looks + 2 * questions, "{told}");
         assert!(guest_calls < 10, "{told}");

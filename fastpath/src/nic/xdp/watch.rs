@@ -9,12 +9,13 @@
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::lock::Lock;
 use crate::nic::rtnetlink::Rtnetlink;
 use crate::ring::xsk::Interface;
 
@@ -49,7 +50,7 @@ impl Seen {
 #[derive(Debug)]
 struct Shared {
     changed: AtomicBool,
-    seen: Mutex<Seen>,
+    seen: Lock<Seen>,
     wake: EventFd,
 }
 
@@ -108,14 +109,14 @@ impl Shared {
     fn new(seen: Seen) -> io::Result<Self> {
         Ok(Self {
             changed: AtomicBool::new(false),
-            seen: Mutex::new(seen),
+            seen: Lock::new(seen),
             wake: EventFd::new(EFD_NONBLOCK)?,
         })
     }
 
     /// It is like that now.
     fn report(&self, now: Seen) {
-        let mut seen = self.lock();
+        let mut seen = self.seen.lock();
         if *seen != now {
             *seen = now;
             self.changed.store(true, Ordering::Relaxed);
@@ -134,16 +135,11 @@ impl Shared {
             return None;
         }
         meanwhile();
-        let seen = self.lock();
+        let seen = self.seen.lock();
         // Under the lock, under which it was written: who has taken a report is not woken for it any more.
         let _ = self.wake.read();
         self.changed.store(false, Ordering::Relaxed);
         Some(seen.clone())
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
-        // Nothing is left half done under this lock.
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

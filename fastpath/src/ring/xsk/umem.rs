@@ -9,7 +9,9 @@ use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+
+use crate::lock::{Lock, Locked};
 
 use super::error::XskError;
 use super::socket::{BindOptions, Descriptor, Received, Rings, Rx};
@@ -51,7 +53,7 @@ struct Area {
     base: usize,
     bytes: u64,
     settings: UmemSettings,
-    sockets: Mutex<Sockets>,
+    sockets: Lock<Sockets>,
     /// What keeps the area mapped.
     _owner: Box<dyn Any + Send + Sync>,
 }
@@ -110,7 +112,7 @@ impl Umem {
             base: base.addr().get(),
             bytes,
             settings,
-            sockets: Mutex::default(),
+            sockets: Lock::default(),
             _owner: owner,
         };
         area.check()?;
@@ -195,7 +197,7 @@ impl Umem {
     }
 
     /// The sockets of the area, locked until one more is bound.
-    pub(super) fn sockets(&self) -> MutexGuard<'_, Sockets> {
+    pub(super) fn sockets(&self) -> Locked<'_, Sockets> {
         self.area.sockets()
     }
 
@@ -223,9 +225,8 @@ impl Umem {
 }
 
 impl Area {
-    fn sockets(&self) -> MutexGuard<'_, Sockets> {
-        // A panic of another thread leaves nothing half done here that would matter.
-        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn sockets(&self) -> Locked<'_, Sockets> {
+        self.sockets.lock()
     }
 
     fn check(&self) -> Result<(), XskError> {
