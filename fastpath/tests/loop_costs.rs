@@ -1,5 +1,5 @@
-//! What the packet loop asks of the system while packets flow: no memory, and no system call but those that wake
-//! the NIC or call the guest. (Locks show as system calls as soon as two want one.)
+//! What the packet loop asks of the system while packets flow: no memory, no lock, and no system call but those that
+//! wake the NIC or call the guest.
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
 
@@ -12,10 +12,12 @@ use std::net::UdpSocket;
 
 use colo_bpf::Mac;
 use colo_fastpath::frame::TxMode;
+use colo_fastpath::lock;
 use colo_fastpath::nic::{Filter, Nic, Sink, XdpNic, XdpNicConfig};
 
 use colo_fastpath::stages::Stage;
 use colo_fastpath::stats::WorkerSnapshot;
+use colo_fastpath::worker::WorkerHandle;
 use counting::{allocations, can_count, count, stop_counting, turn};
 use mock_shards::MockShards;
 use mock_solo::MockSolo;
@@ -31,12 +33,19 @@ const FLYING: u64 = 32;
 #[derive(Debug)]
 struct Costs {
     allocations: u64,
+    locks: u64,
     system_calls: u64,
     nic_kicks: u64,
     guest_calls: u64,
     /// Turns without work, in which others were let run.
     yields: u64,
     sent: u64,
+}
+
+/// Locks that these workers have taken so far.
+fn locks<'a>(workers: impl IntoIterator<Item = &'a WorkerHandle>) -> u64 {
+    let taken = |worker: &WorkerHandle| worker.execute(|_, _| lock::taken()).unwrap();
+    workers.into_iter().map(taken).sum()
 }
 
 fn nic_kicks(pair: &MockPair) -> u64 {
@@ -61,15 +70,18 @@ fn costs_with(nic: Box<dyn Nic>) -> Costs {
     let mut counter = count(&pair.worker);
     let kicks = nic_kicks(&pair);
     let before = pair.worker.stats();
-    // Both are what this process asks of the worker, not what packets cost.
+    // These are what this process asks of the worker, not what packets cost.
+    let taken = locks([&pair.worker]);
     let begun = allocations();
     counter.enable().unwrap();
     flow(&mut pair, WARM_UP, COUNTED);
     counter.disable().unwrap();
     let allocations = allocations() - begun;
+    let locks = locks([&pair.worker]) - taken;
     let after = pair.worker.stats();
     let costs = Costs {
         allocations,
+        locks,
         system_calls: counter.read().unwrap(),
         nic_kicks: nic_kicks(&pair) - kicks,
         guest_calls: after.guest_calls - before.guest_calls,
@@ -128,6 +140,7 @@ fn crossing_between_shards_asks_nothing_of_the_system() {
     let calls = sum(&bench, |s| s.guest_calls);
     let yields = sum(&bench, |s| s.yields);
     let crossed = sum(&bench, |s| s.crossed_in_frames);
+    let taken = locks(&bench.workers);
     let begun = allocations();
     for counter in &mut counters {
         counter.enable().unwrap();
@@ -137,13 +150,14 @@ fn crossing_between_shards_asks_nothing_of_the_system() {
         counter.disable().unwrap();
     }
     let allocations = allocations() - begun;
+    let locks = locks(&bench.workers) - taken;
     let calls = sum(&bench, |s| s.guest_calls) - calls;
     let yields = sum(&bench, |s| s.yields) - yields;
     let crossed = sum(&bench, |s| s.crossed_in_frames) - crossed;
     let system_calls: u64 = counters.iter_mut().map(|c| c.read().unwrap()).sum();
     println!("{crossed} crossed, {system_calls} system calls, {calls} calls of the guest");
     bench.workers.iter().for_each(stop_counting);
-    assert_eq!(allocations, 0);
+    assert_eq!((allocations, locks), (0, 0));
     assert!(system_calls <= calls + yields, "{calls} {yields}");
     assert!(calls < 10, "{calls}");
     // Both ways, about half of them.
@@ -157,7 +171,7 @@ fn comparing_asks_nothing_of_the_system() {
     }
     let costs = costs_with(Box::new(Sink::new(1500)));
     assert_eq!(costs.sent, COUNTED);
-    assert_eq!(costs.allocations, 0, "{costs:?}");
+    assert_eq!((costs.allocations, costs.locks), (0, 0), "{costs:?}");
     let expected = costs.guest_calls + costs.yields;
     assert!(costs.system_calls <= expected, "{costs:?}");
     assert!(costs.guest_calls < 10, "{costs:?}");
@@ -172,7 +186,7 @@ fn sending_over_af_xdp_asks_for_wake_ups_only() {
         let mac: Mac = GUEST_MAC;
         let config = XdpNicConfig::new("near", mac, 1500, Filter::Guest(mac));
         let costs = costs_with(Box::new(XdpNic::open(config).unwrap()));
-        assert_eq!(costs.allocations, 0, "{costs:?}");
+        assert_eq!((costs.allocations, costs.locks), (0, 0), "{costs:?}");
         assert!(costs.sent > COUNTED / 2, "{costs:?}");
         let wake_ups = costs.nic_kicks + costs.guest_calls + costs.yields;
         assert!(costs.system_calls <= wake_ups, "{costs:?}");
@@ -197,11 +211,13 @@ fn receiving_over_af_xdp_asks_nothing_of_the_system() {
         let worker = guest.worker.clone();
         let mut counter = count(&worker);
         let before = worker.stats();
+        let taken = locks([&worker]);
         let begun = allocations();
         counter.enable().unwrap();
         guest_receives(&mut guest, &station, COUNTED);
         counter.disable().unwrap();
         let allocations = allocations() - begun;
+        let locks = locks([&worker]) - taken;
         let (after, system_calls) = (worker.stats(), counter.read().unwrap());
         stop_counting(&worker);
         let delivered = after.guest_rx_frames - before.guest_rx_frames;
@@ -210,7 +226,7 @@ fn receiving_over_af_xdp_asks_nothing_of_the_system() {
         println!(
             "{delivered} delivered, {system_calls} system calls, {calls} calls, {yields} yields"
         );
-        assert_eq!((delivered, allocations), (COUNTED, 0));
+        assert_eq!((delivered, allocations, locks), (COUNTED, 0, 0));
         assert!(system_calls <= calls + yields, "{calls} {yields}");
         assert!(calls < 10, "{calls}");
         let timed = worker.execute(|edge, _| {

@@ -1,8 +1,10 @@
-//! What the two roles of a pair, with the link between them, ask of the system while packets flow: no memory, and no system call
-//! but those that send and receive datagrams, call the guest, let others run and look who that is, and look now and then whether
-//! the TCP connection still is. The kernel's count and the worker's own are of the same moments, so they agree to the call.
+//! What the two roles of a pair, with the link between them, ask of the system while packets flow: no memory, no lock, and no
+//! system call but those that send and receive datagrams, call the guest, let others run and look who that is, and look now
+//! and then whether the TCP connection still is; where one NIC carries the guest's packets and the link's, those that wake it
+//! up send both. The kernel's count and the worker's own are of the same moments, so they agree to the call.
 
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails its test")]
+#![allow(clippy::disallowed_types, reason = "between this test and a worker")]
 
 mod counting;
 mod mock_hosts;
@@ -13,11 +15,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use colo_compare::HEADER_MAX;
 use colo_fastpath::link::{LinkStats, Packets};
+use colo_fastpath::lock;
 use colo_fastpath::pair::{PrimaryRole, SecondaryRole};
 use colo_fastpath::worker::{Command, Edge, Role, WorkerHandle};
 use counting::{allocations, can_count, count, stop_counting, turn};
-use mock_hosts::{Host, Hosts};
+use mock_hosts::{Host, Hosts, Wiring};
 use perf_event::Counter;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -40,7 +44,30 @@ struct Asked {
     yields: u64,
     looks_around: u64,
     link: LinkStats,
+    nic: Wakes,
+    /// To ask the NIC takes some itself.
+    locks: u64,
     at: Instant,
+}
+
+/// How the guest's NIC was told of what it is to send.
+#[derive(Debug, Clone, Copy, Default)]
+struct Wakes {
+    frames: u64,
+    kicks: u64,
+    in_vain: u64,
+}
+
+impl Wakes {
+    fn of(edge: &Edge) -> Self {
+        let counters = edge.nic_report().counters;
+        let count = |name| counters.get(name).copied().unwrap_or_default();
+        Self {
+            frames: edge.stats().snapshot().nic_tx_frames,
+            kicks: count("tx_kicks"),
+            in_vain: count("tx_kicks_in_vain"),
+        }
+    }
 }
 
 impl Asked {
@@ -56,6 +83,8 @@ impl Asked {
             yields: stats.yields,
             looks_around: stats.looks_around + CALLS_PER_MOVE * stats.moves,
             link,
+            nic: Wakes::of(edge),
+            locks: lock::taken(),
             at: Instant::now(),
         }
     }
@@ -94,7 +123,9 @@ fn begin(worker: &WorkerHandle) -> (Counter, Asked) {
 fn end(worker: &WorkerHandle, mut counter: Counter) -> (u64, Asked) {
     run_quietly(worker, move |edge, role| {
         counter.disable().unwrap();
-        (counter.read().unwrap() - 1, Asked::of(edge, role))
+        let (system_calls, locks) = (counter.read().unwrap() - 1, lock::taken());
+        let asked = Asked::of(edge, role);
+        (system_calls, Asked { locks, ..asked })
     })
 }
 
@@ -114,12 +145,12 @@ fn counted(hosts: &mut Hosts) -> [(u64, Asked, Asked); 2] {
     })
 }
 
-fn a_pair_asks_for_wake_ups_only(packets: Packets, digests: bool) {
+fn a_pair_asks_for_wake_ups_only(wiring: Wiring, digests: bool) {
     if !can_count() {
         return;
     }
     let _turn = turn();
-    let mut hosts = Hosts::new(packets, digests);
+    let mut hosts = Hosts::new(wiring, digests);
     hosts.exchange(WARM_UP);
     let both = counted(&mut hosts);
     // Of both hosts: after each there is a question over TCP, which either end reads or answers.
@@ -136,20 +167,32 @@ fn a_pair_asks_for_wake_ups_only(packets: Packets, digests: bool) {
         let sent = of_link(|link| link.datagrams_sent);
         let asked = of_link(|link| link.wake_ups_asked);
         let in_vain = of_link(|link| link.wake_ups_in_vain);
+        let frames = after.nic.frames - before.nic.frames;
+        let kicks = after.nic.kicks - before.nic.kicks;
+        let kicks_in_vain = after.nic.in_vain - before.nic.in_vain;
         let told = format!(
             "{system_calls} system calls: {datagram_calls} ({asked} asked for, {in_vain} in vain) for {sent} datagrams sent \
-             and {} received, {stream_calls} on TCP with {questions} questions in {elapsed_us} us, {guest_calls} of the guest, \
-             {yields} yields, {looks_around} around",
+             and {} received, {kicks} ({kicks_in_vain} in vain) of the NIC for {frames} frames of the guest's, {stream_calls} on \
+             TCP with {questions} questions in {elapsed_us} us, {guest_calls} of the guest, {yields} yields, {looks_around} around",
             of_link(|link| link.datagrams_received)
         );
-        println!("{packets:?}: {told}");
-        let expected = datagram_calls + stream_calls + guest_calls + yields + looks_around;
+        println!("{wiring:?}: {told}");
+        let expected = datagram_calls + kicks + stream_calls + guest_calls + yields + looks_around;
         assert_eq!(system_calls, expected, "{told}");
+        assert_eq!(after.locks, before.locks, "{told}");
         let looks = elapsed_us / STREAM_LOOKS_US + 1;
         assert!(stream_calls <= looks + 2 * questions, "{told}");
         assert!(guest_calls < 10, "{told}");
         assert!(sent > COUNTED / 10, "{told}");
-        if packets == Packets::Xdp {
+        if wiring == Wiring::OneNic {
+            // All that leaves, leaves by the guest's NIC. A secondary has nothing else to send.
+            assert_eq!((datagram_calls, asked), (0, 0), "{told}");
+            assert!(
+                kicks > 0 && kicks - kicks_in_vain <= sent + frames,
+                "{told}"
+            );
+        }
+        if wiring == Wiring::Link(Packets::Xdp) {
             // Each is a wake-up that the ring asked for, which it does for a datagram that travels alone, too: where the
             // kernel copies, it sends in this call and at no other time. What batches take is in the test below.
             assert_eq!(datagram_calls, asked, "{told}");
@@ -160,27 +203,39 @@ fn a_pair_asks_for_wake_ups_only(packets: Packets, digests: bool) {
 
 #[test]
 fn a_pair_over_af_xdp_asks_for_wake_ups_only() {
-    a_pair_asks_for_wake_ups_only(Packets::Xdp, false);
+    a_pair_asks_for_wake_ups_only(Wiring::Link(Packets::Xdp), false);
 }
 
 #[test]
 fn a_pair_over_af_xdp_that_compares_digests_asks_for_wake_ups_only() {
-    a_pair_asks_for_wake_ups_only(Packets::Xdp, true);
+    a_pair_asks_for_wake_ups_only(Wiring::Link(Packets::Xdp), true);
 }
 
 #[test]
 fn a_pair_over_udp_asks_for_batches_of_datagrams_only() {
-    a_pair_asks_for_wake_ups_only(Packets::Udp, false);
+    a_pair_asks_for_wake_ups_only(Wiring::Link(Packets::Udp), false);
+}
+
+#[test]
+fn a_pair_with_one_nic_for_guest_and_link_asks_for_wake_ups_only() {
+    a_pair_asks_for_wake_ups_only(Wiring::OneNic, false);
+}
+
+#[test]
+fn a_pair_with_one_nic_that_compares_digests_asks_for_wake_ups_only() {
+    a_pair_asks_for_wake_ups_only(Wiring::OneNic, true);
 }
 
 /// One step of a host and what it sent and asked for: datagrams and wake-ups.
 fn step(hosts: &Hosts, host: usize) -> [u64; 2] {
     let counts = || {
         let link = hosts.links()[host];
+        let worker = &[&hosts.primary, &hosts.secondary][host].worker;
+        let kicks = worker.execute(|edge, _| Wakes::of(edge).kicks).unwrap();
         [
             link.datagrams_sent,
-            link.datagram_calls,
-            link.wake_ups_asked,
+            link.datagram_calls + kicks,
+            link.wake_ups_asked + kicks,
         ]
     };
     let before = counts();
@@ -194,7 +249,16 @@ fn step(hosts: &Hosts, host: usize) -> [u64; 2] {
 #[test]
 fn a_batch_shares_one_wake_up() {
     let _turn = turn();
-    let mut hosts = Hosts::new(Packets::Xdp, false);
+    a_batch_shares_one(Hosts::new(Wiring::Link(Packets::Xdp), false));
+}
+
+#[test]
+fn a_batch_through_the_guests_nic_shares_one_wake_up() {
+    let _turn = turn();
+    a_batch_shares_one(Hosts::new(Wiring::OneNic, false));
+}
+
+fn a_batch_shares_one(mut hosts: Hosts) {
     hosts.halt();
     for batch in [1, 8, KICK_FRAMES, 2 * KICK_FRAMES] {
         hosts.settle();
@@ -217,12 +281,81 @@ fn a_batch_shares_one_wake_up() {
         }
         hosts.settle();
         hosts.request(batch);
-        let [sent, wake_ups] = step(&hosts, 0);
+        let begun = Instant::now();
+        // What comes over a cable may not be there yet.
+        let [sent, wake_ups] = loop {
+            let stepped = step(&hosts, 0);
+            if stepped != [0, 0] {
+                break stepped;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{:?}", hosts.links());
+        };
         println!("{batch} requests: {sent} datagrams, {wake_ups} wake-ups");
         assert!(
             sent > 0 && sent <= batch.div_ceil(8),
             "they share datagrams"
         );
         assert_eq!(wake_ups, 1);
+    }
+}
+
+/// What became of the guest's bytes in a worker: sent in place, copied because they are short, because they were compared by
+/// digests, because a secondary works on copies, and all that were copied.
+fn fates(worker: &WorkerHandle) -> [u64; 5] {
+    let stats = worker.stats();
+    let causes = [
+        stats.copied_small_bytes,
+        stats.copied_digested_bytes,
+        stats.copied_role_bytes,
+    ];
+    let others = [
+        stats.copied_scattered_bytes,
+        stats.copied_pressure_bytes,
+        stats.copied_compared_bytes,
+        stats.copied_undecided_bytes,
+        stats.copied_gathered_bytes,
+        stats.copied_read_bytes,
+        stats.copied_crossing_bytes,
+    ];
+    let copied = causes.iter().chain(&others).sum();
+    let [small, digested, role] = causes;
+    [stats.tx_in_place_bytes, small, digested, role, copied]
+}
+
+/// Of each two responses one is short; of the long one the first bytes are host memory, whatever becomes of the rest.
+#[test]
+fn each_byte_of_a_response_is_counted_once_and_by_its_cause() {
+    const SHORT: u64 = 42 + 64;
+    const LONG: u64 = 42 + 1200;
+    let _turn = turn();
+    for digests in [false, true] {
+        let mut hosts = Hosts::new(Wiring::Link(Packets::Xdp), digests);
+        let workers = [&hosts.primary, &hosts.secondary].map(|host| host.worker.clone());
+        hosts.exchange(WARM_UP);
+        let all_sent = |worker: &WorkerHandle, frames: u64| {
+            let begun = Instant::now();
+            while worker.stats().nic_tx_frames < frames {
+                assert!(begun.elapsed() < PATIENCE, "{:?}", worker.stats());
+                thread::yield_now();
+            }
+        };
+        all_sent(&workers[0], WARM_UP);
+        let before = workers.each_ref().map(fates);
+        hosts.exchange(COUNTED);
+        all_sent(&workers[0], WARM_UP + COUNTED);
+        let after = workers.each_ref().map(fates);
+        let [primary, secondary] = [0, 1].map(|host: usize| {
+            let grown = |n: usize| after[host][n] - before[host][n];
+            [0, 1, 2, 3, 4].map(grown)
+        });
+        let (short, long) = (COUNTED / 2 * SHORT, COUNTED / 2 * LONG);
+        let rest = COUNTED / 2 * (LONG - HEADER_MAX as u64);
+        let expected = match digests {
+            false => [rest, short, 0, 0, short],
+            true => [0, short, rest, 0, short + rest],
+        };
+        assert_eq!(primary, expected, "digests: {digests}");
+        let all = short + long;
+        assert_eq!(secondary, [0, 0, 0, all, all], "digests: {digests}");
     }
 }

@@ -11,6 +11,7 @@ pub mod clients;
 pub mod compare;
 pub mod deaf;
 pub mod fuzz;
+pub mod lesser;
 pub mod loads;
 pub mod lossy;
 pub mod quota;

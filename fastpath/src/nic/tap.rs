@@ -13,7 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use colo_bpf::{attach_to_tap, detach_from_tap, drop_all, for_guest};
 
@@ -25,6 +25,7 @@ use super::timer::Timer;
 use super::{Filter, Nic, Sent, poll_for, read_frames};
 use crate::counters;
 use crate::frame::{FramePool, PIECES_MAX};
+use crate::lock::Lock;
 use crate::ring::xsk::Interface;
 
 const TUN_PATH: &str = "/dev/net/tun";
@@ -105,7 +106,7 @@ pub struct Tap {
     /// How many queues the device must have, of which this is one.
     queues: usize,
     /// Of the device, whichever queue set it.
-    filter: Arc<Mutex<Filter>>,
+    filter: Arc<Lock<Filter>>,
     /// Of the device that `file` is attached to; `None`: it is gone.
     index: Option<u32>,
     link: Link,
@@ -141,7 +142,7 @@ impl Tap {
     /// Attaches to the device `name`, making it when it does not exist, sets its MTU, filters it
     /// and brings it up.
     pub fn open(name: &str, mtu: u16, filter: Filter) -> Result<Self, TapError> {
-        let mut tap = Self::attach(name, mtu, 1, &Arc::new(Mutex::new(filter)))?;
+        let mut tap = Self::attach(name, mtu, 1, &Arc::new(Lock::new(filter)))?;
         tap.bring_up()?;
         Ok(tap)
     }
@@ -154,7 +155,7 @@ impl Tap {
         filter: Filter,
         queues: usize,
     ) -> Result<Vec<Self>, TapError> {
-        let filter = Arc::new(Mutex::new(filter));
+        let filter = Arc::new(Lock::new(filter));
         let mut taps = Vec::with_capacity(queues);
         for _ in 0..queues {
             taps.push(Self::attach(name, mtu, queues, &filter)?);
@@ -175,7 +176,7 @@ impl Tap {
         name: &str,
         mtu: u16,
         queues: usize,
-        filter: &Arc<Mutex<Filter>>,
+        filter: &Arc<Lock<Filter>>,
     ) -> Result<Self, TapError> {
         let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || !plain {
@@ -289,7 +290,7 @@ impl Tap {
     fn attach_filter(&self) -> io::Result<()> {
         let fd = self.file.as_fd();
         // Held, so that no other queue attaches an older one afterwards.
-        let filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
+        let filter = self.filter.lock();
         match *filter {
             Filter::Open => detach_from_tap(fd),
             Filter::Guest(mac) => attach_to_tap(fd, &for_guest(&[mac])),
@@ -407,7 +408,7 @@ impl Nic for Tap {
     }
 
     fn set_filter(&mut self, filter: Filter) -> io::Result<()> {
-        *self.filter.lock().unwrap_or_else(PoisonError::into_inner) = filter;
+        *self.filter.lock() = filter;
         match self.attach_filter() {
             // It holds when there is a device again.
             Err(_) if self.index.is_none() => Ok(()),

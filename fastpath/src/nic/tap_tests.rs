@@ -112,7 +112,7 @@ fn what_came_before_the_filter_is_not_read() {
         let mac = [0x52, 0x54, 0, 0xc0, 0x10, 1];
         ip("tuntap add dev ct0 mode tap");
         bring_up("ct0");
-        let filter = Arc::new(Mutex::new(Filter::Guest(mac)));
+        let filter = Arc::new(Lock::new(Filter::Guest(mac)));
         let mut tap = Tap::attach("ct0", 1500, 1, &filter).unwrap();
         ip("addr add 10.99.0.1/24 dev ct0");
         ip("neigh add 10.99.0.2 lladdr 52:54:00:c0:10:01 dev ct0");
@@ -169,7 +169,7 @@ fn a_device_that_another_has_is_tried_again_until_it_is_free() {
         let mut tap = Tap::open("ct0", 1500, Filter::Open).unwrap();
         ip("link del ct0");
         until(std::slice::from_mut(&mut tap), |tap| tap.index.is_none());
-        let other = Tap::attach("ct0", 1500, 1, &Arc::new(Mutex::new(Filter::Open))).unwrap();
+        let other = Tap::attach("ct0", 1500, 1, &Arc::new(Lock::new(Filter::Open))).unwrap();
         until(std::slice::from_mut(&mut tap), |tap| {
             tap.stats.return_failures.get() > 3
         });

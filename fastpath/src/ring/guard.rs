@@ -7,8 +7,10 @@
 
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
+use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock, Weak};
+
+use crate::lock::Lock;
 
 /// Keeps what pages hold before the host overwrites them.
 pub trait WriteGuard: Debug + Send + Sync {
@@ -21,12 +23,12 @@ pub trait WriteGuard: Debug + Send + Sync {
 #[derive(Debug, Default)]
 pub(super) struct GuardSlot {
     armed: AtomicBool,
-    guard: RwLock<Option<Weak<dyn WriteGuard>>>,
+    guard: Lock<Option<Weak<dyn WriteGuard>>>,
 }
 
 impl GuardSlot {
     pub(super) fn set(&self, guard: Weak<dyn WriteGuard>) {
-        *self.guard.write().unwrap_or_else(PoisonError::into_inner) = Some(guard);
+        *self.guard.lock() = Some(guard);
     }
 
     pub(super) fn arm(&self, on: bool) {
@@ -38,11 +40,11 @@ impl GuardSlot {
         self.armed.load(Ordering::Relaxed)
     }
 
-    /// Uncontended: it is only set unarmed.
+    /// It is set only unarmed, and held by writers no longer than to copy a pointer.
     #[cold]
     pub(super) fn ask(&self, pages: RangeInclusive<usize>) {
-        let guard = self.guard.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(guard) = guard.as_ref().and_then(Weak::upgrade) {
+        let guard = self.guard.lock().as_ref().and_then(Weak::upgrade);
+        if let Some(guard) = guard {
             guard.before_write(pages);
         }
     }

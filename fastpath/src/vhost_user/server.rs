@@ -12,13 +12,14 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use tracing::{info, warn};
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::lock::{Lock, Locked};
 use crate::net_offer::NetOffer;
 
 use super::device::Device;
@@ -43,6 +44,13 @@ pub enum SocketError {
     },
 }
 
+/// A device as the crate `vhost` asks for it. One thread takes it, for a request.
+#[allow(
+    clippy::disallowed_types,
+    reason = "no packets: those are the worker's, which has the rings"
+)]
+type LockedDevice<G> = std::sync::Mutex<Device<G>>;
+
 /// A listening back-end.
 #[derive(Debug)]
 pub struct VhostUserServer {
@@ -58,7 +66,7 @@ struct Shared {
     stop: EventFd,
     stopping: AtomicBool,
     /// The connection, so that a request that never ends can be cut off.
-    peer: Mutex<Option<UnixStream>>,
+    peer: Lock<Option<UnixStream>>,
 }
 
 impl VhostUserServer {
@@ -75,9 +83,9 @@ impl VhostUserServer {
             stats: stats.clone(),
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?,
             stopping: AtomicBool::new(false),
-            peer: Mutex::new(None),
+            peer: Lock::new(None),
         });
-        let device = Arc::new(Mutex::new(Device::new(side, offer, stats)));
+        let device = Arc::new(LockedDevice::new(Device::new(side, offer, stats)));
         let of_thread = shared.clone();
         let thread = thread::Builder::new()
             .name("vhost-user".into())
@@ -119,15 +127,15 @@ impl Drop for VhostUserServer {
 }
 
 impl Shared {
-    fn peer(&self) -> MutexGuard<'_, Option<UnixStream>> {
-        self.peer.lock().unwrap_or_else(PoisonError::into_inner)
+    fn peer(&self) -> Locked<'_, Option<UnixStream>> {
+        self.peer.lock()
     }
 
     fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn run<G: GuestSide>(&self, listener: &UnixListener, device: &Arc<Mutex<Device<G>>>) {
+    fn run<G: GuestSide>(&self, listener: &UnixListener, device: &Arc<LockedDevice<G>>) {
         while !self.is_stopping() {
             match listener.accept() {
                 Ok((stream, _)) => self.connected(stream, device),
@@ -144,7 +152,7 @@ impl Shared {
         }
     }
 
-    fn connected<G: GuestSide>(&self, stream: UnixStream, device: &Arc<Mutex<Device<G>>>) {
+    fn connected<G: GuestSide>(&self, stream: UnixStream, device: &Arc<LockedDevice<G>>) {
         self.stats.connections.add(1);
         info!("vhost-user: a front-end connects");
         match stream
@@ -204,7 +212,7 @@ impl Shared {
     }
 }
 
-fn locked<G>(device: &Mutex<Device<G>>) -> MutexGuard<'_, Device<G>> {
+fn locked<G>(device: &LockedDevice<G>) -> MutexGuard<'_, Device<G>> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

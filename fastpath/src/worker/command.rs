@@ -5,12 +5,13 @@
 //!
 //! Carries no frames.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::lock::Lock;
 use crate::nic::Filter;
 use crate::shard::ShardGroup;
 use crate::stats::{WorkerSnapshot, WorkerStats};
@@ -59,7 +60,7 @@ pub struct WorkerHandle {
     wake: Arc<EventFd>,
     stats: Arc<WorkerStats>,
     group: ShardGroup,
-    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+    thread: Arc<Lock<Option<JoinHandle<()>>>>,
 }
 
 impl WorkerHandle {
@@ -75,7 +76,7 @@ impl WorkerHandle {
             wake,
             stats,
             group,
-            thread: Arc::new(Mutex::new(Some(thread))),
+            thread: Arc::new(Lock::new(Some(thread))),
         }
     }
 
@@ -157,11 +158,7 @@ impl WorkerHandle {
     /// Ends the thread and waits for it. Later calls do nothing.
     pub fn stop(&self) {
         let _ = self.send(Command::Stop);
-        let thread = self
-            .thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let thread = self.thread.lock().take();
         if let Some(thread) = thread
             && thread.join().is_err()
         {

@@ -2,6 +2,8 @@
 //!
 //! Invariant: one test counts at a time ([`turn`]): the allocator counts for all workers together.
 
+#![allow(clippy::disallowed_types, reason = "of tests that wait for each other")]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,10 +1,11 @@
 //! Two hosts of a pair in this process: a worker in the primary's role and one in the secondary's, each with a guest that is a
 //! driver of this process, and between them the link, which crosses from one network namespace to another.
 
+mod network;
+
 use std::collections::VecDeque;
 use std::io;
 use std::net::{TcpListener, TcpStream};
-use std::process::Command as Process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
@@ -17,7 +18,7 @@ use colo_fastpath::clock::now_us;
 use colo_fastpath::frame::FramePool;
 use colo_fastpath::link::{LinkStats, PacketLink, Packets, PeerHeard, PoolMemory, open_ports};
 use colo_fastpath::mailbox::Mailbox;
-use colo_fastpath::nic::{Filter, Nic, Sent, Sink};
+use colo_fastpath::nic::{Filter, Nic, Sent, Sink, XdpNic, XdpNicConfig};
 use colo_fastpath::pair::{
     Lease, OnWorkers, PairEvent, PrimaryRole, PrimaryRoleConfig, SecondaryRole, SecondaryRoleConfig,
 };
@@ -25,6 +26,8 @@ use colo_fastpath::ring::driver_mock::DriverMock;
 use colo_fastpath::ring::{Call, GuestRam, Pages, Segment};
 use colo_fastpath::worker::{Command, PollMode, PortWiring, WorkerConfig, WorkerHandle, spawn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use network::{Namespace, Station};
 
 const SLOTS: u32 = 8192;
 const ENTRIES: u16 = 256;
@@ -43,6 +46,39 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Longer than anything waits that one host owes the other: a lost datagram is sent again after a fifth of a second at most.
 const OWED_US: u64 = 250_000;
 const FAR_US: u64 = u64::MAX / 4;
+
+/// What the two hosts have between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wiring {
+    /// The link alone, with the datagrams that this allows; what the clients want is made up.
+    Link(Packets),
+    /// One NIC each, over AF_XDP, for clients and link.
+    OneNic,
+}
+
+impl Wiring {
+    fn packets(self) -> Packets {
+        match self {
+            Self::Link(packets) => packets,
+            Self::OneNic => Packets::Xdp,
+        }
+    }
+
+    /// The NIC of a host in the namespace of the calling thread.
+    fn nic(self, interface: &str, filter: Filter, left: &Arc<AtomicU64>) -> Box<dyn Nic> {
+        match self {
+            Self::Link(_) => Box::new(Client {
+                sink: Sink::new(1500),
+                request: request(),
+                left: left.clone(),
+            }),
+            Self::OneNic => {
+                let config = XdpNicConfig::new(interface, GUEST_MAC, 1500, filter);
+                Box::new(XdpNic::open(config).unwrap())
+            }
+        }
+    }
+}
 
 /// Gives as many requests as it is told to; what is sent goes nowhere.
 struct Client {
@@ -92,6 +128,10 @@ impl Nic for Client {
     }
 }
 
+fn request() -> Vec<u8> {
+    udp(Side::V4, true, 53, 40_000, &[1; 100])
+}
+
 /// The response of number `n`.
 fn response(n: u64, len: usize) -> Vec<u8> {
     let mut payload = vec![n as u8; len];
@@ -112,15 +152,10 @@ pub struct Host {
 }
 
 impl Host {
-    fn new(name: &str, left: &Arc<AtomicU64>) -> Self {
+    fn new(name: &str, nic: Box<dyn Nic>) -> Self {
         let ram = Arc::new(GuestRam::new(4 << 20, Pages::Small).unwrap());
         let guest_rx = DriverMock::new(ram.clone(), 0x4000, ENTRIES, true);
         let guest_tx = DriverMock::new(ram.clone(), 0x8000, ENTRIES, true);
-        let nic = Client {
-            sink: Sink::new(1500),
-            request: udp(Side::V4, true, 53, 40_000, &[1; 100]),
-            left: left.clone(),
-        };
         let wiring = PortWiring {
             ram: ram.clone(),
             call: Arc::new(Call::new(EventFd::new(EFD_NONBLOCK).unwrap())),
@@ -134,7 +169,7 @@ impl Host {
             tx: Default::default(),
             stages: false,
         };
-        let worker = spawn(config, Box::new(nic), wiring).unwrap();
+        let worker = spawn(config, nic, wiring).unwrap();
         let queues = [guest_rx.queue_state(), guest_tx.queue_state()];
         worker.activate(queues).unwrap();
         Self {
@@ -203,19 +238,22 @@ pub struct Hosts {
     pub primary: Host,
     pub secondary: Host,
     requests: Arc<AtomicU64>,
+    /// The client on the cable of both NICs.
+    client: Option<Station>,
     events: [Mailbox<PairEvent>; 2],
 }
 
 impl Hosts {
-    pub fn new(packets: Packets, digests: bool) -> Self {
-        let requests = Arc::default();
-        let primary = Host::new("primary", &requests);
-        let secondary = Host::new("secondary", &Arc::default());
-        let pool = |host: &Host| {
-            let pool = host.worker.execute(|edge, _| PoolMemory::of(&edge.frames));
-            pool.unwrap()
+    pub fn new(wiring: Wiring, digests: bool) -> Self {
+        let requests: Arc<AtomicU64> = Arc::default();
+        let namespaces = Namespace::pair();
+        let host = |n: usize, name: &'static str, filter: Filter, left: Arc<AtomicU64>| {
+            let interface = namespaces[n].interface();
+            namespaces[n].run(move || Host::new(name, wiring.nic(interface, filter, &left)))
         };
-        let [near, far] = links(packets, [pool(&primary), pool(&secondary)]);
+        let primary = host(0, "primary", Filter::Guest(GUEST_MAC), requests.clone());
+        let secondary = host(1, "secondary", Filter::DropAll, Arc::default());
+        let [near, far] = links(wiring.packets(), &namespaces, [&primary, &secondary]);
         let (limits, mac) = (limits(), GUEST_MAC);
         let (post, theirs) = Mailbox::new().unwrap();
         let config = SecondaryRoleConfig { limits, mac };
@@ -254,12 +292,12 @@ impl Hosts {
             primary,
             secondary,
             requests,
+            client: (wiring == Wiring::OneNic).then(|| namespaces[1].station()),
             events: [ours, theirs],
         };
-        let name = if packets == Packets::Udp {
-            "udp"
-        } else {
-            "xdp"
+        let name = match wiring.packets() {
+            Packets::Udp => "udp",
+            _ => "xdp",
         };
         hosts.until(|hosts| hosts.links().iter().all(|link| link.carrier == name));
         hosts
@@ -307,7 +345,12 @@ impl Hosts {
 
     /// `count` more requests come to the client's NIC.
     pub fn request(&self, count: u64) {
-        self.requests.fetch_add(count, Ordering::Relaxed);
+        match &self.client {
+            Some(client) => (0..count).for_each(|_| client.say(&request())),
+            None => {
+                self.requests.fetch_add(count, Ordering::Relaxed);
+            }
+        }
     }
 
     /// The workers do only what [`Host::step`] asks of them.
@@ -347,43 +390,34 @@ fn limits() -> Limits {
     }
 }
 
-/// Both ends of the packet channel, in network namespaces of their own.
-fn links(packets: Packets, [near_pool, far_pool]: [PoolMemory; 2]) -> [PacketLink; 2] {
-    let (here, there) = channel();
-    let (ready, is_ready) = channel();
-    let far = thread::spawn(move || {
-        unshare();
-        // SAFETY: no preconditions.
-        here.send(unsafe { libc::gettid() }).unwrap();
-        is_ready.recv().unwrap();
-        let listener = TcpListener::bind("10.9.0.2:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let accept = move || open(listener.accept().unwrap().0, packets, &far_pool, 2);
-        (address, thread::spawn(accept))
+/// Both ends of the packet channel.
+fn links(
+    packets: Packets,
+    namespaces: &[Namespace; 2],
+    [primary, secondary]: [&Host; 2],
+) -> [PacketLink; 2] {
+    let [near, far] = namespaces;
+    let listener = far.run(|| TcpListener::bind("10.9.0.2:0").unwrap());
+    let address = listener.local_addr().unwrap();
+    let far_worker = secondary.worker.clone();
+    let opened = far.begin(move || open(listener.accept().unwrap().0, packets, &far_worker, 2));
+    let near_worker = primary.worker.clone();
+    let near = near.run(move || {
+        let stream = TcpStream::connect(address).unwrap();
+        open(stream, packets, &near_worker, 1)
     });
-    let near = thread::spawn(move || {
-        unshare();
-        let tid = there.recv().unwrap();
-        run(&format!(
-            "ip link add a0 mtu 2000 type veth peer name a0 mtu 2000 netns {tid}"
-        ));
-        for (address, inside) in [
-            ("10.9.0.1/24", String::new()),
-            ("10.9.0.2/24", format!("nsenter --net=/proc/{tid}/ns/net ")),
-        ] {
-            run(&format!("{inside}ip addr add {address} dev a0"));
-            run(&format!("{inside}ip link set a0 up"));
-        }
-        ready.send(()).unwrap();
-        let (address, far) = far.join().unwrap();
-        let near = open(TcpStream::connect(address).unwrap(), packets, &near_pool, 1);
-        [near, far.join().unwrap()]
-    });
-    near.join().unwrap()
+    [near, opened.recv().unwrap()]
 }
 
-fn open(stream: TcpStream, packets: Packets, pool: &PoolMemory, key: u64) -> PacketLink {
-    let ports = open_ports(&stream, packets, Some(pool), |_| None);
+/// With the datagrams of the worker's NIC, if that is at this end of the connection, else with sockets beside it.
+fn open(stream: TcpStream, packets: Packets, worker: &WorkerHandle, key: u64) -> PacketLink {
+    let pool = worker.execute(|edge, _| PoolMemory::of(&edge.frames));
+    let share = |name: String| {
+        worker
+            .execute(move |edge, _| edge.share_nic(&name))
+            .unwrap()
+    };
+    let ports = open_ports(&stream, packets, Some(&pool.unwrap()), share);
     assert_eq!(ports.refused, 0);
     let patience_us = PATIENCE.as_micros() as u64;
     // The control channel is well, so nobody asks over the packet channel's connection.
@@ -391,18 +425,4 @@ fn open(stream: TcpStream, packets: Packets, pool: &PoolMemory, key: u64) -> Pac
     control.note(FAR_US);
     let link = PacketLink::with_ports(stream, ports.list, key, patience_us).unwrap();
     link.beside(control)
-}
-
-/// Moves the calling thread to a network namespace of its own, which lives as long as sockets in it.
-fn unshare() {
-    // SAFETY: unshare changes only the calling thread, which nothing else shares.
-    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-    assert_eq!(unshared, 0, "needs root");
-}
-
-fn run(line: &str) {
-    let mut words = line.split(' ');
-    let program = words.next().unwrap();
-    let status = Process::new(program).args(words).status();
-    assert!(status.unwrap().success(), "{line}");
 }

@@ -348,8 +348,8 @@ impl PrimaryPath {
         }
     }
 
-    /// Gives back every frame that the path owns, for a shell that ends.
-    pub fn close<F: Frames + ?Sized>(mut self, frames: &mut F) {
+    /// Gives back every frame that the path owns, for a shell that ends. Nothing is done with it afterwards.
+    pub fn close<F: Frames + ?Sized>(&mut self, frames: &mut F) {
         self.ledger.drop_svm(frames, |_| true);
         self.ledger.close(frames);
         for at in 0..self.held.nodes() {

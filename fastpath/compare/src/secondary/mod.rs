@@ -550,8 +550,8 @@ impl SecondaryPath {
         }
     }
 
-    /// Gives back every frame that the path owns, for a shell that ends.
-    pub fn close<F: Frames + ?Sized>(mut self, frames: &mut F) {
+    /// Gives back every frame that the path owns, for a shell that ends. Nothing is done with it afterwards.
+    pub fn close<F: Frames + ?Sized>(&mut self, frames: &mut F) {
         self.drop_epoch(frames, u64::MAX);
         self.pending
             .drain(..)

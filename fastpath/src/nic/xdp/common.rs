@@ -10,13 +10,13 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use colo_bpf::{GuestFrames, LINK_ETHERTYPE, LinkChannel, Mac, XdpProgram};
 
 use super::membership::Membership;
 use super::news::News;
 use super::{XdpAbilities, XdpNicError, XdpNicMode};
+use crate::lock::{Lock, Locked};
 use crate::nic::Filter;
 
 /// How the first end is attached.
@@ -50,7 +50,7 @@ pub(super) struct Control {
 /// What the ends share.
 #[derive(Debug)]
 pub(super) struct Common {
-    control: Mutex<Control>,
+    control: Lock<Control>,
     shards: u32,
     /// Of what the ends have to look at.
     news: News,
@@ -68,7 +68,7 @@ impl Common {
         shards: u32,
     ) -> io::Result<Self> {
         Ok(Self {
-            control: Mutex::new(Control {
+            control: Lock::new(Control {
                 interface: interface.to_owned(),
                 program,
                 membership: None,
@@ -86,9 +86,9 @@ impl Common {
         })
     }
 
-    pub(super) fn control(&self) -> MutexGuard<'_, Control> {
+    pub(super) fn control(&self) -> Locked<'_, Control> {
         // Nothing is left half done under this lock that the next attachment does not put right.
-        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+        self.control.lock()
     }
 
     /// How many ends there are.

@@ -8,7 +8,10 @@ use super::interface::InterfaceError;
 #[derive(Debug, thiserror::Error)]
 pub enum XskError {
     /// Built without CONFIG_XDP_SOCKETS.
-    #[error("this kernel has no AF_XDP (CONFIG_XDP_SOCKETS); use a TAP device")]
+    #[error(
+        "this kernel has no AF_XDP (CONFIG_XDP_SOCKETS): a guest needs a TAP device (net.tap) here, the link's packets go \
+         over TCP or UDP (replication.packets)"
+    )]
     NoAfXdp,
     /// Not permitted.
     #[error("no permission for AF_XDP sockets: {0}; run as root or with CAP_NET_RAW")]

@@ -707,7 +707,8 @@ fn a_kernel_without_af_xdp_is_named_and_what_to_use_instead() {
         forbid_af_xdp(libc::EAFNOSUPPORT);
         let refused = register(&area, UmemSettings::default()).unwrap_err();
         assert!(matches!(refused, XskError::NoAfXdp), "{refused}");
-        assert!(refused.to_string().contains("use a TAP device"));
+        assert!(refused.to_string().contains("a TAP device (net.tap)"));
+        assert!(refused.to_string().contains("replication.packets"));
     })
     .join()
     .unwrap();

@@ -10,7 +10,9 @@ use std::any::Any;
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use crate::lock::{Lock, Locked};
 
 use super::error::XskError;
 use super::lending::{Counts, Member, Registration, Sockets, UmemUse, Unbound};
@@ -53,7 +55,7 @@ pub(super) struct Memory {
     base: usize,
     bytes: u64,
     settings: UmemSettings,
-    sockets: Mutex<Sockets>,
+    sockets: Lock<Sockets>,
     counts: Arc<Counts>,
     /// What keeps it mapped.
     _owner: Box<dyn Any + Send + Sync>,
@@ -94,7 +96,7 @@ impl Umem {
             base: base.addr().get(),
             bytes,
             settings,
-            sockets: Mutex::default(),
+            sockets: Lock::default(),
             counts,
             _owner: owner,
         };
@@ -193,7 +195,7 @@ impl Umem {
     }
 
     /// The sockets that have it, locked until one more is bound.
-    pub(super) fn sockets(&self) -> MutexGuard<'_, Sockets> {
+    pub(super) fn sockets(&self) -> Locked<'_, Sockets> {
         self.memory.sockets()
     }
 
@@ -221,9 +223,8 @@ impl Memory {
         self.settings == settings && bytes <= self.bytes
     }
 
-    fn sockets(&self) -> MutexGuard<'_, Sockets> {
-        // A panic of another thread leaves nothing half done here that would matter.
-        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn sockets(&self) -> Locked<'_, Sockets> {
+        self.sockets.lock()
     }
 
     fn check(&self) -> Result<(), XskError> {

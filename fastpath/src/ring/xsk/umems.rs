@@ -5,17 +5,18 @@
 //! Does not choose the parts.
 
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use super::error::XskError;
 use super::lending::Counts;
 use super::umem::{Memory, Umem, UmemSettings};
+use crate::lock::Lock;
 use crate::ring::Area;
 
 /// What is registered of an area, or was.
 #[derive(Debug, Default)]
 pub(in crate::ring) struct Umems {
-    parts: Mutex<Vec<Part>>,
+    parts: Lock<Vec<Part>>,
     counts: Arc<Counts>,
 }
 
@@ -40,9 +41,8 @@ impl Umem {
         settings: UmemSettings,
     ) -> Result<Self, XskError> {
         let umems = area.umems();
-        // Who asks while another registers would register the same. Nothing is half done here when a thread panics.
-        let parts = umems.parts.lock();
-        let mut parts = parts.unwrap_or_else(PoisonError::into_inner);
+        // Who asks while another registers would register the same.
+        let mut parts = umems.parts.lock();
         parts.retain(|part| part.memory.strong_count() > 0);
         let mut same = parts.iter().filter(|part| part.at == at);
         let known = same.find_map(|part| {
