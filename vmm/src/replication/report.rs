@@ -141,6 +141,11 @@ impl Spread {
     pub(super) fn percentiles(&self) -> Percentiles {
         (&self.0).into()
     }
+
+    /// How many values there were.
+    pub(super) fn count(&self) -> u64 {
+        self.0.len()
+    }
 }
 
 /// The distributions of checkpoints, owned by the control thread.

@@ -127,6 +127,8 @@ pub struct PairStatus {
     pub checkpoint_causes: BTreeMap<&'static str, u64>,
     pub checkpoints: u64,
     pub checkpoints_aborted: u64,
+    /// Those of `checkpoints` that were audited, on a primary or a secondary.
+    pub audits: u64,
     pub sync_us: u64,
     pub sync_rounds: u64,
     pub sync_pages: u64,
@@ -206,6 +208,7 @@ impl PairStatus {
             checkpoint_causes: by_cause(&stats.requests),
             checkpoints: times.count,
             checkpoints_aborted: times.aborted,
+            audits: times.audit_us.count(),
             sync_us: times.sync_us,
             sync_rounds: times.sync_rounds,
             sync_pages: times.sync_pages,
@@ -251,6 +254,7 @@ impl PairStatus {
         Self {
             standing,
             checkpoints: times.count,
+            audits: times.audit_us.count(),
             stage_us: times.stage_us.percentiles(),
             apply_us: times.apply_us.percentiles(),
             write_us: times.write_us.percentiles(),
