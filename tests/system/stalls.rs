@@ -17,7 +17,7 @@ use colo_tests::clients::ask;
 use colo_tests::loads;
 use colo_tests::relay::{self, Chunk, Kind, PAGES, Pass};
 use colo_tests::status::number;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const WAIT: Duration = Duration::from_secs(60);
 /// Connections that a relay takes: more than all sessions of a test have.
@@ -357,7 +357,13 @@ fn rule_14_a_checkpoint_stuck_in_its_streams_is_aborted_and_the_next_one_goes_ov
     let more = |status: &Value| number(status, "checkpoints") > before;
     let waited = pair.primary.wait_status("a commit", WAIT, more);
     let status = waited.unwrap();
-    assert_eq!(number(&status["step_timeouts"], "commit"), 1, "{status:#}");
+    let timeouts = &status["step_timeouts"];
+    assert_eq!(timeouts, &json!({ "begin": 1 }), "{status:#}");
+    assert!(
+        pair.primary.log().contains("step begin of the checkpoint"),
+        "{}",
+        pair.primary.log_tail()
+    );
     assert_eq!(number(&status, "streams_reopened"), 1, "{status:#}");
     assert_eq!(number(&status, "links_given_up"), 0, "{status:#}");
     assert_eq!(status["state"], "paired", "rule 16: the audit agrees");

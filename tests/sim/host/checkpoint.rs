@@ -251,9 +251,11 @@ impl Shell<'_> {
     pub(super) fn receive_chunk(&mut self, index: u64, of: u64, image: Rc<Image>) {
         self.pass("chunk_received");
         let fails = self.failure(self.world.plan.stage_failures);
+        // Its first chunk is held up on the way, or what is to be done at its end.
+        let held_up = index == 0 && self.gets_stuck();
         let stuck = index + 1 == of && self.gets_stuck();
         let half = self.mutated(Mutation::ApplyHalf);
-        if !self.p.alive {
+        if !self.p.alive || held_up {
             return;
         }
         if half && let Some(guest) = &mut self.p.guest {
@@ -268,6 +270,9 @@ impl Shell<'_> {
         };
         if index != arriving.chunks && !arriving.is_stale {
             return; // the rest of a checkpoint whose beginning was thrown away
+        }
+        if index == 0 {
+            side.core.note_begun(epoch);
         }
         arriving.add(index, of, &image);
         if arriving.chunks < of {

@@ -134,7 +134,7 @@ impl Shell<'_> {
     fn tell(&mut self, notice: &Notice) {
         self.world.outcome.notice(notice);
         if let Notice::StepTimedOut {
-            step: Step::Send | Step::Commit,
+            step: Step::Send | Step::Begin | Step::Commit,
             ..
         } = notice
         {

@@ -63,7 +63,12 @@ pub enum Msg {
     /// A sign of life, with the sender's clock.
     Heartbeat { generation: u64, sent_us: u64 },
     /// The clock of the heartbeat that is answered.
-    Echo { generation: u64, sent_us: u64 },
+    Echo {
+        generation: u64,
+        sent_us: u64,
+        /// Epoch of the last checkpoint that began to come in; 0: none. A version before does not tell.
+        begun_epoch: Option<u64>,
+    },
     /// Primary: stop the SVM, this epoch ends. `halt`: it does not run after the commit either (Remus mode).
     StopSvm {
         generation: u64,
@@ -167,6 +172,7 @@ impl Msg {
             Self::Echo {
                 generation,
                 sent_us,
+                ..
             } => (5, *generation, *sent_us),
             Self::StopSvm {
                 generation, epoch, ..
@@ -212,6 +218,10 @@ impl Msg {
                 out.extend_from_slice(&(dirty.len() as u32).to_le_bytes());
                 out.extend_from_slice(dirty);
             }
+            Self::Echo {
+                begun_epoch: Some(begun_epoch),
+                ..
+            } => out.extend_from_slice(&begun_epoch.to_le_bytes()),
             _ => {}
         }
     }
@@ -284,6 +294,7 @@ impl Msg {
             5 => Self::Echo {
                 generation,
                 sent_us: epoch,
+                begun_epoch: body.added_u64()?,
             },
             6 => Self::StopSvm {
                 generation,
@@ -369,6 +380,13 @@ impl<'a> Reader<'a> {
         self.u32()
     }
 
+    fn added_u64(&mut self) -> Result<Option<u64>, MsgError> {
+        if self.bytes.is_empty() {
+            return Ok(None);
+        }
+        self.u64().map(Some)
+    }
+
     fn text(&mut self) -> Result<String, MsgError> {
         let n = self.u32()? as usize;
         let bytes = self.take(n)?;
@@ -408,6 +426,7 @@ mod tests {
             Msg::Echo {
                 generation: 3,
                 sent_us: 12,
+                begun_epoch: Some(7),
             },
             Msg::StopSvm {
                 generation: 3,
@@ -494,7 +513,13 @@ mod tests {
             geometry: vec![],
             ahead_mib: 0,
         };
+        let echo = Msg::Echo {
+            generation,
+            sent_us: 0,
+            begun_epoch: None,
+        };
         let cases = [
+            (5, &[][..], echo),
             (6, &[][..], stop),
             (2, &[1, 0][..], welcome),
             (1, &[1, 0, 2, 0, 0, 0, 0, 0][..], hello),

@@ -121,6 +121,8 @@ struct Peer {
     version: u16,
     /// Its memory for pages that come ahead of a checkpoint.
     ahead_mib: u32,
+    /// The last checkpoint that began to come in there, if it says so.
+    begun_epoch: Option<u64>,
     /// Generation of our welcome: older messages are of another link.
     welcomed: u64,
     heard_us: u64,
@@ -375,6 +377,7 @@ impl Primary {
             session: 0,
             version: VERSION_MAX,
             ahead_mib: 0,
+            begun_epoch: None,
             welcomed: 0,
             heard_us: now_us,
             heartbeat_due_us,
@@ -463,13 +466,16 @@ impl Primary {
             } => self.send(Msg::Echo {
                 generation,
                 sent_us,
+                begun_epoch: None,
             }),
-            Msg::Echo { sent_us, .. } if self.state == PrimaryState::Paired => {
-                // The clock in the echo is our own; a peer that invents one must not stretch the lease.
-                let sent_us = sent_us.min(now_us);
-                self.pacer.lag.round_trip(now_us - sent_us);
-                let until_us = sent_us + self.timing.lease_us();
-                self.act(Action::Lease { until_us });
+            Msg::Echo {
+                sent_us,
+                begun_epoch,
+                ..
+            } => {
+                peer.begun_epoch = begun_epoch;
+                self.begun(now_us);
+                self.echo(now_us, sent_us);
             }
             Msg::SvmStopped { epoch, dirty, .. } => self.svm_stopped(now_us, epoch, dirty),
             Msg::Committed { epoch, .. } => self.verdict(now_us, epoch, Ok(())),
@@ -491,6 +497,17 @@ impl Primary {
             }
             _ => {}
         }
+    }
+
+    fn echo(&mut self, now_us: u64, sent_us: u64) {
+        if self.state != PrimaryState::Paired {
+            return;
+        }
+        // The clock in the echo is our own; a peer that invents one must not stretch the lease.
+        let sent_us = sent_us.min(now_us);
+        self.pacer.lag.round_trip(now_us - sent_us);
+        let until_us = sent_us + self.timing.lease_us();
+        self.act(Action::Lease { until_us });
     }
 
     /// Silence of the secondary that loses it. As long as no output waits for it, there is time.

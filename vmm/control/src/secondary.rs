@@ -134,6 +134,8 @@ pub struct Secondary {
     version: u16,
     counters: Counters,
     generation: u64,
+    /// Of the last checkpoint that began to come in; 0: none did.
+    begun_epoch: u64,
     connected: bool,
     heard_us: u64,
     heartbeat_due_us: u64,
@@ -163,6 +165,7 @@ impl Secondary {
             version: VERSION_MIN,
             counters: Counters::default(),
             generation: 0,
+            begun_epoch: 0,
             connected: false,
             heard_us: 0,
             heartbeat_due_us: u64::MAX,
@@ -179,6 +182,11 @@ impl Secondary {
     pub fn keeping_ahead(mut self, ahead_mib: u32) -> Self {
         self.ahead_mib = ahead_mib;
         self
+    }
+
+    /// The last checkpoint that began to come in is that of `epoch`; the primary hears it with the next answer to a heartbeat.
+    pub fn note_begun(&mut self, epoch: u64) {
+        self.begun_epoch = self.begun_epoch.max(epoch);
     }
 
     /// Where it is.
@@ -360,6 +368,7 @@ impl Secondary {
                 self.send(Msg::Echo {
                     generation,
                     sent_us,
+                    begun_epoch: Some(self.begun_epoch),
                 });
                 // Says as much as a heartbeat of ours, which would cost both hosts another wake-up.
                 self.heartbeat_due_us = now_us + self.timing.heartbeat_us / 2 * 3;

@@ -26,6 +26,15 @@ impl Timing {
         self.heartbeat_us * self.heartbeat_count as u64
     }
 
+    /// How long a step may take.
+    pub const fn limit_us(&self, step: Step) -> u64 {
+        let (limit_us, detection_us) = (self.steps.of(step), self.detection_us());
+        match step {
+            Step::Begin if detection_us > limit_us => detection_us,
+            _ => limit_us,
+        }
+    }
+
     /// Silence that ends a synchronisation. Nobody can take over before its end, so haste gains nothing; and hosts that
     /// open their packet channels meanwhile (AF_XDP: programs, maps, sockets) may be silent for some detection times when
     /// they are busy. Losing each other there, they would begin anew for ever.
@@ -56,6 +65,9 @@ pub enum Step {
     Capture,
     /// Primary: until the checkpoint is on the link.
     Send,
+    /// Primary: from there until the secondary has said that it begins to come in. What is small enough goes into the
+    /// kernel's buffers whatever becomes of the way. A peer of a version that does not say so has no such step.
+    Begin,
     /// Primary: from there until the secondary has decided.
     Commit,
     /// Primary: from the wish to abort until the secondary has agreed, or has said that it is too late.
@@ -70,13 +82,14 @@ pub enum Step {
 
 impl Step {
     /// How many steps there are.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 9;
 
     /// All steps, in the order of their counters.
     pub const ALL: [Self; Self::COUNT] = [
         Self::Stop,
         Self::Capture,
         Self::Send,
+        Self::Begin,
         Self::Commit,
         Self::Abort,
         Self::Sync,
@@ -90,6 +103,7 @@ impl Step {
             Self::Stop => "stop",
             Self::Capture => "capture",
             Self::Send => "send",
+            Self::Begin => "begin",
             Self::Commit => "commit",
             Self::Abort => "abort",
             Self::Sync => "sync",
@@ -117,10 +131,12 @@ pub struct StepLimits {
     pub stop_us: u64,
     pub capture_us: u64,
     pub send_us: u64,
+    /// The peer says it with its echoes: where the detection time is longer, that counts.
+    pub begin_us: u64,
     pub commit_us: u64,
     pub abort_us: u64,
     pub sync_us: u64,
-    /// More than stop, capture, send, commit and abort together: the primary gives up first.
+    /// More than stop, capture, send, begin, commit and abort together: the primary gives up first.
     pub stage_us: u64,
     pub apply_us: u64,
 }
@@ -132,6 +148,7 @@ impl StepLimits {
         stop_us: 5_000_000,
         capture_us: 5_000_000,
         send_us: 20_000_000,
+        begin_us: 3_000_000,
         commit_us: 10_000_000,
         abort_us: 5_000_000,
         sync_us: 3_600_000_000,
@@ -145,6 +162,7 @@ impl StepLimits {
             Step::Stop => self.stop_us,
             Step::Capture => self.capture_us,
             Step::Send => self.send_us,
+            Step::Begin => self.begin_us,
             Step::Commit => self.commit_us,
             Step::Abort => self.abort_us,
             Step::Sync => self.sync_us,

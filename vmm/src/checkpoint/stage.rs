@@ -16,6 +16,7 @@ mod reopen;
 
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -131,6 +132,8 @@ struct StageThread {
     /// What has come ahead of the next checkpoint.
     area: Area,
     open: Option<Open>,
+    /// Epoch of the last checkpoint that began to come in, for the control thread.
+    begun: Arc<AtomicU64>,
     /// What has come before the machine first runs.
     memory: LiveMemory,
     live: bool,
@@ -165,6 +168,8 @@ pub fn spawn(
 ) -> Result<(StageOrders, JoinHandle<()>), SpawnError> {
     let (orders, commands) = channel();
     let (ready, readiness) = channel();
+    let begun = Arc::new(AtomicU64::new(0));
+    let has_begun = begun.clone();
     let run = move || {
         // A channel belongs to the thread that makes it.
         let made = PageChannel::new(streams, settings.channel);
@@ -189,6 +194,7 @@ pub fn spawn(
             key: None,
             key_bytes: None,
             open: None,
+            begun: has_begun,
             live: false,
         };
         thread.run();
@@ -199,6 +205,7 @@ pub fn spawn(
     let orders = StageOrders {
         commands: orders,
         waker,
+        begun,
     };
     Ok((orders, thread))
 }
@@ -278,6 +285,7 @@ impl StageThread {
             }
             Event::Chunk(chunk) if chunk.kind == Kind::Begin => {
                 let key: Option<[u8; KEY_BYTES]> = chunk.payload.try_into().ok();
+                self.begun.store(chunk.epoch, Ordering::Relaxed);
                 if self.open.is_none() {
                     self.staging.clear();
                     self.area.begin();

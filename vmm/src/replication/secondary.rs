@@ -338,6 +338,9 @@ impl SecondaryShell {
             match control.flush().and_then(|()| control.receive()) {
                 Ok(messages) if messages.is_empty() => return,
                 Ok(messages) => {
+                    if let Some(stage) = &self.stage {
+                        self.core.note_begun(stage.begun_epoch());
+                    }
                     for msg in messages {
                         self.core.handle(now_us(), SecondaryEvent::Msg(msg));
                     }

@@ -37,7 +37,7 @@ pub(super) struct Checkpoint {
 impl Primary {
     /// Until when the present step may take, with the step.
     pub(super) fn step_deadline(&self) -> Option<u64> {
-        let of = |step| self.timing.steps.of(step);
+        let of = |step| self.timing.limit_us(step);
         match (&self.checkpoint, self.state) {
             (Some(c), _) => Some(c.since_us + of(c.step)),
             (None, PrimaryState::Syncing) => Some(self.sync_progress_us + of(Step::Sync)),
@@ -52,7 +52,7 @@ impl Primary {
             None => (Step::Sync, self.epoch),
         };
         self.counters.timeouts[step.index()] += 1;
-        let limit_us = self.timing.steps.of(step);
+        let limit_us = self.timing.limit_us(step);
         let notice = Notice::StepTimedOut {
             step,
             epoch,
@@ -64,7 +64,7 @@ impl Primary {
             Step::Abort | Step::Sync => self.give_link_up(reason),
             _ if !self.answers_aborts() => self.give_link_up(reason),
             _ => {
-                if matches!(step, Step::Send | Step::Commit) {
+                if matches!(step, Step::Send | Step::Begin | Step::Commit) {
                     self.pacer.slow_down();
                     self.tell_pace();
                 }
@@ -215,6 +215,17 @@ impl Primary {
 
     pub(super) fn sent(&mut self, now_us: u64, epoch: u64) {
         if let Some(c) = self.in_flight(epoch).filter(|c| c.step == Step::Send) {
+            (c.step, c.since_us) = (Step::Begin, now_us);
+        }
+        self.begun(now_us);
+    }
+
+    /// Looks whether what was sent is known to come in, or nobody will tell.
+    pub(super) fn begun(&mut self, now_us: u64) {
+        let told = self.peer.as_ref().and_then(|peer| peer.begun_epoch);
+        if let Some(c) = self.checkpoint.as_mut().filter(|c| c.step == Step::Begin)
+            && told.is_none_or(|epoch| epoch >= c.epoch)
+        {
             (c.step, c.since_us) = (Step::Commit, now_us);
         }
     }

@@ -15,6 +15,7 @@ const LIMITS: StepLimits = StepLimits {
     stop_us: 10_000,
     capture_us: 11_000,
     send_us: 12_000,
+    begin_us: 45_000,
     commit_us: 13_000,
     abort_us: 14_000,
     sync_us: 35_000,
@@ -477,12 +478,14 @@ fn rule_18_the_lease_counts_from_the_heartbeat_that_was_answered() {
     let actions = b.msg(|generation| Msg::Echo {
         generation,
         sent_us,
+        begun_epoch: None,
     });
     let until_us = sent_us + T.lease_us();
     assert_eq!(actions, [Action::Lease { until_us }]);
     let from_the_future = b.msg(|generation| Msg::Echo {
         generation,
         sent_us: u64::MAX / 2,
+        begun_epoch: None,
     });
     let until_us = b.now + T.lease_us();
     assert_eq!(from_the_future, [Action::Lease { until_us }]);

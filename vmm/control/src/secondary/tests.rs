@@ -68,6 +68,7 @@ impl Bench {
     /// The first state is applied and the pair is noted, generation 4.
     fn standby() -> Self {
         let mut b = Self::syncing();
+        b.core.note_begun(7);
         let staged = b.event(SecondaryEvent::Staged { epoch: 7 });
         let (generation, epoch) = (3, 7);
         let committed = Msg::Committed { generation, epoch };
@@ -416,6 +417,7 @@ fn rule_19_silence_proposes_and_heartbeats_keep_the_pair() {
         let expected = Msg::Echo {
             generation,
             sent_us,
+            begun_epoch: Some(7),
         };
         assert_eq!(echo, [Action::Send(expected)]);
     }

@@ -84,6 +84,7 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
         key: Some(PageKey::new(KEY)),
         key_bytes: Some(KEY),
         open: None,
+        begun: Arc::default(),
         live: false,
     };
     // As before it was said to be staged.

@@ -6,6 +6,8 @@
 //! Does not carry orders out.
 
 use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 
 use crate::checkpoint::channel::Waker;
@@ -42,6 +44,8 @@ pub enum StageCommand {
 pub struct StageOrders {
     pub(super) commands: Sender<StageCommand>,
     pub(super) waker: Waker,
+    /// See [`Self::begun_epoch`].
+    pub(super) begun: Arc<AtomicU64>,
 }
 
 impl StageOrders {
@@ -50,6 +54,12 @@ impl StageOrders {
         self.waker = waker;
         // For what was ordered meanwhile.
         self.waker.wake();
+    }
+
+    /// The epoch of the last checkpoint that began to come in, 0 before the first. Read, not told of: whoever asks does so now
+    /// and then, and a checkpoint that takes its usual course needs nobody to be woken for this.
+    pub fn begun_epoch(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// False if the thread has ended.

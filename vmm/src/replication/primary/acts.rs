@@ -106,7 +106,7 @@ impl PrimaryShell {
             _ => tracing::warn!("{notice}"),
         }
         if let Notice::StepTimedOut {
-            step: Step::Send | Step::Commit,
+            step: Step::Send | Step::Begin | Step::Commit,
             ..
         } = notice
             && let Some(link) = &self.link

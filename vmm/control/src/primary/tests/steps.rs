@@ -27,6 +27,17 @@ impl Bench {
         self.actions().into_iter().filter(is_checkpoint).collect()
     }
 
+    /// The peer answers a heartbeat, and says which checkpoint began to come in last.
+    fn echo(&mut self, begun_epoch: u64) {
+        let (sent_us, begun_epoch) = (self.now, Some(begun_epoch));
+        let actions = self.msg(|generation| Msg::Echo {
+            generation,
+            sent_us,
+            begun_epoch,
+        });
+        assert!(matches!(actions[..], [Action::Lease { .. }]));
+    }
+
     fn timeouts(&self, step: Step) -> u64 {
         self.core.counters().timeouts[step.index()]
     }
@@ -42,9 +53,13 @@ impl Bench {
         if step > Step::Capture {
             b.event(PrimaryEvent::Captured { epoch });
         }
+        if step == Step::Begin {
+            b.echo(epoch - 1);
+        }
         if step > Step::Send {
             b.event(PrimaryEvent::Sent { epoch });
         }
+        assert_eq!(b.core.step(), Some(step));
         (b, epoch)
     }
 
@@ -69,7 +84,13 @@ impl Bench {
     }
 }
 
-const STEPS: [Step; 4] = [Step::Stop, Step::Capture, Step::Send, Step::Commit];
+const STEPS: [Step; 5] = [
+    Step::Stop,
+    Step::Capture,
+    Step::Send,
+    Step::Begin,
+    Step::Commit,
+];
 
 #[test]
 fn rule_14_each_step_that_takes_too_long_is_aborted_and_the_next_checkpoint_covers_both_epochs() {
@@ -92,8 +113,42 @@ fn rule_14_each_step_that_takes_too_long_is_aborted_and_the_next_checkpoint_cove
 }
 
 #[test]
+fn rule_14_a_checkpoint_that_comes_in_has_the_time_for_its_commit_from_then_on() {
+    let (mut b, epoch) = Bench::at(Step::Begin);
+    assert_eq!(b.wait(LIMITS.begin_us - 1), []);
+    // Nothing new: what came in before.
+    b.echo(epoch - 1);
+    assert_eq!(b.core.step(), Some(Step::Begin));
+    b.echo(epoch);
+    assert_eq!(b.core.step(), Some(Step::Commit));
+    assert_eq!(b.wait(LIMITS.commit_us - 1), []);
+    b.wait(1);
+    assert_eq!((b.timeouts(Step::Begin), b.timeouts(Step::Commit)), (0, 1));
+
+    // It may come in while the rest is sent, and may be decided before anybody says that it does.
+    let (mut b, epoch) = Bench::at(Step::Send);
+    b.echo(epoch);
+    b.event(PrimaryEvent::Sent { epoch });
+    assert_eq!(b.core.step(), Some(Step::Commit));
+    let (mut b, epoch) = Bench::at(Step::Begin);
+    assert_eq!(b.committed(epoch)[0], Action::Commit { epoch });
+}
+
+#[test]
+fn rule_14_a_secondary_that_may_be_silent_for_long_has_as_long_to_say_what_comes_in() {
+    let steps = StepLimits {
+        begin_us: 1_000,
+        ..LIMITS
+    };
+    let timing = Timing { steps, ..T };
+    assert_eq!(timing.limit_us(Step::Begin), T.detection_us());
+    assert_eq!(timing.limit_us(Step::Commit), LIMITS.commit_us);
+    assert_eq!(T.limit_us(Step::Begin), LIMITS.begin_us);
+}
+
+#[test]
 fn rule_13_an_abort_that_comes_too_late_is_a_commit() {
-    for step in [Step::Send, Step::Commit] {
+    for step in [Step::Send, Step::Begin, Step::Commit] {
         let (mut b, epoch) = Bench::late(step);
         assert_eq!(b.committed(epoch)[0], Action::Commit { epoch }, "{step}");
         assert_eq!(b.core.counters().late_aborts, 1);

@@ -378,6 +378,7 @@ fn rule_16_neither_checkpoints_nor_the_link_are_lag_and_another_secondary_begins
     b.event(PrimaryEvent::Msg(Msg::Echo {
         generation,
         sent_us,
+        begun_epoch: None,
     }));
     assert_eq!(looks(&mut b, 9, 300), []);
     assert_eq!(b.core.lag_us(), 50);
