@@ -135,6 +135,49 @@ fn rule_14_a_checkpoint_that_comes_in_has_the_time_for_its_commit_from_then_on()
 }
 
 #[test]
+fn rule_17_a_checkpoint_that_takes_too_long_on_its_way_slows_the_pvm_down() {
+    for step in STEPS {
+        let (b, _) = Bench::late(step);
+        let run_pct = match step {
+            // Nothing was on its way.
+            Step::Stop | Step::Capture => 100,
+            _ => 70,
+        };
+        assert_eq!(b.core.run_pct(), run_pct, "{step}");
+    }
+}
+
+#[test]
+fn rule_17_output_is_held_for_the_time_of_five_checkpoints_at_most() {
+    // A secondary that lives and does all at the last moment, but commits nothing.
+    let mut b = Bench::paired(false);
+    let begun_us = b.now;
+    b.echo(b.core.epoch() - 1);
+    b.event(PrimaryEvent::CheckpointWanted);
+    let released = loop {
+        let epoch = b.core.epoch();
+        b.wait(LIMITS.stop_us - 1);
+        b.svm_stopped(epoch);
+        b.wait(LIMITS.capture_us - 1);
+        b.event(PrimaryEvent::Captured { epoch });
+        b.wait(LIMITS.send_us - 1);
+        b.event(PrimaryEvent::Sent { epoch });
+        b.wait(LIMITS.begin_us - 1);
+        b.echo(epoch);
+        b.wait(LIMITS.commit_us);
+        b.wait(LIMITS.abort_us - 1);
+        let actions = b.aborted(epoch);
+        if b.core.state() != PrimaryState::Paired {
+            break b.answer(&actions);
+        }
+        assert!(b.now < begun_us + 10 * T.step_timeout_us, "for ever");
+    };
+    assert!(released.contains(&Action::GoAlone), "{released:?}");
+    let limits_us = STEPS.map(|step| LIMITS.of(step)).iter().sum::<u64>() + LIMITS.abort_us;
+    assert!(b.now - begun_us <= 5 * limits_us, "{}", b.now - begun_us);
+}
+
+#[test]
 fn rule_14_a_secondary_that_may_be_silent_for_long_has_as_long_to_say_what_comes_in() {
     let steps = StepLimits {
         begin_us: 1_000,
