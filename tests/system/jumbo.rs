@@ -179,10 +179,6 @@ fn serves_in_long_frames(compare: Compare, way: &Way) {
     pair.wait_protected(Host::B).unwrap();
     wait_carried(&mut pair, way);
     println!("{} bytes echoed", streams.finish().unwrap());
-    for host in HOSTS {
-        let status = pair.process(host).status().unwrap();
-        println!("{host:?}: {} {}", status["divergences"], status["worker"]);
-    }
     datagrams_come_back(&pair.topology.client, 2);
     ping_long(&pair.topology.client);
     assert_nothing_lost(&mut pair);

@@ -171,3 +171,30 @@ fn with_a_larger_mtu_frames_are_compared_where_they_were_received() {
         assert!(host == Host::B || in_place > 1000, "{}", status["link"]);
     }
 }
+
+/// Frames of the guest's that need several buffers of AF_XDP, and several datagrams of the link beside them.
+#[test]
+fn frames_of_9000_bytes_pass_beside_the_link() {
+    let Some(bench) = Bench::new(&clients::PROGRAMS) else {
+        return;
+    };
+    let mut settings = Compare::Bytes.settings(&bench);
+    settings.xdp = Some("driver".to_owned());
+    settings.mtu = 9000;
+    let topology = one_nic(&settings, 9100);
+    let mut pair = Pair::start_in(topology, &settings, bench.dir()).unwrap();
+    for host in HOSTS {
+        wait_shared(&mut pair, host);
+    }
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    let status = wait_shared(&mut pair, Host::A);
+    let frames = count(&status, "worker", "guest_tx_frames");
+    let bytes = count(&status, "worker", "guest_tx_bytes");
+    assert!(bytes > 3000 * frames, "{bytes} bytes in {frames} frames");
+    for never in ["guest_rx_too_small", "guest_tx_bad", "nic_rx_oversize"] {
+        assert_eq!(count(&status, "worker", never), 0, "{never}");
+    }
+    survives(&mut pair, Host::A, Compare::Bytes);
+    clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
+    host_is_reached(&pair, Host::B);
+}
