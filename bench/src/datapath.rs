@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use colo_fastpath::frame::TxMode;
 use serde_json::Value;
 
 use crate::place::{BenchError, Outcome, Place};
@@ -86,12 +87,13 @@ pub(crate) struct DatapathArgs {
     /// How workers wait
     #[arg(long, value_enum, default_value = "adaptive")]
     poll: PollArg,
-    /// How the payload of the pair of `latency` leaves; short frames are copied in any case
-    #[arg(long, value_enum, default_value = "twin")]
-    tx: TxArg,
     /// The mode of AF_XDP
     #[arg(long, value_enum, default_value = "auto")]
     xdp: XdpArg,
+    /// With which bytes compared payload leaves; short frames are copied in any case. `latency` has a pair with the first of
+    /// them [default: all in `virtqueues`, twin in `latency`]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    tx: Vec<TxArg>,
 }
 
 impl DatapathArgs {
@@ -112,14 +114,23 @@ impl DatapathArgs {
         mode.to_owned()
     }
 
-    /// The pair's `host.tx`.
-    pub(crate) fn tx(&self) -> String {
-        let mode = match self.tx {
-            TxArg::Twin => "twin",
-            TxArg::InPlace => "in-place",
-            TxArg::Exact => "exact",
+    /// The `host.tx` of the pair of `latency`.
+    pub(crate) fn pair_tx(&self) -> String {
+        let mode = match self.tx.first() {
+            None | Some(TxArg::Twin) => "twin",
+            Some(TxArg::InPlace) => "in-place",
+            Some(TxArg::Exact) => "exact",
         };
         mode.to_owned()
+    }
+
+    fn tx(&self) -> Vec<TxMode> {
+        let mode = |tx: &TxArg| match tx {
+            TxArg::Twin => TxMode::Twin,
+            TxArg::InPlace => TxMode::InPlace,
+            TxArg::Exact => TxMode::Exact,
+        };
+        self.tx.iter().map(mode).collect()
     }
 
     /// The mode of AF_XDP, unless it is off.
@@ -153,7 +164,7 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Outcome, BenchEr
     let mut text: String = rows.iter().map(|row| row.text()).collect();
     let mut json: Vec<Value> = rows.iter().map(|row| row.json()).collect();
     if measures(Kind::Virtqueues) {
-        let outcome = datapath_vhost::run(place, &args.payload, args.rounds as usize)?;
+        let outcome = datapath_vhost::run(place, &args.payload, &args.tx(), args.rounds as usize)?;
         text.push('\n');
         text += &outcome.text;
         json.extend(outcome.rows);

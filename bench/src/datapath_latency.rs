@@ -73,7 +73,7 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Vec<Row>, BenchE
     let mut settings = place.settings();
     settings.poll = args.poll();
     settings.xdp = args.xdp();
-    settings.tx = args.tx();
+    settings.tx = args.pair_tx();
     let requests = args.requests as usize;
     let sorts = Sort::all(args.payloads());
     let mut rounds = vec![Vec::new(); sorts.len()];
