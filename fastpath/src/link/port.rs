@@ -166,6 +166,12 @@ pub trait DatagramPort: Send + fmt::Debug {
     /// Datagrams that the system refused to send, or lost for lack of room.
     fn errors(&self) -> u64;
 
+    /// Datagrams that came and that the system had no room for, where it counts them apart from [`Self::errors`]. Asks the
+    /// system: for reports.
+    fn receive_drops(&self) -> u64 {
+        0
+    }
+
     /// System calls that it has made to send and to receive.
     fn calls(&self) -> u64 {
         0

@@ -37,8 +37,10 @@ pub struct LinkStats {
     pub duplicates: u64,
     /// Received datagrams too far ahead.
     pub out_of_window: u64,
-    /// Datagrams that the system refused to send or had no room to receive.
+    /// Datagrams that the system refused to send, or that AF_XDP had no room to receive.
     pub send_errors: u64,
+    /// Datagrams that came over UDP and found the socket full; the peer sends them again.
+    pub receive_drops: u64,
     /// System calls that sent or received datagrams: wake-ups of AF_XDP, batches of UDP. Those through the guest's NIC are the
     /// NIC's.
     pub datagram_calls: u64,
@@ -95,6 +97,7 @@ impl LinkStats {
             (&mut self.duplicates, earlier.duplicates),
             (&mut self.out_of_window, earlier.out_of_window),
             (&mut self.send_errors, earlier.send_errors),
+            (&mut self.receive_drops, earlier.receive_drops),
             (&mut self.datagram_calls, earlier.datagram_calls),
             (&mut self.wake_ups_asked, earlier.wake_ups_asked),
             (&mut self.wake_ups_in_vain, earlier.wake_ups_in_vain),

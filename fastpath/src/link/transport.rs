@@ -422,6 +422,7 @@ impl Datagrams {
             duplicates: dropped.duplicate,
             out_of_window: dropped.beyond,
             send_errors: self.ports.iter().map(|port| port.errors()).sum(),
+            receive_drops: self.ports.iter().map(|port| port.receive_drops()).sum(),
             pool_refusals: self.ports.iter().map(|port| port.pool_refusals()).sum(),
             datagram_calls: self.ports.iter().map(|port| port.calls()).sum(),
             wake_ups_asked: self.ports.iter().map(|port| port.wake_ups().asked).sum(),

@@ -236,6 +236,11 @@ impl DatagramPort for UdpPort {
         self.errors
     }
 
+    fn receive_drops(&self) -> u64 {
+        // A socket that does not tell has told of none.
+        dropped_by(self.socket.as_raw_fd()).unwrap_or(0).into()
+    }
+
     fn calls(&self) -> u64 {
         self.calls
     }
@@ -315,6 +320,25 @@ fn set_option(fd: RawFd, option: libc::c_int, value: libc::c_int) -> io::Result<
     outcome(status).map(drop)
 }
 
+/// Datagrams for a socket that the kernel had no room for.
+fn dropped_by(fd: RawFd) -> io::Result<u32> {
+    const DROPS: usize = libc::SK_MEMINFO_DROPS as usize;
+    let mut words = [0_u32; DROPS + 1];
+    let mut len = size_of_val(&words) as libc::socklen_t;
+    // SAFETY: writes at most `len` bytes, words of the array, and the length, both on this stack.
+    let status = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            words.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    outcome(status)?;
+    Ok(words[DROPS])
+}
+
 /// What the kernel believes about the path of a connection.
 fn path_mtu(stream: &TcpStream) -> io::Result<usize> {
     let (level, option) = match stream.peer_addr()?.ip() {
@@ -342,11 +366,14 @@ mod tests {
     use super::*;
     use std::net::TcpListener;
 
-    fn ports(address: &str) -> [UdpPort; 2] {
+    fn streams(address: &str) -> [TcpStream; 2] {
         let listener = TcpListener::bind(address).unwrap();
         let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (b, _) = listener.accept().unwrap();
-        let mut ports = [a, b].map(|s| UdpPort::beside(&s).unwrap());
+        [a, listener.accept().unwrap().0]
+    }
+
+    fn ports(address: &str) -> [UdpPort; 2] {
+        let mut ports = streams(address).map(|s| UdpPort::beside(&s).unwrap());
         let [a, b] = ports.each_ref().map(UdpPort::address);
         ports[0].set_peer(b);
         ports[1].set_peer(a);
@@ -379,6 +406,40 @@ mod tests {
             }
             assert_eq!(b.free.len() + b.received.len(), slots);
             assert_eq!((a.errors(), b.errors()), (0, 0));
+        }
+    }
+
+    /// The kernel makes it as small as a socket may be.
+    fn make_small(port: &UdpPort) {
+        set_option(port.socket.as_raw_fd(), libc::SO_RCVBUF, 1).unwrap();
+    }
+
+    /// Each of them is received, or counted.
+    #[test]
+    fn what_a_full_socket_drops_is_counted() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let [mut a, mut b] = ports(address);
+            assert_eq!(b.receive_drops(), 0);
+            make_small(&b);
+            let mut sent = 0;
+            while sent < 5 * SEND_MAX as u64 || b.receive_drops() == 0 {
+                while a.send(&[7], &[7; 1000]) {
+                    sent += 1;
+                }
+                a.flush();
+            }
+            let mut heard = 0;
+            while heard + b.receive_drops() < sent {
+                a.flush();
+                b.look();
+                while let Some(slot) = b.receive() {
+                    heard += 1;
+                    b.release(slot);
+                }
+            }
+            assert_eq!(heard + b.receive_drops(), sent);
+            assert!(heard > 0 && b.receive_drops() > heard, "{heard} of {sent}");
+            assert_eq!((a.errors(), b.errors(), a.receive_drops()), (0, 0, 0));
         }
     }
 
