@@ -196,7 +196,8 @@ pub struct NetConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HostConfig {
-    /// How the worker waits.
+    /// How the worker waits. Adaptive by default, however many cores there are: whether one is set apart for a worker
+    /// that never sleeps only the administrator knows.
     pub poll: PollMode,
     /// Packet workers, each with a queue pair of the guest's.
     pub shards: usize,
