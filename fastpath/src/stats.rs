@@ -97,9 +97,10 @@ counters! {
         nic_tx_exposed,
         /// Times a frame had to wait because no slot was free.
         frames_exhausted,
-        /// Payload bytes sent from where they lay, without a copy in this process.
+        /// Payload bytes sent from where they lay, without a copy in this process. The first 256 bytes of a frame whose
+        /// header is read are always host memory (rule 10) and count nowhere; of a frame that is copied at once all count.
         tx_in_place_bytes,
-        /// Payload bytes of the guest copied because the frame is short.
+        /// Bytes of the guest's frames copied because the frame is short.
         copied_small_bytes,
         /// ... because it lay in too many buffers.
         copied_scattered_bytes,
@@ -158,7 +159,7 @@ impl WorkerStats {
         self.guest_rx_frames.get() + self.guest_tx_frames.get()
     }
 
-    /// Counts payload bytes that were copied.
+    /// Counts bytes of the guest's frames that were copied.
     pub fn count_copied(&self, cause: CopyCause, bytes: u64) {
         let counter = match cause {
             CopyCause::Small => &self.copied_small_bytes,

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use colo_compare::HEADER_MAX;
 use colo_fastpath::link::{LinkStats, Packets};
 use colo_fastpath::lock;
 use colo_fastpath::pair::{PrimaryRole, SecondaryRole};
@@ -295,5 +296,67 @@ fn a_batch_shares_one(mut hosts: Hosts) {
             "they share datagrams"
         );
         assert_eq!(wake_ups, 1);
+    }
+}
+
+/// What became of the guest's bytes in a worker: sent in place, copied because they are short, because they were compared by
+/// digests, because a secondary works on copies, and all that were copied.
+fn fates(worker: &WorkerHandle) -> [u64; 5] {
+    let stats = worker.stats();
+    let causes = [
+        stats.copied_small_bytes,
+        stats.copied_digested_bytes,
+        stats.copied_role_bytes,
+    ];
+    let others = [
+        stats.copied_scattered_bytes,
+        stats.copied_pressure_bytes,
+        stats.copied_compared_bytes,
+        stats.copied_undecided_bytes,
+        stats.copied_gathered_bytes,
+        stats.copied_read_bytes,
+        stats.copied_crossing_bytes,
+    ];
+    let copied = causes.iter().chain(&others).sum();
+    let [small, digested, role] = causes;
+    [stats.tx_in_place_bytes, small, digested, role, copied]
+}
+
+/// Of each two responses one is short; of the long one the first bytes are host memory, whatever becomes of the rest.
+#[test]
+fn each_byte_of_a_response_is_counted_once_and_by_its_cause() {
+    const SHORT: u64 = 42 + 64;
+    const LONG: u64 = 42 + 1200;
+    let _turn = turn();
+    for digests in [false, true] {
+        let mut hosts = Hosts::new(Wiring::Link(Packets::Xdp), digests);
+        let workers = [&hosts.primary, &hosts.secondary].map(|host| host.worker.clone());
+        hosts.exchange(WARM_UP);
+        let all_sent = |worker: &WorkerHandle, frames: u64| {
+            let begun = Instant::now();
+            while worker.stats().nic_tx_frames < frames {
+                assert!(begun.elapsed() < PATIENCE, "{:?}", worker.stats());
+                thread::yield_now();
+            }
+        };
+        all_sent(&workers[0], WARM_UP);
+        let before = workers.each_ref().map(fates);
+        hosts.exchange(COUNTED);
+        all_sent(&workers[0], WARM_UP + COUNTED);
+        let after = workers.each_ref().map(fates);
+        let [primary, secondary] = [0, 1].map(|host: usize| {
+            let grown = |n: usize| after[host][n] - before[host][n];
+            [0, 1, 2, 3, 4].map(grown)
+        });
+        let (short, long) = (COUNTED / 2 * SHORT, COUNTED / 2 * LONG);
+        let rest = COUNTED / 2 * (LONG - HEADER_MAX as u64);
+        let [in_place, small, digested, role, copied] = primary;
+        assert_eq!((small, role), (short, 0), "digests: {digests}");
+        assert_eq!(in_place + copied, short + rest, "digests: {digests}");
+        // Which of both guests' frames comes first is chance, and so is where a few of them are compared.
+        let usual = if digests { digested } else { in_place };
+        assert!(usual > rest / 2, "digests: {digests}: {primary:?}");
+        let all = short + long;
+        assert_eq!(secondary, [0, 0, 0, all, all], "digests: {digests}");
     }
 }

@@ -406,6 +406,36 @@ fn what_is_short_or_wants_its_checksum_does_not_stay_as_a_whole() {
 }
 
 #[test]
+fn what_is_copied_under_pressure_is_what_would_have_stayed() {
+    let mut bench = bench(0);
+    for (len, cuts) in [
+        (500, [12]),
+        (300, [40]),
+        (60, [0]),
+        (511, [0]),
+        (1400, [12]),
+    ] {
+        bench.send(
+            [0; 2],
+            0,
+            0,
+            &pattern(len),
+            &cuts[..usize::from(cuts != [0])],
+        );
+        let stays = Stays::Nothing(CopyCause::Pressure);
+        let token = bench.port.take(&mut bench.frames, 1522, stays).unwrap();
+        bench.frames.release(token);
+        assert!(bench.returns_all());
+    }
+    let stats = bench.stats.snapshot();
+    let small = 500 + 300 + 60 + 511;
+    assert_eq!(stats.copied_small_bytes, small);
+    assert_eq!(stats.copied_pressure_bytes, 1400);
+    assert_eq!(stats.tx_in_place_pct(), Some(0.0));
+    assert_eq!(stats.guest_tx_bytes, small + 1400);
+}
+
+#[test]
 fn a_frame_that_nobody_looks_at_can_still_be_copied_at_any_time() {
     let mut bench = bench(0);
     bench.send([0; 2], 0, 0, &pattern(1400), &[]);

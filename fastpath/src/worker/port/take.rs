@@ -25,6 +25,23 @@ pub enum Stays {
     Whole,
 }
 
+impl Stays {
+    /// Why a frame of this length is copied whatever its buffers are like, if it is. A short one would be without pressure,
+    /// too.
+    #[inline]
+    fn cause_of_copy(self, len: usize) -> Option<CopyCause> {
+        match self {
+            Self::Payload | Self::Whole | Self::Nothing(CopyCause::Pressure)
+                if len < IN_PLACE_MIN =>
+            {
+                Some(CopyCause::Small)
+            }
+            Self::Nothing(cause) => Some(cause),
+            Self::Payload | Self::Whole => None,
+        }
+    }
+}
+
 /// Where a frame of the guest is to go.
 pub(super) struct Out<'a> {
     pub(super) frames: &'a mut FramePool,
@@ -86,10 +103,7 @@ pub(super) fn take(
     }
     let len = total as usize - NET_HEADER_BYTES;
     let mut rest = [Segment { gpa: 0, len: 0 }; PIECES_MAX - 1];
-    let cause = match out.stays {
-        Stays::Nothing(cause) => Some(cause),
-        _ => (len < IN_PLACE_MIN).then_some(CopyCause::Small),
-    };
+    let cause = out.stays.cause_of_copy(len);
     if (cause, out.stays, request) == (None, Stays::Whole, Request::Nothing)
         && let Some([frame]) = behind(chain.readable(), NET_HEADER_BYTES, &mut rest)
     {
@@ -141,11 +155,8 @@ fn take_short(
     });
     // After the copy: it may show the guest that the buffer is its own again.
     queue.complete(head, 0)?;
-    let cause = match out.stays {
-        Stays::Nothing(cause) => cause,
-        Stays::Payload | Stays::Whole => CopyCause::Small,
-    };
-    Ok(token.map_or(Taken::Bad, |token| Taken::Frame(token, len, Some(cause))))
+    let cause = out.stays.cause_of_copy(len);
+    Ok(token.map_or(Taken::Bad, |token| Taken::Frame(token, len, cause)))
 }
 
 /// A frame that nobody looks at: none of it is read here.
