@@ -54,7 +54,7 @@ impl XdpNic {
     }
 
     fn try_modes(&mut self, frames: &mut FramePool) -> Result<(), XdpNicError> {
-        let seen = Seen::of(&self.config.interface);
+        let seen = Seen::of(&self.config.interface)?;
         self.has_link = seen.has_link;
         self.common.set_link(seen.has_link);
         self.set_host_addresses(&seen.addresses)?;

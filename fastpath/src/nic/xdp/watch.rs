@@ -2,7 +2,7 @@
 //! addresses.
 //!
 //! Invariants: the thread that moves packets pays one load a batch for it; nothing is reported
-//! twice. Links and addresses are reported at once (rtnetlink), the rest within a second.
+//! twice, and nothing that could not be read. Links and addresses are reported at once (rtnetlink), the rest within a second.
 //!
 //! Does not decide what follows from it.
 
@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::lock::Lock;
 use crate::nic::rtnetlink::Rtnetlink;
-use crate::ring::xsk::Interface;
+use crate::ring::xsk::{Interface, InterfaceError};
 
 /// What rtnetlink does not tell, the number of queues, is looked at this often.
 const LOOK_MS: libc::c_int = 1000;
@@ -33,17 +33,19 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    /// Looks now.
-    pub(super) fn of(name: &str) -> Self {
-        let Ok(interface) = Interface::find(name) else {
-            return Self::default();
+    /// Looks now. An error: it exists, but does not tell all. That is no news of it: what cannot be read is not 0.
+    pub(super) fn of(name: &str) -> Result<Self, InterfaceError> {
+        let interface = match Interface::find(name) {
+            Ok(interface) => interface,
+            Err(InterfaceError::Missing(_)) => return Ok(Self::default()),
+            Err(e) => return Err(e),
         };
-        Self {
+        Ok(Self {
             index: Some(interface.index()),
-            has_link: interface.has_link().unwrap_or(false),
-            rx_queues: interface.rx_queues().unwrap_or(0),
-            addresses: interface.addresses().unwrap_or_default(),
-        }
+            has_link: interface.has_link()?,
+            rx_queues: interface.rx_queues()?,
+            addresses: interface.addresses()?,
+        })
     }
 }
 
@@ -170,14 +172,18 @@ impl Watcher {
 
     /// Looks after the messages are drained, so that none is missed.
     fn look(&self) {
-        self.shared.report(Seen::of(&self.name));
+        match Seen::of(&self.name) {
+            Ok(seen) => self.shared.report(seen),
+            // Once more within a second; one that has gone meanwhile is missing then.
+            Err(e) => tracing::debug!("{e}"),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nic::testing::is_readable;
+    use crate::nic::testing::{in_namespace, ip, is_readable, make_veth, refuse_ioctl};
 
     /// Who sleeps with a descriptor that stays readable does not sleep.
     #[test]
@@ -197,5 +203,35 @@ mod tests {
         assert_eq!(shared.take(), None);
         shared.report(with(2));
         assert_eq!((shared.take(), is_woken()), (None, false), "no news");
+    }
+
+    /// A NIC that is in use has no fewer queues, and no less of a link, because nobody says how many for a moment.
+    #[test]
+    fn what_cannot_be_read_is_no_news() {
+        const ASKED: [libc::c_ulong; 2] = [
+            libc::SIOCETHTOOL as libc::c_ulong,
+            libc::SIOCGIFFLAGS as libc::c_ulong,
+        ];
+        for asked in ASKED {
+            in_namespace(move || {
+                make_veth(1, 1500);
+                let seen = Seen::of("a0").unwrap();
+                assert_eq!(seen.rx_queues, 1);
+                let shared = Arc::new(Shared::new(seen).unwrap());
+                let watcher = Watcher {
+                    name: "a0".to_owned(),
+                    netlink: Rtnetlink::open(true).unwrap(),
+                    stop: EventFd::new(EFD_NONBLOCK).unwrap(),
+                    shared: shared.clone(),
+                };
+                refuse_ioctl(asked, libc::ENOMEM);
+                watcher.look();
+                assert_eq!(shared.take(), None);
+                // One that is not there has none.
+                ip("link del a1");
+                watcher.look();
+                assert_eq!(shared.take(), Some(Seen::default()));
+            });
+        }
     }
 }

@@ -55,7 +55,21 @@ impl Interface {
         let c_name = CString::new(name).map_err(|_| missing())?;
         // SAFETY: `c_name` is a C string that lives through the call.
         match unsafe { libc::if_nametoindex(c_name.as_ptr()) } {
-            0 => Err(missing()),
+            // It asks by a socket, which may not be had: that says nothing of the interface.
+            0 => match io::Error::last_os_error() {
+                e if matches!(
+                    e.raw_os_error(),
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+                ) =>
+                {
+                    Err(InterfaceError::Refused {
+                        what: "index",
+                        interface: name.to_owned(),
+                        source: e,
+                    })
+                }
+                _ => Err(missing()),
+            },
             index => Ok(Self {
                 name: name.to_owned(),
                 index,

@@ -252,7 +252,7 @@ fn a_nic_that_loses_queues_goes_on_with_the_rest_and_gets_them_back() {
             station.send(&frame(FAR, 60, 1));
             let fewer = Seen {
                 rx_queues: queues,
-                ..Seen::of("a1")
+                ..Seen::of("a1").unwrap()
             };
             far.nic.look(&mut far.frames, &fewer);
             assert!(far.nic.describe().contains("0 queues, lost"));
