@@ -13,6 +13,7 @@ pub mod frame;
 pub mod hint;
 pub mod link;
 pub mod lock;
+pub mod log_budget;
 pub mod mailbox;
 pub mod net_offer;
 pub mod nic;

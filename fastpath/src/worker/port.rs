@@ -17,7 +17,9 @@ use std::sync::Arc;
 use colo_compare::Token;
 use tracing::warn;
 
+use crate::clock::now_us;
 use crate::frame::{Buffer, FramePool};
+use crate::log_budget::LogBudget;
 use crate::net_offer::NetOffer;
 use crate::ring::{Call, Chain, GuestRam, QueueState, RingError, Virtqueue};
 use crate::stats::WorkerStats;
@@ -77,6 +79,8 @@ pub struct GuestPort {
     frame_max: usize,
     /// What [`Self::has_room`] said last.
     lacked_room: bool,
+    /// Of broken queues.
+    log: LogBudget,
     stats: Arc<WorkerStats>,
 }
 
@@ -91,6 +95,7 @@ impl GuestPort {
             merge: Merge::default(),
             frame_max: 0,
             lacked_room: false,
+            log: LogBudget::default(),
             stats,
         }
     }
@@ -368,7 +373,10 @@ impl GuestPort {
 
     #[cold]
     fn fault(&mut self, error: &RingError) {
-        warn!("network queue: {error}; the device asks for a reset");
+        // A guest can break them in a loop.
+        if let Some(left_out) = self.log.line(now_us()) {
+            warn!("network queue: {error}; the device asks for a reset{left_out}");
+        }
         self.service = None;
         self.stats.ring_errors.add(1);
         self.tell_guest(Call::ask_for_reset);

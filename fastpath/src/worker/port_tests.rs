@@ -1,6 +1,9 @@
 //! What the guest's queues may cost the host, and which of the host's writes to the guest's memory are marked.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tracing::{Event, Metadata, Subscriber, span};
 
 use super::port::{Delivery, GuestPort, Stays};
 use crate::frame::{CopyCause, FramePool};
@@ -61,6 +64,50 @@ fn a_guest_that_never_stops_making_bad_buffers_keeps_no_worker_to_itself() {
     assert!(take().is_none());
     assert_eq!(stats.guest_tx_bad.get(), u64::from(ENTRIES + AHEAD));
     assert_eq!(stats.ring_errors.get(), 0);
+}
+
+/// Counts the lines that are logged in it.
+#[derive(Debug, Default)]
+struct Lines(Arc<AtomicU64>);
+
+impl Subscriber for Lines {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn event(&self, _: &Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+/// Invariant 7, for the log.
+#[test]
+fn a_guest_that_breaks_its_queues_in_a_loop_does_not_fill_the_log() {
+    const TIMES: u64 = 2000;
+    let ram = Arc::new(GuestRam::new(1 << 20, Pages::Small).unwrap());
+    let [guest_rx, mut guest_tx] = drivers(&ram);
+    guest_tx.set_avail_idx(3 * ENTRIES).unwrap();
+    let queues = [guest_rx.queue_state(), guest_tx.queue_state()];
+    let (mut port, stats) = port(&ram, queues);
+    let mut frames = FramePool::new(8, 2048);
+    let lines = Lines::default();
+    let written = lines.0.clone();
+    tracing::subscriber::with_default(lines, || {
+        for _ in 0..TIMES {
+            let taken = port.take(&mut frames, 1514, Stays::Nothing(CopyCause::Role));
+            assert!(taken.is_none());
+            port.activate(queues);
+        }
+    });
+    assert_eq!(stats.ring_errors.get(), TIMES);
+    let written = written.load(Ordering::Relaxed);
+    assert!((1..TIMES / 10).contains(&written), "{written}");
 }
 
 /// The pages that the host wrote since the last look.

@@ -8,6 +8,8 @@
 
 use std::sync::Arc;
 
+use colo_fastpath::clock::now_us;
+use colo_fastpath::log_budget::LogBudget;
 use colo_fastpath::net_offer::NetOffer;
 use colo_fastpath::ring::{Call, GuestRam, QUEUE_SIZE_MAX, QueueState};
 use colo_fastpath::worker::{PortState, WorkerGone, WorkerHandle, set_active_pairs};
@@ -43,6 +45,8 @@ pub struct Net {
     ready_pairs: u16,
     /// Pairs that the driver uses.
     active_pairs: u16,
+    /// Of broken control queues, which a guest can make in a loop.
+    log: LogBudget,
     stats: Arc<ControlStats>,
 }
 
@@ -64,6 +68,7 @@ impl Net {
             control: None,
             ready_pairs: 0,
             active_pairs: 1,
+            log: LogBudget::default(),
             stats: Arc::default(),
         }
     }
@@ -117,7 +122,9 @@ impl Net {
     }
 
     fn fault(&mut self, error: &ControlError) {
-        warn!("{error}; the device asks for a reset");
+        if let Some(left_out) = self.log.line(now_us()) {
+            warn!("{error}; the device asks for a reset{left_out}");
+        }
         self.control = None;
         self.stats.ring_errors.add(1);
         if let Err(e) = self.call.ask_for_reset() {

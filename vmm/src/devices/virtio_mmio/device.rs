@@ -8,6 +8,8 @@
 
 use std::sync::Arc;
 
+use colo_fastpath::clock::now_us;
+use colo_fastpath::log_budget::LogBudget;
 use colo_fastpath::ring::{Call, QueueState};
 use tracing::{debug, warn};
 use virtio_bindings::virtio_config::{
@@ -92,6 +94,8 @@ pub struct VirtioMmio {
     call: Arc<Call>,
     kicks: Vec<EventFd>,
     regs: DeviceState,
+    /// Of drivers that are not taken over.
+    log: LogBudget,
 }
 
 impl VirtioMmio {
@@ -104,6 +108,7 @@ impl VirtioMmio {
             call,
             kicks,
             regs,
+            log: LogBudget::default(),
         }
     }
 
@@ -317,7 +322,10 @@ impl VirtioMmio {
         let Err(e) = outcome else {
             return;
         };
-        warn!("{e}");
+        // A guest can do that in a loop.
+        if let Some(left_out) = self.log.line(now_us()) {
+            warn!("{e}{left_out}");
+        }
         if let Err(e) = self.call.ask_for_reset() {
             warn!("the guest's interrupt line failed: {e}");
         }
