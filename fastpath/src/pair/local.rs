@@ -335,6 +335,7 @@ impl Role for LocalPairRole {
     }
 
     fn leave(&mut self, edge: &mut Edge) {
+        self.path.give_back(&mut edge.frames);
         for token in self.unsent.drain(..) {
             edge.release(token);
         }

@@ -553,6 +553,7 @@ impl Role for PrimaryRole {
 
     fn leave(&mut self, edge: &mut Edge) {
         self.detach(edge);
+        self.path.give_back(&mut edge.frames);
         for token in self.unsent.drain(..) {
             edge.release(token);
         }

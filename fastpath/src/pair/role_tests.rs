@@ -20,7 +20,9 @@ use crate::mailbox::{Mailbox, Post};
 use crate::nic::SocketNic;
 use crate::ring::driver_mock::DriverMock;
 use crate::ring::{Call, GuestRam, Pages, Segment};
-use crate::worker::{Command, Edge, PollMode, PortWiring, Role, WorkerConfig, WorkerHandle, spawn};
+use crate::worker::{
+    Command, Edge, PollMode, PortWiring, Role, Solo, WorkerConfig, WorkerHandle, spawn,
+};
 
 const ENTRIES: u16 = 128;
 const RECEIVED: u64 = 0x2_0000;
@@ -29,6 +31,7 @@ const BUFFER_BYTES: u64 = 2048;
 const NET_HEADER: usize = 12;
 const DELAY_US: u64 = 200;
 const MANY: u64 = 32;
+const SLOTS: u32 = 2048;
 
 struct Host {
     worker: WorkerHandle,
@@ -85,7 +88,7 @@ impl Host {
             name: "role".into(),
             poll: PollMode::Interrupt,
             cpu: None,
-            frame_slots: 2048,
+            frame_slots: SLOTS,
             tx: Default::default(),
             stages: false,
         };
@@ -413,7 +416,7 @@ fn primary_config(lease: &Lease) -> PrimaryRoleConfig {
         limits: limits(),
         policy: Policy::default(),
         gap_limit_us: u64::MAX / 8,
-        frame_slots: 2048,
+        frame_slots: SLOTS,
         gaps: Default::default(),
         lease: lease.clone(),
         answers: Default::default(),
@@ -751,4 +754,25 @@ impl Host {
         }
         heard
     }
+}
+
+/// A host that keeps its worker for another session has all of its slots then.
+#[test]
+fn a_role_that_leaves_gives_back_all_that_it_holds() {
+    let leaves = |host: &Host| {
+        assert!(host.free_slots() < SLOTS as usize - 10);
+        host.worker.set_role(Box::new(Solo::default())).unwrap();
+        assert_eq!(host.free_slots(), SLOTS as usize);
+    };
+    let now_us = now_us();
+    let mut host = secondary();
+    host.mirror(1..=20);
+    (1..=20).for_each(|n| host.send(&output(n)));
+    host.step_until(now_us, |host| host.mirrored() == 20 && host.stored() == 20);
+    leaves(&host);
+    // It has no lease, so nothing leaves.
+    let (mut host, _lease) = primary();
+    (1..=20).for_each(|n| host.send(&output(n)));
+    while host.step(now_us) {}
+    leaves(&host);
 }

@@ -547,5 +547,9 @@ impl Role for SecondaryRole {
 
     fn leave(&mut self, edge: &mut Edge) {
         self.detach(edge);
+        // None after a takeover: then the next role has it.
+        if let Some(path) = &mut self.path {
+            path.give_back(&mut edge.frames);
+        }
     }
 }

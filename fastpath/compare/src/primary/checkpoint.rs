@@ -350,6 +350,11 @@ impl PrimaryPath {
 
     /// Gives back every frame that the path owns, for a shell that ends.
     pub fn close<F: Frames + ?Sized>(mut self, frames: &mut F) {
+        self.give_back(frames);
+    }
+
+    /// The same, for a shell that drops it later: nothing else is done with it afterwards.
+    pub fn give_back<F: Frames + ?Sized>(&mut self, frames: &mut F) {
         self.ledger.drop_svm(frames, |_| true);
         self.ledger.close(frames);
         for at in 0..self.held.nodes() {

@@ -546,6 +546,11 @@ impl SecondaryPath {
 
     /// Gives back every frame that the path owns, for a shell that ends.
     pub fn close<F: Frames + ?Sized>(mut self, frames: &mut F) {
+        self.give_back(frames);
+    }
+
+    /// The same, for a shell that drops it later: nothing else is done with it afterwards.
+    pub fn give_back<F: Frames + ?Sized>(&mut self, frames: &mut F) {
         self.drop_epoch(frames, u64::MAX);
         self.pending
             .drain(..)
