@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use colo_fastpath::frame::TxMode;
 use serde_json::Value;
 
 use crate::place::{BenchError, Outcome, Place};
@@ -47,6 +48,14 @@ enum XdpArg {
     Off,
 }
 
+/// With which bytes compared frames leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TxArg {
+    Twin,
+    InPlace,
+    Exact,
+}
+
 /// Options of `datapath`.
 #[derive(Debug, Args)]
 pub(crate) struct DatapathArgs {
@@ -78,6 +87,9 @@ pub(crate) struct DatapathArgs {
     /// The mode of AF_XDP
     #[arg(long, value_enum, default_value = "auto")]
     xdp: XdpArg,
+    /// With which bytes frames leave in `virtqueues` [default: all]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    tx: Vec<TxArg>,
 }
 
 impl DatapathArgs {
@@ -96,6 +108,15 @@ impl DatapathArgs {
             PollArg::Interrupt => "interrupt",
         };
         mode.to_owned()
+    }
+
+    fn tx(&self) -> Vec<TxMode> {
+        let mode = |tx: &TxArg| match tx {
+            TxArg::Twin => TxMode::Twin,
+            TxArg::InPlace => TxMode::InPlace,
+            TxArg::Exact => TxMode::Exact,
+        };
+        self.tx.iter().map(mode).collect()
     }
 
     /// The mode of AF_XDP, unless it is off.
@@ -129,7 +150,7 @@ pub(crate) fn run(args: &DatapathArgs, place: &Place) -> Result<Outcome, BenchEr
     let mut text: String = rows.iter().map(|row| row.text()).collect();
     let mut json: Vec<Value> = rows.iter().map(|row| row.json()).collect();
     if measures(Kind::Virtqueues) {
-        let outcome = datapath_vhost::run(place, &args.payload, args.rounds as usize)?;
+        let outcome = datapath_vhost::run(place, &args.payload, &args.tx(), args.rounds as usize)?;
         text.push('\n');
         text += &outcome.text;
         json.extend(outcome.rows);

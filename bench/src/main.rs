@@ -17,6 +17,7 @@ mod compare_load;
 mod compare_path;
 mod compare_row;
 mod datapath;
+mod datapath_apart;
 mod datapath_bare;
 mod datapath_client;
 mod datapath_cpu;
