@@ -260,6 +260,16 @@ fn canary_pages_are_read_when_they_are_sent() {
 }
 
 #[test]
+fn canary_the_svm_runs_on_behind_its_dirty_set() {
+    caught(Mutation::SvmRunsOn, "all or nothing");
+}
+
+#[test]
+fn canary_a_checkpoint_counts_before_the_secondary_has_committed_it() {
+    caught(Mutation::CommitAtSend, "output commit");
+}
+
+#[test]
 fn canary_half_a_stage_outlives_its_page_streams() {
     caught(Mutation::KeepHalfStage, "all or nothing");
 }

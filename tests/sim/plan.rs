@@ -46,6 +46,10 @@ pub enum Mutation {
     KeepHalfStage,
     /// Pages are read when they are sent, not while the guest stands still for the capture (against rule 11).
     PagesAtSend,
+    /// The SVM tells what it has dirtied, and runs on (against rule 11).
+    SvmRunsOn,
+    /// A checkpoint counts as committed when it was sent (against rule 13).
+    CommitAtSend,
 }
 
 /// Whom a fault hits.

@@ -204,6 +204,9 @@ impl Shell<'_> {
         } else {
             self.count_written_meanwhile(&image);
             self.tell_primary_core(PrimaryEvent::Sent { epoch });
+            if self.mutated(Mutation::CommitAtSend) {
+                self.commit_path(self.local_us(), epoch);
+            }
         }
         self.pass(if index + 1 < of { "chunk_sent" } else { "sent" });
     }
@@ -232,9 +235,12 @@ impl Shell<'_> {
         if !self.p.alive {
             return;
         }
-        if self.mutated(Mutation::NeverCommit) {
-            return;
+        if !self.mutated(Mutation::NeverCommit) && !self.mutated(Mutation::CommitAtSend) {
+            self.commit_path(now, epoch);
         }
+    }
+
+    fn commit_path(&mut self, now: u64, epoch: u64) {
         let p = &mut *self.p;
         if let Role::Primary(side) = &mut p.role {
             side.in_flight = 0;
@@ -301,7 +307,7 @@ impl Shell<'_> {
         if self.gets_stuck() {
             return;
         }
-        self.p.runs = false;
+        self.p.runs = self.mutated(Mutation::SvmRunsOn);
         self.take_guest_output();
         let Some(guest) = &self.p.guest else { return };
         let (digest, dirty) = (guest.digest(), guest.dirty.to_le_bytes().to_vec());
