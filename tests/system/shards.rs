@@ -32,6 +32,19 @@ fn each(status: &Value, counter: &str) -> Vec<u64> {
     workers.iter().map(of).collect()
 }
 
+/// The kernel has guest RAM and frames from the NIC's sockets once, whichever shard they are of; of each shard's frames it
+/// has another registration if the link's sockets are on them.
+fn assert_registered_once(nic: &Value, settings: &Settings, link_ends: u64) {
+    let of_umem = |what: &str| nic[format!("umem_{what}")].as_u64().unwrap();
+    println!("{link_ends} with link sockets: {nic}");
+    assert_eq!(of_umem("registrations"), 1 + link_ends, "{nic}");
+    assert_eq!(of_umem("registered_again"), 0, "{nic}");
+    assert!(
+        of_umem("registered_bytes") > u64::from(settings.ram_mib) << 20,
+        "{nic}"
+    );
+}
+
 /// Puts an interface with two queues into each host, at the other end of which a bridge has one: all that a host receives
 /// comes by its first queue.
 fn by_one_queue(topology: &Topology, bridge: &str, interface: &str, ports: [&str; 2]) {
@@ -186,7 +199,8 @@ fn a_guest_is_served_by_two_workers() {
         let Some(bench) = Bench::new(&clients::PROGRAMS) else {
             return;
         };
-        let single = Single::start(&settings(&bench, Compare::Bytes, xdp), bench.dir()).unwrap();
+        let settings = settings(&bench, Compare::Bytes, xdp);
+        let single = Single::start(&settings, bench.dir()).unwrap();
         clients::curl_keeps_its_connection(&single.topology.client, bench.dir());
         for guest in GUEST {
             clients::ping(&single.topology.client, guest);
@@ -201,6 +215,9 @@ fn a_guest_is_served_by_two_workers() {
             );
             assert_eq!(counts.iter().sum::<u64>(), status["worker"][counter]);
         }
+        if xdp.is_some() {
+            assert_registered_once(&status["nic"], &settings, 0);
+        }
     }
 }
 
@@ -210,14 +227,18 @@ fn rule_4_a_pair_of_two_shards_takes_checkpoints_and_survives_a_kill() {
         let Some(bench) = Bench::new(&clients::PROGRAMS) else {
             return;
         };
-        let mut pair = Pair::start(&settings(&bench, compare, xdp), bench.dir()).unwrap();
+        let settings = settings(&bench, compare, xdp);
+        let mut pair = Pair::start(&settings, bench.dir()).unwrap();
         clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
         clients::curl_sees_state(&pair.topology.client);
         // Some of its answers differ between the guests.
         let load = Load::start(&pair.topology.client, LoadConfig::new(16, 1)).unwrap();
         assert!(load.wait_answers(2000, PATIENCE), "no answers");
         for host in HOSTS {
-            wait_xdp(&mut pair, host);
+            let status = wait_xdp(&mut pair, host);
+            if xdp.is_some() {
+                assert_registered_once(&status["nic"], &settings, 2);
+            }
         }
         let status = pair.wait_protected(Host::A).unwrap();
         let crossed = each(&status, "crossed_in_frames");
