@@ -47,7 +47,11 @@ fn once(all: &[End], with_slots: &[&End]) -> [u64; 3] {
 /// What the guest has in its RAM leaves from there by this end, and comes by one of those.
 fn sends_in_place(from: &mut End, to: &mut [End], mac: Mac, seed: usize) {
     let whole = frame(mac, 1400, seed);
-    let buffer = Buffer { life: 0, head: 1 };
+    let buffer = Buffer {
+        life: 0,
+        head: 1,
+        descriptors: 1,
+    };
     let token = from.keep(buffer, &whole, 0x1003);
     let sent = from.nic.send(&mut from.frames, token);
     assert!(matches!(sent, Sent::Done), "{sent:?}");
