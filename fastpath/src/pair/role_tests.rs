@@ -412,6 +412,28 @@ fn rule_5_all_that_a_dead_primary_has_said_is_heard_before_the_takeover() {
     assert!(host.events.try_next().is_none());
 }
 
+/// One shard hears it by taking over, not before.
+#[test]
+fn rule_5_what_a_dead_primary_has_said_last_is_the_guests_after_the_takeover() {
+    const COUNT: u64 = 3;
+    let mut host = secondary();
+    host.mirror(1..=COUNT);
+    assert!(!host.peer.has_unsent());
+    host.peer.shutdown(Shutdown::Both).unwrap();
+    let (post, _events) = Mailbox::new().unwrap();
+    let config = primary_config(&Lease::default());
+    let role = SecondaryRole::on_worker(&host.worker, move |role, edge| {
+        role.take_over(edge, &config, post)
+    });
+    host.worker.set_role(role.flatten().unwrap()).unwrap();
+    let now_us = now_us();
+    while host.step(now_us) {}
+    // The guest is shown them behind a step, before the next one.
+    host.step(now_us);
+    let received = std::iter::from_fn(|| host.has_received().then_some(()));
+    assert_eq!(received.count() as u64, COUNT);
+}
+
 // ---- the primary ----
 
 fn primary_config(lease: &Lease) -> PrimaryRoleConfig {
@@ -740,6 +762,26 @@ fn rule_4_what_the_guest_has_no_buffer_for_is_not_mirrored() {
     while host.step(now_us) {}
     assert_eq!(host.heard_inputs(1), [(1, input(7))]);
     assert_eq!(host.worker.stats().guest_rx_too_small, 1);
+}
+
+#[test]
+fn rule_4_a_joining_secondary_hears_no_input_from_before_its_first_cut() {
+    let (mut host, _) = primary();
+    let now_us = now_us();
+    // The one before is lost, and this host may not speak alone.
+    let (ours, theirs) = connected();
+    host.peer = PacketLink::new(theirs).unwrap();
+    let link = PacketLink::new(ours).unwrap();
+    PrimaryRole::on_worker(&host.worker, move |role, edge| role.attach(edge, link)).unwrap();
+    host.wire.send(&input(1)).unwrap();
+    host.step_until(now_us, Host::has_received);
+    while host.step(now_us) {}
+    let cut = |role: &mut PrimaryRole, edge: &mut Edge| role.cut(edge, true).is_some();
+    assert_eq!(PrimaryRole::on_worker(&host.worker, cut), Some(true));
+    host.wire.send(&input(2)).unwrap();
+    host.step_until(now_us, Host::has_received);
+    while host.step(now_us) {}
+    assert_eq!(host.heard_inputs(1), [(1, input(2))]);
 }
 
 impl Host {

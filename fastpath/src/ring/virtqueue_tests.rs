@@ -1,8 +1,12 @@
 //! The queue against an honest and a hostile driver.
 
+use std::ops::RangeInclusive;
+use std::sync::{Mutex, Weak};
+
 use proptest::prelude::*;
 
 use super::super::driver_mock::DriverMock;
+use super::super::guard::WriteGuard;
 use super::super::memory::{Pages, RegionSource};
 use super::*;
 
@@ -245,6 +249,90 @@ fn indirect_tables_work_and_do_not_nest() {
         queue.pop(&mut chain),
         Err(RingError::BadIndirect(_))
     ));
+}
+
+#[test]
+fn an_indirect_table_that_was_not_negotiated_is_named() {
+    let (ram, mut driver, _) = pair(8, true);
+    let state = QueueState {
+        indirect: false,
+        ..driver.queue_state()
+    };
+    let mut queue = Virtqueue::new(ram, state).unwrap();
+    driver.write_descriptor(0, seg(DATA, 16), 4, 0).unwrap();
+    driver.offer_head(0).unwrap();
+    assert!(matches!(
+        queue.pop(&mut Chain::default()),
+        Err(RingError::BadIndirect(16))
+    ));
+}
+
+#[test]
+fn only_a_lone_buffer_to_read_is_shown_ahead() {
+    let (_, mut driver, mut queue) = pair(8, true);
+    let lone = seg(DATA, 100);
+    driver.offer(&[lone], &[]).unwrap();
+    driver.offer(&[lone, seg(DATA + 512, 7)], &[]).unwrap();
+    driver.offer(&[], &[lone]).unwrap();
+    assert!(queue.has_available().unwrap());
+    let shown = [0, 1, 2, 3].map(|n| queue.peek_lone(n).map(|(_, segment)| segment));
+    assert_eq!(shown, [Some(lone), None, None, None]);
+}
+
+/// What a used ring of two entries held whenever the guard was asked.
+#[derive(Debug)]
+struct Asked {
+    ram: Weak<GuestRam>,
+    used: u64,
+    held: Mutex<Vec<[u8; 22]>>,
+}
+
+impl WriteGuard for Asked {
+    fn before_write(&self, pages: RangeInclusive<usize>) {
+        let page = (self.used / 4096) as usize;
+        assert_eq!(pages, page..=page);
+        let ram = self.ram.upgrade().unwrap();
+        self.held.lock().unwrap().push(ring_at(&ram, self.used));
+    }
+}
+
+fn ring_at(ram: &GuestRam, used: u64) -> [u8; 22] {
+    let mut held = [0; 22];
+    ram.read(used, &mut held).unwrap();
+    held
+}
+
+#[test]
+fn rule_15_the_guard_is_asked_before_each_write_to_the_used_ring() {
+    for event_idx in [true, false] {
+        let (ram, mut driver, mut queue) = pair(2, event_idx);
+        let used = queue.state().used;
+        driver.offer(&[], &[seg(DATA, 9)]).unwrap();
+        assert!(queue.pop(&mut Chain::default()).unwrap());
+        let asked = Arc::new(Asked {
+            ram: Arc::downgrade(&ram),
+            used,
+            held: Mutex::default(),
+        });
+        let guard: Arc<dyn WriteGuard> = asked.clone();
+        ram.set_guard(Arc::downgrade(&guard));
+        ram.arm_guard(true);
+        for n in 0..3 {
+            let before = ring_at(&ram, used);
+            match (n, event_idx) {
+                (0, _) => queue.complete(0, 9).unwrap(),
+                (1, _) => assert!(queue.publish().unwrap()),
+                (_, true) => assert!(!queue.enable_notifications().unwrap()),
+                (_, false) => queue.disable_notifications().unwrap(),
+            }
+            assert_eq!(
+                std::mem::take(&mut *asked.held.lock().unwrap()),
+                [before],
+                "write {n}"
+            );
+            assert_ne!(ring_at(&ram, used), before, "write {n}");
+        }
+    }
 }
 
 #[test]

@@ -244,6 +244,21 @@ mod tests {
     }
 
     #[test]
+    fn rule_11_a_record_of_an_earlier_stop_is_not_given_out_after_the_guest_has_run() {
+        let lab = running(COUNT_AND_SLEEP);
+        // As a capture that fails before it fetches the record.
+        lab.machine.pause_vcpus_for_capture().unwrap();
+        let stopped = lab.machine.save_vcpus().unwrap().remove(0);
+        lab.machine.resume_vcpus().unwrap();
+        lab.wait_until_counter_moves();
+        lab.machine.pause_vcpus().unwrap();
+        let mut records = Vec::new();
+        lab.machine.save_vcpu_records(&mut records).unwrap();
+        let state = VcpuState::from_bytes(&records[0]).unwrap();
+        assert!(state.tsc.value > stopped.tsc.value);
+    }
+
+    #[test]
     fn rule_16_a_wall_clock_that_is_ahead_moves_no_clock_unless_a_stop_for_the_capture_allows_it() {
         const AHEAD: Duration = Duration::from_millis(900);
         let primary = running(COUNT_AND_SLEEP);

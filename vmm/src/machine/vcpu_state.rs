@@ -100,6 +100,12 @@ impl VcpuState {
         self.regs.r13 ^= 1;
     }
 
+    /// Makes it one that KVM refuses: long mode without paging.
+    #[cfg(test)]
+    pub(crate) fn spoil(&mut self) {
+        self.sregs.cr0 = 0x11;
+    }
+
     /// Changes an MSR, likewise.
     #[cfg(test)]
     pub(crate) fn nudge_msr(&mut self, index: u32) {

@@ -83,9 +83,11 @@ mod tests {
         let (machine, _kept) = shards();
         let workers = machine.workers();
         PrimaryRole::on_worker(&workers[1], |role, _| role.raise_epoch(4)).unwrap();
-        let refused = cut_all(workers, true, false).unwrap_err();
+        let refused = cut_all(workers, true, true).unwrap_err();
         assert!(matches!(refused, CaptureError::Epochs), "{refused}");
         assert_eq!(epochs(&machine), [1, 4], "the cuts are taken back");
+        let buffering = PrimaryRole::on_workers(workers, |role, _| role.buffer(false));
+        assert_eq!(buffering, Some(vec![false; 2]), "and what they began");
     }
 
     #[test]

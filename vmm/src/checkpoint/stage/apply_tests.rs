@@ -2,13 +2,13 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use colo_compare::{Limits, PrimaryPath};
+use colo_compare::{Limits, Policy, PrimaryPath};
 use colo_fastpath::link::PacketLink;
 use colo_fastpath::mailbox::Mailbox;
-use colo_fastpath::pair::SecondaryRoleConfig;
+use colo_fastpath::pair::{Lease, PrimaryRoleConfig, SecondaryRoleConfig};
 
 use super::*;
 use crate::checkpoint::ahead::area::Area;
@@ -16,9 +16,11 @@ use crate::checkpoint::audit::tests::Records;
 use crate::checkpoint::channel::{PageChannel, Settings};
 use crate::checkpoint::codec::PageKey;
 use crate::checkpoint::pages::PAGE_BYTES;
+use crate::checkpoint::pending;
 use crate::checkpoint::stage::accept::ShardState;
 use crate::checkpoint::stage::{Over, StageCommand, StageEvent};
 use crate::checkpoint::staging::{LiveMemory, Staging};
+use crate::checkpoint::states::{State, StateKind};
 use crate::machine::VcpuState;
 use crate::machine::tests::{COUNT_AND_SLEEP, COUNTER, Lab, running, stopped};
 
@@ -31,12 +33,11 @@ fn sockets() -> (TcpStream, TcpStream) {
     (near, listener.accept().unwrap().0)
 }
 
-/// Lets the machine of a stage run from what `primary` is now, if that is what `audit` says. Gives what the thread reports,
-/// whether it goes on, and the machine.
-fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
+/// A machine that has never run, in the secondary's role, and what must live as long.
+fn secondary() -> (Arc<Machine>, impl Sized) {
     let machine = Arc::new(stopped(COUNT_AND_SLEEP).machine);
-    let (ours, _packets) = sockets();
-    let (pair_post, _pair_events) = Mailbox::new().unwrap();
+    let (ours, packets) = sockets();
+    let (pair_post, pair_events) = Mailbox::new().unwrap();
     let (limits, mac) = (Limits::default(), MAC);
     let role = SecondaryRole::new(
         &SecondaryRoleConfig { limits, mac },
@@ -44,6 +45,54 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
         pair_post,
     );
     machine.worker().set_role(Box::new(role)).unwrap();
+    (machine, (packets, pair_events))
+}
+
+/// Its stage, with all that is told to it and that it tells.
+fn stage(machine: &Arc<Machine>) -> (StageThread, Mailbox<StageEvent>, Sender<StageCommand>) {
+    let (near, _far) = sockets();
+    let (post, events) = Mailbox::new().unwrap();
+    let (orders, commands) = channel();
+    let pages = machine.ram().page_count();
+    let thread = StageThread {
+        staging: Staging::new(pages, 1),
+        area: Area::new(pages, 0),
+        memory: LiveMemory::new(pages),
+        machine: machine.clone(),
+        post,
+        channel: PageChannel::new(vec![near], Settings::default()).unwrap(),
+        commands,
+        ordered: None,
+        listed: None,
+        key: Some(PageKey::new(KEY)),
+        key_bytes: Some(KEY),
+        open: None,
+        begun: Arc::default(),
+        live: false,
+    };
+    (thread, events, orders)
+}
+
+/// Of a shard that has none.
+fn translations() -> Vec<u8> {
+    let mut record = Vec::new();
+    PrimaryPath::new(Limits::default()).export_client_xlate(&mut record);
+    record
+}
+
+/// Lets the machine of a stage run from what `primary` is now, if that is what `audit` says. Gives what the thread reports,
+/// whether it goes on, and the machine.
+fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
+    apply_with(primary, audit, packets(MAC, b"held"))
+}
+
+/// The same with another packet side.
+fn apply_with(
+    primary: &Lab,
+    audit: Summary,
+    shard: ShardState,
+) -> (StageEvent, bool, Arc<Machine>) {
+    let (machine, _kept) = secondary();
     let mut page = [0; PAGE_BYTES];
     for number in 0..machine.ram().page_count() {
         primary
@@ -61,28 +110,9 @@ fn apply(primary: &Lab, audit: Summary) -> (StageEvent, bool, Arc<Machine>) {
         platform: records.platform,
         devices: records.devices,
         audit: Some(audit),
-        shards: vec![packets(MAC, b"held")],
+        shards: vec![shard],
     };
-    let (near, _far) = sockets();
-    let (post, events) = Mailbox::new().unwrap();
-    let (orders, commands) = channel();
-    let pages = machine.ram().page_count();
-    let mut thread = StageThread {
-        staging: Staging::new(pages, 1),
-        area: Area::new(pages, 0),
-        memory: LiveMemory::new(pages),
-        machine: machine.clone(),
-        post,
-        channel: PageChannel::new(vec![near], Settings::default()).unwrap(),
-        commands,
-        ordered: None,
-        listed: None,
-        key: Some(PageKey::new(KEY)),
-        key_bytes: Some(KEY),
-        open: None,
-        begun: Arc::default(),
-        live: false,
-    };
+    let (mut thread, events, orders) = stage(&machine);
     // As before it was said to be staged.
     machine.set_dirty_logging(true).unwrap();
     orders.send(StageCommand::Apply { halt: false }).unwrap();
@@ -155,6 +185,34 @@ fn rule_16_what_the_audit_finds_to_be_the_same_runs() {
 }
 
 #[test]
+fn rule_12_who_takes_over_from_an_applied_state_has_its_pending_output() {
+    let primary = primary();
+    let shard = ShardState {
+        pending: vec![vec![7; 60], vec![8; 60]],
+        ..packets(MAC, b"")
+    };
+    let audit = Records::of(&primary.machine).audit(&primary.machine, &shard);
+    let (event, goes_on, machine) = apply_with(&primary, audit, shard);
+    assert!(goes_on, "{event:?}");
+    let config = PrimaryRoleConfig {
+        limits: Limits::default(),
+        policy: Policy::default(),
+        gap_limit_us: u64::MAX / 2,
+        frame_slots: 1024,
+        gaps: Arc::default(),
+        lease: Lease::default(),
+        answers: Default::default(),
+        digest_key: None,
+    };
+    let (post, _events) = Mailbox::new().unwrap();
+    let unsent = SecondaryRole::on_worker(machine.worker(), move |role, edge| {
+        let role = role.take_over(edge, &config, post)?;
+        Some(role.report().stats.released_alone)
+    });
+    assert_eq!(unsent.flatten(), Some(2));
+}
+
+#[test]
 fn rule_16_what_the_audit_finds_to_differ_does_not_run() {
     let primary = primary();
     let machine = &primary.machine;
@@ -192,4 +250,68 @@ fn rule_16_what_the_audit_finds_to_differ_does_not_run() {
         let parts = |machine| Records::of(machine).states()[0].parts();
         assert!(parts(&applied) == parts(machine));
     }
+}
+
+#[test]
+fn rule_13_whatever_is_wrong_with_a_state_is_refused_before_the_commit_point() {
+    let primary = primary();
+    let records = Records::of(&primary.machine);
+    let (machine, _kept) = secondary();
+    let (mut thread, _events, _orders) = stage(&machine);
+    let good = [
+        State::new(StateKind::Vcpu, 0, records.vcpus[0].clone()),
+        State::new(StateKind::Devices, 0, records.devices.clone()),
+        State::new(StateKind::Translations, 0, translations()),
+        State::new(
+            StateKind::Pending,
+            0,
+            pending::write_record(&[vec![7; 60]], Vec::new()),
+        ),
+        State::new(StateKind::Platform, 0, records.platform.clone()),
+    ];
+    let mut accept = |states: &[State]| -> Result<(), StageError> {
+        thread.staging.clear();
+        for state in states {
+            for (head, body) in state.parts(1 << 20) {
+                thread.staging.add_state(&[&head[..], body].concat())?;
+            }
+        }
+        thread.accept(1, Instant::now()).map(drop)
+    };
+    accept(&good).unwrap();
+    for (n, state) in good.iter().enumerate() {
+        let mut missing = good.to_vec();
+        missing.remove(n);
+        assert!(accept(&missing).is_err(), "without {}", state.kind);
+        let mut more = good.to_vec();
+        more.push(State {
+            index: 1,
+            ..state.clone()
+        });
+        assert!(accept(&more).is_err(), "two of {}", state.kind);
+        let mut cut = good.to_vec();
+        cut[n].bytes.pop();
+        assert!(accept(&cut).is_err(), "{} is cut", state.kind);
+    }
+    let with = |n: usize, state: State| {
+        let mut states = good.to_vec();
+        states[n] = state;
+        states
+    };
+    // Whole, but KVM would refuse it, or the packet side.
+    let mut spoilt = records.states().remove(0);
+    spoilt.spoil();
+    let spoilt = State::new(StateKind::Vcpu, 0, spoilt.to_bytes());
+    assert!(accept(&with(0, spoilt)).is_err());
+    let long = pending::write_record(&[vec![7; 60_000]], Vec::new());
+    let long = State::new(StateKind::Pending, 0, long);
+    assert!(accept(&with(3, long)).is_err());
+    let mut later = good.to_vec();
+    later.push(State {
+        kind: 77,
+        index: 0,
+        bytes: vec![1],
+    });
+    assert!(matches!(accept(&later), Err(StageError::UnknownKind(77))));
+    accept(&good).unwrap();
 }
