@@ -38,6 +38,7 @@ fn refuses_a_nic(bench: &Bench, settings: &Settings, words: &[&str]) {
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(FAILED), "{mode}: {said}");
         assert!(!said.contains("panicked"), "{mode}: {said}");
+        assert!(!said.contains("no descriptors"), "{mode}: {said}");
         for word in words {
             assert!(said.contains(word), "{mode}: {word} is not in\n{said}");
         }

@@ -368,6 +368,11 @@ fn path_mtu(stream: &TcpStream) -> io::Result<usize> {
 mod tests {
     use super::*;
     use std::net::TcpListener;
+    use std::time::{Duration, Instant};
+
+    use crate::link::{PacketLink, PacketMsg};
+
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     fn streams(address: &str) -> [TcpStream; 2] {
         let listener = TcpListener::bind(address).unwrap();
@@ -443,6 +448,47 @@ mod tests {
             assert_eq!(heard + b.receive_drops(), sent);
             assert!(heard > 0 && b.receive_drops() > heard, "{heard} of {sent}");
             assert_eq!((a.errors(), b.errors(), a.receive_drops()), (0, 0, 0));
+        }
+    }
+
+    /// What was dropped is sent again, and the channel's counters tell.
+    #[test]
+    fn a_channel_hears_all_though_its_socket_drops_some() {
+        let mut links = streams("127.0.0.1:0").map(|stream| {
+            let port = UdpPort::beside(&stream).unwrap();
+            make_small(&port);
+            PacketLink::with_ports(stream, vec![Box::new(port)], 5, 60_000_000).unwrap()
+        });
+        let (mut said, mut heard) = (0, 0);
+        let begun = Instant::now();
+        loop {
+            let [near, far] = links.each_ref().map(PacketLink::stats);
+            let is_dropped = near.retransmitted > 0 && far.receive_drops > 0;
+            if is_dropped && heard == said {
+                break;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{near:?} {far:?}");
+            let [near, far] = &mut links;
+            // Several datagrams at once, of which the socket has room for one.
+            for seq in 0..8 {
+                if is_dropped || !near.has_room() {
+                    break;
+                }
+                let frame = &[7; 1400];
+                near.push(&PacketMsg::Input {
+                    epoch: 1,
+                    seq,
+                    frame,
+                });
+                said += 1;
+            }
+            for link in [near, far] {
+                link.flush().unwrap();
+                link.fill().unwrap();
+                while link.next_msg().unwrap().is_some() {
+                    heard += 1;
+                }
+            }
         }
     }
 

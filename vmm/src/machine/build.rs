@@ -92,6 +92,9 @@ pub enum MachineError {
         /// What there is.
         ends: usize,
     },
+    /// The packet workers could not be started, most often because of what their NIC says.
+    #[error("packet workers: {0}")]
+    Start(#[source] io::Error),
     /// A thread or descriptor.
     #[error("no descriptors or threads for the machine: {0}")]
     Host(#[from] io::Error),
@@ -191,7 +194,8 @@ impl Machine {
             return Err(MachineError::Nics { shards, ends });
         }
         let kicks = add_doorbells(&vm, shards)?;
-        let workers = spawn_workers(&config.host, nics, &ram, &call, &kicks)?;
+        let workers =
+            spawn_workers(&config.host, nics, &ram, &call, &kicks).map_err(MachineError::Start)?;
         let offer = NetOffer {
             guest_checksum: config.net.guest_checksum,
             ..NetOffer::new(config.net.mac, config.net.mtu)
