@@ -175,10 +175,10 @@ fn serves_in_long_frames(compare: Compare, way: &Way) {
     assert_nothing_lost(&mut pair);
     pair.primary.kill().unwrap();
     pair.wait_alone(Host::B).unwrap();
+    println!("{} bytes echoed", streams.finish().unwrap());
     pair.restart(Host::A, "secondary").unwrap();
     pair.wait_protected(Host::B).unwrap();
     wait_carried(&mut pair, way);
-    println!("{} bytes echoed", streams.finish().unwrap());
     datagrams_come_back(&pair.topology.client, 2);
     ping_long(&pair.topology.client);
     assert_nothing_lost(&mut pair);
