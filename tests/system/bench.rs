@@ -416,7 +416,25 @@ fn datapath_virtqueues_gives_a_row_beside_dpdk() {
         "short frames are copied in any case: {row:#}"
     );
     positive(row, &["pairs_per_s", "peer_packets_per_s"]);
-    let number = |key: &str| row[key].as_f64().unwrap();
-    let ratio = number("pairs_per_s") / number("peer_packets_per_s");
-    assert!((number("ratio") / ratio - 1.0).abs() < 1e-6, "{row:#}");
+    // One round, or on a machine that moved in all of them each that was made.
+    let ratio = |round: &Value| {
+        positive(round, &["pairs_per_s", "peer_packets_per_s"]);
+        round["pairs_per_s"].as_f64().unwrap() / round["peer_packets_per_s"].as_f64().unwrap()
+    };
+    let mut ratios: Vec<_> = row["rounds"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(ratio)
+        .collect();
+    ratios.sort_by(f64::total_cmp);
+    assert!([1, 3].contains(&ratios.len()), "{row:#}");
+    for (key, expected) in [
+        ("ratio_min", ratios[0]),
+        ("ratio", ratios[ratios.len() / 2]),
+        ("ratio_max", ratios[ratios.len() - 1]),
+    ] {
+        let told = row[key].as_f64().unwrap();
+        assert!((told / expected - 1.0).abs() < 1e-6, "{key}: {row:#}");
+    }
 }

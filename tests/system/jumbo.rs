@@ -86,16 +86,6 @@ fn datagrams_come_back(client: &Netns, rounds: usize) {
     client.run(echo).unwrap();
 }
 
-/// Echo requests whose answers are each one frame, as long as can be.
-fn ping_long(client: &Netns) {
-    let mut ping = client.command("ping");
-    ping.args(["-c", "20", "-i", "0.01", "-W", "10", "-M", "do", "-s"]);
-    let output = ping.args([&DATAGRAM_MAX.to_string(), &GUEST_V4.to_string()]);
-    let output = output.output().unwrap();
-    let report = String::from_utf8_lossy(&output.stdout);
-    assert!(report.contains(" 0% packet loss"), "{report}");
-}
-
 /// The longest payload of TCP over IPv4 in a capture.
 fn longest_segment(pcap: &[u8]) -> usize {
     let frames = pcap_frames(pcap).into_iter().map(|frame| frame.bytes);
@@ -146,7 +136,7 @@ fn serves_in_long_frames(compare: Compare, way: &Way) {
     let capture = bench.dir().join("long.pcap");
     let capture = pair.topology.capture(Host::A, &capture).unwrap();
     datagrams_come_back(&pair.topology.client, 4);
-    ping_long(&pair.topology.client);
+    clients::ping_with(&pair.topology.client, GUEST_V4.into(), DATAGRAM_MAX);
     clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
     let longest = longest_segment(&capture.finish().unwrap());
     assert!((8900..=SEGMENT_MAX).contains(&longest), "{longest}");
@@ -180,7 +170,7 @@ fn serves_in_long_frames(compare: Compare, way: &Way) {
     pair.wait_protected(Host::B).unwrap();
     wait_carried(&mut pair, way);
     datagrams_come_back(&pair.topology.client, 2);
-    ping_long(&pair.topology.client);
+    clients::ping_with(&pair.topology.client, GUEST_V4.into(), DATAGRAM_MAX);
     assert_nothing_lost(&mut pair);
 }
 

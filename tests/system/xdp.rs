@@ -16,6 +16,8 @@ use serde_json::Value;
 
 /// Longest wait for answers of the guest.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Payload of an echo request whose answer is one frame, longer than those of Ethernet usually are.
+const LONG_PING: usize = 1900;
 /// An address of host a itself, on the interface that it shares with its guest.
 const HOST_ADDRESS: &str = "10.77.0.200";
 
@@ -122,17 +124,6 @@ fn survives_a_kill(pair: &mut Pair) {
     loads::assert_survived(&report);
 }
 
-/// Echo requests whose answers are as long, each in one frame that is longer than those of Ethernet usually are.
-fn ping_long(client: &Netns) {
-    let mut ping = client.command("ping");
-    ping.args([
-        "-c", "20", "-i", "0.01", "-W", "10", "-M", "do", "-s", "1900",
-    ]);
-    let output = ping.arg(GUEST_V4.to_string()).output().unwrap();
-    let report = String::from_utf8_lossy(&output.stdout);
-    assert!(report.contains(" 0% packet loss"), "{report}");
-}
-
 /// The guest's longest frame with TCP over IPv4, of those that a capture has.
 fn longest_tcp_frame(pcap: &[u8]) -> usize {
     let frames = pcap_frames(pcap).into_iter().map(|frame| frame.bytes);
@@ -155,7 +146,7 @@ fn a_pair_with_long_frames_is_served_and_survives_a_kill(compare: Compare) {
     let file = bench.dir().join("long.pcap");
     let capture = pair.topology.capture(Host::A, &file).unwrap();
     clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
-    ping_long(&pair.topology.client);
+    clients::ping_with(&pair.topology.client, GUEST_V4.into(), LONG_PING);
     let longest = longest_tcp_frame(&capture.finish().unwrap());
     assert!((1800..=2014).contains(&longest), "{longest}");
     let status = pair.primary.status().unwrap();
@@ -165,5 +156,5 @@ fn a_pair_with_long_frames_is_served_and_survives_a_kill(compare: Compare) {
     compare.assert_used(&status);
     survives_a_kill(&mut pair);
     clients::curl_keeps_its_connection(&pair.topology.client, bench.dir());
-    ping_long(&pair.topology.client);
+    clients::ping_with(&pair.topology.client, GUEST_V4.into(), LONG_PING);
 }
