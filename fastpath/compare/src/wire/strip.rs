@@ -7,8 +7,8 @@ use super::checksum::{OnesSum, ones_sum};
 use super::tcp::{FIN, PSH, URG};
 use super::{Layout, Network};
 
-/// Makes a bare ACK of the segment. Nothing happens to what is not TCP.
-pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Layout) {
+/// Makes a bare ACK at `seq` of the segment. Nothing happens to what is not TCP.
+pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Layout, seq: u32) {
     let Some(tcp) = packet.tcp.as_mut() else {
         return;
     };
@@ -18,8 +18,9 @@ pub(crate) fn strip_payload(header: &mut [u8], packet: &mut Layout) {
         usize::from(tcp.payload_at),
     );
     tcp.flags &= !(FIN | PSH | URG);
-    (tcp.payload_len, tcp.is_plain_data) = (0, false);
+    (tcp.seq, tcp.payload_len, tcp.is_plain_data) = (seq, 0, false);
     packet.end = tcp.payload_at;
+    header[l4 + 4..l4 + 8].copy_from_slice(&seq.to_be_bytes());
     header[l4 + 13] = tcp.flags;
     let addresses = match packet.network {
         Network::V4 => {
@@ -55,10 +56,11 @@ mod tests {
         for side in [Side::V4, Side::V6] {
             let mut bytes = Segment::new(side).seq(9).ack(8).payload(b"secret").bytes();
             let mut packet = parse(&bytes, bytes.len(), Direction::FromGuest);
-            strip_payload(&mut bytes, &mut packet.layout);
+            strip_payload(&mut bytes, &mut packet.layout, 7);
             let again = parse(&bytes, bytes.len(), Direction::FromGuest);
             assert_eq!(again, packet);
-            assert!(again.tcp.unwrap().is_pure_ack());
+            let tcp = again.tcp.unwrap();
+            assert!(tcp.is_pure_ack() && (tcp.seq, tcp.ack) == (7, 8));
             bytes.truncate(usize::from(again.end));
             assert!(checksums_are_right(&bytes));
         }

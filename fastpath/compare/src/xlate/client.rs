@@ -334,7 +334,9 @@ impl ClientTable {
 
     /// Translates a guest's segment for the client. True when it could not be translated: the
     /// handshake is not learnt yet, so the segment lost its payload and now only makes the client
-    /// answer with an ACK, from which to learn; the guest sends the payload again.
+    /// answer with an ACK, from which to learn; the guest sends the payload again. For that it
+    /// stands where the guest's SYN stood: if the numbers are the client's after all, it is old
+    /// there, and old segments are answered, while a bare ACK that fits is not.
     pub(crate) fn outbound(&mut self, now_us: u64, header: &mut [u8], packet: &mut Packet) -> bool {
         let Some(tcp) = packet.layout.tcp.as_mut() else {
             return false;
@@ -348,13 +350,19 @@ impl ClientTable {
             return false;
         }
         entry.used_s = seconds(now_us);
-        let is_opening = entry.handshake().is_some();
-        if is_opening && tcp.flags & (SYN | RST) == 0 {
-            strip_payload(header, &mut packet.layout);
+        let opening = entry.handshake();
+        if let Some(Handshake { guest_isn, .. }) = opening
+            && tcp.flags & (SYN | RST) == 0
+        {
+            let seq = match tcp.payload_len > 0 || tcp.has(FIN) {
+                true => guest_isn,
+                false => tcp.seq,
+            };
+            strip_payload(header, &mut packet.layout, seq);
             return true;
         }
         entry.note_closing(tcp);
-        if is_opening {
+        if opening.is_some() {
             // Its timestamps cannot be told from the client's space yet: they set no mark there.
             return false;
         }
@@ -412,6 +420,36 @@ mod tests {
             Some(far.wrapping_sub(1)),
             "another connection's mark"
         );
+    }
+
+    #[test]
+    fn rule_1_what_cannot_be_translated_yet_is_old_for_a_client_that_has_the_guests_own_numbers() {
+        let mut table = ClientTable::new(10, 0);
+        let sent = |table: &mut ClientTable, seq, payload: &[u8], flags| {
+            let segment = Segment::new(Side::V4).seq(seq).ack(8).flags(flags);
+            let mut bytes = segment.payload(payload).bytes();
+            let (mut packet, _) = parse(&bytes, Direction::FromGuest);
+            if table.len() == 0 {
+                let handshake = Handshake {
+                    guest_isn: 99,
+                    guest_ts: None,
+                    peer_isn: None,
+                };
+                table.insert(packet.key, Entry::opening(handshake));
+            }
+            assert!(table.outbound(0, &mut bytes, &mut packet));
+            bytes.truncate(usize::from(packet.layout.end));
+            assert!(checksums_are_right(&bytes));
+            let (_, tcp) = parse(&bytes, Direction::FromGuest);
+            assert!(tcp.is_pure_ack() && tcp.ack == 8);
+            tcp.seq
+        };
+        // Its SYN was 99, so a client that has seen that one expects 100, and answers to what is before.
+        assert_eq!(sent(&mut table, 100, b"ab", ACK), 99);
+        assert_eq!(sent(&mut table, 102, b"cd", ACK), 99);
+        assert_eq!(sent(&mut table, 104, b"", ACK | FIN), 99);
+        // Nothing of it is lost, and it ends the client's handshake.
+        assert_eq!(sent(&mut table, 100, b"", ACK), 100);
     }
 
     #[test]
