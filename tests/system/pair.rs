@@ -155,17 +155,22 @@ fn digests_take_little_of_the_link_and_clients_notice_nothing() {
             number(&status["worker"], "guest_tx_bytes"),
         )
     };
-    let before = link_bytes(&pair);
-    clients::wrk(&pair.topology.client, GUEST[0], "/bytes/1000000", 4, 3);
-    let after = link_bytes(&pair);
-    let (link, output) = (after.0 - before.0, after.1 - before.1);
-    let share = link as f64 / output as f64;
-    println!(
-        "link {link} bytes both ways for {output} bytes of output: {:.1} %",
-        share * 100.0
-    );
-    // Lost and repeated datagrams and the mirrored input are in it.
-    assert!(share < 0.05, "{share}");
+    let mut shares = [0.0; 3];
+    for share in &mut shares {
+        let before = link_bytes(&pair);
+        clients::wrk(&pair.topology.client, GUEST[0], "/bytes/1000000", 4, 2);
+        let after = link_bytes(&pair);
+        let (link, output) = (after.0 - before.0, after.1 - before.1);
+        *share = link as f64 / output as f64;
+        println!(
+            "link {link} bytes both ways for {output} bytes of output: {:.2} %",
+            *share * 100.0
+        );
+    }
+    shares.sort_by(f64::total_cmp);
+    // Lost and repeated datagrams are in it, and the mirrored input, of which the client decides: it acknowledges each
+    // segment or every other one.
+    assert!(shares[1] < 0.05, "{shares:?}");
     assert_paired(&mut pair);
     let status = pair.primary.status().unwrap();
     assert!(number(&status, "digests") > 1000, "{status}");
