@@ -10,6 +10,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use colo_vmm::checkpoint::channel::set_low_water;
 use io_uring::types::{BufRingEntry, Fixed};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
@@ -185,7 +186,7 @@ pub(crate) fn receive(sockets: &[TcpStream], way: Way) -> Result<(u64, u64), Ben
     let mut provided = Provided::new();
     let mut bare = Bare::new(sockets, way, way == Way::UringFixed, 1)?;
     if matches!(way, Way::UringLowWater | Way::UringDeep) {
-        sockets.iter().try_for_each(set_low_water)?;
+        sockets.iter().try_for_each(wake_for_chunks)?;
     }
     if matches!(way, Way::UringMultishot | Way::UringDeep) {
         provided.register(&bare.ring)?;
@@ -217,24 +218,10 @@ pub(crate) fn receive(sockets: &[TcpStream], way: Way) -> Result<(u64, u64), Ben
     Ok((bytes, 0))
 }
 
-/// Has the receiver woken when a chunk is there: most of what it costs to send to a thread that sleeps on another core is
-/// to wake it.
-fn set_low_water(socket: &TcpStream) -> Result<(), BenchError> {
-    let value = CHUNK_BYTES as libc::c_int;
-    // SAFETY: the option is an int, which is read during the call only.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const value).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    match done {
-        0 => Ok(()),
-        _ => Err(failed("set the low water mark")(io::Error::last_os_error())),
-    }
+/// Has the receiver woken when a chunk is there, as that of checkpoints is: most of what it costs to send to a thread that
+/// sleeps on another core is to wake it.
+fn wake_for_chunks(socket: &TcpStream) -> Result<(), BenchError> {
+    set_low_water(socket, CHUNK_BYTES).map_err(failed("set the low water mark"))
 }
 
 /// A ring of provided buffers (io_uring_register_buf_ring(3)).

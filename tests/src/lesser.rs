@@ -8,6 +8,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use colo_lab::seccomp::refuse_call;
+use libc::{AF_XDP, EAFNOSUPPORT, SYS_socket};
+
 /// What may be locked into memory: not as much as any queue's frames.
 pub const LOCKED_BYTES: u32 = 64 << 10;
 
@@ -18,46 +21,13 @@ pub const PROGRAMS: [&str; 2] = ["prlimit", "setpriv"];
 pub fn without_af_xdp<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
         let lesser = scope.spawn(|| {
-            forbid_af_xdp();
+            // As in a kernel without CONFIG_XDP_SOCKETS.
+            let refused = refuse_call(SYS_socket, 0, AF_XDP as u32, EAFNOSUPPORT);
+            refused.expect("a filter of system calls");
             body()
         });
         lesser.join().expect("the test's part on a lesser kernel")
     })
-}
-
-/// `socket(AF_XDP, ..)` fails as in a kernel without CONFIG_XDP_SOCKETS. For good, for this thread and its children.
-fn forbid_af_xdp() {
-    /// Of `struct seccomp_data`: the first argument's lower half.
-    const ARGUMENT_AT: u32 = 16;
-    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-    let give = libc::BPF_RET | libc::BPF_K;
-    let refusal = libc::SECCOMP_RET_ERRNO | libc::EAFNOSUPPORT as u32;
-    let filter = [
-        (load, 0, 0),
-        (equal, libc::SYS_socket as u32, 3),
-        (load, ARGUMENT_AT, 0),
-        (equal, libc::AF_XDP as u32, 1),
-        (give, refusal, 0),
-        (give, libc::SECCOMP_RET_ALLOW, 0),
-    ]
-    .map(|(code, k, jf)| libc::sock_filter {
-        code: code as u16,
-        jt: 0,
-        jf,
-        k,
-    });
-    let program = libc::sock_fprog {
-        len: filter.len() as u16,
-        filter: filter.as_ptr().cast_mut(),
-    };
-    // SAFETY: numbers only.
-    let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-    let mode = libc::SECCOMP_MODE_FILTER;
-    // SAFETY: the kernel reads the program, which lives on this stack.
-    let done = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) };
-    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// A command in `dir` that is `colo`, but may lock [`LOCKED_BYTES`] only, whoever starts it.

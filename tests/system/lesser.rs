@@ -76,6 +76,11 @@ fn serves_and_survives(pair: &mut Pair, compare: Compare, refusals: [u64; 2]) {
     let matched = status["released_data_by_match"].as_u64().unwrap();
     assert!(matched > 100, "{status:#}");
     compare.assert_used(&status);
+    survives_a_kill(pair, load);
+}
+
+/// Loses its primary under this load, and goes on alone.
+fn survives_a_kill(pair: &mut Pair, load: Load) {
     load.mark_kill();
     pair.primary.kill().unwrap();
     pair.wait_alone(Host::B).unwrap();
@@ -138,14 +143,7 @@ fn where_one_host_has_no_af_xdp_both_use_tcp() {
             assert_eq!(link["carrier"], "tcp", "{host:?}: {link}");
             assert_eq!(link["transport_refusals"], refused, "{host:?}: {link}");
         }
-        load.mark_kill();
-        pair.primary.kill().unwrap();
-        pair.wait_alone(Host::B).unwrap();
-        assert!(
-            load.wait_answers(300, PATIENCE),
-            "no answers after the kill"
-        );
-        loads::assert_survived(&load.finish().unwrap());
+        survives_a_kill(&mut pair, load);
     });
 }
 

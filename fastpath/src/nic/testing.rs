@@ -98,40 +98,6 @@ pub(super) fn try_queues(name: &str, queues: u32) -> io::Result<()> {
     }
 }
 
-/// From now on the calling thread, and what it starts, is refused this ioctl.
-pub(super) fn refuse_ioctl(request: libc::c_ulong, errno: i32) {
-    /// Of `struct seccomp_data`: the second argument's lower half.
-    const ARGUMENT_AT: u32 = 24;
-    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-    let give = libc::BPF_RET | libc::BPF_K;
-    let filter = [
-        (load, 0, 0),
-        (equal, libc::SYS_ioctl as u32, 3),
-        (load, ARGUMENT_AT, 0),
-        (equal, request as u32, 1),
-        (give, libc::SECCOMP_RET_ERRNO | errno as u32, 0),
-        (give, libc::SECCOMP_RET_ALLOW, 0),
-    ]
-    .map(|(code, k, jf)| libc::sock_filter {
-        code: code as u16,
-        jt: 0,
-        jf,
-        k,
-    });
-    let program = libc::sock_fprog {
-        len: filter.len() as u16,
-        filter: filter.as_ptr().cast_mut(),
-    };
-    // SAFETY: numbers only.
-    let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    assert_eq!(done, 0, "{}", io::Error::last_os_error());
-    let mode = libc::SECCOMP_MODE_FILTER;
-    // SAFETY: the kernel reads the program, which lives on this stack.
-    let done = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) };
-    assert_eq!(done, 0, "{}", io::Error::last_os_error());
-}
-
 /// A frame with bytes that no other length or seed gives.
 pub(super) fn frame(from: Mac, to: Mac, len: usize, seed: usize) -> Vec<u8> {
     let mut frame = [to, from].concat();

@@ -1,9 +1,9 @@
 //! AF_XDP: frames to and from one queue of a NIC, in memory that this process shares with the
 //! kernel (Documentation/networking/af_xdp.rst).
 //!
-//! A [`Umem`] is that memory, registered once for all sockets that can share it. An [`XskSocket`] is one queue: its fill ring gives chunks to the
-//! kernel, its rx ring gives them back with frames, its tx ring takes pieces of frames, its
-//! completion ring gives these back.
+//! A [`Umem`] is that memory, registered once for all sockets that can share it. An [`XskSocket`] is
+//! one queue: its fill ring gives chunks to the kernel, its rx ring gives them back with frames, its
+//! tx ring takes pieces of frames, its completion ring gives these back.
 //!
 //! Invariants: the kernel writes only to chunks that are in a fill ring; every address and length
 //! that comes from the kernel is checked against the area before anybody sees it, and every one

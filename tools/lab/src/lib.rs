@@ -11,5 +11,6 @@ pub mod load;
 pub mod netns;
 pub mod pair;
 pub mod process;
+pub mod seccomp;
 pub mod testpmd;
 pub mod topology;

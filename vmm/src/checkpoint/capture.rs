@@ -14,7 +14,7 @@ mod ahead;
 mod cut;
 mod early;
 #[cfg(test)]
-mod lab;
+pub(crate) mod lab;
 mod live;
 mod records;
 mod reopen;

@@ -183,7 +183,8 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nic::testing::{in_namespace, ip, is_readable, make_veth, refuse_ioctl};
+    use crate::nic::testing::{in_namespace, ip, is_readable, make_veth};
+    use colo_lab::seccomp::refuse_call;
 
     /// Who sleeps with a descriptor that stays readable does not sleep.
     #[test]
@@ -208,11 +209,7 @@ mod tests {
     /// A NIC that is in use has no fewer queues, and no less of a link, because nobody says how many for a moment.
     #[test]
     fn what_cannot_be_read_is_no_news() {
-        const ASKED: [libc::c_ulong; 2] = [
-            libc::SIOCETHTOOL as libc::c_ulong,
-            libc::SIOCGIFFLAGS as libc::c_ulong,
-        ];
-        for asked in ASKED {
+        for asked in [libc::SIOCETHTOOL as u32, libc::SIOCGIFFLAGS as u32] {
             in_namespace(move || {
                 make_veth(1, 1500);
                 let seen = Seen::of("a0").unwrap();
@@ -224,7 +221,7 @@ mod tests {
                     stop: EventFd::new(EFD_NONBLOCK).unwrap(),
                     shared: shared.clone(),
                 };
-                refuse_ioctl(asked, libc::ENOMEM);
+                refuse_call(libc::SYS_ioctl, 1, asked, libc::ENOMEM).unwrap();
                 watcher.look();
                 assert_eq!(shared.take(), None);
                 // One that is not there has none.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use colo_bpf::{Attach, AttachMode, Groups, GuestFrames, Mac, XdpProgram};
 
+use colo_lab::seccomp::refuse_call;
+
 use super::*;
 use crate::ring::Area;
 
@@ -663,48 +665,12 @@ fn too_little_locked_memory_is_named() {
     .unwrap();
 }
 
-/// In this thread there are no AF_XDP sockets from now on.
-fn forbid_af_xdp(errno: i32) {
-    /// Of `struct seccomp_data`: the first argument's lower half.
-    const ARGUMENT_AT: u32 = 16;
-    let (load, equal) = (
-        libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
-        libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
-    );
-    let give = libc::BPF_RET | libc::BPF_K;
-    let filter = [
-        (load, 0, 0),
-        (equal, libc::SYS_socket as u32, 3),
-        (load, ARGUMENT_AT, 0),
-        (equal, libc::AF_XDP as u32, 1),
-        (give, libc::SECCOMP_RET_ERRNO | errno as u32, 0),
-        (give, libc::SECCOMP_RET_ALLOW, 0),
-    ]
-    .map(|(code, k, jf)| libc::sock_filter {
-        code: code as u16,
-        jt: 0,
-        jf,
-        k,
-    });
-    let program = libc::sock_fprog {
-        len: filter.len() as u16,
-        filter: filter.as_ptr().cast_mut(),
-    };
-    // SAFETY: numbers only.
-    let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    assert_eq!(done, 0);
-    let mode = libc::SECCOMP_MODE_FILTER;
-    // SAFETY: the kernel reads the program, which lives on this stack.
-    let done = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) };
-    assert_eq!(done, 0);
-}
-
 #[test]
 fn a_kernel_without_af_xdp_is_named_and_what_to_use_instead() {
     std::thread::spawn(|| {
         let area = Arc::new(Area::reserve(AREA_BYTES).unwrap());
         area.map_anonymous(AREA_BYTES).unwrap();
-        forbid_af_xdp(libc::EAFNOSUPPORT);
+        refuse_call(libc::SYS_socket, 0, libc::AF_XDP as u32, libc::EAFNOSUPPORT).unwrap();
         let refused = register(&area, UmemSettings::default()).unwrap_err();
         assert!(matches!(refused, XskError::NoAfXdp), "{refused}");
         assert!(refused.to_string().contains("a TAP device (net.tap)"));

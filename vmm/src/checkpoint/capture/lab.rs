@@ -49,10 +49,9 @@ pub(super) fn thread(
     (thread, (events, listener.accept().unwrap()))
 }
 
-/// Puts a machine's workers into the primary's role. Gives what must live as long.
-pub(super) fn as_primary(machine: &Machine) -> impl Sized + use<> {
-    let (post, mailbox) = Mailbox::new().unwrap();
-    let role = PrimaryRoleConfig {
+/// Of a role that nothing hurries.
+pub(crate) fn primary_config() -> PrimaryRoleConfig {
+    PrimaryRoleConfig {
         limits: Limits::default(),
         policy: Policy::default(),
         gap_limit_us: u64::MAX / 2,
@@ -61,7 +60,13 @@ pub(super) fn as_primary(machine: &Machine) -> impl Sized + use<> {
         lease: Lease::default(),
         answers: Default::default(),
         digest_key: None,
-    };
+    }
+}
+
+/// Puts a machine's workers into the primary's role. Gives what must live as long.
+pub(super) fn as_primary(machine: &Machine) -> impl Sized + use<> {
+    let (post, mailbox) = Mailbox::new().unwrap();
+    let role = primary_config();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut peers = Vec::new();
     for worker in machine.workers() {

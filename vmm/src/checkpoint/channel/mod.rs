@@ -53,6 +53,7 @@ pub use error::{ChannelError, Step};
 pub use event::{Chunk, Event, Whole};
 pub use frame::{HEADER_BYTES, HeaderError, Kind, Totals};
 pub use landing::{Landing, LandingError, Landings};
+pub use receive::set_low_water;
 pub use settings::{CHUNK_BYTES, STREAMS_MAX, Settings};
 pub use wake::Waker;
 

@@ -256,7 +256,7 @@ impl Incoming {
 }
 
 /// `SO_RCVLOWAT`; the end of a stream and what does not fit its receive buffer wake us all the same.
-fn set_low_water(socket: &TcpStream, bytes: usize) -> io::Result<()> {
+pub fn set_low_water(socket: &TcpStream, bytes: usize) -> io::Result<()> {
     let value = bytes as libc::c_int;
     // SAFETY: the option is an int, which is read during the call only.
     let done = unsafe {

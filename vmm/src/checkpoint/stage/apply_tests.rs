@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use colo_compare::{Limits, Policy, PrimaryPath};
+use colo_compare::{Limits, PrimaryPath};
 use colo_fastpath::link::PacketLink;
 use colo_fastpath::mailbox::Mailbox;
-use colo_fastpath::pair::{Lease, PrimaryRoleConfig, SecondaryRoleConfig};
+use colo_fastpath::pair::SecondaryRoleConfig;
 
 use super::*;
 use crate::checkpoint::ahead::area::Area;
 use crate::checkpoint::audit::tests::Records;
+use crate::checkpoint::capture::lab::primary_config;
 use crate::checkpoint::channel::{PageChannel, Settings};
 use crate::checkpoint::codec::PageKey;
 use crate::checkpoint::pages::PAGE_BYTES;
@@ -194,16 +195,7 @@ fn rule_12_who_takes_over_from_an_applied_state_has_its_pending_output() {
     let audit = Records::of(&primary.machine).audit(&primary.machine, &shard);
     let (event, goes_on, machine) = apply_with(&primary, audit, shard);
     assert!(goes_on, "{event:?}");
-    let config = PrimaryRoleConfig {
-        limits: Limits::default(),
-        policy: Policy::default(),
-        gap_limit_us: u64::MAX / 2,
-        frame_slots: 1024,
-        gaps: Arc::default(),
-        lease: Lease::default(),
-        answers: Default::default(),
-        digest_key: None,
-    };
+    let config = primary_config();
     let (post, _events) = Mailbox::new().unwrap();
     let unsent = SecondaryRole::on_worker(machine.worker(), move |role, edge| {
         let role = role.take_over(edge, &config, post)?;
