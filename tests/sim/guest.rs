@@ -290,9 +290,14 @@ impl Guest {
         chance: &mut Prng,
         out: &mut Vec<Vec<u8>>,
     ) {
-        let Some(seg) = Seg::read(frame, Direction::ToGuest) else {
+        let Some(mut seg) = Seg::read(frame, Direction::ToGuest) else {
             return;
         };
+        // What its window or its memory has no room for is lost, also a part of a segment.
+        let is_cut = !seg.payload.is_empty() && chance.chance(20);
+        if is_cut {
+            seg.cut(chance.below(seg.payload.len() as u64) as usize);
+        }
         let key = (v6, seg.guest_port, seg.peer_port);
         let is_syn = seg.header.has(wire::tcp::SYN) && !seg.header.has(wire::tcp::ACK);
         match self.conn_mut(&key) {
@@ -300,7 +305,12 @@ impl Guest {
             Some(conn) if is_syn && conn.finished_us.is_some() => {
                 *conn = Conn::new(End::accept(true, &seg, chance));
             }
-            Some(conn) => conn.end.handle(now, &seg),
+            Some(conn) => {
+                conn.end.handle(now, &seg);
+                if is_cut && conn.end.state == State::Open {
+                    conn.end.tell();
+                }
+            }
             None if is_syn && seg.guest_port == PORT => {
                 let conn = Conn::new(End::accept(true, &seg, chance));
                 self.insert(key, conn);

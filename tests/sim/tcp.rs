@@ -58,6 +58,13 @@ impl Seg {
             payload: frame[at..at + usize::from(header.payload_len)].to_vec(),
         })
     }
+
+    /// Leaves only the first `n` bytes of payload, and nothing behind them.
+    pub fn cut(&mut self, n: usize) {
+        self.payload.truncate(n);
+        self.header.payload_len = self.payload.len() as u16;
+        self.header.flags &= !FIN;
+    }
 }
 
 /// How far the connection is.
@@ -105,6 +112,8 @@ pub struct End {
     ts_offset: u32,
     ts_recent: u32,
     use_ts: bool,
+    /// It drops a segment, payload and all, whose ACK is older than one that it had before, as smoltcp 0.14 does.
+    drops_old_acks: bool,
     /// A reset with this sequence number is due.
     reset_at: Option<u32>,
     /// Highest TSval we sent.
@@ -148,6 +157,7 @@ impl End {
             ts_offset: chance.next() as u32,
             ts_recent: 0,
             use_ts: false,
+            drops_old_acks: guest && chance.chance(500),
             reset_at: None,
             ts_sent: None,
             complaint: None,
@@ -182,6 +192,11 @@ impl End {
     /// Queues bytes.
     pub fn send(&mut self, bytes: &[u8]) {
         self.out.extend(bytes);
+    }
+
+    /// Tells the peer at once what was received so far.
+    pub fn tell(&mut self) {
+        self.ack_now = true;
     }
 
     /// No more bytes after those queued.
@@ -295,6 +310,9 @@ impl End {
         }
         if self.state == State::SynReceived && ahead <= 0 {
             // Of an earlier connection, by way of repeated packets: before its handshake is over nothing of it counts.
+            return false;
+        }
+        if ahead < 0 && self.drops_old_acks {
             return false;
         }
         self.check_sack(seg);

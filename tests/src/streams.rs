@@ -15,10 +15,8 @@ use colo_lab::load::ports;
 use colo_lab::netns::Netns;
 use colo_lab::topology::GUEST;
 
-/// A stream without progress for so long has failed. The guest's TCP (smoltcp) waits a second before it sends again what was
-/// lost and doubles that each time, so a few losses on a busy machine are 15 seconds; few and long segments hardly ever make
-/// it three duplicate acknowledgements, after which it would not wait.
-const TIMEOUT: Duration = Duration::from_secs(45);
+/// A stream without progress for so long has failed.
+const TIMEOUT: Duration = Duration::from_secs(15);
 const CHUNK: usize = 8 << 10;
 
 /// Running streams.

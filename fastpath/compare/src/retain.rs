@@ -2,14 +2,20 @@
 //!
 //! Invariants: a kept frame leaves only when covered, when its connection is reset, or when the
 //! caller says that a commit includes it; per connection, frames are delivered again in the order
-//! of their sequence numbers; nothing allocates after `new`, and what finds no room is given back;
-//! no call looks at other connections than its own, but for `clear` and `hurry`.
+//! of their sequence numbers, by turns with what the peer said last and as they came; nothing
+//! allocates after `new`, and what finds no room is given back; no call looks at other connections
+//! than its own, but for `clear`, `hurry` and `inbound`.
+
+mod last_heard;
 
 use crate::flat::{FlatTable, Slot};
-use crate::flow::FlowKey;
+use crate::flow::{Direction, FlowKey};
 use crate::frames::{Frames, Token};
 use crate::list::{Ends, Lists, NIL};
 use crate::seq;
+use crate::wire::{self, Tcp};
+use crate::xlate::Offsets;
+use last_heard::LastHeard;
 
 /// Frames of one connection that are delivered again at a time.
 const BURST: u8 = 8;
@@ -24,6 +30,9 @@ const FIRST_WAIT: u8 = 1;
 /// Sequence numbers further apart than any window (RFC 7323 section 2.3) are not of one stream:
 /// one of them was made up.
 const WINDOW_MAX: u32 = 1 << 30;
+/// A segment further away from the last that is kept tells nothing: whoever makes one up without having seen the stream
+/// has to guess its numbers as well as for the guest.
+const NEAR: u32 = 1 << 18;
 /// Most frames that are stepped over, in search of a place or of what is covered.
 const MAX_STEPS: usize = 64;
 
@@ -41,6 +50,9 @@ struct KeptFlow {
     next: u32,
     /// Frames of the burst so far.
     burst: u8,
+    /// The next burst is of frames as they came: the guest may not have sent yet what the peer acknowledged since.
+    as_they_came: bool,
+    heard: Option<LastHeard>,
     tries: u8,
     /// The queue in which it waits, and its node there.
     queue: u8,
@@ -88,13 +100,13 @@ impl Retain {
         self.kept.len() >= self.limit
     }
 
-    /// Keeps a frame that an ACK of `end` covers and gives a copy to be delivered. The frame comes
-    /// back when there is no room for it, or no slot for the copy.
+    /// Keeps a frame with this segment until an ACK of its end covers it, and gives a copy to be delivered. The frame
+    /// comes back when there is no room for it, or no slot for the copy.
     pub(crate) fn keep<F: Frames + ?Sized>(
         &mut self,
         frames: &mut F,
         key: FlowKey,
-        end: u32,
+        tcp: &Tcp,
         token: Token,
         due_us: u64,
     ) -> Result<Token, Token> {
@@ -109,6 +121,8 @@ impl Retain {
             frames.release(copy);
             return Err(token);
         };
+        flow.hear(&self.kept, frames.header(&token), tcp);
+        let end = tcp.end();
         let prev = place_of(&self.kept, &flow.frames, end);
         let kept = Kept { end, token };
         self.kept.insert_after(&mut flow.frames, prev, kept);
@@ -124,6 +138,8 @@ impl Retain {
             frames: Ends::EMPTY,
             next: NIL,
             burst: 0,
+            as_they_came: false,
+            heard: None,
             tries: 0,
             queue: FIRST_WAIT,
             node: NIL,
@@ -138,6 +154,25 @@ impl Retain {
 
     fn slot_of(&self, key: &FlowKey) -> Option<Slot> {
         self.flows.slot_of(self.flows.hash(key), key)
+    }
+
+    /// Takes note of a segment from the peer that is not kept: what is delivered again says what it says.
+    pub(crate) fn heard(&mut self, key: &FlowKey, header: &[u8], tcp: &Tcp) {
+        let slot = self.slot_of(key);
+        if let Some(flow) = slot.and_then(|slot| self.flows.at_mut(slot)) {
+            flow.hear(&self.kept, header, tcp);
+        }
+    }
+
+    /// The caller puts all [`Retain::tokens`] through these translations.
+    pub(crate) fn inbound(&mut self, offsets_of: impl Fn(&FlowKey) -> Offsets) {
+        for slot in 0..self.flows.slots() as Slot {
+            if let Some((key, flow)) = self.flows.entry_mut(slot)
+                && let Some(heard) = &mut flow.heard
+            {
+                heard.inbound(offsets_of(key));
+            }
+        }
     }
 
     /// The guest acknowledged everything below `ack`.
@@ -163,7 +198,7 @@ impl Retain {
                 0 => (FIRST_WAIT, now_us + wait_us),
                 _ => (AT_ONCE, now_us),
             };
-            (flow.tries, flow.burst) = (0, 0);
+            (flow.tries, flow.burst, flow.as_they_came) = (0, 0, false);
             self.reschedule(slot, queue, due_us);
         }
     }
@@ -237,9 +272,16 @@ impl Retain {
             flow.next
         };
         let copy = frames.duplicate(&self.kept.get(node)?.token)?;
+        if let Some(heard) = flow.heard.filter(|_| !flow.as_they_came) {
+            let (header, len) = (frames.header(&copy), frames.len(&copy));
+            let packet = wire::parse(header, len, Direction::ToGuest);
+            if let Some(mut tcp) = packet.tcp {
+                heard.renew(frames.header_mut(&copy), &mut tcp);
+            }
+        }
         (flow.next, flow.burst) = (self.kept.next(node), flow.burst + 1);
         if flow.next == NIL || flow.burst == BURST {
-            flow.burst = 0;
+            (flow.burst, flow.as_they_came) = (0, !flow.as_they_came);
             flow.tries = (flow.tries + 1).min(MAX_BACKOFF);
             let (queue, wait_us) = (FIRST_WAIT + flow.tries, wait_us << flow.tries);
             self.reschedule(Some(slot), queue, now_us + wait_us);
@@ -274,6 +316,19 @@ impl Retain {
     pub(crate) fn tokens(&self) -> impl Iterator<Item = &Token> {
         let kept = (0..self.kept.nodes()).filter_map(|node| self.kept.get(node));
         kept.map(|kept| &kept.token)
+    }
+}
+
+impl KeptFlow {
+    /// Takes note of what a segment tells, unless it is far from what is kept.
+    fn hear(&mut self, kept: &Lists<Kept>, header: &[u8], tcp: &Tcp) {
+        let is_far = |last: &Kept| last.end.wrapping_sub(tcp.seq).wrapping_add(NEAR) > 2 * NEAR;
+        if kept.get(self.frames.tail).is_some_and(is_far) {
+            return;
+        }
+        if let Some(heard) = LastHeard::of(header, tcp) {
+            self.heard = Some(heard);
+        }
     }
 }
 
@@ -319,7 +374,7 @@ fn take_covered<F: Frames + ?Sized>(
 mod tests {
     use super::*;
     use crate::flow::Protocol;
-    use crate::testing::VecFrames;
+    use crate::testing::{Segment, Side, VecFrames};
     use alloc::vec::Vec;
     use proptest::prelude::*;
 
@@ -329,10 +384,17 @@ mod tests {
         FlowKey::bare(Protocol::Tcp, [0; 2]).with_ports(port, 9)
     }
 
+    /// A segment without an ACK, so that nobody looks into the frame for what the peer says.
+    fn until(end: u32) -> Tcp {
+        let bytes = Segment::new(Side::V4).flags(0).seq(end).bytes();
+        let packet = wire::parse(&bytes, bytes.len(), Direction::ToGuest);
+        packet.tcp.expect("TCP")
+    }
+
     /// Keeps a frame that holds its own end.
     fn keep(retain: &mut Retain, frames: &mut VecFrames, port: u16, end: u32, due_us: u64) -> bool {
         let token = frames.insert(&end.to_be_bytes()).unwrap();
-        match retain.keep(frames, key(port), end, token, due_us) {
+        match retain.keep(frames, key(port), &until(end), token, due_us) {
             Ok(copy) => {
                 frames.release(copy);
                 true
@@ -389,7 +451,7 @@ mod tests {
         retain.forget(&key(1), &mut frames);
         let mut none_free = VecFrames::new(1);
         let only = none_free.insert(&[0; 4]).unwrap();
-        let refused = retain.keep(&mut none_free, key(3), 1, only, 50);
+        let refused = retain.keep(&mut none_free, key(3), &until(1), only, 50);
         assert_eq!((refused.is_err(), retain.len()), (true, 0));
         frames.release(token);
         assert_eq!((frames.used(), retain.next_due_us()), (0, None));

@@ -1,81 +1,14 @@
 //! The secondary path alone: order, epochs, retention, limits.
 #![allow(clippy::unwrap_used)] // A failed set-up is a failed test.
 
+mod follower;
+
 use proptest::prelude::*;
 
-use colo_compare::testing::{Segment, Side, VecFrames, ip_frame, udp};
+use colo_compare::testing::{Segment, Side, ip_frame, udp};
 use colo_compare::wire::tcp::{ACK, RST, SYN};
-use colo_compare::{Cause, Limits, PathError, PrimaryPath, SecondaryAction, SecondaryPath, Token};
-
-struct Follower {
-    frames: VecFrames,
-    path: SecondaryPath,
-    now_us: u64,
-    input_seq: u64,
-}
-
-fn empty_record() -> Vec<u8> {
-    let mut record = Vec::new();
-    PrimaryPath::new(Limits::default()).export_client_xlate(&mut record);
-    record
-}
-
-impl Follower {
-    fn new() -> Self {
-        Self::with(Limits::default())
-    }
-
-    /// After its first commit, in epoch 2.
-    fn with(limits: Limits) -> Self {
-        let (frames, path) = (VecFrames::new(1000), SecondaryPath::new(limits));
-        let mut follower = Self {
-            frames,
-            path,
-            now_us: 0,
-            input_seq: 0,
-        };
-        follower.commit(1, Vec::new());
-        assert_eq!(follower.actions(), [SecondaryAction::CaughtUp { epoch: 2 }]);
-        follower
-    }
-
-    fn commit(&mut self, epoch: u64, pending: Vec<Token>) {
-        let record = empty_record();
-        self.path
-            .commit(self.now_us, &mut self.frames, epoch, pending, &record)
-            .unwrap();
-    }
-
-    fn mirror(&mut self, epoch: u64, bytes: &[u8]) {
-        self.input_seq += 1;
-        let token = self.frames.insert(bytes).unwrap();
-        let (now_us, seq) = (self.now_us, self.input_seq);
-        self.path
-            .handle_mirror(now_us, &mut self.frames, epoch, seq, token)
-            .unwrap();
-    }
-
-    fn deliver(&mut self) -> Option<Vec<u8>> {
-        let token = self.path.poll_deliver(self.now_us, &mut self.frames)?;
-        Some(self.frames.take(token))
-    }
-
-    fn svm(&mut self, bytes: &[u8]) {
-        let token = self.frames.insert(bytes).unwrap();
-        self.path
-            .handle_guest_tx(self.now_us, &mut self.frames, token);
-    }
-
-    fn actions(&mut self) -> Vec<SecondaryAction> {
-        std::iter::from_fn(|| self.path.poll_action()).collect()
-    }
-
-    fn close(self) {
-        let mut frames = self.frames;
-        self.path.close(&mut frames);
-        assert_eq!(frames.used(), 0, "a slot leaked");
-    }
-}
+use colo_compare::{Cause, Limits, PathError, SecondaryAction};
+use follower::Follower;
 
 fn message(n: u8) -> Vec<u8> {
     udp(Side::V4, true, 7, 9000, &[n])

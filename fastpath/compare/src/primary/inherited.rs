@@ -59,12 +59,12 @@ impl Inherited {
             Direction::ToGuest,
         );
         let kept = packet.tcp.filter(|tcp| tcp.takes_space() && !tcp.has(RST));
-        let Some(tcp) = kept else { return Some(token) };
+        let Some(tcp) = kept else {
+            self.heard(frames.header(&token), &packet);
+            return Some(token);
+        };
         let due_us = now_us + limits.redeliver_us;
-        match self
-            .retain
-            .keep(frames, packet.key, tcp.end(), token, due_us)
-        {
+        match self.retain.keep(frames, packet.key, &tcp, token, due_us) {
             Ok(copy) => Some(copy),
             Err(token) => {
                 self.queue.push_front(Queued {
@@ -85,6 +85,13 @@ impl Inherited {
 
     pub(super) fn undelivered(&mut self, token: Token) {
         self.ready = Some(token);
+    }
+
+    /// Takes note of a packet of the peer, in the guest's space.
+    pub(super) fn heard(&mut self, header: &[u8], packet: &Packet) {
+        if let Some(tcp) = packet.tcp {
+            self.retain.heard(&packet.key, header, &tcp);
+        }
     }
 
     #[inline(always)]

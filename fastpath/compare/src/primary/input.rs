@@ -20,13 +20,17 @@ impl PrimaryPath {
         frames: &mut F,
         token: Token,
     ) -> Token {
-        if self.client.len() == 0 {
+        let retains_nothing = self.inherited.retains_nothing();
+        if self.client.len() == 0 && retains_nothing {
             return token;
         }
         self.client.expire(now_us);
         let mut packet = self.parse(frames, &token, Direction::ToGuest);
         let header = frames.header_mut(&token);
         let learnt = self.client.inbound(now_us, header, &mut packet);
+        if !retains_nothing {
+            self.inherited.heard(header, &packet);
+        }
         if learnt && self.paired {
             self.note_learnt(now_us, frames, packet.key);
         }

@@ -283,10 +283,11 @@ impl SecondaryPath {
         // not at all. A SYN may be a new connection's.
         let is_repeated = !tcp.has(SYN) && self.pairs.is_acknowledged(slot, tcp.end());
         if !tcp.takes_space() || tcp.has(RST) || is_repeated {
+            self.retain.heard(&key, frames.header(&token), tcp);
             return Ok(token);
         }
         let due_us = now_us + self.limits.redeliver_us;
-        let kept = self.retain.keep(frames, key, tcp.end(), token, due_us);
+        let kept = self.retain.keep(frames, key, tcp, token, due_us);
         if kept.is_err() && self.retain.is_full() {
             self.request(Cause::InputOverflow);
         }
@@ -517,6 +518,7 @@ impl SecondaryPath {
             let packet = parse(frames, token, Direction::ToGuest);
             self.translate_input(frames, token, &packet);
         }
+        self.retain.inbound(|key| self.pairs.offsets_of(key));
         let last_epoch = self.queue.back().map_or(self.epoch, |queued| queued.epoch);
         self.retain.hurry(now_us);
         let slack = self.limits.takeover_ts_slack;

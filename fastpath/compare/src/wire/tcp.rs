@@ -228,6 +228,11 @@ impl Tcp {
         self.seq != self.end()
     }
 
+    /// The window field, as it stands there: not scaled.
+    pub(crate) fn window(&self, header: &[u8]) -> u16 {
+        be16(header, usize::from(self.at) + 14)
+    }
+
     /// Neither SYN, FIN, RST nor payload: an ACK, a window update or an empty probe.
     pub const fn is_pure_ack(&self) -> bool {
         self.flags & (SYN | FIN | RST) == 0 && self.payload_len == 0
@@ -260,6 +265,25 @@ impl Tcp {
     pub(crate) fn set_ack(&mut self, header: &mut [u8], ack: u32) {
         self.replace(header, usize::from(self.at) + 8, ack);
         self.ack = ack;
+    }
+
+    /// Rewrites the window field.
+    pub(crate) fn set_window(&self, header: &mut [u8], window: u16) {
+        let at = usize::from(self.at) + 12;
+        let flags = be32(header, at) & 0xffff_0000;
+        self.replace(header, at, flags | u32::from(window));
+    }
+
+    /// Makes no-operations of the SACK option.
+    pub(crate) fn blank_sack(&self, header: &mut [u8]) {
+        const NOPS: u32 = 0x0101_0101;
+        if let Some((at, blocks)) = self.sack_at(header) {
+            // Two bytes, kind and length, are before the blocks; the last step covers two bytes once more.
+            let last = at + 8 * blocks - 4;
+            for at in (at - 2..last).step_by(4).chain([last]) {
+                self.replace(header, at, NOPS);
+            }
+        }
     }
 
     /// Moves all SACK blocks back by `offset`.
