@@ -49,6 +49,9 @@ pub(crate) struct CheckpointArgs {
     #[arg(long, value_delimiter = ',', default_value = "0",
         value_parser = clap::value_parser!(u32).range(0..=60_000))]
     rest_ms: Vec<u32>,
+    /// Measures the bare streams once more while the pair is up and idle: with its program for packets on the link
+    #[arg(long)]
+    in_use: bool,
     /// Further lines for both configuration files
     #[arg(long, default_value = "")]
     extra: String,
@@ -84,6 +87,8 @@ struct Row {
     raw_iperf3_bytes_per_s: f64,
     raw_uring_bytes_per_s: f64,
     raw_uring_way: Way,
+    /// The better bare stream's while the pair is up and idle, if that was asked for.
+    in_use_link_bytes_per_s: Option<f64>,
     aims: Aims,
     /// The figures that these judge.
     #[serde(skip)]
@@ -131,6 +136,8 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         .map_err(colo_lab::pair::PairError::from)?;
     let raw = RawLink::measure(&topology, dir.path())?;
     let mut pair = Pair::start_in(topology, &settings, dir.path())?;
+    let in_use = || RawLink::measure(&pair.topology, dir.path());
+    let in_use = args.in_use.then(in_use).transpose()?;
     let (checkpoints, holds) = checkpoints(args.count, &mut pair, set)?;
     drop(pair);
     let of = |key: &str| {
@@ -178,6 +185,7 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         raw_iperf3_bytes_per_s: raw.iperf3_bytes_per_s,
         raw_uring_bytes_per_s: raw.uring_bytes_per_s,
         raw_uring_way: raw.uring_way,
+        in_use_link_bytes_per_s: in_use.map(|link| link.best_bytes_per_s()),
         aims: Aims::of(&measured),
         measured,
         checkpoints,
@@ -316,6 +324,7 @@ fn figures(rows: &[Row]) -> Vec<Vec<String>> {
         "iperf3 MB/s",
         "io_uring MB/s",
         "of raw",
+        "in use MB/s",
     ];
     let mut cells = vec![header.map(str::to_owned).to_vec()];
     for row in rows {
@@ -340,6 +349,8 @@ fn figures(rows: &[Row]) -> Vec<Vec<String>> {
             megabytes(row.raw_iperf3_bytes_per_s),
             megabytes(row.raw_uring_bytes_per_s),
             format!("{of_raw:.0} %"),
+            row.in_use_link_bytes_per_s
+                .map_or("-".to_owned(), megabytes),
         ]);
     }
     cells

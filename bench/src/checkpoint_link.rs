@@ -1,7 +1,7 @@
 //! Bare streams over the link of a pair, by iperf3 and by io_uring: what the transfer of checkpoints is measured against.
 //!
 //! Invariant: they run between the hosts' namespaces, over the addresses of the link, one after the other, while no
-//! guest runs.
+//! guest runs, or the guests are idle.
 //!
 //! Does not use more than one TCP connection at a time, as checkpoints do unless told otherwise.
 

@@ -83,7 +83,7 @@ pub struct Sent {
     pub stabilise: StabiliseSnapshot,
     /// What became of its pages.
     pub pages: PageCounters,
-    /// Of these, digested on another core before the sender came to them.
+    /// Of these, digested before the sender came to them: as they were copied, or on another core.
     pub digested_pages: u64,
     /// And of those that had been sent ahead.
     pub names: Names,
@@ -163,6 +163,8 @@ pub struct Outbound {
     chooser: Chooser,
     cache: PageCache,
     digester: Digester,
+    /// Pages that had their digest when they were captured, so far.
+    digested_as_copied: u64,
     list: DigestList,
     link: Link,
     /// What the link was seen to carry, if it was.
@@ -197,6 +199,7 @@ impl Outbound {
             chooser: Chooser::new(PageKey::new(key), settings.verify_one_in),
             cache: PageCache::new(settings.cache_mib, pages),
             digester: Digester::new(key),
+            digested_as_copied: 0,
             list: DigestList::new(pages),
             link: Link {
                 bytes_per_s: LINK_BYTES_PER_S,
@@ -282,7 +285,7 @@ impl Outbound {
         let before = (
             self.channel.counters().sent_bytes,
             self.chooser.counters(),
-            self.digester.found(),
+            self.digester.found() + self.digested_as_copied,
         );
         self.list.begin(epoch, stop.number, &stop.dirty)?;
         self.link.is_bottleneck = false;
@@ -291,7 +294,7 @@ impl Outbound {
         self.handed_over = Duration::ZERO;
         let mut states_sent = Duration::ZERO;
         // First of all: another core digests while this one sends the states.
-        if let Some(slots) = stable.slots() {
+        if let Some(slots) = stable.undigested() {
             self.digester.begin(&stable.keeper(), slots);
         }
         let begun_channel = self.channel.lay_begin(epoch, &self.key);
@@ -338,7 +341,7 @@ impl Outbound {
             cache: self.cache.counters(),
             stabilise: StabiliseSnapshot::default(),
             pages: self.chooser.counters().since(&before.1),
-            digested_pages: self.digester.found() - before.2,
+            digested_pages: self.digester.found() + self.digested_as_copied - before.2,
             names: self.names,
             ahead: self
                 .ahead
@@ -424,7 +427,7 @@ impl Outbound {
         is_off: &mut impl FnMut() -> bool,
     ) -> Result<Duration, SendError> {
         let mut waited = Duration::ZERO;
-        let lends = self.lends && stable.slots().is_some();
+        let lends = self.lends && stable.is_copied();
         // A set that does not fit pushes out what it puts in.
         let fits_cache = stable.pages() <= self.cache.capacity() as u64;
         let keeper = stable.keeper();
@@ -438,7 +441,10 @@ impl Outbound {
                 false => Encoder::new(buffer, true),
             }?;
             self.lent.clear();
-            while let Some(Kept { number, page, slot }) = next {
+            while let Some(kept) = next {
+                let Kept {
+                    number, page, slot, ..
+                } = kept;
                 let svm = self.list.at(number);
                 if svm == SvmPage::Pending || chunk.room() < RECORD_MAX_BYTES {
                     break;
@@ -447,7 +453,10 @@ impl Outbound {
                 let began = self.began;
                 let now_ns = || began.elapsed().as_nanos() as u64;
                 let known = Known { svm, base };
-                let choice = match slot.and_then(|slot| self.digester.digest(slot)) {
+                self.digested_as_copied += u64::from(kept.digest.is_some());
+                let digester = &mut self.digester;
+                let digested = || slot.and_then(|slot| digester.digest(slot));
+                let choice = match kept.digest.or_else(digested) {
                     Some(digest) => {
                         let page = (page, digest);
                         self.chooser

@@ -88,7 +88,7 @@ pub struct CheckpointReport {
     pub pending_frames: u64,
     pub sent_bytes: u64,
     pub digest_bytes: u64,
-    /// Pages that another core digested ahead of the sender.
+    /// Pages that were digested as they were copied, or by another core ahead of the sender.
     pub digested_pages: u64,
     pub pages: PageCounters,
     /// Pages sent ahead since the commit before.

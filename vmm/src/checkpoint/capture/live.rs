@@ -12,6 +12,7 @@ use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
+use super::super::codec::PageKey;
 use super::super::outbound::{Outbound, SendError};
 use super::super::stabilise::Stabiliser;
 use super::records::Records;
@@ -52,7 +53,8 @@ impl CaptureThread {
         outbound.set_generation(generation);
         let view = machine.guest_view().cloned();
         let stabiliser = Stabiliser::new(ram.clone(), view, self.settings.arena_pages);
-        let stabiliser = stabiliser.map_err(|e| e.to_string())?;
+        let mut stabiliser = stabiliser.map_err(|e| e.to_string())?;
+        stabiliser.digest_with(PageKey::new(key));
         machine.set_dirty_logging(true).map_err(|e| e.to_string())?;
         // A joining secondary has zeros everywhere: holes are there already.
         let found = ram.find_data(self.carry.words_mut());

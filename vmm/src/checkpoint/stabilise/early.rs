@@ -12,9 +12,10 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::arena::Slots;
-use super::stable::Stable;
+use super::stable::{Copies, Stable};
 use super::{PAGE_BYTES, PageBitmap, StabiliseError, StabilisePolicy, Stabiliser};
-use super::{copy_all, runs};
+use super::{Room, copy_all, runs};
+use crate::checkpoint::codec::PageDigest;
 
 /// Copying early has to save so many copies for each page that is written again: there the guest meets another fault of the
 /// dirty log, which takes it ten times as long as a copy and more.
@@ -27,6 +28,8 @@ pub(super) struct Place {
     pub(super) at: usize,
     pub(super) pages: u64,
     pub(super) slot: u32,
+    /// Those that were written again since, and copied anew.
+    pub(super) again: u64,
 }
 
 impl Place {
@@ -36,9 +39,9 @@ impl Place {
         (self.pages & 1 << bit != 0).then(|| self.slot + below.count_ones())
     }
 
-    /// The slot behind its last.
-    pub(super) fn end(&self) -> u32 {
-        self.slot + self.pages.count_ones()
+    /// Whether a page of it is as it was copied before the pause.
+    pub(super) fn is_early(&self, bit: u32) -> bool {
+        self.again & 1 << bit == 0
     }
 }
 
@@ -48,6 +51,8 @@ pub(super) struct Early {
     /// Rising.
     places: Vec<Place>,
     slots: Option<Slots>,
+    /// By slot, as they were when they were copied; none without a key.
+    digests: Vec<PageDigest>,
     /// Pages that would be written again before the next pause.
     expected_again: u64,
     /// Pages of the capture before.
@@ -86,7 +91,13 @@ impl Early {
     fn note(&mut self, set: &PageBitmap) {
         let mut slot = 0;
         self.places.extend(set.set_words().map(|(at, pages)| {
-            let place = Place { at, pages, slot };
+            let again = 0;
+            let place = Place {
+                at,
+                pages,
+                slot,
+                again,
+            };
             slot += pages.count_ones();
             place
         }));
@@ -94,24 +105,24 @@ impl Early {
 
     /// Gives each word of the union with what was copied of it, and what of that was written since.
     fn each_word(
-        places: &[Place],
+        places: &mut [Place],
         union: &PageBitmap,
         written: &PageBitmap,
-        mut each: impl FnMut(usize, Option<&Place>, u64, u64),
+        mut each: impl FnMut(usize, Option<&mut Place>, u64, u64),
     ) {
-        let mut places = places.iter().peekable();
+        let mut places = places.iter_mut().peekable();
         for (at, word) in union.set_words() {
             while places.next_if(|place| place.at < at).is_some() {}
             let place = places.next_if(|place| place.at == at);
-            let copied = place.map_or(0, |place| place.pages);
+            let copied = place.as_ref().map_or(0, |place| place.pages);
             let written = written.words().get(at).copied().unwrap_or(u64::MAX);
             each(at, place, word & copied & written, word & !copied);
         }
     }
 
-    fn rest(&self, union: &PageBitmap, written: &PageBitmap) -> Rest {
+    fn rest(&mut self, union: &PageBitmap, written: &PageBitmap) -> Rest {
         let mut rest = Rest::default();
-        Self::each_word(&self.places, union, written, |_, _, again, fresh| {
+        Self::each_word(&mut self.places, union, written, |_, _, again, fresh| {
             rest.again += u64::from(again.count_ones());
             rest.fresh += u64::from(fresh.count_ones());
         });
@@ -155,7 +166,14 @@ impl Stabiliser {
         let Some(mut slots) = shared.arena.take(pages as u32, 0) else {
             return 0;
         };
-        copy_all(&shared, set, shared.arena.bytes_mut(&mut slots));
+        let mut room = Room::of(shared.arena.bytes_mut(&mut slots));
+        self.early.digests.clear();
+        if let Some(key) = &self.key {
+            let digests = &mut self.early.digests;
+            digests.resize(pages as usize, PageDigest::default());
+            room = room.with_digests(key, digests);
+        }
+        copy_all(&shared, set, room);
         self.early.note(set);
         self.early.slots = Some(slots);
         pages
@@ -197,26 +215,36 @@ impl Stabiliser {
         let (first, fresh_first) = (copied.first(), more.first());
         let copied = shared.arena.bytes_mut(&mut copied);
         let mut fresh_room = shared.arena.bytes_mut(&mut more);
-        Early::each_word(&early.places, union, written, |at, place, again, fresh| {
-            runs::each_exact([(at, again)], |run| {
-                let slot = place.and_then(|place| place.slot_of(run.start as u32 % 64));
-                let from = slot.map_or(0, |slot| (slot - first) as usize * PAGE_BYTES);
-                let out = &mut copied[from..from + run.len() * PAGE_BYTES];
-                shared.copy(run.start, out);
-            });
-            runs::each_exact([(at, fresh)], |run| {
-                let room = std::mem::take(&mut fresh_room);
-                let (out, left) = room.split_at_mut(run.len() * PAGE_BYTES);
-                shared.copy(run.start, out);
-                fresh_room = left;
-            });
-        });
+        Early::each_word(
+            &mut early.places,
+            union,
+            written,
+            |at, mut place, again, fresh| {
+                if let Some(place) = &mut place {
+                    place.again = again;
+                }
+                runs::each_exact([(at, again)], |run| {
+                    let place = place.as_ref();
+                    let slot = place.and_then(|place| place.slot_of(run.start as u32 % 64));
+                    let from = slot.map_or(0, |slot| (slot - first) as usize * PAGE_BYTES);
+                    let out = &mut copied[from..from + run.len() * PAGE_BYTES];
+                    shared.copy(run.start, out);
+                });
+                runs::each_exact([(at, fresh)], |run| {
+                    let room = std::mem::take(&mut fresh_room);
+                    let (out, left) = room.split_at_mut(run.len() * PAGE_BYTES);
+                    shared.copy(run.start, out);
+                    fresh_room = left;
+                });
+            },
+        );
         early.captures += 1;
         let places = std::mem::take(&mut early.places);
+        let digests = std::mem::take(&mut early.digests);
+        let copies = Copies::in_order(fresh_first, rest.fresh as u32).beside(places, digests);
         self.copies += 1;
         shared.busy.store(true, Ordering::Release);
-        let slots = (places, fresh_first);
-        Some(Stable::copied(shared, union, pages, slots, begun.elapsed()))
+        Some(Stable::copied(shared, union, copies, begun.elapsed()))
     }
 }
 

@@ -23,6 +23,7 @@
 
 mod arena;
 mod calibrate;
+mod copying;
 mod early;
 mod runs;
 mod serve;
@@ -31,9 +32,8 @@ mod stable;
 mod uffd;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use colo_fastpath::ring::{GuestRam, WriteGuard};
@@ -41,19 +41,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::GuestView;
 use arena::Arena;
+use copying::{Room, copy_all};
 use early::Early;
 use serve::FaultThread;
 use shared::{DUE, FREE, HOST_SLOTS, Shared};
 
+use stable::Copies;
 pub use stable::{Kept, Stable, StableCost};
 pub use uffd::UffdError;
 
+use super::codec::PageKey;
 use super::pages::{PAGE_BYTES, PageBitmap};
 
 /// Arena that is ready before the first capture, in pages.
 const WARM_PAGES: u32 = 4096;
-/// A set this large is copied by two threads.
-const PARALLEL_PAGES: usize = 8192;
 
 /// What is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -164,6 +165,8 @@ pub struct Stabiliser {
     hot: PageBitmap,
     cold: PageBitmap,
     early: Early,
+    /// Of the digests that pages get as they are copied before a pause.
+    key: Option<PageKey>,
     copies: u64,
     protects: u64,
     mixed: u64,
@@ -214,11 +217,18 @@ impl Stabiliser {
             hot: PageBitmap::new(pages),
             cold: PageBitmap::new(pages),
             early: Early::default(),
+            key: None,
             copies: 0,
             protects: 0,
             mixed: 0,
             fallbacks: 0,
         })
+    }
+
+    /// From now on pages that are copied before a pause are digested with this key as they are copied, while they lie in the
+    /// processor's cache: [`Kept::digest`].
+    pub fn digest_with(&mut self, key: PageKey) {
+        self.key = Some(key);
     }
 
     /// Why pages cannot be protected, if they cannot.
@@ -281,12 +291,12 @@ impl Stabiliser {
             let limit_mib = self.shared.limit_mib();
             return Err(StabiliseError::NoRoom { pages, limit_mib });
         };
-        copy_all(&shared, union, shared.arena.bytes_mut(&mut slots));
+        let room = Room::of(shared.arena.bytes_mut(&mut slots));
+        copy_all(&shared, union, room);
         self.copies += 1;
         let pause = begun.elapsed();
-        let places = (Vec::new(), slots.first());
-        let pages = pages as u64;
-        Ok(Stable::copied(shared.clone(), union, pages, places, pause))
+        let copies = Copies::in_order(slots.first(), pages as u32);
+        Ok(Stable::copied(shared.clone(), union, copies, pause))
     }
 
     fn choose(
@@ -381,7 +391,8 @@ impl Stabiliser {
             return false;
         };
         let first = slots.first();
-        copy_all(shared, &self.hot, shared.arena.bytes_mut(&mut slots));
+        let room = Room::of(shared.arena.bytes_mut(&mut slots));
+        copy_all(shared, &self.hot, room);
         for (n, page) in self.hot.iter().enumerate() {
             let saved = shared::SAVED + first + n as u32;
             shared.states[page as usize].store(saved, Ordering::Release);
@@ -418,60 +429,6 @@ impl Drop for Stabiliser {
             thread.stop();
         }
     }
-}
-
-/// Copies the pages of a set into `out`, which has room for exactly these.
-fn copy_all(shared: &Shared, set: &PageBitmap, out: &mut [u8]) {
-    let pages = out.len() / PAGE_BYTES;
-    if pages < PARALLEL_PAGES {
-        return copy_words(shared, set.set_words(), out);
-    }
-    // The vCPUs stand still, so there is a core for a second thread.
-    copy_by_two(shared, set, out, thread::Builder::new());
-}
-
-/// The same by this thread and another one, or by this one alone where there are no more: the guest stands still, whatever
-/// limits its host has.
-fn copy_by_two(shared: &Shared, set: &PageBitmap, out: &mut [u8], other: thread::Builder) {
-    let pages = out.len() / PAGE_BYTES;
-    let (mut half, mut below) = (0, 0);
-    for (at, word) in set.set_words() {
-        if below >= pages / 2 {
-            break;
-        }
-        (half, below) = (at + 1, below + word.count_ones() as usize);
-    }
-    let (low, high) = out.split_at_mut(below * PAGE_BYTES);
-    let upper = || set.set_words().skip_while(|&(at, _)| at < half);
-    // Whoever comes first copies it: a thread that was not made drops what it was to do.
-    let high = Mutex::new(Some(high));
-    let copy_high = || {
-        let high = high.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(high) = high {
-            copy_words(shared, upper(), high);
-        }
-    };
-    thread::scope(|scope| {
-        let spawned = other.spawn_scoped(scope, copy_high);
-        let lower = set.set_words().take_while(|&(at, _)| at < half);
-        copy_words(shared, lower, low);
-        if let Err(e) = spawned {
-            if shared.counts.alone.fetch_add(1, Ordering::Relaxed) == 0 {
-                tracing::warn!("no second thread to copy captured pages with: {e}");
-            }
-            copy_high();
-        }
-    });
-}
-
-/// Copies the pages of some words of a set.
-fn copy_words(shared: &Shared, words: impl Iterator<Item = (usize, u64)>, mut out: &mut [u8]) {
-    runs::each_exact(words, |run| {
-        let bytes = run.len() * PAGE_BYTES;
-        let (part, rest) = std::mem::take(&mut out).split_at_mut(bytes);
-        shared.copy(run.start, part);
-        out = rest;
-    });
 }
 
 #[cfg(test)]

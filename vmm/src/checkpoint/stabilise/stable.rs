@@ -13,6 +13,7 @@ use super::early::Place;
 use super::shared::{DUE, FREE, SAVED, Shared};
 use super::{Mechanism, StabiliseError};
 use crate::checkpoint::channel::Keeper;
+use crate::checkpoint::codec::PageDigest;
 use crate::checkpoint::pages::{PAGE_BYTES, PageBitmap};
 
 /// Pages read before they are released with one call.
@@ -48,16 +49,64 @@ impl StableCost {
     }
 }
 
+/// Where copied pages lie.
+#[derive(Debug)]
+pub(super) struct Copies {
+    /// Of those copied before the pause, rising, and how far the reader is.
+    places: Vec<Place>,
+    at: usize,
+    /// By slot, of those as they were copied then; none if nobody asked for them.
+    digests: Vec<PageDigest>,
+    /// Of the others, in order, those that the reader has not come to.
+    others: Range<u32>,
+}
+
+impl Copies {
+    /// Pages in slots from `first` on, in order.
+    pub(super) fn in_order(first: u32, count: u32) -> Self {
+        Self {
+            places: Vec::new(),
+            at: 0,
+            digests: Vec::new(),
+            others: first..first + count,
+        }
+    }
+
+    /// And others that were copied before, with their digests by slot if these are known.
+    pub(super) fn beside(self, places: Vec<Place>, digests: Vec<PageDigest>) -> Self {
+        Self {
+            places,
+            digests,
+            ..self
+        }
+    }
+
+    /// Where a page lies that the reader comes to, and its digest if that is known.
+    fn find(&mut self, page: usize) -> (u32, Option<PageDigest>) {
+        let (word, bit) = (page / 64, page as u32 % 64);
+        while self
+            .places
+            .get(self.at)
+            .is_some_and(|place| place.at < word)
+        {
+            self.at += 1;
+        }
+        let place = self.places.get(self.at).filter(|place| place.at == word);
+        match place.and_then(|place| Some((place.slot_of(bit)?, place.is_early(bit)))) {
+            Some((slot, true)) => (slot, self.digests.get(slot as usize).copied()),
+            Some((slot, false)) => (slot, None),
+            None => {
+                self.others.start += 1;
+                (self.others.start - 1, None)
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Kind {
     /// The pages lie in slots.
-    Copied {
-        /// Of those copied before the pause, rising, and how far the reader is.
-        places: Vec<Place>,
-        at: usize,
-        /// The others lie from here on, in order.
-        slot: u32,
-    },
+    Copied(Copies),
     Protected {
         ranges: Vec<Range<usize>>,
         /// The first range that is not released as a whole, and how far it is.
@@ -75,6 +124,8 @@ pub struct Kept<'a> {
     pub page: &'a [u8; PAGE_BYTES],
     /// Its slot of [`Stable::keeper`], where it stays until the capture is dropped. None if the next page takes its place.
     pub slot: Option<u32>,
+    /// Its digest, if it was computed when the page was copied.
+    pub digest: Option<PageDigest>,
 }
 
 /// A capture that is kept.
@@ -100,16 +151,10 @@ impl Stable {
     pub(super) fn copied(
         shared: Arc<Shared>,
         set: &PageBitmap,
-        pages: u64,
-        (places, slot): (Vec<Place>, u32),
+        copies: Copies,
         pause: Duration,
     ) -> Self {
-        let kind = Kind::Copied {
-            places,
-            at: 0,
-            slot,
-        };
-        Self::new(shared, set, pages, Mechanism::Copy, kind, pause)
+        Self::new(shared, set, Mechanism::Copy, Kind::Copied(copies), pause)
     }
 
     pub(super) fn protected(
@@ -118,19 +163,17 @@ impl Stable {
         (mechanism, ranges): (Mechanism, Vec<Range<usize>>),
         pause: Duration,
     ) -> Self {
-        let pages = set.count() as u64;
         let kind = Kind::Protected {
             released: ranges.first().map_or(0, |range| range.start),
             ranges,
             range: 0,
         };
-        Self::new(shared, set, pages, mechanism, kind, pause)
+        Self::new(shared, set, mechanism, kind, pause)
     }
 
     fn new(
         shared: Arc<Shared>,
         set: &PageBitmap,
-        pages: u64,
         mechanism: Mechanism,
         kind: Kind,
         pause: Duration,
@@ -142,7 +185,7 @@ impl Stable {
             kind,
             set: set.set_words().collect(),
             at: 0,
-            pages,
+            pages: set.count() as u64,
             read: 0,
             bounce: Box::new([0; PAGE_BYTES]),
             pause,
@@ -176,11 +219,13 @@ impl Stable {
             return Ok(None);
         };
         self.read += 1;
-        if let Some(slot) = self.copied_slot(page) {
+        if let Kind::Copied(copies) = &mut self.kind {
+            let (slot, digest) = copies.find(page);
             return Ok(Some(Kept {
                 number: page as u64,
                 page: self.shared.arena.page(slot),
                 slot: Some(slot),
+                digest,
             }));
         }
         let slot = self.settle(page)?;
@@ -195,6 +240,7 @@ impl Stable {
                 None => &self.bounce,
             },
             slot,
+            digest: None,
         };
         Ok(Some(page))
     }
@@ -204,32 +250,23 @@ impl Stable {
         self.shared.arena.clone()
     }
 
-    /// If each page lies in a slot already: those of the pages to come, in their order, but for pages that were first
-    /// written while the others were copied.
-    pub fn slots(&self) -> Option<Range<u32>> {
-        match &self.kind {
-            Kind::Copied { places, at, slot } => match (places.get(*at), places.last()) {
-                (Some(next), Some(last)) => Some(next.slot..last.end()),
-                _ => Some(*slot..*slot + (self.pages - self.read) as u32),
-            },
-            Kind::Protected { .. } => None,
-        }
+    /// Whether each page lies in a slot already.
+    pub fn is_copied(&self) -> bool {
+        matches!(self.kind, Kind::Copied(_))
     }
 
-    /// Where a page lies that the reader comes to, if pages were copied.
-    fn copied_slot(&mut self, page: usize) -> Option<u32> {
-        let Kind::Copied { places, at, slot } = &mut self.kind else {
+    /// Slots of pages to come that have no digest yet, in their order, if pages were copied: all, or those that were first
+    /// written while the others were copied. Those written again then are left out.
+    pub fn undigested(&self) -> Option<Range<u32>> {
+        let Kind::Copied(copies) = &self.kind else {
             return None;
         };
-        while places.get(*at).is_some_and(|place| place.at < page / 64) {
-            *at += 1;
+        match (copies.places.get(copies.at), copies.places.last()) {
+            (Some(next), Some(last)) if copies.digests.is_empty() => {
+                Some(next.slot..last.slot + last.pages.count_ones())
+            }
+            _ => Some(copies.others.clone()),
         }
-        let place = places.get(*at).filter(|place| place.at == page / 64);
-        let early = place.and_then(|place| place.slot_of(page as u32 % 64));
-        Some(early.unwrap_or_else(|| {
-            *slot += 1;
-            *slot - 1
-        }))
     }
 
     fn next_number(&mut self) -> Option<usize> {

@@ -1,5 +1,8 @@
 //! A host that has no more threads to give.
 
+use std::thread;
+
+use super::super::copying::copy_by_two;
 use super::*;
 
 const PAGES: usize = 300;
@@ -20,7 +23,7 @@ fn a_set_is_copied_though_there_is_no_second_thread() {
     for stack_bytes in [64 << 10, 1 << 60] {
         let mut out = vec![0; pages.len() * PAGE_BYTES];
         let other = thread::Builder::new().stack_size(stack_bytes);
-        copy_by_two(&shared, &set, &mut out, other);
+        copy_by_two(&shared, &set, Room::of(&mut out), other);
         assert!(out == expected, "{stack_bytes}");
     }
     assert_eq!(shared.counts.alone.load(Ordering::Relaxed), 1);

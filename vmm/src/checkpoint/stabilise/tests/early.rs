@@ -1,5 +1,7 @@
 //! What is copied before a pause, beside guests and host writers that go on writing, against a full copy made in the pause.
 
+use std::thread;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -127,10 +129,15 @@ proptest! {
         early in small_set(),
         union in small_set(),
         written in small_set(),
+        is_digested: bool,
     ) {
         let ram = GuestRam::new(4 * 64 * PAGE_BYTES as u64, Pages::Small).unwrap();
         let ram = Arc::new(ram);
         let mut stabiliser = Stabiliser::new(ram.clone(), None, 1).unwrap();
+        let key = || PageKey::new([3; 16]);
+        if is_digested {
+            stabiliser.digest_with(key());
+        }
         let all = PageBitmap::full(4 * 64);
         fill(&ram, &all, 1);
         prop_assert_eq!(stabiliser.copy_early(&early), early.count() as u64);
@@ -140,7 +147,7 @@ proptest! {
         let mut stable = stable.unwrap();
         let is_early = stabiliser.snapshot().early == 1;
         let keeper = stable.keeper();
-        let in_order = stable.slots().unwrap();
+        let in_order = stable.undigested().unwrap();
         let mut last = None;
         for page in union.iter() {
             let (at, bit) = (page as usize / 64, 1 << (page % 64));
@@ -148,11 +155,17 @@ proptest! {
             let turn = if is_old { 1 } else { 2 };
             let kept = stable.next_kept().unwrap().unwrap();
             prop_assert_eq!((kept.number, kept.page[7]), (page, turn ^ page as u8));
+            let digest = (is_old && is_digested).then(|| key().of(kept.page));
+            prop_assert_eq!(kept.digest, digest);
             let slot = kept.slot.unwrap();
             prop_assert_eq!(keeper.bytes(slot..slot + 1), &kept.page[..]);
             if in_order.contains(&slot) {
                 prop_assert!(last < Some(slot), "{:?} {}", last, slot);
+                prop_assert!(digest.is_none());
                 last = Some(slot);
+            } else {
+                let is_again = is_early && early.word(at) & written.word(at) & bit != 0;
+                prop_assert!(digest.is_some() || is_again || !is_digested);
             }
         }
         prop_assert!(stable.next_kept().unwrap().is_none());
