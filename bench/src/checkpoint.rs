@@ -87,8 +87,12 @@ struct Row {
     raw_iperf3_bytes_per_s: f64,
     raw_uring_bytes_per_s: f64,
     raw_uring_way: Way,
+    /// Of bursts of as many bytes as the pages have, by a bare io_uring after a rest.
+    raw_burst_bytes_per_s: f64,
     /// The better bare stream's while the pair is up and idle, if that was asked for.
     in_use_link_bytes_per_s: Option<f64>,
+    /// And that of bursts.
+    in_use_burst_bytes_per_s: Option<f64>,
     aims: Aims,
     /// The figures that these judge.
     #[serde(skip)]
@@ -134,9 +138,10 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
     let topology = settings
         .topology()
         .map_err(colo_lab::pair::PairError::from)?;
-    let raw = RawLink::measure(&topology, dir.path())?;
+    let burst_bytes = set.pages as usize * PAGE_BYTES;
+    let raw = RawLink::measure(&topology, dir.path(), burst_bytes)?;
     let mut pair = Pair::start_in(topology, &settings, dir.path())?;
-    let in_use = || RawLink::measure(&pair.topology, dir.path());
+    let in_use = || RawLink::measure(&pair.topology, dir.path(), burst_bytes);
     let in_use = args.in_use.then(in_use).transpose()?;
     let (checkpoints, holds) = checkpoints(args.count, &mut pair, set)?;
     drop(pair);
@@ -164,6 +169,7 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         stolen_us: median("stolen_us"),
         sent_of_dirty: sent_of_dirty(&checkpoints),
         link_of_raw: link_bytes_per_s / raw_link_bytes_per_s,
+        link_of_burst: link_bytes_per_s / raw.burst_bytes_per_s,
     };
     Ok(Row {
         pages: set.pages,
@@ -185,7 +191,9 @@ fn measure(args: &CheckpointArgs, place: &Place, set: Set) -> Result<Row, BenchE
         raw_iperf3_bytes_per_s: raw.iperf3_bytes_per_s,
         raw_uring_bytes_per_s: raw.uring_bytes_per_s,
         raw_uring_way: raw.uring_way,
+        raw_burst_bytes_per_s: raw.burst_bytes_per_s,
         in_use_link_bytes_per_s: in_use.map(|link| link.best_bytes_per_s()),
+        in_use_burst_bytes_per_s: in_use.map(|link| link.burst_bytes_per_s),
         aims: Aims::of(&measured),
         measured,
         checkpoints,
@@ -324,13 +332,20 @@ fn figures(rows: &[Row]) -> Vec<Vec<String>> {
         "iperf3 MB/s",
         "io_uring MB/s",
         "of raw",
-        "in use MB/s",
+        "burst MB/s",
+        "in use MB/s, burst",
     ];
     let mut cells = vec![header.map(str::to_owned).to_vec()];
     for row in rows {
         let dirty = percentile(row.checkpoints.iter().map(dirty_bytes), 50);
         let megabytes = |bytes: f64| format!("{:.1}", bytes / 1e6);
         let of_raw = row.measured.link_of_raw * 100.0;
+        let in_use = row
+            .in_use_link_bytes_per_s
+            .zip(row.in_use_burst_bytes_per_s);
+        let in_use = in_use.map_or("-".to_owned(), |(stream, burst)| {
+            format!("{}, {}", megabytes(stream), megabytes(burst))
+        });
         cells.push(vec![
             row.pages.to_string(),
             row.same_pct.to_string(),
@@ -349,8 +364,8 @@ fn figures(rows: &[Row]) -> Vec<Vec<String>> {
             megabytes(row.raw_iperf3_bytes_per_s),
             megabytes(row.raw_uring_bytes_per_s),
             format!("{of_raw:.0} %"),
-            row.in_use_link_bytes_per_s
-                .map_or("-".to_owned(), megabytes),
+            megabytes(row.raw_burst_bytes_per_s),
+            in_use,
         ]);
     }
     cells

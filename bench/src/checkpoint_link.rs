@@ -25,6 +25,10 @@ const ATTEMPTS: u32 = 50;
 /// What each way of io_uring sends, and how often; its median counts.
 const URING_BYTES: u64 = 256 << 20;
 const URING_ROUNDS: u32 = 3;
+/// Bursts of as many bytes as a checkpoint has, how many of them, and how long the connection rests before each.
+const BURSTS_BYTES: usize = 1 << 30;
+const BURSTS: (usize, usize) = (3, 24);
+const BURST_REST: Duration = Duration::from_millis(50);
 
 /// Payload bytes a second of one TCP connection from the primary's host to the secondary's.
 #[derive(Debug, Clone, Copy)]
@@ -33,21 +37,31 @@ pub(crate) struct RawLink {
     /// Of the way of io_uring that serves this link best.
     pub(crate) uring_bytes_per_s: f64,
     pub(crate) uring_way: Way,
+    /// Of io_uring that sends as much as a checkpoint, after a rest.
+    pub(crate) burst_bytes_per_s: f64,
 }
 
 impl RawLink {
-    /// All of them.
-    pub(crate) fn measure(topology: &Topology, dir: &Path) -> Result<Self, BenchError> {
+    /// All of them, for checkpoints of so many bytes.
+    pub(crate) fn measure(
+        topology: &Topology,
+        dir: &Path,
+        burst_bytes: usize,
+    ) -> Result<Self, BenchError> {
         let iperf3_bytes_per_s = iperf3(topology, dir)?;
         let (uring_bytes_per_s, uring_way) = uring(topology)?;
+        let bursts = (BURSTS_BYTES / burst_bytes.max(1)).clamp(BURSTS.0, BURSTS.1) as u32;
+        let ends = connection(topology)?;
+        let burst = transfer::burst_bytes_per_s(ends, burst_bytes, bursts, BURST_REST)?;
         Ok(Self {
             iperf3_bytes_per_s,
             uring_bytes_per_s,
             uring_way,
+            burst_bytes_per_s: burst,
         })
     }
 
-    /// The better of both.
+    /// The better of both streams.
     pub(crate) fn best_bytes_per_s(&self) -> f64 {
         self.iperf3_bytes_per_s.max(self.uring_bytes_per_s)
     }
@@ -133,6 +147,7 @@ mod tests {
                 iperf3_bytes_per_s,
                 uring_bytes_per_s,
                 uring_way: Way::UringDeep,
+                burst_bytes_per_s: 4e9,
             };
             assert_eq!(link.best_bytes_per_s(), 3e9);
         }

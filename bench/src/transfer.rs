@@ -8,7 +8,7 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Serialize;
@@ -226,6 +226,33 @@ pub(crate) fn bytes_per_s(
 ) -> Result<f64, BenchError> {
     let chunks = bytes.div_ceil(CHUNK_BYTES as u64).max(1);
     Ok(between(way, vec![near], vec![far], chunks)?.bytes_per_s)
+}
+
+/// How fast the kernel takes so many bytes at a time after a rest, for the other end of a connection; the median.
+pub(crate) fn burst_bytes_per_s(
+    (near, far): (TcpStream, TcpStream),
+    bytes: usize,
+    count: u32,
+    rest: Duration,
+) -> Result<f64, BenchError> {
+    let receiver = thread::spawn(move || {
+        pin(1);
+        transfer_uring::receive(&[near], Way::UringLowWater)
+    });
+    let sender = thread::spawn(move || {
+        pin(0);
+        transfer_uring::bursts(far, bytes, count, rest)
+    });
+    let panicked = |_| BenchError::Failed("an end panicked".to_owned());
+    let (rates, got) = (sender.join(), receiver.join());
+    let rates = rates.map_err(panicked)??;
+    let (got, _) = got.map_err(panicked)??;
+    let sent = bytes as u64 * u64::from(count);
+    if got != sent {
+        let what = format!("bursts: {got} of {sent} bytes came");
+        return Err(BenchError::Failed(what));
+    }
+    Ok(Range::of(rates).median)
 }
 
 /// To one of the cores; without it the scheduler may have both ends take turns on one.

@@ -9,6 +9,8 @@ use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use colo_vmm::checkpoint::channel::set_low_water;
 use io_uring::types::{BufRingEntry, Fixed};
@@ -93,9 +95,13 @@ impl Bare {
     }
 
     fn send(&mut self, slot: usize, from: usize) -> Result<(), BenchError> {
+        self.send_part(slot, from, CHUNK_BYTES)
+    }
+
+    fn send_part(&mut self, slot: usize, from: usize, to: usize) -> Result<(), BenchError> {
         let at = self.buffers[slot].as_ptr().cast::<u8>().wrapping_add(from);
         let file = Fixed(self.stream(slot) as u32);
-        let (index, length) = (slot as u16, (CHUNK_BYTES - from) as u32);
+        let (index, length) = (slot as u16, (to - from) as u32);
         let entry = match self.way {
             Way::UringFixed | Way::UringDeep => {
                 opcode::WriteFixed::new(file, at, length, index).build()
@@ -178,6 +184,29 @@ pub(crate) fn send(sockets: Vec<TcpStream>, chunks: u64, way: Way) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// So many bytes after a rest, and again; gives what the kernel took of each burst a second, from its first byte to its last.
+pub(crate) fn bursts(
+    socket: TcpStream,
+    bytes: usize,
+    count: u32,
+    rest: Duration,
+) -> Result<Vec<f64>, BenchError> {
+    let mut bare = Bare::new(&[socket], Way::UringLowWater, false, 1)?;
+    let mut burst = || {
+        thread::sleep(rest);
+        let begun = Instant::now();
+        let mut left = bytes;
+        while left > 0 {
+            bare.send_part(0, 0, left.min(CHUNK_BYTES))?;
+            for entry in bare.wait()? {
+                left -= result(&entry)?;
+            }
+        }
+        Ok(bytes as f64 / begun.elapsed().as_secs_f64())
+    };
+    (0..count).map(|_| burst()).collect()
 }
 
 /// Bytes until all streams have ended; all in the calling thread.
