@@ -320,13 +320,14 @@ impl Retain {
 }
 
 impl KeptFlow {
-    /// Takes note of what a segment tells, unless it is far from what is kept.
+    /// Takes note of what a segment tells, unless it is far from what is kept, or was overtaken by a newer one.
     fn hear(&mut self, kept: &Lists<Kept>, header: &[u8], tcp: &Tcp) {
         let is_far = |last: &Kept| last.end.wrapping_sub(tcp.seq).wrapping_add(NEAR) > 2 * NEAR;
         if kept.get(self.frames.tail).is_some_and(is_far) {
             return;
         }
-        if let Some(heard) = LastHeard::of(header, tcp) {
+        let overtaken = |new: &LastHeard| self.heard.is_some_and(|last| new.is_before(&last));
+        if let Some(heard) = LastHeard::of(header, tcp).filter(|new| !overtaken(new)) {
             self.heard = Some(heard);
         }
     }

@@ -87,6 +87,22 @@ fn rule_5_who_has_not_seen_the_stream_changes_nothing_about_what_comes_again() {
 }
 
 #[test]
+fn rule_5_a_segment_that_was_overtaken_takes_nothing_back() {
+    let mut follower = opened();
+    half_taken(&mut follower);
+    let late = from_peer(PEER_ISN + 4, PVM_ISN + 300).payload(b"def");
+    follower.mirror(2, &late.bytes());
+    follower.deliver().unwrap();
+    assert_eq!(again(&mut follower), (PEER_ISN + 1, SVM_ISN + 501, 6));
+    assert_eq!(
+        tcp(&follower.deliver().unwrap()).ack,
+        SVM_ISN + 501,
+        "the late one, too"
+    );
+    follower.close();
+}
+
+#[test]
 fn rule_5_what_the_peer_says_after_a_takeover_goes_with_what_comes_again() {
     let mut follower = opened();
     half_taken(&mut follower);

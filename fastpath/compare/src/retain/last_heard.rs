@@ -6,6 +6,7 @@
 //! segment, payload and all, whose ACK is older than one that it had before, and Linux one whose timestamp is (PAWS) or
 //! whose ACK is older by more than a window (RFC 5961 section 5.2).
 
+use crate::seq;
 use crate::wire::Tcp;
 use crate::wire::tcp::{ACK, RST, SYN};
 use crate::xlate::Offsets;
@@ -28,6 +29,11 @@ impl LastHeard {
             window: tcp.window(header),
             timestamps: tcp.timestamps(header),
         })
+    }
+
+    /// Whether its sender had received less then.
+    pub(super) fn is_before(&self, other: &Self) -> bool {
+        seq::lt(self.ack, other.ack)
     }
 
     /// Translates it for the guest, as the segment itself is.
