@@ -158,6 +158,10 @@ impl Retain {
 
     /// Takes note of a segment from the peer that is not kept: what is delivered again says what it says.
     pub(crate) fn heard(&mut self, key: &FlowKey, header: &[u8], tcp: &Tcp) {
+        // Most of the time nothing is, and no key is looked up.
+        if self.kept.len() == 0 {
+            return;
+        }
         let slot = self.slot_of(key);
         if let Some(flow) = slot.and_then(|slot| self.flows.at_mut(slot)) {
             flow.hear(&self.kept, header, tcp);

@@ -105,24 +105,24 @@ impl Early {
 
     /// Gives each word of the union with what was copied of it, and what of that was written since.
     fn each_word(
-        places: &mut [Place],
+        places: &[Place],
         union: &PageBitmap,
         written: &PageBitmap,
-        mut each: impl FnMut(usize, Option<&mut Place>, u64, u64),
+        mut each: impl FnMut(usize, Option<&Place>, u64, u64),
     ) {
-        let mut places = places.iter_mut().peekable();
+        let mut places = places.iter().peekable();
         for (at, word) in union.set_words() {
             while places.next_if(|place| place.at < at).is_some() {}
             let place = places.next_if(|place| place.at == at);
-            let copied = place.as_ref().map_or(0, |place| place.pages);
-            let written = written.words().get(at).copied().unwrap_or(u64::MAX);
+            let copied = place.map_or(0, |place| place.pages);
+            let written = word_of(written, at);
             each(at, place, word & copied & written, word & !copied);
         }
     }
 
-    fn rest(&mut self, union: &PageBitmap, written: &PageBitmap) -> Rest {
+    fn rest(&self, union: &PageBitmap, written: &PageBitmap) -> Rest {
         let mut rest = Rest::default();
-        Self::each_word(&mut self.places, union, written, |_, _, again, fresh| {
+        Self::each_word(&self.places, union, written, |_, _, again, fresh| {
             rest.again += u64::from(again.count_ones());
             rest.fresh += u64::from(fresh.count_ones());
         });
@@ -215,29 +215,23 @@ impl Stabiliser {
         let (first, fresh_first) = (copied.first(), more.first());
         let copied = shared.arena.bytes_mut(&mut copied);
         let mut fresh_room = shared.arena.bytes_mut(&mut more);
-        Early::each_word(
-            &mut early.places,
-            union,
-            written,
-            |at, mut place, again, fresh| {
-                if let Some(place) = &mut place {
-                    place.again = again;
-                }
-                runs::each_exact([(at, again)], |run| {
-                    let place = place.as_ref();
-                    let slot = place.and_then(|place| place.slot_of(run.start as u32 % 64));
-                    let from = slot.map_or(0, |slot| (slot - first) as usize * PAGE_BYTES);
-                    let out = &mut copied[from..from + run.len() * PAGE_BYTES];
-                    shared.copy(run.start, out);
-                });
-                runs::each_exact([(at, fresh)], |run| {
-                    let room = std::mem::take(&mut fresh_room);
-                    let (out, left) = room.split_at_mut(run.len() * PAGE_BYTES);
-                    shared.copy(run.start, out);
-                    fresh_room = left;
-                });
-            },
-        );
+        Early::each_word(&early.places, union, written, |at, place, again, fresh| {
+            runs::each_exact([(at, again)], |run| {
+                let slot = place.and_then(|place| place.slot_of(run.start as u32 % 64));
+                let from = slot.map_or(0, |slot| (slot - first) as usize * PAGE_BYTES);
+                let out = &mut copied[from..from + run.len() * PAGE_BYTES];
+                shared.copy(run.start, out);
+            });
+            runs::each_exact([(at, fresh)], |run| {
+                let room = std::mem::take(&mut fresh_room);
+                let (out, left) = room.split_at_mut(run.len() * PAGE_BYTES);
+                shared.copy(run.start, out);
+                fresh_room = left;
+            });
+        });
+        for place in &mut early.places {
+            place.again = place.pages & word_of(written, place.at);
+        }
         early.captures += 1;
         let places = std::mem::take(&mut early.places);
         let digests = std::mem::take(&mut early.digests);
@@ -246,6 +240,11 @@ impl Stabiliser {
         shared.busy.store(true, Ordering::Release);
         Some(Stable::copied(shared, union, copies, begun.elapsed()))
     }
+}
+
+/// A word of what was written; what the set does not reach counts as written.
+fn word_of(written: &PageBitmap, at: usize) -> u64 {
+    written.words().get(at).copied().unwrap_or(u64::MAX)
 }
 
 fn copies_early(policy: StabilisePolicy) -> bool {
